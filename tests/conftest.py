@@ -1,0 +1,36 @@
+"""Shared by all tests: shapes checked at run time, one seed, and one loaded SmolLM2.
+
+The import hook has to be there before anything imports tlcoupling: it makes beartype check every
+jaxtyping annotation of the library while the tests run.
+"""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("tlcoupling", "beartype.beartype")
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import tlcoupling as tlc  # noqa: E402
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> torch.nn.Module:
+    """SmolLM2-135M-Instruct, loaded once. Tests leave it as it was."""
+    return tlc.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> dict[str, str]:
+    """The named prompts that examples, tests and benchmarks share."""
+    return json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))

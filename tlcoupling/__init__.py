@@ -1,0 +1,31 @@
+"""Transformer models as dynamical systems: coupling, linearity and growth from a hooked forward pass."""
+
+from tlcoupling.analysis import Analysis, analyze
+from tlcoupling.coupling import DepthCoupling, depth_coupling
+from tlcoupling.errors import TLCouplingError
+from tlcoupling.jacobian import JacobianOperator, residual_jacobian
+from tlcoupling.models import load_model
+from tlcoupling.results import load
+from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.trace import Trace, trace
+from tlcoupling.trajectory import Growth, Linearity, growth, linearity
+
+__all__ = [
+    "Analysis",
+    "DepthCoupling",
+    "Growth",
+    "JacobianOperator",
+    "Linearity",
+    "TLCouplingError",
+    "Trace",
+    "Triplets",
+    "analyze",
+    "depth_coupling",
+    "growth",
+    "linearity",
+    "load",
+    "load_model",
+    "residual_jacobian",
+    "trace",
+    "truncated_svd",
+]

@@ -1,0 +1,65 @@
+"""Every error that tlcoupling raises on purpose, under one base class."""
+
+from __future__ import annotations
+
+
+class TLCouplingError(Exception):
+    """Base class of all errors that tlcoupling raises on purpose."""
+
+
+class ArgumentError(TLCouplingError, ValueError):
+    """An argument has a value that is not allowed.
+
+    Args:
+        name: The argument as the caller wrote it, such as ``"layer"``.
+        value: The value that came.
+        allowed: What is allowed instead, as the end of the sentence "allowed: ...".
+
+    Example:
+        >>> print(ArgumentError("layer", 40, "an int from -30 to 29"))
+        layer=40 is not allowed; allowed: an int from -30 to 29
+    """
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        """Keep the three parts and format them as one sentence."""
+        self.name, self.value, self.allowed = name, value, allowed
+        shown = repr(value)
+        if len(shown) > 200:
+            shown = shown[:197] + "..."
+        super().__init__(f"{name}={shown} is not allowed; allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, object, str]]:
+        """Pickle by the three parts, so that the error survives a process pool."""
+        return type(self), (self.name, self.value, self.allowed)
+
+
+class ModelLoadError(TLCouplingError):
+    """A model could not be loaded: unknown name, missing file or missing package."""
+
+
+class UnsupportedModelError(TLCouplingError):
+    """The model is of a kind that cannot be measured here, or is in a wrong state for it."""
+
+
+class ResidualIdentityError(TLCouplingError):
+    """The hooked sublayer writes do not add up to the block output."""
+
+
+class NonFiniteActivationError(TLCouplingError):
+    """The forward pass holds NaN or infinite activations."""
+
+
+class MissingHookError(TLCouplingError):
+    """A cache lacks a hook point that the measurement needs."""
+
+
+class StaleTraceError(TLCouplingError):
+    """The model has changed since the trace was taken, so the trace no longer describes it."""
+
+
+class CertificateError(TLCouplingError):
+    """An analytic Jacobian does not match the model's own derivative."""
+
+
+class ResultFileError(TLCouplingError):
+    """A result file is damaged, foreign or of an unknown version."""

@@ -1,0 +1,122 @@
+"""The autograd engine: exact for any architecture, through the hooked modules themselves.
+
+It runs a block again with the graph kept, so that hooks the user has attached act on the derivative as they act on the
+forward pass. It is the oracle of everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tlcoupling.errors import TLCouplingError
+from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.trace import Trace
+
+CHUNK = 64  # vectors per batched backward pass: bounds the memory of a product with many vectors
+
+
+class AutogradJacobian(JacobianOperator):
+    """The Jacobian of a sublayer's output at dest with respect to its input at src, by reverse-mode derivatives.
+
+    J^T y is one backward pass. J x is the derivative of u -> J^T u, dotted with x: a backward pass through the
+    backward pass, which needs no forward-mode rule of any module in between.
+    """
+
+    def __init__(self, trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> None:
+        """Run the block once with its graph kept."""
+        output, leaf = _linearize(trace, layer, sublayer, src, dest, head)
+        width = trace.d_model
+        self.shape, self.dtype, self.device = (width, width), leaf.dtype, leaf.device
+        weights = sum(parameter.numel() for parameter in trace.model.blocks[layer].parameters())
+        self.product_flops = 4.0 * weights * trace.n_tokens
+        self.dense_flops = width * self.product_flops
+        if not output.requires_grad:
+            raise TLCouplingError(
+                f"layer {layer}, {sublayer}: the output does not depend on the input through autograd; a hook that "
+                "detaches the graph, or a module that runs without gradients, hides the Jacobian"
+            )
+        self._output, self._leaf, self._src = output, leaf, src
+        self._cotangent = torch.zeros_like(output, requires_grad=True)
+        (pulled,) = torch.autograd.grad(
+            output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        self._pulled = pulled[0, src]
+
+    def mm(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """J X."""
+        if not self._pulled.requires_grad:
+            return torch.zeros_like(x)
+        return _batched_grad(self._pulled, self._cotangent, x, lambda grads: grads)
+
+    def rmm(self, y: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """J^T Y."""
+        return _batched_grad(self._output, self._leaf, y, lambda grads: grads[:, 0, self._src])
+
+    def dense(self) -> Float[Tensor, "d d"]:
+        """The matrix itself, from d backward passes."""
+        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        return self.rmm(eye).mT.contiguous()
+
+
+def _batched_grad(
+    output: Tensor, leaf: Tensor, vectors: Float[Tensor, "d k"], select: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "d k"]:
+    """Products of the columns of ``vectors`` with d output / d leaf, a chunk at a time, in columns."""
+
+    def pull(cotangent: Tensor, batched: bool) -> Tensor:
+        (grads,) = torch.autograd.grad(
+            output,
+            leaf,
+            cotangent,
+            retain_graph=True,
+            is_grads_batched=batched,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return grads if batched else grads[None]
+
+    rows = []
+    for chunk in vectors.mT.to(output).split(CHUNK):
+        try:
+            grads = pull(chunk, batched=True)
+        except RuntimeError:  # a module whose backward has no batching rule
+            grads = torch.cat([pull(row, batched=False) for row in chunk])
+        rows.append(select(grads))
+    return torch.cat(rows).mT if rows else vectors.new_zeros(leaf.shape[-1], 0)
+
+
+def _linearize(
+    trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "1 pos d"]]:
+    """The output at dest as a function of a leaf: the residual stream that the sublayer reads."""
+    resid_pre = trace.block_input(layer)
+    reads_mid = sublayer == "mlp" and trace.topology == "sequential"
+    leaf = (trace.mlp_input(layer) if reads_mid else resid_pre).clone().requires_grad_()
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        return lambda tensor: kept.__setitem__(name, tensor)
+
+    hooks = {}
+    if reads_mid:
+        hooks["hook_resid_mid"] = lambda tensor: leaf
+    source = "attn.hook_z" if head is not None else f"hook_{sublayer}_out"
+    if sublayer != "block" or head is not None:
+        hooks[source] = keep(source)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        resid_post = trace.run_block(layer, resid_pre if reads_mid else leaf, hooks)
+        if not reads_mid:
+            trace.check_current("block", layer, resid_post[0])
+        if head is not None:
+            weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
+            output = kept[source][0, dest, head] @ weight
+        elif sublayer == "block":
+            output = resid_post[0, dest] - leaf[0, dest] if src == dest else resid_post[0, dest]
+        else:
+            output = kept[source][0, dest]
+    return output, leaf

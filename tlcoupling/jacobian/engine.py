@@ -1,0 +1,217 @@
+"""Which engine computes what: analytic where it applies and is certified, autograd everywhere else."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import Literal, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.errors import ArgumentError, CertificateError
+from tlcoupling.jacobian.analytic import AnalyticLayer, Uncovered
+from tlcoupling.jacobian.autograd import AutogradJacobian
+from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.trace import Trace
+
+EngineName = Literal["auto", "analytic", "autograd"]
+
+# Relative gap allowed between an analytic product and the module's own derivative along the same probe. Float32 products
+# of this size agree to 1e-5; HuggingFace modules cast to float32 inside, whatever the model's dtype.
+CERTIFICATE_TOLERANCE = 1e-4
+
+
+class JacobianEngine:
+    """Makes the Jacobians of one trace, and remembers what made them.
+
+    With ``auto``, each layer and sublayer is taken in closed form where the architecture allows it and one random probe
+    through the closed form matches the derivative of the real module along it (to ``CERTIFICATE_TOLERANCE``); where it
+    does not, or while hooks of the user's are attached, autograd takes over and a warning says so once. ``analytic``
+    makes either case an error.
+    """
+
+    def __init__(self, trace: Trace, engine: EngineName = "auto") -> None:
+        """Take a trace.
+
+        Raises:
+            ArgumentError: an unknown engine.
+        """
+        if engine not in get_args(EngineName):
+            raise ArgumentError("engine", engine, f"one of {', '.join(get_args(EngineName))}")
+        self.trace, self.engine = trace, engine
+        self._hooked = trace.hooked or trace.has_user_hooks
+        self._closed_form: AnalyticLayer | None = None  # of the last layer asked for: one is held at a time
+        self._refusals: dict[tuple[int, str, bool], str | None] = {}  # by layer, sublayer, src = dest
+        self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self._warned: set[str] = set()
+
+    @property
+    def used(self) -> dict[str, str]:
+        """Which engine made the Jacobians of each sublayer, for the provenance."""
+        report = {}
+        for sublayer, engines in self._used.items():
+            if len(engines) == 1:
+                report[sublayer] = next(iter(engines))
+            else:
+                parts = (f"{name} (layers {sorted(layers)})" for name, layers in engines.items())
+                report[sublayer] = ", ".join(parts)
+        return report
+
+    def operator(self, layer: int, sublayer: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
+        """The Jacobian of one layer and sublayer; indices must be in range and not negative.
+
+        Raises:
+            CertificateError: ``engine="analytic"`` and the closed form is missing, uncertified or hooked.
+            StaleTraceError: the model has changed since the trace was taken.
+        """
+        made = None
+        if self.engine != "autograd":
+            made = self._analytic(layer, sublayer, src, dest, head)
+        name = "autograd" if made is None else "analytic"
+        self._used[sublayer][name].add(layer)
+        return AutogradJacobian(self.trace, layer, sublayer, src, dest, head) if made is None else made
+
+    def _analytic(
+        self, layer: int, sublayer: str, src: int, dest: int, head: int | None
+    ) -> JacobianOperator | None:
+        """The certified closed form, or None after saying why not."""
+        if self._hooked:
+            return self._refuse("hooks are attached to the model, and only autograd sees them act")
+        if self._closed_form is None or self._closed_form.layer != layer:
+            self._closed_form = AnalyticLayer(self.trace, layer, src)
+        if sublayer != "mlp" or src == dest:  # an MLP does not reach another position: nothing to certify
+            key = (layer, sublayer, src == dest)
+            if key not in self._refusals:
+                self._refusals[key] = self._certify(layer, sublayer, src, dest)
+            if (refusal := self._refusals[key]) is not None:
+                return self._refuse(f"{sublayer}: {refusal}")
+        return self._closed_form.sublayer(sublayer, src, dest, head)
+
+    def _refuse(self, reason: str) -> None:
+        if self.engine == "analytic":
+            raise CertificateError(f"engine='analytic' cannot be used here: {reason}")
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"tlcoupling computes by autograd, which is slower: {reason}", stacklevel=2)
+
+    def _certify(self, layer: int, sublayer: str, src: int, dest: int) -> str | None:
+        """Why a closed form cannot be used, None where it can: one probe against the real module.
+
+        A position's effect on itself is certified where the attention was probed, whichever position is asked for.
+        """
+        seen = self._closed_form
+        if src == dest:
+            src = dest = seen.src
+        elif seen.src != src:
+            seen = self._closed_form = AnalyticLayer(self.trace, layer, src)
+        try:
+            operator = seen.sublayer(sublayer, src, dest)
+            probe, truth = self._truth(sublayer, src, dest)
+        except Uncovered as reason:
+            return str(reason)
+        gap, size = (operator.mv(probe) - truth).norm(), truth.norm()
+        if gap <= CERTIFICATE_TOLERANCE * size:
+            return None
+        return (
+            f"its closed form misses the module's own derivative by {gap / size:.1e} "
+            f"(first in layer {layer}; allowed: {CERTIFICATE_TOLERANCE:.0e})"
+        )
+
+    def _truth(
+        self, sublayer: str, src: int, dest: int
+    ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+        """A direction at the sublayer's input at src, and the real modules' derivative along it at dest.
+
+        A block is its two sublayers in the order of its topology; that their writes add up is checked on every trace.
+        """
+        seen = self._closed_form
+        attn, mlp = seen.attn_run.tangent, None
+        if sublayer != "attn" and self.trace.mlp_out is not None:
+            mlp = seen.mlp_run(dest)
+        if attn is None or (mlp is not None and mlp.tangent is None):
+            oracle = AutogradJacobian(self.trace, seen.layer, sublayer, src, dest, None)
+            return seen.probe, oracle.mv(seen.probe)
+        if sublayer == "mlp":
+            return mlp.direction, mlp.tangent[0]
+        if mlp is None or (src != dest and self.trace.topology == "parallel"):
+            return seen.probe, attn[dest]
+        return seen.probe, attn[dest] + mlp.tangent[0]
+
+
+def residual_jacobian(
+    trace: Trace,
+    layer: int,
+    sublayer: str = "block",
+    src: int = -1,
+    dest: int = -1,
+    head: int | None = None,
+    engine: EngineName = "auto",
+) -> JacobianOperator:
+    r"""The residual Jacobian of one block or sublayer, as a linear operator on R^d_model.
+
+    - block: d (x^{l+1}_dest - x^l_dest) / d x^l_src for src = dest, d x^{l+1}_dest / d x^l_src otherwise: a position
+      reaches a later one without a skip, so nothing is subtracted there.
+    - attn: d a^l_dest / d x^l_src; with ``head``, of that head's share of a^l (before a post-norm).
+    - mlp: d m^l_dest / d x_mid_dest in a sequential block, d m^l_dest / d x^l_dest in a parallel one; zero for
+      src != dest.
+
+    Rows are output coordinates, columns input coordinates. Source: arXiv 2407.07810, section 3.
+
+    Args:
+        trace: a trace of the model.
+        layer: block index, from -L to L - 1.
+        sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+        src: input position, from -pos to pos - 1.
+        dest: output position, not before src.
+        head: head index, only with ``sublayer="attn"``.
+        engine: ``"auto"``, ``"analytic"`` or ``"autograd"``; see ``JacobianEngine``.
+
+    Returns:
+        An operator of shape ``(d_model, d_model)`` with ``mv``, ``rmv``, ``mm``, ``rmm`` and ``dense``.
+
+    Raises:
+        ArgumentError: an index out of range, an unknown sublayer or engine.
+        CertificateError: ``engine="analytic"`` where no certified closed form exists.
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Example:
+        >>> J = tlc.residual_jacobian(trace, layer=3, sublayer="attn")  # doctest: +SKIP
+        >>> J.mv(torch.randn(trace.d_model)).shape  # doctest: +SKIP
+    """
+    layer = check_index("layer", layer, trace.n_layers)
+    src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
+    check_sublayers(trace, (sublayer,))
+    if src > dest:
+        raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
+    if head is not None:
+        if sublayer != "attn":
+            raise ArgumentError("head", head, "None unless sublayer='attn'")
+        head = check_index("head", head, trace.model.cfg.n_heads)
+    return JacobianEngine(trace, engine).operator(layer, sublayer, src, dest, head)
+
+
+def check_index(name: str, value: int, size: int) -> int:
+    """A Python index brought to 0 .. size - 1.
+
+    Raises:
+        ArgumentError: it is no int or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not -size <= value < size:
+        raise ArgumentError(name, value, f"an int from {-size} to {size - 1}")
+    return value % size
+
+
+def check_sublayers(trace: Trace, sublayers: tuple[str, ...]) -> None:
+    """Check that the model has these sublayers.
+
+    Raises:
+        ArgumentError: it has not, or there are none.
+    """
+    unknown = [name for name in sublayers if name not in trace.sublayers]
+    if unknown or not sublayers:
+        raise ArgumentError(
+            "sublayers",
+            unknown[0] if unknown else sublayers,
+            f"{', '.join(trace.sublayers)} in this {trace.topology} model",
+        )

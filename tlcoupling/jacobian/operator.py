@@ -1,0 +1,51 @@
+"""The interface of a Jacobian: a linear operator that is dense only on request."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class JacobianOperator(ABC):
+    """A linear map J from R^n to R^m, ``shape = (m, n)``, known by its products.
+
+    Attributes:
+        shape: ``(rows, columns)``: rows are output coordinates, columns input coordinates.
+        dtype: dtype of its products, float32 or float64.
+        device: where its products are computed.
+        product_flops: floating-point operations of one product with one vector, J x or J^T y.
+        dense_flops: floating-point operations of ``dense()``.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    product_flops: float
+    dense_flops: float
+
+    @abstractmethod
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """J X."""
+
+    @abstractmethod
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """J^T Y."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "m n"]:
+        """The matrix itself."""
+
+    def mv(self, x: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+        """J x."""
+        return self.mm(x[:, None])[:, 0]
+
+    def rmv(self, y: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
+        """J^T y."""
+        return self.rmm(y[:, None])[:, 0]
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"

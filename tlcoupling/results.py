@@ -1,0 +1,248 @@
+"""The base of all results: saving, loading, long-form tables and provenance.
+
+A result is a frozen dataclass. Each of its tensor fields is declared in ``_axes`` with the names of its axes, and
+``_coords`` gives the labels of each axis; from these two come ``to_dataframe``, ``to_xarray``, ``save`` and ``load``,
+so a new kind of result writes none of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tlcoupling.errors import ArgumentError, ResultFileError
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+FORMAT = "tlcoupling-1"
+ResultT = TypeVar("ResultT", bound="Result")
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that the numbers depend on."""
+    packages = ("tlcoupling", "torch", "transformer-lens", "transformers")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a number came from.
+
+    Attributes:
+        model_name: the model's own name (``cfg.model_name``).
+        weight_processing: what was done to the weights before they were measured; folding norms and centring
+            writing weights change the Jacobians.
+        tokens: token ids of the prompt.
+        str_tokens: the same as text.
+        settings: the arguments of the call that measured.
+        engine: which engine computed what, ``{"block": "analytic", ...}``; empty where no Jacobian was needed.
+        seconds: wall-clock time of the call.
+        versions: versions of the packages that the numbers depend on.
+    """
+
+    model_name: str
+    weight_processing: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+    str_tokens: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=_versions)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Result:
+    """A measurement: tensors with named axes, and their provenance."""
+
+    provenance: Provenance
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the kind, so that ``load`` finds it by the name in the file."""
+        super().__init_subclass__(**kwargs)
+        Result._kinds[cls.__name__] = cls
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        """Labels of each axis."""
+        raise NotImplementedError
+
+    def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        """All tensors that are present, measured and derived, with their axes."""
+        declared = {**self._axes, **self._derived}
+        return {
+            name: (axes, value)
+            for name, axes in declared.items()
+            if (value := getattr(self, name)) is not None
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Long form: one row per number, columns ``quantity``, one per axis, ``value``."""
+        import pandas as pd
+
+        coords, frames = self._coords(), []
+        for name, (axes, array) in self._arrays().items():
+            index = pd.MultiIndex.from_product([list(coords[axis]) for axis in axes], names=axes)
+            frame = index.to_frame(index=False)
+            frame.insert(0, "quantity", name)
+            frame["value"] = array.detach().cpu().double().numpy().ravel()
+            frames.append(frame)
+        table = pd.concat(frames, ignore_index=True)
+        table["value"] = table.pop("value")  # concat may have moved later axes behind it
+        return table
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The same numbers as an ``xarray.Dataset`` with labelled axes.
+
+        Raises:
+            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+        """
+        try:
+            import xarray as xr
+        except ImportError as error:
+            raise ImportError("to_xarray needs xarray: pip install 'tlcoupling[xarray]'") from error
+        arrays = {
+            name: (axes, array.detach().cpu().numpy())
+            for name, (axes, array) in self._arrays().items()
+        }
+        used = {axis for axes, _ in arrays.values() for axis in axes}
+        coords = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}
+        return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result to one safetensors file, whole or not at all.
+
+        Args:
+            path: the file to write; its folder must exist.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ResultFileError: the file cannot be written; the message says why.
+        """
+        path = Path(path)
+        tensors, header = _flatten(self)
+        try:
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            try:
+                save_file(tensors, partial, metadata={FORMAT: json.dumps(header)})
+                os.chmod(partial, 0o644)
+                os.replace(partial, path)
+            except BaseException:
+                os.unlink(partial)
+                raise
+        except (OSError, SafetensorError) as error:
+            raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
+        return path
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read a result that ``save`` wrote, of whatever kind it is.
+
+    Raises:
+        ResultFileError: no such file, a damaged file, or a file that is no tlcoupling result.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ResultFileError(f"no result file at {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ResultFileError(
+            f"{str(path)!r} is damaged or is no safetensors file: {error}"
+        ) from error
+    if FORMAT not in metadata:
+        raise ResultFileError(
+            f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
+            f"(its header lacks {FORMAT!r})"
+        )
+    try:
+        return _unflatten(json.loads(metadata[FORMAT]), tensors, prefix="")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
+
+
+def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a result into tensors and a JSON header; results inside it are flattened under their field's name."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {"kind": type(result).__name__, "plain": {}, "nested": {}}
+    for spec in fields(result):
+        value = getattr(result, spec.name)
+        if isinstance(value, Tensor):
+            tensors[prefix + spec.name] = value.detach().cpu().contiguous()
+        elif isinstance(value, Result):
+            inner, header["nested"][spec.name] = _flatten(value, f"{prefix}{spec.name}.")
+            tensors |= inner
+        elif isinstance(value, Provenance):
+            header["provenance"] = asdict(value)
+        elif spec.metadata.get("saved", True):
+            header["plain"][spec.name] = value
+    return tensors, header
+
+
+def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Result:
+    """Undo ``_flatten``."""
+    kind = Result._kinds[header["kind"]]
+    values = {name: _tuples(value) for name, value in header["plain"].items()}
+    values["provenance"] = Provenance(
+        **{name: _tuples(value) for name, value in header["provenance"].items()}
+    )
+    for name, inner in header["nested"].items():
+        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
+    for spec in fields(kind):
+        if prefix + spec.name in tensors:
+            values[spec.name] = tensors[prefix + spec.name]
+    return kind(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists back to the tuples that results hold."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def check_writable(path: str | os.PathLike[str], argument: str) -> Path:
+    """Find out before the work whether a folder can be written to afterwards; it is made where it is missing.
+
+    Raises:
+        ArgumentError: it cannot be; the message names the argument, the path and the reason.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ArgumentError(argument, str(path), f"a folder that can be written to ({error})") from error
+    return path
+
+
+def off_diagonal_mean(matrix: Tensor) -> Tensor:
+    """Mean over the ordered pairs of different indices of the last two axes; NaN where there is only one index."""
+    size = matrix.shape[-1]
+    mask = ~torch.eye(size, dtype=torch.bool, device=matrix.device)
+    return matrix[..., mask].mean(-1)

@@ -1,0 +1,86 @@
+"""The choice of solver."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, get_args
+
+import torch
+
+from tlcoupling.errors import ArgumentError
+from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.svd.dense import dense_svd
+from tlcoupling.svd.krylov import FIRST_CHECK, OVERSAMPLING, krylov_svd
+from tlcoupling.svd.triplets import Triplets
+
+SolverName = Literal["auto", "dense", "krylov"]
+
+# A residual of 1e-4 moves the coupling of SmolLM2's blocks by 2e-6; float32 products allow 1e-6.
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
+
+
+def truncated_svd(
+    operator: JacobianOperator, k: int, solver: SolverName = "auto", tolerance: float | None = None
+) -> Triplets:
+    """The top k singular triplets of an operator.
+
+    Args:
+        operator: J, of shape [m, n].
+        k: number of triplets, from 1 to the rank of J.
+        solver: ``"dense"`` (the whole SVD of the matrix), ``"krylov"`` (products only), or ``"auto"``: the cheaper of
+            the two, and the dense one where Krylov does not reach the tolerance.
+        tolerance: largest residual that Krylov may leave, relative to s_1; by default 3e-5 in float32, 1e-10 in
+            float64.
+
+    Returns:
+        Triplets with their residuals.
+
+    Raises:
+        ArgumentError: k below 1 or above the numerical rank, an unknown solver, or a tolerance not above 0.
+    """
+    size = min(operator.shape)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
+        raise ArgumentError("k", k, f"an int from 1 to {size}, the size of the Jacobian")
+    if solver not in get_args(SolverName):
+        raise ArgumentError("solver", solver, f"one of {', '.join(get_args(SolverName))}")
+    if tolerance is None:
+        tolerance = TOLERANCE[operator.dtype]
+    if not tolerance > 0:
+        raise ArgumentError("tolerance", tolerance, "a number above 0")
+    if solver == "dense" or (solver == "auto" and _dense_is_cheaper(operator, k)):
+        found = dense_svd(operator, k)
+    else:
+        found = krylov_svd(operator, k, tolerance)
+        reached = float(found.residual.max())
+        if not reached <= tolerance:
+            if solver == "auto":
+                found = dense_svd(operator, k)
+            else:
+                warnings.warn(
+                    f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: a gap in the singular "
+                    "values is too small for it; solver='dense' is exact",
+                    stacklevel=2,
+                )
+    _require_rank(operator, found)
+    return found
+
+
+def _dense_is_cheaper(operator: JacobianOperator, k: int) -> bool:
+    """Whether the whole SVD costs less than the Krylov steps that it usually takes, twice the first check."""
+    size = min(operator.shape)
+    vectors = (k + OVERSAMPLING) * 2 * FIRST_CHECK
+    if vectors >= size // 2:
+        return True
+    whole = operator.dense_flops + 20.0 * size**3
+    steps = 2 * vectors * operator.product_flops + 8.0 * size * vectors**2
+    return whole < steps
+
+
+def _require_rank(operator: JacobianOperator, found: Triplets) -> None:
+    """Refuse triplets beyond the numerical rank: their vectors are rounding errors."""
+    floor = found.s[0] * max(operator.shape) * torch.finfo(operator.dtype).eps
+    rank = int((found.s > floor).sum())
+    if rank < len(found.s):
+        raise ArgumentError(
+            "k", len(found.s), f"at most {rank}, the numerical rank of this Jacobian"
+        )

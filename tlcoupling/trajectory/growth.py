@@ -1,0 +1,127 @@
+r"""Growth: do residual norms grow exponentially with depth, evenly per layer?
+
+Source: arXiv 2407.07810, section 3 ("layer-wise exponential growth"). The paper's own formula of the expodistance could
+not be read; it is reconstructed here as the squared coefficient of variation of the log-norm increments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.results import Result
+from tlcoupling.trace import Trace, stream_of
+from tlcoupling.trajectory.linearity import provenance_of, tokens_of
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Growth(Result):
+    r"""How residual norms grow with depth.
+
+    Attributes:
+        norms: ||x^l||, ``[depth, pos]``, depth 0 .. L.
+        alpha: ln ||x^{l+1}|| - ln ||x^l||, ``[layer, pos]``.
+        attn_share: attention's share of alpha, ln (||x_mid|| / ||x_pre||); None unless blocks are sequential.
+            ``[layer, pos]``.
+        mlp_share: the MLP's share of alpha, ln (||x_post|| / ||x_mid||); alpha is exactly the sum of the two.
+            ``[layer, pos]``.
+        expodistance: ED = Var_l(alpha) / mean_l(alpha)^2 (population variance), 0 for exactly exponential growth. The
+            paper's own formula could not be read, so ED is reconstructed. ``[pos]``.
+        rate: mean_l(alpha), per layer. ``[pos]``.
+        slope: least-squares slope of ln ||x^l|| on l, per layer. ``[pos]``.
+        r_squared: R^2 of that line, NaN where the norm does not change. ``[pos]``.
+        tokens: the tokens as text; positions where the source knows no text.
+    """
+
+    norms: Float[Tensor, "depth pos"]
+    alpha: Float[Tensor, "layer pos"]
+    attn_share: Float[Tensor, "layer pos"] | None
+    mlp_share: Float[Tensor, "layer pos"] | None
+    expodistance: Float[Tensor, " pos"]
+    rate: Float[Tensor, " pos"]
+    slope: Float[Tensor, " pos"]
+    r_squared: Float[Tensor, " pos"]
+    tokens: tuple[str, ...]
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "norms": ("depth", "pos"),
+        "alpha": ("layer", "pos"),
+        "attn_share": ("layer", "pos"),
+        "mlp_share": ("layer", "pos"),
+        "expodistance": ("pos",),
+        "rate": ("pos",),
+        "slope": ("pos",),
+        "r_squared": ("pos",),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"cv": ("pos",)}
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"Growth({len(self.tokens)} tokens, {len(self.alpha)} layers: median ED "
+            f"{self.expodistance.nanmedian():.3f}, mean rate {self.rate.mean():.4f} per layer)"
+        )
+
+    @property
+    def cv(self) -> Float[Tensor, " pos"]:
+        """Coefficient of variation of alpha, CV = sqrt(ED)."""
+        return self.expodistance.sqrt()
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {
+            "depth": range(len(self.norms)),
+            "layer": range(len(self.alpha)),
+            "pos": range(len(self.tokens)),
+        }
+
+
+def expodistance(alpha: Float[Tensor, "layer *rest"]) -> Float[Tensor, "*rest"]:
+    """ED = Var_l(alpha) / mean_l(alpha)^2 with the population variance; 0 for exactly exponential growth."""
+    return alpha.var(0, correction=0) / alpha.mean(0).square()
+
+
+def growth(source: Trace | Mapping[str, Tensor]) -> Growth:
+    """Measure how residual norms grow with depth.
+
+    Args:
+        source: a ``Trace``, or an ``ActivationCache`` of one prompt.
+
+    Raises:
+        MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: the cache cannot be used; see
+            ``Trace.from_cache``.
+
+    Example:
+        >>> tlc.growth(trace).expodistance.median()  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    stream = stream_of(source)
+    norms = stream.resid.norm(dim=-1)
+    log_norms = norms.log()
+    alpha = log_norms.diff(dim=0)
+    attn_share = mlp_share = None
+    if stream.topology == "sequential":
+        mid = stream.resid_mid.norm(dim=-1).log()
+        attn_share, mlp_share = (mid - log_norms[:-1]).cpu(), (log_norms[1:] - mid).cpu()
+    depth = torch.arange(len(norms), dtype=norms.dtype, device=norms.device)
+    depth = (depth - depth.mean())[:, None]
+    centered = log_norms - log_norms.mean(0)
+    slope = (depth * centered).sum(0) / depth.square().sum()
+    r_squared = 1 - (centered - slope * depth).square().sum(0) / centered.square().sum(0)
+    return Growth(
+        provenance=provenance_of(source, started),
+        norms=norms.cpu(),
+        alpha=alpha.cpu(),
+        attn_share=attn_share,
+        mlp_share=mlp_share,
+        expodistance=expodistance(alpha).cpu(),
+        rate=alpha.mean(0).cpu(),
+        slope=slope.cpu(),
+        r_squared=r_squared.cpu(),
+        tokens=tokens_of(stream),
+    )

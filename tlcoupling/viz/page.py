@@ -1,0 +1,79 @@
+"""One self-contained HTML page from sections, data and the files in ``assets``.
+
+Whatever comes from a model or a prompt enters the page as JSON alone, escaped so that it cannot end its element, and the
+page's scripts show it as text. Nothing but the scripts put here may run, and nothing may be fetched: the page says so in
+its Content-Security-Policy, by the scripts' hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.util
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+_ASSETS = resources.files("tlcoupling.viz") / "assets"
+# In the order in which they rely on each other.
+_SCRIPTS = ("dom", "color", "chart", "heatmap", "header", "summary", "coupling", "attention", "tokens", "growth", "main")
+
+
+def render(title: str, sections: Mapping[str, Any]) -> str:
+    """A page of the named sections, in the order given.
+
+    Args:
+        title: the document's title, as text.
+        sections: the data of each section, by the name of its file in ``assets/sections``; a section whose data is None
+            is left out.
+    """
+    sections = {name: data for name, data in sections.items() if data is not None}
+    scripts = ["\n".join(_asset(f"scripts/{name}.js") for name in _SCRIPTS)]
+    if "attention" in sections:
+        scripts.insert(0, _circuitsvis())
+    return Template(_asset("page.html")).substitute(
+        title=html.escape(title),
+        policy=_policy(scripts),
+        style=_asset("page.css"),
+        body="\n".join(_asset(f"sections/{name}.html") for name in sections),
+        data=_json(sections),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+@cache
+def _circuitsvis() -> str:
+    """The JavaScript bundle inside the circuitsvis package, found without importing it, fit for an inline script."""
+    spec = importlib.util.find_spec("circuitsvis")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        raise ImportError("attention patterns need circuitsvis: pip install circuitsvis")
+    bundle = Path(folders[0], "dist", "cdn", "iife.js").read_text(encoding="utf-8")
+    # In a JavaScript string "<\/" is "</". The map is a file of its own, which the page does not have.
+    return bundle.replace("</script", "<\\/script").partition("\n//# sourceMappingURL=")[0]
+
+
+def _policy(scripts: list[str]) -> str:
+    """A Content-Security-Policy that lets these inline scripts run, and no request leave."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _json(data: Any) -> str:
+    """JSON in ASCII that no HTML parser takes for markup."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
