@@ -149,11 +149,27 @@ class Page:
         self, path: Path, *, clip: tuple[float, float, float, float] | None = None
     ) -> None:
         """Save the whole page, or (x, y, width, height) of it, as PNG."""
+        height = self.evaluate("document.documentElement.scrollHeight")
+        self._call("Emulation.setDeviceMetricsOverride", **{**self._size, "height": height})
+        time.sleep(1)  # charts that follow the window's size draw themselves again
         area = {}
         if clip is not None:
             area["clip"] = dict(zip(("x", "y", "width", "height"), clip, strict=True), scale=1)
-        shot = self._call("Page.captureScreenshot", captureBeyondViewport=True, **area)
+        shot = self._call("Page.captureScreenshot", **area)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def wait_for_ink(self, element: str, seconds: float = 30) -> None:
+        """Wait until an element, given as an expression, shows more than one plain colour."""
+        box = f"(e => {{ const b = e.getBoundingClientRect(); return [b.x + scrollX, b.y + scrollY, b.width, b.height] }})({element})"
+        deadline = time.monotonic() + seconds
+        with tempfile.TemporaryDirectory() as folder:
+            while True:
+                shot = Path(folder, "shot.png")
+                self.screenshot(shot, clip=tuple(self.evaluate(box)))
+                if shot.stat().st_size > 8000:  # a plain surface of this size compresses to less
+                    return
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"never drawn: {element}; errors: {self.errors}")
 
     def pdf(self, path: Path) -> None:
         """Save the page as it prints."""

@@ -9,8 +9,10 @@ from jaxtyping import install_import_hook
 install_import_hook("tlcoupling", "beartype.beartype")
 
 import json  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -34,3 +36,11 @@ def smollm2() -> torch.nn.Module:
 def prompts() -> dict[str, str]:
     """The named prompts that examples, tests and benchmarks share."""
     return json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Let wrongly typed arguments through to the library's own checks, as they come in a user's hands."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformer_lens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -204,6 +205,21 @@ def test_without_a_bridge_the_version_that_has_one_is_named(monkeypatch, tmp_pat
     monkeypatch.setattr(tlc_models, "_transformer_bridge", lambda: None)
     with pytest.raises(ModelLoadError, match="transformer-lens>=3,<5"):
         tlc.load_model(name)
+
+
+def test_without_a_bridge_a_name_goes_to_hooked_transformer(monkeypatch):
+    class HookedTransformer(torch.nn.Module):
+        @classmethod
+        def from_pretrained(cls, name, **kwargs):
+            model = cls()
+            model.asked_for = (name, kwargs)
+            return model
+
+    monkeypatch.setattr(tlc_models, "_transformer_bridge", lambda: None)
+    monkeypatch.setitem(vars(transformer_lens), "HookedTransformer", HookedTransformer)
+    model = tlc.load_model("gpt2", fold_ln=False)
+    assert model.asked_for == ("gpt2", {"fold_ln": False})
+    assert not model.training
 
 
 @pytest.fixture

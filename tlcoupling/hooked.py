@@ -62,12 +62,22 @@ def require_supported(model: Any) -> None:
             )
 
 
-def topology_of(hook_names: Iterable[str]) -> Topology:
-    """Read the blocks' topology off the names of their hook points (design, section 2)."""
+def topology_of(hook_names: Iterable[str], attn_only: bool = False) -> Topology:
+    """Read the blocks' topology off the names of their hook points (design, section 2).
+
+    Args:
+        hook_names: names of hook points, of a model or in a cache.
+        attn_only: what the model's configuration says; a ``HookedTransformer`` without MLPs has their hook points.
+    """
     names = set(hook_names)
-    if block_hook(0, "hook_mlp_out") not in names:
+    if attn_only or block_hook(0, "hook_mlp_out") not in names:
         return "attn_only"
     return "sequential" if block_hook(0, "hook_resid_mid") in names else "parallel"
+
+
+def topology_of_model(model: Any) -> Topology:
+    """The topology of a model's blocks."""
+    return topology_of(model.hook_dict, bool(getattr(model.cfg, "attn_only", False)))
 
 
 def has_user_hooks(points: Mapping[str, Any]) -> bool:

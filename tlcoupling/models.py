@@ -80,9 +80,10 @@ def load_model(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     elif (bridge := _transformer_bridge()) is not None:
         load = bridge.boot_transformers
     else:
-        from transformer_lens import HookedTransformer
+        import transformer_lens
 
-        load = HookedTransformer.from_pretrained
+        hooked_transformer: Any = transformer_lens.HookedTransformer
+        load = hooked_transformer.from_pretrained
     try:
         return load(folder or name, **kwargs).eval()
     except (OSError, ValueError, KeyError) as error:
@@ -132,7 +133,7 @@ def _load_smollm2(
     gguf_path = _smollm2_file()
     bridge = _require_bridge(SMOLLM2)
     if device is None:
-        from transformer_lens.utilities import get_device  # what every other name gets
+        from transformer_lens.utilities.devices import get_device  # what every other name gets
 
         device = get_device()
     with _offline(), _quiet_gguf_reader():
@@ -179,7 +180,7 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
     # Recent transformers can leave weights in their 4-bit blocks, for the architectures it knows.
     if gguf_config := getattr(transformers, "GgufConfig", None):
         options["quantization_config"] = gguf_config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent), attn_implementation="eager", **options
     )
     # Once dequantised it is a plain model, and nothing may take it for a quantised one.
@@ -259,8 +260,8 @@ def _quiet_gguf_reader() -> Iterator[None]:
         name_map = functools.cache(gguf.get_tensor_name_map)
         stack.enter_context(patch.object(gguf, "get_tensor_name_map", name_map))
         stack.enter_context(patch.object(gguf, "GGUFReader", functools.cache(PlainArrayReader)))
-        if hasattr(transformers_reader, "tqdm"):
-            bar = functools.partial(transformers_reader.tqdm, disable=True)
+        if show := getattr(transformers_reader, "tqdm", None):
+            bar = functools.partial(show, disable=True)
             stack.enter_context(patch.object(transformers_reader, "tqdm", bar))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

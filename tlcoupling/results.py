@@ -130,7 +130,7 @@ class Result:
         coords = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}
         return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file, whole or not at all.
 
         Args:
@@ -159,7 +159,7 @@ class Result:
         return path
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | Path) -> Any:
     """Read a result that ``save`` wrote, of whatever kind it is.
 
     Raises:
@@ -225,7 +225,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def check_writable(path: str | os.PathLike[str], argument: str) -> Path:
+def check_writable(path: str | Path, argument: str) -> Path:
     """Find out before the work whether a folder can be written to afterwards; it is made where it is missing.
 
     Raises:

@@ -35,6 +35,7 @@ from tlcoupling.hooked import (
     record_forward,
     require_supported,
     topology_of,
+    topology_of_model,
 )
 from tlcoupling.results import Provenance
 
@@ -193,7 +194,7 @@ class Trace(Stream):
         )
 
     @classmethod
-    def from_cache(cls, model: Any, cache: Mapping[str, Tensor], tokens: Any) -> Trace:
+    def from_cache(cls, model: Any, cache: Any, tokens: Any) -> Trace:
         """A trace from a ``run_with_cache`` that you already have.
 
         The blocks are run once more to learn how the model calls them, and the result must match the cache.
@@ -211,9 +212,7 @@ class Trace(Stream):
             StaleTraceError: the model, run on the tokens, does not give the cached stream.
         """
         require_supported(model)
-        given = Stream.from_activations(
-            _plain(cache), len(model.blocks), topology_of(model.hook_dict)
-        )
+        given = Stream.from_activations(_plain(cache), len(model.blocks), topology_of_model(model))
         own = trace(model, tokens)
         if own.resid.shape != given.resid.shape:
             raise ArgumentError(
@@ -371,7 +370,7 @@ def trace(model: Any, prompt: Any, *, prepend_bos: bool | None = None) -> Trace:
     require_supported(model)
     tokens = _to_tokens(model, prompt, prepend_bos)
     points, n_layers = model.hook_dict, len(model.blocks)
-    topology = topology_of(points)
+    topology = topology_of_model(model)
     names = [block_hook(layer, "hook_resid_pre") for layer in range(n_layers)]
     names += [block_hook(layer, "hook_attn_out") for layer in range(n_layers)]
     names += [block_hook(n_layers - 1, "hook_resid_post")]
@@ -382,7 +381,8 @@ def trace(model: Any, prompt: Any, *, prepend_bos: bool | None = None) -> Trace:
     first_pattern = block_hook(0, PATTERN)
     record = record_forward(model, tokens, [*names, *([first_pattern] if first_pattern in points else [])])
     pattern = record.activations.pop(first_pattern, None)
-    if pattern is not None and (pattern.triu(1) != 0).any():
+    declared = getattr(model.cfg, "attention_dir", "causal")
+    if declared == "bidirectional" or (pattern is not None and (pattern.triu(1) != 0).any()):
         raise UnsupportedModelError(
             "attention in block 0 looks ahead, so this is an encoder or another bidirectional model; "
             "only causal decoders are supported"
@@ -402,7 +402,7 @@ def trace(model: Any, prompt: Any, *, prepend_bos: bool | None = None) -> Trace:
     )
 
 
-def stream_of(source: Trace | Mapping[str, Tensor]) -> Stream:
+def stream_of(source: Any) -> Stream:
     """The stream of a trace, or of an ``ActivationCache`` alone.
 
     Raises:
@@ -417,16 +417,16 @@ def stream_of(source: Trace | Mapping[str, Tensor]) -> Stream:
             f"the cache holds no hook point of any block. {_how_to_cache('blocks.0.hook_resid_pre')}"
         )
     model = getattr(source, "model", None)
-    topology = topology_of(activations if model is None else model.hook_dict)
+    topology = topology_of(activations) if model is None else topology_of_model(model)
     return Stream.from_activations(activations, max(layers) + 1, topology)
 
 
-def _plain(cache: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _plain(cache: Any) -> Mapping[str, Tensor]:
     """The dictionary inside an ``ActivationCache``, whose own look-up accepts shorthands and rejects ``in``."""
     return getattr(cache, "cache_dict", cache)
 
 
-def _is_half(cache: Mapping[str, Tensor]) -> bool:
+def _is_half(cache: Any) -> bool:
     return _fetch(_plain(cache), block_hook(0, "hook_resid_pre"), batched=None).dtype in (
         torch.float16,
         torch.bfloat16,

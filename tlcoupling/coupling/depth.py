@@ -195,6 +195,7 @@ def depth_coupling(
     for argument, value, allowed in (
         ("normalizer", normalizer, get_args(Normalizer)),
         ("bases", bases, get_args(Bases)),
+        ("solver", solver, get_args(SolverName)),
     ):
         if value not in allowed:
             raise ArgumentError(argument, value, f"one of {', '.join(allowed)}")

@@ -14,6 +14,7 @@ Where they do not fit, the sublayer is ``Uncovered`` and goes to autograd.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,10 +42,10 @@ from tlcoupling.jacobian.maps import (
 )
 from tlcoupling.trace import Trace
 
-_NORM_POINTS = tuple(f"{norm}.hook_{name}" for norm in ("ln1", "ln2") for name in ("normalized", "scale"))
+_NORM_POINTS = ("ln1.hook_scale", "ln2.hook_scale")
 _ATTN_POINTS = tuple(
     f"attn.hook_{name}"
-    for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "attn_scores", "pattern")
+    for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern")
 )
 _MLP_INPUTS = ("mlp.hook_pre", "mlp.hook_pre_linear")
 _MLP_OUTPUT = "mlp.hook_post"
@@ -91,7 +92,14 @@ def run_sublayer(
     hooks = {name: keep(name) for name in (*_NORM_POINTS, *points) if trace.point(layer, name) is not None}
     moved = torch.zeros_like(stream)
     moved[0, pos] = direction
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        forward_ad.dual_level(),
+        warnings.catch_warnings(),
+    ):
+        # the first forward-mode derivative loads torch's decompositions, which warn of themselves
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
         try:
             out, tangent = forward_ad.unpack_dual(run(layer, forward_ad.make_dual(stream, moved), hooks))
             tangent = torch.zeros_like(out) if tangent is None else tangent
@@ -174,7 +182,7 @@ class AnalyticLayer:
         if head is not None:
             write = write[head : head + 1]
         out = Projection(rearrange(write, "head e d -> d (head e)"))
-        return out @ Sum(branches) @ self._norm("ln1", self.attn_run.values, self.resid_pre, src)
+        return out @ Sum(branches) @ self._norm("ln1", self.attn_run.values, self.resid_pre[src], src)
 
     def _mlp(self, pos: int) -> LinearMap:
         """J_mlp: output projection, activation, input projections, norm."""
@@ -188,8 +196,8 @@ class AnalyticLayer:
         ]
         inner = branches[0] if len(branches) == 1 else Sum(branches)
         out = Projection(self._weight(self.block.mlp, "W_out").mT)
-        reads = "ln2" if "ln2.hook_normalized" in run.values else "ln1"
-        return out @ inner @ self._norm(reads, run.values, self.mlp_input[pos : pos + 1], 0)
+        reads = "ln1" if getattr(self.block, "ln2", None) is None else "ln2"
+        return out @ inner @ self._norm(reads, run.values, self.mlp_input[pos], 0)
 
     def mlp_run(self, pos: int) -> Run:
         """Run the MLP on one row, along what the probe at that position becomes at the MLP's input.
@@ -220,39 +228,39 @@ class AnalyticLayer:
         return weight.detach().to(self.resid_pre)
 
     def _refuse_post_norm(self, name: str) -> None:
-        if self._trace.point(self.layer, f"{name}.hook_normalized") is not None:
+        if getattr(self.block, name, None) is not None:
             raise Uncovered(f"{name}: norms behind a sublayer are left to autograd")
 
-    def _norm(
-        self, name: str, values: Mapping[str, Tensor], stream: Float[Tensor, "pos d"], pos: int
-    ) -> LinearMap:
+    def _norm(self, name: str, values: Mapping[str, Tensor], stream: Float[Tensor, " d_model"], pos: int) -> LinearMap:
         """The derivative of a block's norm at one position; the identity where there is none."""
-        if f"{name}.hook_normalized" not in values:
+        point = f"{name}.hook_scale"
+        if point not in values:
             if isinstance(getattr(self.block, name, None), torch.nn.Identity):
                 return Identity(self.d_model, stream)
-            raise Uncovered(f"{name} has no hook_normalized")
-        normalized = values[f"{name}.hook_normalized"].to(stream)
-        scale = values[f"{name}.hook_scale"].to(stream)
-        centered = not _close(normalized * scale, stream)
-        if centered and not _close(normalized * scale, stream - stream.mean(-1, keepdim=True)):
+            raise Uncovered(f"{name} has no hook_scale")
+        gain, centered, eps = self._norm_behaviour(name)
+        scale = values[point][pos, 0].to(stream)
+        inner = stream - stream.mean() if centered else stream
+        if not _close(scale.square(), inner.square().mean() + eps):
             raise Uncovered(f"{name} is neither a LayerNorm nor an RMSNorm of the stream")
-        return NormMap(normalized[pos], scale[pos, 0], self._gain(name), centered)
+        return NormMap(inner / scale, scale, gain, centered)
 
-    def _gain(self, name: str) -> Float[Tensor, " d_model"]:
-        """The gain of a norm: what it makes of two opposite inputs, over what the normalised inputs differ by.
+    def _norm_behaviour(self, name: str) -> tuple[Float[Tensor, " d_model"], bool, Float[Tensor, ""]]:
+        """Gain, whether it centres, and epsilon of a norm, from what it makes of an input, its opposite and a shift of it.
 
         So a folded gain, one stored as 1 + w (Gemma) and any other convention need no case of their own.
         """
-        norm = getattr(self.block, name)
-        signs = torch.ones(2, self.d_model, dtype=self.resid_pre.dtype, device=self.resid_pre.device)
-        signs[:, ::2] = -1.0
-        signs[1] = -signs[1]
+        signs = torch.ones(self.d_model, dtype=self.resid_pre.dtype, device=self.resid_pre.device)
+        signs[::2] = -1.0
         kept: list[Tensor] = []
-        point = self._trace.point(self.layer, f"{name}.hook_normalized")
+        point = self._trace.point(self.layer, f"{name}.hook_scale")
         with torch.no_grad(), lifted(self._trace.model, self.block), attached([(point, kept.append)]):
-            out = norm(signs[None])[0]
-        normalized = kept[0][0].to(out)
-        return (out[0] - out[1]) / (normalized[0] - normalized[1])
+            out = getattr(self.block, name)(torch.stack([signs, -signs, signs + 3.0])[None])[0]
+        centered = _close(out[2], out[0])
+        inner = signs - signs.mean() if centered else signs
+        scale = kept[0][0, 0, 0].to(signs)
+        gain = (out[0] - out[1]) * scale / (2 * inner)
+        return gain, centered, scale.square() - inner.square().mean()
 
     def _activation_slopes(self, run: Run) -> list[Float[Tensor, " d_mlp"]]:
         """d post / d pre (and d post / d pre_linear of a gated MLP) of a run on one row, by autograd.
@@ -311,31 +319,24 @@ class AttentionCore:
         """Read the core off a block's values, and check that they fit it.
 
         Raises:
-            Uncovered: a hook point is missing, or the scores are no multiple of q . k.
+            Uncovered: a hook point is missing, or the pattern is no softmax of a multiple of q . k.
         """
-        for name in ("q", "k", "v", "attn_scores", "pattern"):
+        for name in ("q", "k", "v", "pattern"):
             if f"attn.hook_{name}" not in values:
                 raise Uncovered(f"the attention has no hook_{name}")
-        pattern, scores = values["attn.hook_pattern"], values["attn.hook_attn_scores"]
-        heads = pattern.shape[0]
+        q, k, v, pattern = (values[f"attn.hook_{name}"] for name in ("q", "k", "v", "pattern"))
         rotary = Rotary.from_values(attn, values)
-        q, k, v = (values[f"attn.hook_{name}"] for name in "qkv")
         queries, keys = (q, k) if rotary is None else (rotary.apply(q), rotary.apply(k))
         for name, ours in (("rot_q", queries), ("rot_k", keys)):
             theirs = values.get(f"attn.hook_{name}")
             if theirs is not None and not _close(ours, theirs):
                 raise Uncovered(f"hook_{name} is not the rotation of the query or key before it")
+        heads = pattern.shape[0]
         keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
         v = v.repeat_interleave(heads // v.shape[1], dim=1)
         products = einsum(queries, keys, "dest head e, src head e -> head dest src")
-        seen = pattern > 0
-        seen_products, seen_scores = products[seen].to(scores), scores[seen]
-        scale = (seen_products @ seen_scores) / (seen_products @ seen_products)
-        if not _close(scale * seen_products, seen_scores):
-            raise Uncovered("the attention scores are no multiple of q . k (a bias, a soft-cap or a norm between)")
-        if not _close(torch.where(seen, scale * products, -torch.inf).softmax(-1), pattern):
-            raise Uncovered("the attention pattern is not the softmax of the scores")
-        return cls(pattern.to(q), v, queries, keys, scale.to(q), rotary)
+        scale = _score_scale(products, pattern.to(products), q.shape[-1])
+        return cls(pattern.to(q), v, queries, keys, scale, rotary)
 
     def blocks(self, src: int, dest: int) -> tuple[Tensor, Tensor, Tensor]:
         """dz_dest per head with respect to its q at dest, its k at src and its v at src, each ``[head, e, e]``."""
@@ -350,6 +351,33 @@ class AttentionCore:
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
         by_v = self.pattern[:, dest, src, None, None] * eye
         return by_q, by_k, by_v
+
+
+def _score_scale(
+    products: Float[Tensor, "head dest src"], pattern: Float[Tensor, "head dest src"], d_head: int
+) -> Float[Tensor, ""]:
+    """The factor c with which pattern = softmax(c q . k), by least squares on the log-pattern less its mean per row.
+
+    Rounding leaves c a relative error that grows as attention gets more even; c = 1 / sqrt(d_head), to that, is taken as such.
+
+    Raises:
+        Uncovered: there is none.
+    """
+    seen = pattern > 0
+    count = seen.sum(-1, keepdim=True)
+
+    def centered(rows: Tensor) -> Tensor:
+        rows = rows.where(seen, 0.0)
+        return (rows - rows.sum(-1, keepdim=True) / count).where(seen, 0.0)
+
+    x, y = centered(products), centered(pattern.log())
+    usual = products.new_tensor(d_head**-0.5)
+    scale = (x * y).sum() / x.square().sum()
+    if not (scale - usual).abs() > 1e-2 * usual:  # also where a single position leaves it open
+        scale = usual
+    if not _close((scale * products).where(seen, -torch.inf).softmax(-1), pattern):
+        raise Uncovered("the attention pattern is no softmax of a multiple of q . k (a bias, a soft-cap or a norm between)")
+    return scale
 
 
 @dataclass(frozen=True)
@@ -375,7 +403,7 @@ class Rotary:
 
     @classmethod
     def from_values(cls, attn: Any, values: Mapping[str, Tensor]) -> Rotary | None:
-        """Read the angles off the block: its hooked cosines and sines, or its rotary buffers; None if it has neither."""
+        """Read the angles off the block: its hooked cosines and sines, or its buffers; None if it has neither."""
         q = values["attn.hook_q"]
         length, size = q.shape[0], q.shape[-1]
         if "attn.hook_cos" in values:
@@ -387,6 +415,10 @@ class Rotary:
             cos, sin = attn.rotary_cos[:length].to(q), attn.rotary_sin[:length].to(q)
             eye = torch.eye(cos.shape[-1], dtype=q.dtype, device=q.device)
             turn = attn.rotate_every_two(eye).mT
+        elif getattr(attn, "rotary", None) is not None:  # TransformerLens's native models
+            cos, sin = attn.rotary.cos_cached[:length].to(q), attn.rotary.sin_cached[:length].to(q)
+            eye = torch.eye(cos.shape[-1], dtype=q.dtype, device=q.device)
+            turn = attn.rotary._rotate_half(eye).mT
         else:
             return None
         turned = cos.shape[-1]

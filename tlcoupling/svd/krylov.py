@@ -35,18 +35,21 @@ def krylov_svd(operator: JacobianOperator, k: int, tolerance: float) -> Triplets
     new_v = torch.linalg.qr(start).Q
     v, u, jtu = new_v, start.new_zeros(rows, 0), start.new_zeros(columns, 0)
     for step in range(1, MAX_STEPS + 1):
-        new_u = _orthogonalise(operator.mm(new_v), u)
+        new_u = _orthogonalise(operator.mm(new_v)[:, : rows - u.shape[1]], u)
         u = torch.cat([u, new_u], dim=1)
         pulled = operator.rmm(new_u)
         jtu = torch.cat([jtu, pulled], dim=1)
-        full = v.shape[1] + width > min(rows, columns) or step == MAX_STEPS
-        if full or (step >= FIRST_CHECK and (step - FIRST_CHECK) % CHECK_EVERY == 0):
+        last = u.shape[1] == rows or v.shape[1] == columns or step == MAX_STEPS
+        if not last and step >= FIRST_CHECK and (step - FIRST_CHECK) % CHECK_EVERY == 0:
             found = _ritz(u, v, jtu, k)
-            if full or found.residual.max() <= tolerance:
-                break
-        new_v = _orthogonalise(pulled, v)
-        v = torch.cat([v, new_v], dim=1)
-    return found
+            if found.residual.max() <= tolerance:
+                return found
+        if not last or (u.shape[1] == rows and v.shape[1] < columns):
+            new_v = _orthogonalise(pulled[:, : columns - v.shape[1]], v)
+            v = torch.cat([v, new_v], dim=1)
+        if last:
+            break
+    return _ritz(u, v, jtu, k)
 
 
 def _ritz(
@@ -56,7 +59,7 @@ def _ritz(
     inner = jtu.mT @ v
     left, s, right = torch.linalg.svd(inner)
     left, s, right = left[:, :k], s[:k], right[:k].mT
-    jv = u @ (inner @ right)  # J V lies in the space of U
+    jv = u @ (inner @ right)  # J V lies in the space of U, by construction
     return Triplets(
         u @ left, s, v @ right, residuals(jv, jtu @ left, u @ left, s, v @ right), "krylov"
     )

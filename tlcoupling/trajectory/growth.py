@@ -86,11 +86,11 @@ def expodistance(alpha: Float[Tensor, "layer *rest"]) -> Float[Tensor, "*rest"]:
     return alpha.var(0, correction=0) / alpha.mean(0).square()
 
 
-def growth(source: Trace | Mapping[str, Tensor]) -> Growth:
+def growth(source: Any) -> Growth:
     """Measure how residual norms grow with depth.
 
     Args:
-        source: a ``Trace``, or an ``ActivationCache`` of one prompt.
+        source: a ``Trace``, or an ``ActivationCache`` (or a dictionary of hook names to activations) of one prompt.
 
     Raises:
         MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: the cache cannot be used; see

@@ -65,11 +65,11 @@ def line_shape_score(steps: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
     return steps.shape[-2] / directions.sum(-2).norm(dim=-1)
 
 
-def linearity(source: Trace | Mapping[str, Tensor]) -> Linearity:
+def linearity(source: Any) -> Linearity:
     """Measure how straight the token trajectories are.
 
     Args:
-        source: a ``Trace``, or an ``ActivationCache`` of one prompt.
+        source: a ``Trace``, or an ``ActivationCache`` (or a dictionary of hook names to activations) of one prompt.
 
     Raises:
         MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: the cache cannot be used; see
@@ -129,7 +129,7 @@ def tokens_of(stream: Stream) -> tuple[str, ...]:
     return tuple(str(pos) for pos in range(stream.n_tokens))
 
 
-def provenance_of(source: Trace | Mapping[str, Tensor], started: float) -> Provenance:
+def provenance_of(source: Any, started: float) -> Provenance:
     """The provenance of a measurement that needs no Jacobian."""
     seconds = time.perf_counter() - started
     if isinstance(source, Trace):

@@ -21,8 +21,9 @@ from tlcoupling.viz.summary import (
 )
 
 # Cells that the attention component draws without a noticeable wait: all heads, and the zoomed one once more.
-ATTENTION_CELLS = 120_000
+ATTENTION_CELLS = 40_000
 _SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\xa0": "⍽"}
+_JOINERS = "\u200c\u200d"  # invisible, but they shape the letters and emoji around them
 
 
 def header(analysis: Analysis) -> dict[str, Any]:
@@ -30,8 +31,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     provenance, coupling = analysis.provenance, analysis.coupling
     measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
     facts = {
-        "Layers": str(len(analysis.growth.alpha)),
-        "Width": f"{d_model_of(coupling)} (d_model)",
+        "Size": f"{len(analysis.growth.alpha)} layers, d_model {d_model_of(coupling)}",
         "Tokens": str(len(analysis.tokens)),
         "Jacobians of token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
         "Singular vectors": "K = " + ", ".join(map(str, coupling.ks)),
@@ -123,9 +123,13 @@ def growth(analysis: Analysis) -> dict[str, Any]:
 
 def visible(text: str) -> str:
     """A token with line breaks and invisible characters as signs, so that no token looks empty or reorders others."""
-    return "".join(
-        _SHOWN.get(char) or (char if char.isprintable() else f"\\u{{{ord(char):x}}}") for char in text
-    )
+
+    def shown(char: str) -> str:
+        if char.isprintable() or (char in _JOINERS and len(text) > 1):
+            return char
+        return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
+
+    return "".join(map(shown, text))
 
 
 def _label(text: str, longest: int = 16) -> str:
@@ -135,7 +139,7 @@ def _label(text: str, longest: int = 16) -> str:
 
 def _plain(mapping: Mapping[str, Any]) -> str:
     """A mapping of provenance in words; one word where all its values are the same."""
-    if len(mapping) > 1 and len(set(mapping.values())) == 1:
+    if len(mapping) > 1 and all(value == next(iter(mapping.values())) for value in mapping.values()):
         return f"{next(iter(mapping.values()))} ({', '.join(mapping)})"
     words = {True: "yes", False: "no"}
     return ", ".join(

@@ -1,0 +1,240 @@
+"""The shared list of small models: each norm, position scheme, MLP and topology, on whatever TransformerLens is installed.
+
+Weights are random and large enough that attention is uneven and activations are bent. Nothing here needs a model hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+D_MODEL, N_LAYERS, N_HEADS, D_HEAD, D_MLP, VOCABULARY, CONTEXT = 32, 3, 4, 8, 48, 50, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model.
+
+    Attributes:
+        name: what a failing test shows.
+        build: makes the model with weights of a dtype.
+        exact: whether the model's own code stays in float64; HuggingFace's eager softmax and RMSNorm, and
+            TransformerLens's native RMSNorm, cast to float32 inside even in a float64 model.
+        analytic: whether the analytic engine covers it.
+    """
+
+    name: str
+    build: Callable[[torch.dtype], Any]
+    exact: bool = True
+    analytic: bool = True
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that two engines may differ by in float64 (the design's numbers)."""
+        return 1e-9 if self.exact else 1e-5
+
+    def model(self, dtype: torch.dtype = torch.float64) -> Any:
+        """The model, made once per dtype."""
+        return _built(self.name, dtype)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@functools.cache
+def _built(name: str, dtype: torch.dtype) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return next(case for case in CASES if case.name == name).build(dtype).eval()
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the words w0 .. w47, without a BOS token (TransformerLens would fetch one from the hub)."""
+    words = [f"w{index}" for index in range(VOCABULARY - 2)]
+    ids = {word: index for index, word in enumerate([*words, "<unk>", "<end>"])}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<unk>", name_or_path="tiny"
+    )
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights of standard deviation 0.25, gains and biases around their usual values."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = 0.25 * torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1 and name.endswith(("weight", ".w")):
+            noise = noise + 1.0
+        parameter.data.copy_(noise)
+    return model
+
+
+def _huggingface(config: transformers.PretrainedConfig, name: str, architecture: str) -> Callable[[torch.dtype], Any]:
+    def build(dtype: torch.dtype) -> Any:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        config.architectures = [architecture]
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = randomise(model).to(dtype).eval()
+        return TransformerBridge.boot_transformers(
+            name, hf_model=model, tokenizer=tiny_tokenizer(), dtype=dtype
+        )
+
+    return build
+
+
+_LLAMA_SIZES: dict[str, Any] = dict(
+    hidden_size=D_MODEL,
+    num_hidden_layers=N_LAYERS,
+    num_attention_heads=N_HEADS,
+    num_key_value_heads=2,
+    intermediate_size=D_MLP,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=CONTEXT,
+)
+
+_HUGGINGFACE = [
+    Case(
+        "bridge-gpt2",
+        _huggingface(
+            transformers.GPT2Config(
+                n_embd=D_MODEL,
+                n_layer=N_LAYERS,
+                n_head=N_HEADS,
+                n_inner=D_MLP,
+                vocab_size=VOCABULARY,
+                n_positions=CONTEXT,
+            ),
+            "gpt2",
+            "GPT2LMHeadModel",
+        ),
+    ),
+    Case(
+        "bridge-llama",
+        _huggingface(transformers.LlamaConfig(**_LLAMA_SIZES), "meta-llama/Llama-3.2-1B", "LlamaForCausalLM"),
+        exact=False,
+    ),
+    Case(
+        "bridge-qwen2",
+        _huggingface(transformers.Qwen2Config(**_LLAMA_SIZES), "Qwen/Qwen2-0.5B", "Qwen2ForCausalLM"),
+        exact=False,
+    ),
+    Case(
+        "bridge-pythia",
+        _huggingface(
+            transformers.GPTNeoXConfig(
+                hidden_size=D_MODEL,
+                num_hidden_layers=N_LAYERS,
+                num_attention_heads=N_HEADS,
+                intermediate_size=D_MLP,
+                vocab_size=VOCABULARY,
+                max_position_embeddings=CONTEXT,
+                rotary_pct=0.25,
+            ),
+            "EleutherAI/pythia-70m",
+            "GPTNeoXForCausalLM",
+        ),
+        exact=False,
+    ),
+]
+
+_SIZES: dict[str, Any] = dict(
+    n_layers=N_LAYERS,
+    d_model=D_MODEL,
+    n_ctx=CONTEXT,
+    d_head=D_HEAD,
+    n_heads=N_HEADS,
+    d_mlp=D_MLP,
+    d_vocab=VOCABULARY,
+    act_fn="gelu",
+    seed=0,
+    normalization_type="LN",
+)
+_GATED: dict[str, Any] = dict(
+    positional_embedding_type="rotary",
+    rotary_dim=D_HEAD,
+    normalization_type="RMS",
+    gated_mlp=True,
+    act_fn="silu",
+    n_key_value_heads=2,
+)
+
+
+def _native(**settings: Any) -> Callable[[torch.dtype], Any]:
+    def build(dtype: torch.dtype) -> Any:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return randomise(TransformerBridge.boot_native({**_SIZES, **settings}, dtype=dtype))
+
+    return build
+
+
+def _hooked(**settings: Any) -> Callable[[torch.dtype], Any]:
+    def build(dtype: torch.dtype) -> Any:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+        config = HookedTransformerConfig(**{**_SIZES, **settings}, dtype=dtype)
+        return randomise(HookedTransformer(config))
+
+    return build
+
+
+_NATIVE = [
+    Case("native-layernorm", _native()),
+    Case("native-gated", _native(**_GATED), exact=False),
+    Case("native-attention-only", _native(attn_only=True)),
+]
+_HOOKED = [
+    Case("hooked-layernorm", _hooked()),
+    Case("hooked-folded", _hooked(normalization_type="LNPre")),
+    Case("hooked-no-norm", _hooked(normalization_type=None)),
+    Case("hooked-gated", _hooked(**_GATED)),
+    Case("hooked-attention-only", _hooked(attn_only=True)),
+    Case(
+        "hooked-parallel",
+        _hooked(parallel_attn_mlp=True, positional_embedding_type="rotary", rotary_dim=D_HEAD // 2),
+    ),
+    Case(
+        "hooked-adjacent-rotary",
+        _hooked(positional_embedding_type="rotary", rotary_dim=D_HEAD, rotary_adjacent_pairs=True),
+    ),
+]
+
+
+def _available() -> list[Case]:
+    cases = []
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        cases += _HUGGINGFACE
+        if hasattr(TransformerBridge, "boot_native"):
+            cases += _NATIVE
+    except ImportError:
+        pass
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+
+        cases += _HOOKED
+    except ImportError:
+        pass
+    return cases
+
+
+CASES = _available()
+TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """||found - truth|| / ||truth||, 0 where both are zero."""
+    gap, size = (found - truth).norm(), truth.norm()
+    return float(gap / size) if size > 0 else float(gap)

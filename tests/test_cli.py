@@ -1,0 +1,202 @@
+"""The command line: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from analyses import HOSTILE_TOKENS, make_analysis
+from cases import CASES, D_MODEL, tiny_tokenizer
+from click.testing import Result
+from typer.testing import CliRunner
+
+import tlcoupling as tlc
+from tlcoupling.cli import app
+
+PROMPT = "w5 w7 w9 w11 w13"
+Report = Callable[..., Result]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes every model name load a tiny model, and keeps the names that were asked for."""
+    model, names = CASES[0].model(torch.float32), []
+    if model.tokenizer is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.set_tokenizer(tiny_tokenizer())
+
+    def load_model(name: str) -> Any:
+        names.append(name)
+        return model
+
+    monkeypatch.setattr("tlcoupling.models.load_model", load_model)
+    return names
+
+
+@pytest.fixture
+def report(loaded: list[str], tmp_path: Path) -> Report:
+    """Runs ``tlcoupling report`` on the tiny model."""
+
+    def run(*options: str, prompt: str = PROMPT, output: Path | None = None) -> Result:
+        folder = tmp_path / "out" if output is None else output
+        arguments = ["report", "tiny", "--prompt", prompt, "--k", "4", "--output", str(folder), *options]
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+
+    return run
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    """Exit code 1 and one line on stderr that holds the parts, and nothing on stdout."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
+    result = report("--tokens", "0,-1", "--layer", "1")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    analysis = tlc.load(out / "result.safetensors")
+    assert analysis.coupling.positions == (0, len(analysis.tokens) - 1)
+    assert analysis.coupling.ks == (4,)
+    assert analysis.attention_layer == 1
+    assert len(pandas.read_csv(out / "result.csv")) == len(analysis.to_dataframe())
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    for name in ("result.safetensors", "result.csv", "report.html"):
+        assert str(out / name) in result.stdout
+    mean, null = analysis.coupling.mean()[0].mean(), analysis.coupling.mean("null")[0].mean()
+    (block,) = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
+    assert block.split()[2:4] == [f"{mean:.4f}", f"{null:.4f}"]
+    assert f"{analysis.growth.expodistance.nanmedian():.3f}" in result.stdout
+
+
+def test_output_in_a_pipe_is_plain_and_fits_80_columns(report: Report) -> None:
+    result = report("--k", "0.25")
+    tables = result.stdout.split("\nresult ")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert all(char.isprintable() or char == "\n" for char in result.stdout)
+    assert result.stderr == ""
+
+
+def test_repeated_k_and_fractions(report: Report, tmp_path: Path) -> None:
+    result = report("--k", "0.25", "--tokens", "all")
+    assert result.exit_code == 0, result.output
+    analysis = tlc.load(tmp_path / "out" / "result.safetensors")
+    assert analysis.coupling.ks == (4, D_MODEL // 4)
+    assert analysis.coupling.positions == tuple(range(len(analysis.tokens)))
+
+
+def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prompts: dict[str, str]
+) -> None:
+    asked = []
+
+    def analyze(model: Any, prompt: str, **options: Any) -> tlc.Analysis:
+        asked.append((prompt, options))
+        return make_analysis()
+
+    monkeypatch.setattr("tlcoupling.analysis.analyze", analyze)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["report"])
+    assert result.exit_code == 0, result.output
+    assert loaded == ["smollm2-135m"]
+    ((prompt, options),) = asked
+    assert prompt == prompts["landmarks"]
+    assert options["k"] == [10] and options["tokens"] == [-1] and options["engine"] == "auto"
+    assert (tmp_path / "tlcoupling-report" / "report.html").is_file()
+
+
+def test_hostile_tokens_are_printed_as_text(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokens = (*HOSTILE_TOKENS, "\x1b[31mred", "[bold]x[/nonsense]", "\rover")
+    monkeypatch.setattr("tlcoupling.analysis.analyze", lambda *args, **options: make_analysis(tokens))
+    result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert not set(result.stdout) & set("\x1b\r\u202e\ud83e")
+    assert "[bold]x[/nonsense]" in result.stdout
+
+
+def test_undefined_numbers_are_dashes(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    analysis = make_analysis(n_layers=1, sequential=False)
+    monkeypatch.setattr("tlcoupling.analysis.analyze", lambda *args, **options: analysis)
+    result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.stdout
+    assert "–" in result.stdout
+
+
+def test_unwritable_output_is_found_before_the_work(report: Report, loaded: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(report(output=tmp_path / "file"), "output=", str(tmp_path / "file"))
+    assert loaded == []
+
+
+def test_result_file_in_the_way_still_prints_the_tables(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "out" / "result.csv").mkdir(parents=True)
+    result = report()
+    assert result.exit_code == 1
+    assert "Coupling of different layers" in result.stdout
+    assert "cannot write the table" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--k", "1000"], ["k=1000", f"d_model = {D_MODEL}"]),
+        (["--k", "0"], ["k=0", "1"]),
+        (["--tokens", "99"], ["tokens=99"]),
+        (["--layer", "99"], ["attention_layer=99"]),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(report: Report, options: list[str], parts: list[str]) -> None:
+    assert_refused(report(*options), *parts)
+
+
+def test_empty_prompt(report: Report) -> None:
+    assert_refused(report(prompt=""), "prompt=''", "empty")
+
+
+def test_model_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", "./no/such/model", "--output", str(tmp_path)])
+    assert_refused(result, "./no/such/model")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--engine", "magic"], ["--k", "ten"], ["--tokens", "first"], ["--layer", "top"], ["--colour", "red"]],
+)
+def test_mistyped_options_end_with_2_before_the_work(
+    report: Report, loaded: list[str], options: list[str]
+) -> None:
+    result = report(*options)
+    assert result.exit_code == 2
+    assert options[0] in result.stderr
+    assert loaded == []
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, "tlcoupling 1.2.3\n")
+
+
+def test_importing_the_library_leaves_viewers_alone() -> None:
+    heavy = ("matplotlib", "circuitsvis", "pandas", "typer", "rich", "xarray")
+    script = f"import sys, tlcoupling, tlcoupling.viz; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,213 @@
+"""Jacobians: both engines against each other, against plain autograd of the whole model, and against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, TOKENS, Case, relative_error
+
+import tlcoupling as tlc
+from tlcoupling.errors import CertificateError, StaleTraceError
+from tlcoupling.hooked import attached
+from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.jacobian.maps import Projection
+
+PAIRS = [(6, 6), (0, 0), (2, 5), (0, 6)]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture
+def case_trace(case: Case) -> tlc.Trace:
+    return tlc.trace(case.model(), TOKENS)
+
+
+@each_case
+@pytest.mark.parametrize(("src", "dest"), PAIRS)
+def test_the_engines_agree_in_float64(case: Case, case_trace: tlc.Trace, src: int, dest: int):
+    for layer in (0, 2):
+        for sublayer in case_trace.sublayers:
+            if sublayer == "mlp" and src != dest:
+                continue
+            oracle = tlc.residual_jacobian(case_trace, layer, sublayer, src, dest, engine="autograd")
+            truth = oracle.dense()
+            closed = tlc.residual_jacobian(case_trace, layer, sublayer, src, dest, engine="analytic")
+            x = torch.randn(truth.shape[1], 3, dtype=torch.float64)
+            where = f"layer {layer}, {sublayer}"
+            assert relative_error(closed.mm(x), truth @ x) < case.tolerance, where
+            assert relative_error(closed.rmm(x), truth.mT @ x) < case.tolerance, where
+            assert relative_error(closed.dense(), truth) < case.tolerance, where
+            assert relative_error(closed.mm(x), truth @ x) < case.tolerance, f"{where}, after dense()"
+            assert relative_error(oracle.mm(x), truth @ x) < case.tolerance, where
+            assert relative_error(oracle.rmv(x[:, 0]), truth.mT @ x[:, 0]) < case.tolerance, where
+
+
+@each_case
+def test_heads_sum_to_the_attention(case: Case, case_trace: tlc.Trace):
+    for src, dest in ((6, 6), (2, 5)):
+        for engine in ("analytic", "autograd"):
+            whole = tlc.residual_jacobian(case_trace, 1, "attn", src, dest, engine=engine).dense()
+            heads = [
+                tlc.residual_jacobian(case_trace, 1, "attn", src, dest, head=head, engine=engine).dense()
+                for head in range(case_trace.model.cfg.n_heads)
+            ]
+            assert relative_error(sum(heads), whole) < case.tolerance, engine
+
+
+@each_case
+def test_the_real_model_moves_as_the_jacobian_says(case: Case, case_trace: tlc.Trace):
+    """Central differences of the whole model, run with a hook that moves the stream where a block reads it."""
+    model, layer = case.model(), 1
+    step = 1e-4 if case.exact else 3e-3  # above float32 rounding, where modules cast to it
+    direction = torch.randn(case_trace.d_model, dtype=torch.float64)
+    for src, dest in ((6, 6), (2, 5)):
+        ends = []
+        for sign in (1, -1):
+
+            def move(stream: torch.Tensor, sign: int = sign) -> torch.Tensor:
+                stream = stream.clone()
+                stream[0, src] += sign * step * direction
+                return stream
+
+            kept: list[torch.Tensor] = []
+            points = model.hook_dict
+            hooks = [
+                (points[f"blocks.{layer}.hook_resid_pre"], move),
+                (points[f"blocks.{layer}.hook_resid_post"], kept.append),
+            ]
+            with torch.no_grad(), attached(hooks):
+                model(TOKENS[None])
+            ends.append(kept[0][0, dest].detach())
+        difference = (ends[0] - ends[1]) / (2 * step) - (src == dest) * direction
+        found = tlc.residual_jacobian(case_trace, layer, "block", src, dest).mv(direction)
+        # the remainder of the step, and rounding over it
+        assert relative_error(found, difference) < 2e-3
+
+
+@each_case
+def test_sublayers_compose_to_the_block(case: Case, case_trace: tlc.Trace):
+    """J_block = J_attn + J_mlp (delta I + J_attn) in sequential blocks, J_attn + J_mlp in parallel ones."""
+    if case_trace.topology == "attn_only":
+        pytest.skip("no MLP to compose with")
+    for src, dest in ((6, 6), (2, 5)):
+        block, attn = (
+            tlc.residual_jacobian(case_trace, 1, name, src, dest, engine="autograd").dense()
+            for name in ("block", "attn")
+        )
+        mlp = tlc.residual_jacobian(case_trace, 1, "mlp", dest, dest, engine="autograd").dense()
+        same = float(src == dest) * torch.eye(len(block), dtype=block.dtype)
+        if case_trace.topology == "sequential":
+            composed = attn + mlp @ (same + attn)
+        else:
+            composed = attn + mlp @ same
+        assert relative_error(composed, block) < case.tolerance
+
+
+@each_case
+def test_no_identity_is_subtracted_between_positions(case: Case, case_trace: tlc.Trace):
+    """The Jacobian from one position to a later one is that of x^{l+1}_dest itself (the published code subtracts I)."""
+    layer, src, dest = 1, 2, 5
+    leaf = case_trace.block_input(layer).clone().requires_grad_()
+    with torch.enable_grad():
+        out = case_trace.run_block(layer, leaf, {})[0, dest]
+    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0][0, src] for value in out]
+    found = tlc.residual_jacobian(case_trace, layer, "block", src, dest).dense()
+    assert relative_error(found, torch.stack(rows)) < case.tolerance
+
+
+@each_case
+def test_an_mlp_does_not_reach_another_position(case: Case, case_trace: tlc.Trace):
+    if "mlp" not in case_trace.sublayers:
+        pytest.skip("no MLP")
+    for engine in ("analytic", "autograd"):
+        operator = tlc.residual_jacobian(case_trace, 1, "mlp", 2, 5, engine=engine)
+        assert operator.dense().norm() == 0
+        assert operator.mv(torch.ones(case_trace.d_model, dtype=torch.float64)).norm() == 0
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precisions_stay_near_their_own_lift(case: Case, dtype: torch.dtype):
+    """Float32 models against themselves in float64, half-precision models against themselves in float32."""
+    lift = {torch.float32: torch.float64, torch.bfloat16: torch.float32}[dtype]
+    trace = tlc.trace(case.model(dtype), TOKENS)
+    lifted = case.build(dtype).eval().to(lift)
+    lifted.cfg.dtype = lift
+    reference = tlc.trace(lifted, TOKENS)
+    for sublayer in trace.sublayers:
+        found = tlc.residual_jacobian(trace, 2, sublayer).dense()
+        truth = tlc.residual_jacobian(reference, 2, sublayer, engine="autograd").dense()
+        assert found.dtype == torch.float32
+        # float32 rounding of three blocks; a half-precision model computed in half would be off by 1e-2
+        assert relative_error(found.to(truth), truth) < 1e-4, sublayer
+        oracle = tlc.residual_jacobian(trace, 2, sublayer, engine="autograd").dense()
+        assert relative_error(oracle, found) < 1e-4, sublayer
+
+
+@each_case
+def test_the_model_is_left_as_it_was(case: Case):
+    model = case.model(torch.bfloat16)
+    before = {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
+    hooks = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
+    gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    cfg_dtype = model.cfg.dtype
+    trace = tlc.trace(model, TOKENS)
+    tlc.depth_coupling(trace, 3)
+    tlc.residual_jacobian(trace, 0, "block", engine="autograd").dense()
+    assert not model.training
+    assert model.cfg.dtype == cfg_dtype
+    assert {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()} == hooks
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == gradients
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name][0]
+        assert torch.equal(value, before[name][1])
+
+
+def test_auto_falls_back_and_says_so_once_when_the_closed_form_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    """A wrong closed form never comes back as a number: here every MLP projection is off by one part in a thousand."""
+    case = CASES[0]
+    trace = tlc.trace(case.model(), TOKENS)
+    truth = tlc.residual_jacobian(trace, 1, "block", engine="autograd").dense()
+    real = Projection.mm
+    monkeypatch.setattr(Projection, "mm", lambda self, x: 1.001 * real(self, x))
+    engine = JacobianEngine(trace)
+    with pytest.warns(UserWarning, match="misses the module's own derivative") as caught:
+        operators = [engine.operator(layer, "block", 6, 6) for layer in (1, 1)]
+    assert len(caught) == 1
+    assert engine.used == {"block": "autograd"}
+    assert relative_error(operators[1].dense(), truth) < case.tolerance
+    with pytest.raises(CertificateError, match="misses the module's own derivative"):
+        tlc.residual_jacobian(trace, 1, "block", engine="analytic")
+
+
+def test_hooks_of_the_user_act_on_the_jacobian():
+    """Zeroing the MLP's write leaves the attention's Jacobian as the block's, and only autograd sees it."""
+    case = CASES[0]
+    model = case.model()
+    zero = [("blocks.1.hook_mlp_out", lambda tensor, hook: torch.zeros_like(tensor))]
+    with model.hooks(fwd_hooks=zero):
+        trace = tlc.trace(model, TOKENS)
+        with pytest.warns(UserWarning, match="hooks are attached"):
+            block = tlc.residual_jacobian(trace, 1, "block")
+        attn = tlc.residual_jacobian(trace, 1, "attn", engine="autograd")
+        assert relative_error(block.dense(), attn.dense()) < 1e-12
+    with pytest.raises(StaleTraceError, match="layer 1"):
+        tlc.residual_jacobian(trace, 1, "block", engine="autograd")
+    assert relative_error(tlc.residual_jacobian(tlc.trace(model, TOKENS), 1, "block").dense(), block.dense()) > 0.1
+
+
+def test_a_trace_of_changed_weights_is_refused():
+    case = CASES[0]
+    model = case.model(torch.float32)
+    trace = tlc.trace(model, TOKENS)
+    weight = model.blocks[1].mlp.W_out
+    parameter = next(p for n, p in model.blocks[1].named_parameters() if "mlp" in n and p.ndim == 2)
+    kept = parameter.data.clone()
+    parameter.data.mul_(1.1)
+    try:
+        assert weight is not None
+        for engine in ("analytic", "autograd"):
+            with pytest.raises(StaleTraceError, match="Take a new trace"):
+                tlc.residual_jacobian(trace, 1, "block", engine=engine)
+    finally:
+        parameter.data.copy_(kept)

@@ -1,0 +1,225 @@
+"""Traces: what a forward pass leaves behind, and every input that is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from cases import CASES, TOKENS, Case, tiny_tokenizer
+
+import tlcoupling as tlc
+from tlcoupling.errors import (
+    ArgumentError,
+    MissingHookError,
+    NonFiniteActivationError,
+    ResidualIdentityError,
+    StaleTraceError,
+    UnsupportedModelError,
+)
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return CASES[0].model()
+
+
+@each_case
+def test_a_trace_holds_the_stream_of_run_with_cache(case: Case):
+    model = case.model()
+    trace = tlc.trace(model, TOKENS)
+    _, cache = model.run_with_cache(TOKENS[None])
+    for layer in range(3):
+        torch.testing.assert_close(trace.resid[layer], cache[f"blocks.{layer}.hook_resid_pre"][0])
+        torch.testing.assert_close(trace.attn_out[layer], cache[f"blocks.{layer}.hook_attn_out"][0])
+        if trace.mlp_out is not None:
+            torch.testing.assert_close(trace.mlp_out[layer], cache[f"blocks.{layer}.hook_mlp_out"][0])
+        if trace.topology == "sequential":
+            torch.testing.assert_close(trace.resid_mid[layer], cache[f"blocks.{layer}.hook_resid_mid"][0])
+    # before the final norm
+    torch.testing.assert_close(trace.resid[3], cache["blocks.2.hook_resid_post"][0])
+    assert trace.topology == ("attn_only" if "attention-only" in case.name else trace.topology)
+    assert ("pythia" in case.name or "parallel" in case.name) == (trace.topology == "parallel")
+
+
+def test_prompts_may_be_text_ids_or_a_batch_of_one():
+    if not CASES[0].name.startswith("bridge"):
+        pytest.skip("the small HookedTransformers have no tokenizer")
+    model = CASES[0].model()
+    model.cfg.default_prepend_bos = False
+    text = tlc.trace(model, "w7 w23 w3")
+    assert text.tokens.tolist() == [7, 23, 3]
+    assert text.str_tokens == ("w7", "w23", "w3")
+    for prompt in ([7, 23, 3], torch.tensor([7, 23, 3]), torch.tensor([[7, 23, 3]])):
+        assert torch.equal(tlc.trace(model, prompt).resid, text.resid)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@each_case
+def test_short_prompts_work(case: Case, length: int):
+    trace = tlc.trace(case.model(), TOKENS[:length])
+    found = tlc.residual_jacobian(trace, 1, "block").dense()
+    truth = tlc.residual_jacobian(trace, 1, "block", engine="autograd").dense()
+    assert (found - truth).norm() <= case.tolerance * truth.norm()
+
+
+def test_a_cache_becomes_a_trace(model: torch.nn.Module):
+    _, cache = model.run_with_cache(TOKENS[None])
+    trace = tlc.Trace.from_cache(model, cache, TOKENS)
+    torch.testing.assert_close(trace.resid, tlc.trace(model, TOKENS).resid)
+    assert tlc.depth_coupling(trace, 4).values.isfinite().all()
+
+
+def test_a_cache_of_other_tokens_is_refused(model: torch.nn.Module):
+    _, cache = model.run_with_cache(TOKENS[None])
+    with pytest.raises(StaleTraceError, match="other weights, other tokens"):
+        tlc.Trace.from_cache(model, cache, TOKENS.flip(0))
+    with pytest.raises(ArgumentError, match=r"tokens='6 tokens' .*the 7 tokens of the cache"):
+        tlc.Trace.from_cache(model, cache, TOKENS[:6])
+
+
+@pytest.mark.parametrize("name", ["blocks.1.hook_attn_out", "blocks.2.hook_resid_post", "blocks.0.hook_resid_pre"])
+def test_a_cache_that_lacks_a_hook_names_it(model: torch.nn.Module, name: str):
+    _, cache = model.run_with_cache(TOKENS[None])
+    activations = {key: value for key, value in cache.items() if key != name}
+    with pytest.raises(MissingHookError, match=rf"lacks '{name}'.*run_with_cache.*names_filter"):
+        tlc.linearity(activations)
+    with pytest.raises(MissingHookError, match=name):
+        tlc.Trace.from_cache(model, activations, TOKENS)
+    with pytest.raises(MissingHookError, match="no hook point of any block"):
+        tlc.growth({"hook_embed": torch.zeros(1, 2, 3)})
+
+
+def test_a_batch_is_refused(model: torch.nn.Module):
+    with pytest.raises(ArgumentError, match=r"shape \(2, 7\).*one prompt"):
+        tlc.trace(model, TOKENS.repeat(2, 1))
+    _, cache = model.run_with_cache(TOKENS.repeat(2, 1))
+    with pytest.raises(ArgumentError, match="batch=2 .*batch of one"):
+        tlc.growth(cache)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "empty"),
+        ([], "string or integer token ids|empty"),
+        (torch.zeros(1, 0, dtype=torch.long), "empty"),
+        ([50], "from 0 to 49"),
+        ([-1], "from 0 to 49"),
+        ([0.5], "integer token ids"),
+        (list(range(33)), "at most 32, the model's context length"),
+        (object(), "a string or token ids"),
+    ],
+)
+def test_bad_prompts(model: torch.nn.Module, prompt: object, message: str):
+    with pytest.raises(ArgumentError, match=message):
+        tlc.trace(model, prompt)
+
+
+def test_training_mode_is_refused_and_not_switched_off(model: torch.nn.Module):
+    model.train()
+    try:
+        with pytest.raises(UnsupportedModelError, match=r"training mode.*model.eval\(\)"):
+            tlc.trace(model, TOKENS)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_what_is_no_hooked_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear is no TransformerLens model"):
+        tlc.trace(torch.nn.Linear(2, 2), TOKENS)
+
+
+def test_quantised_weights_are_refused(model: torch.nn.Module):
+    block = torch.nn.Module()
+    block.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    fake = SimpleNamespace(
+        cfg=model.cfg,
+        blocks=torch.nn.ModuleList([block]),
+        hook_dict={"blocks.0.hook_attn_out": None},
+        run_with_cache=None,
+        training=False,
+    )
+    with pytest.raises(UnsupportedModelError, match=r"blocks.0.weight is quantised \(torch.uint8\)"):
+        tlc.trace(fake, TOKENS)
+
+
+def test_a_state_space_model_is_refused():
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    config = transformers.MambaConfig(
+        hidden_size=16, num_hidden_layers=2, vocab_size=50, state_size=4, architectures=["MambaForCausalLM"]
+    )
+    hf_model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    mamba = bridge.TransformerBridge.boot_transformers(
+        "state-spaces/mamba-130m-hf", hf_model=hf_model, tokenizer=tiny_tokenizer()
+    )
+    with pytest.raises(UnsupportedModelError, match="state-space"):
+        tlc.trace(mamba, TOKENS)
+
+
+def test_an_encoder_is_refused():
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+        architectures=["BertForMaskedLM"],
+    )
+    hf_model = transformers.AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
+    bert = bridge.TransformerBridge.boot_transformers(
+        "bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer()
+    )
+    with pytest.raises(UnsupportedModelError, match="encoder"):
+        tlc.trace(bert, TOKENS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_the_first_layer(model: torch.nn.Module, value: float):
+    def poison(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[0, 3] = value
+        return tensor
+
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", poison)]),
+        pytest.raises(NonFiniteActivationError, match=r"enters block 2 .*first at position 3"),
+    ):
+        tlc.trace(model, TOKENS)
+
+
+def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
+    """A hook that edits the stream between the sublayers makes a split by sublayer wrong."""
+    _, cache = model.run_with_cache(TOKENS[None])
+    activations = {name: value.clone() for name, value in cache.items()}
+    activations["blocks.1.hook_attn_out"] *= 1.01
+    with pytest.raises(ResidualIdentityError, match=r"block 1: .*hook_resid_post by .*e-0\d of its norm"):
+        tlc.growth(activations)
+    edit = [("blocks.1.hook_resid_post", lambda tensor, hook: tensor * 1.01)]
+    with model.hooks(fwd_hooks=edit), pytest.raises(ResidualIdentityError, match="block 1"):
+        tlc.trace(model, TOKENS)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": 3}, "layer=3 .*from -3 to 2"),
+        ({"layer": 1.0}, "layer=1.0"),
+        ({"layer": 0, "src": 7}, "src=7 .*from -7 to 6"),
+        ({"layer": 0, "dest": -8}, "dest=-8"),
+        ({"layer": 0, "src": 5, "dest": 2}, "src=5 .*not after dest=2"),
+        ({"layer": 0, "sublayer": "mlps"}, "sublayers='mlps'"),
+        ({"layer": 0, "sublayer": "block", "head": 0}, "head=0 .*sublayer='attn'"),
+        ({"layer": 0, "sublayer": "attn", "head": 4}, "head=4 .*from -4 to 3"),
+    ],
+)
+def test_bad_indices(model: torch.nn.Module, arguments: dict, message: str):
+    with pytest.raises(ArgumentError, match=message):
+        tlc.residual_jacobian(tlc.trace(model, TOKENS), **arguments)

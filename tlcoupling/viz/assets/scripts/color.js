@@ -1,0 +1,58 @@
+/* Colours of numbers. The ramps are custom properties of the style sheet, so that the scheme (light, dark) chooses them. */
+
+{
+  const property = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const channels = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
+
+  const ramp = (name) => {
+    const anchors = property(name).split(/\s+/).map(channels);
+    return (share) => {
+      const place = Math.min(Math.max(share, 0), 1) * (anchors.length - 1);
+      const low = Math.min(Math.floor(place), anchors.length - 2);
+      return anchors[low].map((from, i) => Math.round(from + (anchors[low + 1][i] - from) * (place - low)));
+    };
+  };
+
+  const css = (color) => `rgb(${color.join(" ")})`;
+
+  /** value -> colour: 0 is the ground, limit the end of the ramp, negative values have a ramp of their own. */
+  tlc.scale = (limit) => {
+    const [positive, negative] = [ramp("--ramp"), ramp("--ramp-negative")];
+    return (value) => {
+      if (value === null) return property("--undefined");
+      return css(value < 0 ? negative(-value / limit) : positive(value / limit));
+    };
+  };
+
+  /** share from 0 to 1 -> background and a readable text colour. */
+  tlc.tint = () => {
+    const tint = ramp("--ramp");
+    return (share) => {
+      const color = tint(share);
+      const [r, g, b] = color.map((c) => (c / 255 <= 0.04045 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+      const luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      return { background: css(color), text: luminance > 0.18 ? "#10151b" : "#ffffff" };
+    };
+  };
+
+  tlc.neutral = () => property("--diagonal");
+
+  /** Run now, and again when the reader's scheme changes. */
+  tlc.inScheme = (draw) => {
+    draw();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  };
+
+  /** A bar from low to high in the colours of a function of the value, with labels: pairs of share and text. */
+  tlc.colorbar = ({ low, high, color, labels, description }) => {
+    const stops = Array.from({ length: 33 }, (_, i) => color(low + ((high - low) * i) / 32));
+    const bar = tlc.html("div", { class: "bar" });
+    bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
+    const ticks = labels.map(([share, text]) => {
+      const tick = tlc.html("span", {}, text);
+      tick.style.left = `${100 * share}%`;
+      return tick;
+    });
+    return tlc.html("div", { class: "colorbar", role: "img", "aria-label": description }, bar, ...ticks);
+  };
+}

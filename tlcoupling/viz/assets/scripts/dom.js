@@ -1,0 +1,57 @@
+/* Elements, numbers and tables. Text reaches the document as text alone, never as markup. */
+"use strict";
+
+const tlc = { sections: {} };
+
+{
+  const fill = (node, attributes, children) => {
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+      else node.setAttribute(name, value);
+    }
+    node.append(...children);
+    return node;
+  };
+
+  tlc.html = (name, attributes = {}, ...children) =>
+    fill(document.createElement(name), attributes, children);
+
+  tlc.svg = (name, attributes = {}, ...children) =>
+    fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+}
+
+/** A section's element that carries data-part="name". */
+tlc.part = (section, name) => section.querySelector(`[data-part="${name}"]`);
+
+/** A number for reading; what is not defined (null in the data) is a dash. */
+tlc.number = (value, digits = 4) =>
+  value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
+
+/** A table from rows of cells; the first cell of a row names it, the others are numbers. */
+tlc.table = (columns, rows) => {
+  const head = columns.map((name) => tlc.html("th", { scope: "col" }, name));
+  const body = rows.map(([name, ...cells]) =>
+    tlc.html(
+      "tr",
+      {},
+      tlc.html("th", { scope: "row" }, name),
+      ...cells.map((cell) => tlc.html("td", {}, cell)),
+    ),
+  );
+  return tlc.html(
+    "table",
+    {},
+    tlc.html("thead", {}, tlc.html("tr", {}, ...head)),
+    tlc.html("tbody", {}, ...body),
+  );
+};
+
+/** A labelled sample of each line or bar of a chart: pairs of class and text. */
+tlc.legend = (entries) =>
+  entries.map(([kind, text]) => tlc.html("span", {}, tlc.html("i", { class: kind }), text));
+
+/** The token that the reader points at; sections listen to it. */
+tlc.token = {
+  listeners: [],
+  point: (position) => tlc.token.listeners.forEach((listen) => listen(position)),
+};
