@@ -1,8 +1,8 @@
 """The published procedure for depth-wise coupling, as the paper's authors describe and release it.
 
-Per block: one vector-Jacobian product over the whole sequence for each of the d output coordinates of the last token, minus
-the identity; a full SVD; then the misalignment of each pair of blocks. It works on the plain HuggingFace model, without
-hooks. Source: arXiv 2407.07810, section 3 and its published code (text here is ours).
+Per block: one vector-Jacobian product over the whole sequence for each of the d output coordinates of the last token,
+minus the identity; a full SVD; then the misalignment of each pair of blocks. It works on the plain HuggingFace model,
+without hooks. Source: arXiv 2407.07810, section 3 and its published code (text here is ours).
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def block_jacobian(block: Any, args: tuple, kwargs: dict, n_rows: int | None = N
     rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     out = block(stream, *args[1:], **rest)
     out = (out[0] if isinstance(out, tuple) else out)[0, -1]
-    rows = [
-        torch.autograd.grad(out[index], stream, retain_graph=True)[0][0, -1]
-        for index in range(n_rows or len(out))
-    ]
+    rows = [torch.autograd.grad(out[index], stream, retain_graph=True)[0][0, -1] for index in range(n_rows or len(out))]
     jacobian = torch.stack(rows)
     return jacobian - torch.eye(*jacobian.shape) if n_rows is None else jacobian
 

@@ -1,4 +1,4 @@
-"""The shared list of small models: each norm, position scheme, MLP and topology, on whatever TransformerLens is installed.
+"""The shared list of small models: each norm, position scheme, MLP and topology, on the TransformerLens installed.
 
 Weights are random and large enough that attention is uneven and activations are bent. Nothing here needs a model hub.
 """
@@ -86,9 +86,7 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
         config.architectures = [architecture]
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         model = randomise(model).to(dtype).eval()
-        return TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=tiny_tokenizer(), dtype=dtype
-        )
+        return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tiny_tokenizer(), dtype=dtype)
 
     return build
 

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_CHROMIUM = "no Chromium on this machine: apt-get install chromium"
 
 _FLAGS = (
@@ -60,9 +58,7 @@ class Page:
         command_read, self._write = os.pipe()
         self._read, answer_write = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4; 10 and 11 keep the two apart while they move there.
-        script = (
-            f'exec 10<&{command_read} 11>&{answer_write}; exec 3<&10 4>&11; exec "$@" 10<&- 11>&-'
-        )
+        script = f'exec 10<&{command_read} 11>&{answer_write}; exec 3<&10 4>&11; exec "$@" 10<&- 11>&-'
         self._process = subprocess.Popen(
             [
                 "bash",
@@ -112,9 +108,7 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
-        answer = self._call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
+        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
@@ -145,9 +139,7 @@ class Page:
         """Move the mouse."""
         self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def screenshot(
-        self, path: Path, *, clip: tuple[float, float, float, float] | None = None
-    ) -> None:
+    def screenshot(self, path: Path, *, clip: tuple[float, float, float, float] | None = None) -> None:
         """Save the whole page, or (x, y, width, height) of it, as PNG."""
         height = self.evaluate("document.documentElement.scrollHeight")
         self._call("Emulation.setDeviceMetricsOverride", **{**self._size, "height": height})
@@ -213,8 +205,5 @@ class Page:
                 self.errors.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
                 url = params["request"]["url"]
-                if (
-                    not url.startswith(("data:", "blob:", "about:"))
-                    and params["type"] != "Document"
-                ):
+                if not url.startswith(("data:", "blob:", "about:")) and params["type"] != "Document":
                     self.requests.append(url)

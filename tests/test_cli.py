@@ -118,9 +118,7 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
     assert (tmp_path / "tlcoupling-report" / "report.html").is_file()
 
 
-def test_hostile_tokens_are_printed_as_text(
-    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tokens = (*HOSTILE_TOKENS, "\x1b[31mred", "[bold]x[/nonsense]", "\rover")
     monkeypatch.setattr("tlcoupling.analysis.analyze", lambda *args, **options: make_analysis(tokens))
     result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
@@ -129,9 +127,7 @@ def test_hostile_tokens_are_printed_as_text(
     assert "[bold]x[/nonsense]" in result.stdout
 
 
-def test_undefined_numbers_are_dashes(
-    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     analysis = make_analysis(n_layers=1, sequential=False)
     monkeypatch.setattr("tlcoupling.analysis.analyze", lambda *args, **options: analysis)
     result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
@@ -180,9 +176,7 @@ def test_model_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     "options",
     [["--engine", "magic"], ["--k", "ten"], ["--tokens", "first"], ["--layer", "top"], ["--colour", "red"]],
 )
-def test_mistyped_options_end_with_2_before_the_work(
-    report: Report, loaded: list[str], options: list[str]
-) -> None:
+def test_mistyped_options_end_with_2_before_the_work(report: Report, loaded: list[str], options: list[str]) -> None:
     result = report(*options)
     assert result.exit_code == 2
     assert options[0] in result.stderr

@@ -15,9 +15,7 @@ from tlcoupling.coupling.metric import coupling, null_coupling, subspace_overlap
 from tlcoupling.errors import ArgumentError
 
 
-def plain_coupling(
-    j1: torch.Tensor, j2: torch.Tensor, k: int, normalizer: str, bases: str, absolute: bool
-) -> float:
+def plain_coupling(j1: torch.Tensor, j2: torch.Tensor, k: int, normalizer: str, bases: str, absolute: bool) -> float:
     """The formula of the design, section 5, from full SVDs, entry by entry."""
     _, s1, _ = torch.linalg.svd(j1)
     u2, _, vh2 = torch.linalg.svd(j2)
@@ -42,9 +40,7 @@ def haar(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("absolute", [True, False])
 def test_depth_coupling_is_the_formula(case: Case, normalizer: str, bases: str, absolute: bool):
     trace = tlc.trace(case.model(), TOKENS)
-    found = tlc.depth_coupling(
-        trace, [2, 5], tokens=[3, -1], normalizer=normalizer, bases=bases, absolute=absolute
-    )
+    found = tlc.depth_coupling(trace, [2, 5], tokens=[3, -1], normalizer=normalizer, bases=bases, absolute=absolute)
     assert found.values.shape == (len(trace.sublayers), 2, 2, trace.n_layers, trace.n_layers)
     for s, sublayer in enumerate(trace.sublayers):
         pos = 6
@@ -106,9 +102,7 @@ def test_the_null_is_what_random_bases_give(absolute: bool, normalizer: str):
     jacobian = haar(d, d, generator) * spectrum @ haar(d, d, generator).mT
     values = torch.stack(
         [
-            coupling(
-                haar(d, k, generator).mT @ jacobian @ haar(d, k, generator), spectrum[:k], normalizer, absolute
-            )
+            coupling(haar(d, k, generator).mT @ jacobian @ haar(d, k, generator), spectrum[:k], normalizer, absolute)
             for _ in range(draws)
         ]
     )
@@ -119,9 +113,7 @@ def test_the_null_is_what_random_bases_give(absolute: bool, normalizer: str):
 
 def test_the_null_of_the_overlap_is_k_over_d():
     generator = torch.Generator().manual_seed(1)
-    overlaps = torch.stack(
-        [subspace_overlap(haar(100, 7, generator), haar(100, 7, generator)) for _ in range(300)]
-    )
+    overlaps = torch.stack([subspace_overlap(haar(100, 7, generator), haar(100, 7, generator)) for _ in range(300)])
     assert abs(overlaps.mean() - 0.07) < 3 * overlaps.std() / math.sqrt(300)
 
 
@@ -131,8 +123,7 @@ def test_overlap_and_null_of_a_model():
     found = tlc.depth_coupling(trace, 4)
     for s, sublayer in enumerate(found.sublayers):
         jacobians = [
-            tlc.residual_jacobian(trace, layer, sublayer, engine="autograd").dense()
-            for layer in range(trace.n_layers)
+            tlc.residual_jacobian(trace, layer, sublayer, engine="autograd").dense() for layer in range(trace.n_layers)
         ]
         parts = [torch.linalg.svd(jacobian) for jacobian in jacobians]
         for row, (u1, s1, vh1) in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Jacobians: both engines against each other, against plain autograd of the whole model, and against finite differences."""
+"""Jacobians: both engines against each other, plain autograd of the whole model, and finite differences."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_real_model_moves_as_the_jacobian_says(case: Case, case_trace: tlc.T
         ends = []
         for sign in (1, -1):
 
-            def move(stream: torch.Tensor, sign: int = sign) -> torch.Tensor:
+            def move(stream: torch.Tensor, sign: int = sign, src: int = src) -> torch.Tensor:
                 stream = stream.clone()
                 stream[0, src] += sign * step * direction
                 return stream
@@ -95,10 +95,7 @@ def test_sublayers_compose_to_the_block(case: Case, case_trace: tlc.Trace):
         )
         mlp = tlc.residual_jacobian(case_trace, 1, "mlp", dest, dest, engine="autograd").dense()
         same = float(src == dest) * torch.eye(len(block), dtype=block.dtype)
-        if case_trace.topology == "sequential":
-            composed = attn + mlp @ (same + attn)
-        else:
-            composed = attn + mlp @ same
+        composed = attn + mlp @ (same + attn) if case_trace.topology == "sequential" else attn + mlp @ same
         assert relative_error(composed, block) < case.tolerance
 
 

@@ -142,8 +142,7 @@ def test_smollm2_weights_are_those_of_the_file_to_the_last_bit(smollm2):
         "ffn_down": "mlp.down_proj",
     }
     weights = {
-        name.replace("_original_component.", ""): weight
-        for name, weight in smollm2.original_model.state_dict().items()
+        name.replace("_original_component.", ""): weight for name, weight in smollm2.original_model.state_dict().items()
     }
     compared = 0
     for tensor in gguf.GGUFReader(tlc_models._smollm2_file()).tensors:
@@ -184,9 +183,7 @@ def test_the_loader_restores_what_it_sets_for_the_length_of_a_load():
         ("gguf", "pip install gguf"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    monkeypatch, package, command
-):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, package, command):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,

@@ -31,9 +31,7 @@ def test_parity_with_the_published_procedure(trace: tlc.Trace, solver: str):
             )
             for index, k in enumerate(found.ks):
                 misalignment = 1 - found.values[0, 0, index, :29, :29]
-                torch.testing.assert_close(
-                    misalignment, PUBLISHED[f"K{k}.{bases}.{normalizer}"], rtol=0, atol=1e-4
-                )
+                torch.testing.assert_close(misalignment, PUBLISHED[f"K{k}.{bases}.{normalizer}"], rtol=0, atol=1e-4)
             assert found.provenance.engine == {"block": "analytic"}
             torch.testing.assert_close(
                 found.singular_values[0, 0, :29], PUBLISHED["singular_values"][:, :50], rtol=1e-4, atol=0

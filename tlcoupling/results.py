@@ -91,11 +91,7 @@ class Result:
     def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
         """All tensors that are present, measured and derived, with their axes."""
         declared = {**self._axes, **self._derived}
-        return {
-            name: (axes, value)
-            for name, axes in declared.items()
-            if (value := getattr(self, name)) is not None
-        }
+        return {name: (axes, value) for name, axes in declared.items() if (value := getattr(self, name)) is not None}
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Long form: one row per number, columns ``quantity``, one per axis, ``value``."""
@@ -122,10 +118,7 @@ class Result:
             import xarray as xr
         except ImportError as error:
             raise ImportError("to_xarray needs xarray: pip install 'tlcoupling[xarray]'") from error
-        arrays = {
-            name: (axes, array.detach().cpu().numpy())
-            for name, (axes, array) in self._arrays().items()
-        }
+        arrays = {name: (axes, array.detach().cpu().numpy()) for name, (axes, array) in self._arrays().items()}
         used = {axis for axes, _ in arrays.values() for axis in axes}
         coords = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}
         return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
@@ -173,9 +166,7 @@ def load(path: str | Path) -> Any:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ResultFileError(
-            f"{str(path)!r} is damaged or is no safetensors file: {error}"
-        ) from error
+        raise ResultFileError(f"{str(path)!r} is damaged or is no safetensors file: {error}") from error
     if FORMAT not in metadata:
         raise ResultFileError(
             f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
@@ -209,9 +200,7 @@ def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix:
     """Undo ``_flatten``."""
     kind = Result._kinds[header["kind"]]
     values = {name: _tuples(value) for name, value in header["plain"].items()}
-    values["provenance"] = Provenance(
-        **{name: _tuples(value) for name, value in header["provenance"].items()}
-    )
+    values["provenance"] = Provenance(**{name: _tuples(value) for name, value in header["provenance"].items()})
     for name, inner in header["nested"].items():
         values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
     for spec in fields(kind):

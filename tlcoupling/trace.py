@@ -6,6 +6,7 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,9 +92,7 @@ class Stream:
         return self.resid[:-1] + self.attn_out
 
     @classmethod
-    def from_activations(
-        cls, activations: Mapping[str, Tensor], n_layers: int, topology: Topology
-    ) -> Stream:
+    def from_activations(cls, activations: Mapping[str, Tensor], n_layers: int, topology: Topology) -> Stream:
         """Build the stream from recorded hook points and check it.
 
         Half-precision activations are lifted to float32; the tolerance of the check is that of their own dtype.
@@ -110,8 +109,7 @@ class Stream:
 
         layers = range(n_layers)
         resid = stack(
-            [block_hook(layer, "hook_resid_pre") for layer in layers]
-            + [block_hook(n_layers - 1, "hook_resid_post")]
+            [block_hook(layer, "hook_resid_pre") for layer in layers] + [block_hook(n_layers - 1, "hook_resid_post")]
         )
         attn_out = stack(block_hook(layer, "hook_attn_out") for layer in layers)
         mlp_out = None
@@ -130,9 +128,7 @@ class Stream:
         if finite.all():
             return
         layer, pos = (~finite).nonzero()[0].tolist()
-        where = (
-            f"enters block {layer}" if layer < self.n_layers else f"leaves the last block, {layer - 1}"
-        )
+        where = f"enters block {layer}" if layer < self.n_layers else f"leaves the last block, {layer - 1}"
         raise NonFiniteActivationError(
             f"the residual stream that {where} holds NaN or infinite values (first at position {pos}); "
             "no Jacobian, line or rate is defined there. A half-precision model may have overflowed: try float32"
@@ -154,7 +150,6 @@ class Stream:
             "add to the stream and a split by sublayer would be wrong. Hooks that edit the stream between the "
             "sublayers, or an architecture that rescales or reorders its writes, do this"
         )
-
 
     def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
         gap = ((self.resid_mid - hooked).norm(dim=-1) / hooked.norm(dim=-1)).amax(-1)
@@ -215,9 +210,7 @@ class Trace(Stream):
         given = Stream.from_activations(_plain(cache), len(model.blocks), topology_of_model(model))
         own = trace(model, tokens)
         if own.resid.shape != given.resid.shape:
-            raise ArgumentError(
-                "tokens", f"{own.n_tokens} tokens", f"the {given.n_tokens} tokens of the cache"
-            )
+            raise ArgumentError("tokens", f"{own.n_tokens} tokens", f"the {given.n_tokens} tokens of the cache")
         gap = (own.resid - given.resid).norm() / own.resid.norm()
         if not gap <= IDENTITY_TOLERANCE[torch.float16 if _is_half(cache) else own.resid.dtype]:
             raise StaleTraceError(
@@ -254,8 +247,7 @@ class Trace(Stream):
         normalization = getattr(cfg, "normalization_type", None)
         return {
             "normalization_type": normalization,
-            "layer_norm_folded": str(normalization).endswith("Pre")
-            or bool(getattr(cfg, "layer_norm_folding", False)),
+            "layer_norm_folded": str(normalization).endswith("Pre") or bool(getattr(cfg, "layer_norm_folding", False)),
             "writes_centered": bool(share_of_mean < 1e-4),
             "dtype": str(next(self.model.blocks.parameters()).dtype).removeprefix("torch."),
         }
@@ -302,10 +294,8 @@ class Trace(Stream):
             written.append(tensor)
             raise Done
 
-        try:
+        with contextlib.suppress(Done):
             self.run_block(layer, resid_pre, {**hooks, "hook_attn_out": stop})
-        except Done:
-            pass
         return written[0]
 
     def run_mlp(
@@ -433,9 +423,7 @@ def _is_half(cache: Any) -> bool:
     )
 
 
-def _fetch(
-    activations: Mapping[str, Tensor], name: str, batched: bool | None = True
-) -> Float[Tensor, "pos d_model"]:
+def _fetch(activations: Mapping[str, Tensor], name: str, batched: bool | None = True) -> Float[Tensor, "pos d_model"]:
     """One recorded activation without its batch axis."""
     if name not in activations:
         raise MissingHookError(f"the cache lacks {name!r}. {_how_to_cache(name)}")
@@ -474,9 +462,7 @@ def _to_tokens(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor,
     if tokens.ndim == 1:
         tokens = tokens[None]
     if tokens.ndim != 2 or tokens.shape[0] != 1:
-        raise ArgumentError(
-            "prompt", f"token ids of shape {tuple(tokens.shape)}", "one prompt: [pos] or [1, pos]"
-        )
+        raise ArgumentError("prompt", f"token ids of shape {tuple(tokens.shape)}", "one prompt: [pos] or [1, pos]")
     if tokens.shape[1] == 0:
         raise ArgumentError("prompt", prompt, "at least one token; it is empty")
     vocabulary = getattr(model.cfg, "d_vocab", None)

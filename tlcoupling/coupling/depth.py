@@ -87,9 +87,7 @@ class DepthCoupling(Result):
         means = self.mean()
         shown = ", ".join(
             f"{name} {value:.4f} (null {null:.4f})"
-            for name, value, null in zip(
-                self.sublayers, means[:, 0, 0], self.mean("null")[:, 0, 0], strict=True
-            )
+            for name, value, null in zip(self.sublayers, means[:, 0, 0], self.mean("null")[:, 0, 0], strict=True)
         )
         return f"DepthCoupling({len(self.layers)} layers, {len(self.positions)} tokens, K={self.ks[0]}: {shown})"
 

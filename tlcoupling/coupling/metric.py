@@ -73,8 +73,6 @@ def null_coupling(
     return 1 - expected.sqrt() / normalizer_of(s1, normalizer)
 
 
-def subspace_overlap(
-    basis1: Float[Tensor, "... d K"], basis2: Float[Tensor, "... d K"]
-) -> Float[Tensor, "..."]:
+def subspace_overlap(basis1: Float[Tensor, "... d K"], basis2: Float[Tensor, "... d K"]) -> Float[Tensor, "..."]:
     """||B1^T B2||_F^2 / K, from 0 to 1; K / d for independent Haar-random subspaces."""
     return (basis1.mT @ basis2).square().sum((-2, -1)) / basis1.shape[-1]

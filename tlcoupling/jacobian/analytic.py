@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.hooked import attached, lifted
+from tlcoupling.hooked import Hook, attached, lifted
 from tlcoupling.jacobian.maps import (
     BlockMap,
     Diagonal,
@@ -43,17 +43,14 @@ from tlcoupling.jacobian.maps import (
 from tlcoupling.trace import Trace
 
 _NORM_POINTS = ("ln1.hook_scale", "ln2.hook_scale")
-_ATTN_POINTS = tuple(
-    f"attn.hook_{name}"
-    for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern")
-)
+_ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern"))
 _MLP_INPUTS = ("mlp.hook_pre", "mlp.hook_pre_linear")
 _MLP_OUTPUT = "mlp.hook_post"
 # How far a block's own float32 values may lie from the formula that is to describe them, relative to the largest.
 _FIT = 1e-4
 
 
-class Uncovered(Exception):  # noqa: N818 - a reason to take the other engine, not an error
+class Uncovered(Exception):
     """The closed form does not describe this sublayer; the message says what does not fit."""
 
 
@@ -246,7 +243,7 @@ class AnalyticLayer:
         return NormMap(inner / scale, scale, gain, centered)
 
     def _norm_behaviour(self, name: str) -> tuple[Float[Tensor, " d_model"], bool, Float[Tensor, ""]]:
-        """Gain, whether it centres, and epsilon of a norm, from what it makes of an input, its opposite and a shift of it.
+        """Gain, centring and epsilon of a norm, from what it makes of an input, its opposite and a shift of it.
 
         So a folded gain, one stored as 1 + w (Gemma) and any other convention need no case of their own.
         """
@@ -263,18 +260,16 @@ class AnalyticLayer:
         return gain, centered, scale.square() - inner.square().mean()
 
     def _activation_slopes(self, run: Run) -> list[Float[Tensor, " d_mlp"]]:
-        """d post / d pre (and d post / d pre_linear of a gated MLP) of a run on one row, by autograd.
+        """Slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP) of a run on one row, by autograd.
 
-        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative. The MLP
-        itself is run, with its pre-activations put in place as leaves.
+        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative. The
+        MLP itself is run, with its pre-activations put in place as leaves.
         """
-        leaves = {
-            name: run.values[name][None].clone().requires_grad_() for name in _MLP_INPUTS if name in run.values
-        }
+        leaves = {name: run.values[name][None].clone().requires_grad_() for name in _MLP_INPUTS if name in run.values}
         if _MLP_INPUTS[0] not in leaves or _MLP_OUTPUT not in run.values:
             raise Uncovered("the MLP has no hook_pre and hook_post")
         kept: list[Tensor] = []
-        hooks = [(self._trace.point(self.layer, _MLP_OUTPUT), kept.append)]
+        hooks: list[tuple[Any, Hook]] = [(self._trace.point(self.layer, _MLP_OUTPUT), kept.append)]
         for name, leaf in leaves.items():
             hooks.append((self._trace.point(self.layer, name), lambda tensor, leaf=leaf: leaf))
         stand_in = torch.zeros_like(self.resid_pre[None, :1])
@@ -358,7 +353,8 @@ def _score_scale(
 ) -> Float[Tensor, ""]:
     """The factor c with which pattern = softmax(c q . k), by least squares on the log-pattern less its mean per row.
 
-    Rounding leaves c a relative error that grows as attention gets more even; c = 1 / sqrt(d_head), to that, is taken as such.
+    Rounding leaves c a relative error that grows as attention gets more even; a c that is 1 / sqrt(d_head) to that error
+    is taken as such.
 
     Raises:
         Uncovered: there is none.
@@ -376,7 +372,9 @@ def _score_scale(
     if not (scale - usual).abs() > 1e-2 * usual:  # also where a single position leaves it open
         scale = usual
     if not _close((scale * products).where(seen, -torch.inf).softmax(-1), pattern):
-        raise Uncovered("the attention pattern is no softmax of a multiple of q . k (a bias, a soft-cap or a norm between)")
+        raise Uncovered(
+            "the attention pattern is no softmax of a multiple of q . k (a bias, a soft-cap or a norm between)"
+        )
     return scale
 
 

@@ -17,8 +17,8 @@ from tlcoupling.trace import Trace
 
 EngineName = Literal["auto", "analytic", "autograd"]
 
-# Relative gap allowed between an analytic product and the module's own derivative along the same probe. Float32 products
-# of this size agree to 1e-5; HuggingFace modules cast to float32 inside, whatever the model's dtype.
+# Relative gap allowed between an analytic product and the module's own derivative along the same probe. Float32
+# products of this size agree to 1e-5; HuggingFace modules cast to float32 inside, whatever the model's dtype.
 CERTIFICATE_TOLERANCE = 1e-4
 
 
@@ -41,7 +41,7 @@ class JacobianEngine:
             raise ArgumentError("engine", engine, f"one of {', '.join(get_args(EngineName))}")
         self.trace, self.engine = trace, engine
         self._hooked = trace.hooked or trace.has_user_hooks
-        self._closed_form: AnalyticLayer | None = None  # of the last layer asked for: one is held at a time
+        self._last: AnalyticLayer | None = None
         self._refusals: dict[tuple[int, str, bool], str | None] = {}  # by layer, sublayer, src = dest
         self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._warned: set[str] = set()
@@ -72,21 +72,26 @@ class JacobianEngine:
         self._used[sublayer][name].add(layer)
         return AutogradJacobian(self.trace, layer, sublayer, src, dest, head) if made is None else made
 
-    def _analytic(
-        self, layer: int, sublayer: str, src: int, dest: int, head: int | None
-    ) -> JacobianOperator | None:
+    def _analytic(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator | None:
         """The certified closed form, or None after saying why not."""
         if self._hooked:
             return self._refuse("hooks are attached to the model, and only autograd sees them act")
-        if self._closed_form is None or self._closed_form.layer != layer:
-            self._closed_form = AnalyticLayer(self.trace, layer, src)
+        closed_form = self._observed(layer, src)
         if sublayer != "mlp" or src == dest:  # an MLP does not reach another position: nothing to certify
             key = (layer, sublayer, src == dest)
             if key not in self._refusals:
-                self._refusals[key] = self._certify(layer, sublayer, src, dest)
+                if src != dest and closed_form.src != src:
+                    closed_form = self._last = AnalyticLayer(self.trace, layer, src)
+                self._refusals[key] = self._certify(closed_form, sublayer, src, dest)
             if (refusal := self._refusals[key]) is not None:
                 return self._refuse(f"{sublayer}: {refusal}")
-        return self._closed_form.sublayer(sublayer, src, dest, head)
+        return closed_form.sublayer(sublayer, src, dest, head)
+
+    def _observed(self, layer: int, src: int) -> AnalyticLayer:
+        """The closed forms of a layer; those of one layer are held at a time."""
+        if self._last is None or self._last.layer != layer:
+            self._last = AnalyticLayer(self.trace, layer, src)
+        return self._last
 
     def _refuse(self, reason: str) -> None:
         if self.engine == "analytic":
@@ -95,19 +100,16 @@ class JacobianEngine:
             self._warned.add(reason)
             warnings.warn(f"tlcoupling computes by autograd, which is slower: {reason}", stacklevel=2)
 
-    def _certify(self, layer: int, sublayer: str, src: int, dest: int) -> str | None:
+    def _certify(self, closed_form: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         """Why a closed form cannot be used, None where it can: one probe against the real module.
 
         A position's effect on itself is certified where the attention was probed, whichever position is asked for.
         """
-        seen = self._closed_form
         if src == dest:
-            src = dest = seen.src
-        elif seen.src != src:
-            seen = self._closed_form = AnalyticLayer(self.trace, layer, src)
+            src = dest = closed_form.src
         try:
-            operator = seen.sublayer(sublayer, src, dest)
-            probe, truth = self._truth(sublayer, src, dest)
+            operator = closed_form.sublayer(sublayer, src, dest)
+            probe, truth = self._truth(closed_form, sublayer, src, dest)
         except Uncovered as reason:
             return str(reason)
         gap, size = (operator.mv(probe) - truth).norm(), truth.norm()
@@ -115,28 +117,27 @@ class JacobianEngine:
             return None
         return (
             f"its closed form misses the module's own derivative by {gap / size:.1e} "
-            f"(first in layer {layer}; allowed: {CERTIFICATE_TOLERANCE:.0e})"
+            f"(first in layer {closed_form.layer}; allowed: {CERTIFICATE_TOLERANCE:.0e})"
         )
 
     def _truth(
-        self, sublayer: str, src: int, dest: int
+        self, seen: AnalyticLayer, sublayer: str, src: int, dest: int
     ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
         """A direction at the sublayer's input at src, and the real modules' derivative along it at dest.
 
         A block is its two sublayers in the order of its topology; that their writes add up is checked on every trace.
         """
-        seen = self._closed_form
-        attn, mlp = seen.attn_run.tangent, None
-        if sublayer != "attn" and self.trace.mlp_out is not None:
-            mlp = seen.mlp_run(dest)
+        attn = seen.attn_run.tangent
+        mlp = seen.mlp_run(dest) if sublayer != "attn" and self.trace.mlp_out is not None else None
         if attn is None or (mlp is not None and mlp.tangent is None):
             oracle = AutogradJacobian(self.trace, seen.layer, sublayer, src, dest, None)
             return seen.probe, oracle.mv(seen.probe)
-        if sublayer == "mlp":
-            return mlp.direction, mlp.tangent[0]
-        if mlp is None or (src != dest and self.trace.topology == "parallel"):
+        written = None if mlp is None or mlp.tangent is None else mlp.tangent[0]
+        if mlp is not None and written is not None and sublayer == "mlp":
+            return mlp.direction, written
+        if written is None or (src != dest and self.trace.topology == "parallel"):
             return seen.probe, attn[dest]
-        return seen.probe, attn[dest] + mlp.tangent[0]
+        return seen.probe, attn[dest] + written
 
 
 def residual_jacobian(

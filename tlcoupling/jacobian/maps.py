@@ -117,7 +117,9 @@ class Diagonal(LinearMap):
         """A X."""
         return self.diagonal[:, None] * x
 
-    rmm = mm
+    def rmm(self, y: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """A Y."""
+        return self.diagonal[:, None] * y
 
     def dense(self) -> Float[Tensor, "n n"]:
         """diag(a)."""
@@ -174,9 +176,7 @@ class HeadMap(LinearMap):
 
     light = True
 
-    def __init__(
-        self, blocks: Float[Tensor, "head d_out d_in"], groups: Int[Tensor, " head"], n_groups: int
-    ) -> None:
+    def __init__(self, blocks: Float[Tensor, "head d_out d_in"], groups: Int[Tensor, " head"], n_groups: int) -> None:
         """Take each head's block and the group that it reads."""
         heads, d_out, d_in = blocks.shape
         super().__init__((heads * d_out, n_groups * d_in), blocks)

@@ -81,6 +81,4 @@ def _require_rank(operator: JacobianOperator, found: Triplets) -> None:
     floor = found.s[0] * max(operator.shape) * torch.finfo(operator.dtype).eps
     rank = int((found.s > floor).sum())
     if rank < len(found.s):
-        raise ArgumentError(
-            "k", len(found.s), f"at most {rank}, the numerical rank of this Jacobian"
-        )
+        raise ArgumentError("k", len(found.s), f"at most {rank}, the numerical rank of this Jacobian")

@@ -52,17 +52,13 @@ def krylov_svd(operator: JacobianOperator, k: int, tolerance: float) -> Triplets
     return _ritz(u, v, jtu, k)
 
 
-def _ritz(
-    u: Float[Tensor, "m b"], v: Float[Tensor, "n b"], jtu: Float[Tensor, "n b"], k: int
-) -> Triplets:
+def _ritz(u: Float[Tensor, "m p"], v: Float[Tensor, "n q"], jtu: Float[Tensor, "n p"], k: int) -> Triplets:
     """The best triplets within the spaces of U and V, from B = U^T J V."""
     inner = jtu.mT @ v
     left, s, right = torch.linalg.svd(inner)
     left, s, right = left[:, :k], s[:k], right[:k].mT
     jv = u @ (inner @ right)  # J V lies in the space of U, by construction
-    return Triplets(
-        u @ left, s, v @ right, residuals(jv, jtu @ left, u @ left, s, v @ right), "krylov"
-    )
+    return Triplets(u @ left, s, v @ right, residuals(jv, jtu @ left, u @ left, s, v @ right), "krylov")
 
 
 def _orthogonalise(block: Float[Tensor, "n w"], basis: Float[Tensor, "n b"]) -> Float[Tensor, "n w"]:

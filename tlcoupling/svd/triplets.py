@@ -28,9 +28,7 @@ class Triplets:
 
     def __repr__(self) -> str:
         """One line."""
-        return (
-            f"Triplets(K={len(self.s)}, s_1={self.s[0]:.4g}, residual={self.residual.max():.1e}, {self.solver})"
-        )
+        return f"Triplets(K={len(self.s)}, s_1={self.s[0]:.4g}, residual={self.residual.max():.1e}, {self.solver})"
 
 
 def residuals(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.results import Result
-from tlcoupling.trace import Trace, stream_of
+from tlcoupling.trace import stream_of
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 
 

@@ -1,7 +1,7 @@
 r"""Linearity: does a token's residual stream run along a line?
 
-Source of the line-shape score: Gai and Zhang, "A Mathematical Principle of Deep Learning: Learn the Geodesic Curve in the
-Wasserstein Space", 2021, arXiv 2102.09235; used as in arXiv 2407.07810, section 3.
+Source of the line-shape score: Gai and Zhang, "A Mathematical Principle of Deep Learning: Learn the Geodesic Curve in
+the Wasserstein Space", 2021, arXiv 2102.09235; used as in arXiv 2407.07810, section 3.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Linearity(Result):
         lss: line-shape score, at least 1 (a straight line); n independent random directions give about sqrt(n).
             ``[path, pos]``.
         straightness: distance over length, ||x^L - x^0|| / sum ||d_i||, from 0 to 1. ``[path, pos]``.
-        paths: ``block`` (x^{l+1} - x^l), ``sublayer`` (a^l and m^l in turn; sequential blocks only), ``attn`` (a^l only),
-            ``mlp`` (m^l only).
+        paths: ``block`` (x^{l+1} - x^l), ``sublayer`` (a^l and m^l in turn; sequential blocks only), ``attn`` (a^l
+            only), ``mlp`` (m^l only).
         steps: number of steps n of each path.
         tokens: the tokens as text; positions where the source knows no text.
     """

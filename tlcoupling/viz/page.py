@@ -21,7 +21,19 @@ from typing import Any
 
 _ASSETS = resources.files("tlcoupling.viz") / "assets"
 # In the order in which they rely on each other.
-_SCRIPTS = ("dom", "color", "chart", "heatmap", "header", "summary", "coupling", "tokens", "growth", "attention", "main")
+_SCRIPTS = (
+    "dom",
+    "color",
+    "chart",
+    "heatmap",
+    "header",
+    "summary",
+    "coupling",
+    "tokens",
+    "growth",
+    "attention",
+    "main",
+)
 
 
 def render(title: str, sections: Mapping[str, Any]) -> str:

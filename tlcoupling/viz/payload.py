@@ -115,9 +115,7 @@ def growth(analysis: Analysis) -> dict[str, Any]:
         "log_norms": _rounded(log_norms.T, 3),
         "median": _rounded(log_norms.nanmedian(1).values, 3),
         "alpha": _rounded(result.alpha.nanmean(1)),
-        "shares": {
-            name: _rounded(share.nanmean(1)) for name, share in shares.items() if share is not None
-        },
+        "shares": {name: _rounded(share.nanmean(1)) for name, share in shares.items() if share is not None},
     }
 
 

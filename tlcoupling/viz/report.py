@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from tlcoupling.analysis import Analysis
@@ -30,7 +29,7 @@ def render_html(analysis: Analysis) -> str:
     )
 
 
-def write_html(analysis: Analysis, path: str | os.PathLike[str]) -> Path:
+def write_html(analysis: Analysis, path: str | Path) -> Path:
     """Write the report to a file.
 
     Returns:

@@ -67,8 +67,7 @@ class GrowthSummary:
 def coupling_rows(coupling: DepthCoupling) -> list[CouplingRow]:
     """One row per sublayer and K."""
     means = {
-        name: coupling.mean(name).nanmean(1)
-        for name in ("values", "null", "excess", "overlap_u", "overlap_v")
+        name: coupling.mean(name).nanmean(1) for name in ("values", "null", "excess", "overlap_u", "overlap_v")
     }  # [sublayer, k] each
     return [
         CouplingRow(
@@ -88,11 +87,7 @@ def linearity_rows(linearity: Linearity) -> list[LinearityRow]:
     for path, steps, scores in zip(linearity.paths, linearity.steps, linearity.lss, strict=True):
         finite = scores[scores.isfinite()]
         lowest, highest = (finite.min(), finite.max()) if len(finite) else (scores[0], scores[0])
-        rows.append(
-            LinearityRow(
-                path, steps, finite.mean().item(), lowest.item(), highest.item(), math.sqrt(steps)
-            )
-        )
+        rows.append(LinearityRow(path, steps, finite.mean().item(), lowest.item(), highest.item(), math.sqrt(steps)))
     return rows
 
 
