@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tlcoupling as tlc
-from tlcoupling.models import smollm2_hf
+from tlcoupling.models import smollm2_huggingface
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
 
     prompts = json.loads((files("tlcoupling") / "data/prompts.json").read_text())
-    hf_model, tokenizer = smollm2_hf()
+    hf_model, tokenizer = smollm2_huggingface()
     ids = torch.tensor(tokenizer(prompts["landmarks"])["input_ids"])
     ids = ids.repeat(-(-options.tokens // len(ids)))[: options.tokens]
     model = tlc.load_model("smollm2-135m")

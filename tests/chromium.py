@@ -57,7 +57,7 @@ class Page:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command_read, self._write = os.pipe()
         self._read, answer_write = os.pipe()
-        # Chromium reads commands from descriptor 3 and answers on 4; 10 and 11 keep the two apart while they move there.
+        # Chromium reads commands from descriptor 3 and answers on 4; 10 and 11 keep them apart on their way there.
         script = f'exec 10<&{command_read} 11>&{answer_write}; exec 3<&10 4>&11; exec "$@" 10<&- 11>&-'
         self._process = subprocess.Popen(
             [
@@ -152,12 +152,14 @@ class Page:
 
     def wait_for_ink(self, element: str, seconds: float = 30) -> None:
         """Wait until an element, given as an expression, shows more than one plain colour."""
-        box = f"(e => {{ const b = e.getBoundingClientRect(); return [b.x + scrollX, b.y + scrollY, b.width, b.height] }})({element})"
+        measure = (
+            "e => { const b = e.getBoundingClientRect(); return [b.x + scrollX, b.y + scrollY, b.width, b.height]; }"
+        )
         deadline = time.monotonic() + seconds
         with tempfile.TemporaryDirectory() as folder:
             while True:
                 shot = Path(folder, "shot.png")
-                self.screenshot(shot, clip=tuple(self.evaluate(box)))
+                self.screenshot(shot, clip=tuple(self.evaluate(f"({measure})({element})")))
                 if shot.stat().st_size > 8000:  # a plain surface of this size compresses to less
                     return
                 if time.monotonic() > deadline:

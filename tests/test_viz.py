@@ -144,6 +144,7 @@ def test_parallel_blocks_have_no_shares() -> None:
 
 def test_invisible_characters_are_shown() -> None:
     assert payload.visible(" a\n\t\u202e\u200b") == " a↵⇥\\u{202e}\\u{200b}"
+    assert payload.visible("") == "∅"
     assert payload.visible("\u200d") == "\\u{200d}"
     assert payload.visible("🏳️‍🌈") == "🏳️‍🌈"
 

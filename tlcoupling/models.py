@@ -129,26 +129,36 @@ def _load_smollm2(
     device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
 ) -> nn.Module:
     """Build a ``TransformerBridge`` around SmolLM2-135M-Instruct from its GGUF file."""
-    gguf_path = _smollm2_file()
     bridge = _require_bridge(SMOLLM2)
     if device is None:
         from transformer_lens.utilities.devices import get_device  # what every other name gets
 
         device = get_device()
-    with _offline(), _quiet_gguf_reader():
-        hf_model, tokenizer = _read_gguf(gguf_path)
-        hf_model = hf_model.to(device=device, dtype=dtype)
-        with _answered_locally(hf_model, tokenizer):
-            model = bridge.boot_transformers(
-                SMOLLM2_HUB_NAME,
-                hf_model=hf_model,
-                tokenizer=tokenizer,
-                device=device,
-                dtype=dtype,
-                **kwargs,
-            )
+    hf_model, tokenizer = smollm2_huggingface()
+    hf_model = hf_model.to(device=device, dtype=dtype)
+    with _offline(), _answered_locally(hf_model, tokenizer):
+        model = bridge.boot_transformers(
+            SMOLLM2_HUB_NAME,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
     model.cfg.default_prepend_bos = False
     return model.eval()
+
+
+def smollm2_huggingface() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct as a plain HuggingFace model and its tokenizer, to measure other procedures on.
+
+    Raises:
+        ModelLoadError: If a package is missing; the message has the command that installs it.
+    """
+    gguf_path = _smollm2_file()
+    with _offline(), _quiet_gguf_reader():
+        hf_model, tokenizer = _read_gguf(gguf_path)
+    return hf_model.eval(), tokenizer
 
 
 def _smollm2_file() -> Path:

@@ -1,8 +1,8 @@
 """What a reader sees: notebook widgets and the report page.
 
 ``widgets`` makes the notebook widgets and ``report`` the self-contained page. Both hand the numbers that ``payload``
-takes from a result to ``page``, which joins them with the HTML, CSS and JavaScript in ``assets``. ``summary`` reduces an
-analysis to the few numbers that the page and the terminal print.
+takes from a result to ``page``, which joins them with the HTML, CSS and JavaScript in ``assets``. ``summary`` reduces
+an analysis to the few numbers that the page and the terminal print.
 """
 
 from tlcoupling.viz.report import render_html, write_html

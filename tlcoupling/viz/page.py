@@ -1,8 +1,8 @@
 """One self-contained HTML page from sections, data and the files in ``assets``.
 
-Whatever comes from a model or a prompt enters the page as JSON alone, escaped so that it cannot end its element, and the
-page's scripts show it as text. Nothing but the scripts put here may run, and nothing may be fetched: the page says so in
-its Content-Security-Policy, by the scripts' hashes.
+Whatever comes from a model or a prompt enters the page as JSON, escaped so that it cannot end its element, and the
+page's scripts show it as text. Nothing but the scripts put here may run, and nothing may be fetched: the page says so
+in its Content-Security-Policy, by the scripts' hashes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results as plain data for the page: rounded, NaN and infinity as None, tokens with their invisible characters shown."""
+"""Results as plain data for the page: rounded, NaN and infinity as None, invisible characters of tokens shown."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def coupling(result: DepthCoupling) -> dict[str, Any]:
 
 
 def attention(analysis: Analysis) -> dict[str, Any] | None:
-    """Attention patterns of one layer, of the last tokens where there are too many to draw; None where there are none."""
+    """Attention patterns of one layer, of the last tokens where there are too many to draw; None without patterns."""
     if analysis.attention is None:
         return None
     n_tokens = len(analysis.tokens)
@@ -106,7 +106,7 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
 
 
 def growth(analysis: Analysis) -> dict[str, Any]:
-    """ln of the norms by token and depth, and their mean growth per layer split by sublayer."""
+    """Logarithms of the norms by token and depth, and their mean growth per layer split by sublayer."""
     result = analysis.growth
     log_norms = result.norms.log()
     shares = {"attn": result.attn_share, "mlp": result.mlp_share}
@@ -127,7 +127,7 @@ def visible(text: str) -> str:
             return char
         return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
 
-    return "".join(map(shown, text))
+    return "".join(map(shown, text)) or "∅"
 
 
 def _label(text: str, longest: int = 16) -> str:
