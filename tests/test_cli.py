@@ -14,14 +14,13 @@ import pytest
 import torch
 from analyses import HOSTILE_TOKENS, make_analysis
 from cases import CASES, D_MODEL, tiny_tokenizer
-from click.testing import Result
 from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
 
 PROMPT = "w5 w7 w9 w11 w13"
-Report = Callable[..., Result]
+Report = Callable[..., Any]
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def report(loaded: list[str], tmp_path: Path) -> Report:
     """Runs ``tlcoupling report`` on the tiny model."""
 
-    def run(*options: str, prompt: str = PROMPT, output: Path | None = None) -> Result:
+    def run(*options: str, prompt: str = PROMPT, output: Path | None = None) -> Any:
         folder = tmp_path / "out" if output is None else output
         arguments = ["report", "tiny", "--prompt", prompt, "--k", "4", "--output", str(folder), *options]
         return CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
@@ -53,7 +52,7 @@ def report(loaded: list[str], tmp_path: Path) -> Report:
     return run
 
 
-def assert_refused(result: Result, *parts: str) -> None:
+def assert_refused(result: Any, *parts: str) -> None:
     """Exit code 1 and one line on stderr that holds the parts, and nothing on stdout."""
     assert result.exit_code == 1
     assert result.stdout == ""

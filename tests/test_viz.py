@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -134,6 +135,15 @@ def test_summary_leaves_out_undefined_scores() -> None:
     assert (block.mean, block.lowest, block.highest, block.random) == (2.0, 1.0, 3.0, 2.0)
     assert sublayer.mean != sublayer.mean and sublayer.highest != sublayer.highest
     assert by_straightness(analysis.linearity.lss[0]) == [2, 0, 3]
+
+
+def test_page_states_the_metric_that_was_used() -> None:
+    coupling = make_analysis().coupling
+    assert payload.coupling(coupling)["formula"] == "c = 1 − ‖ |U₂ᵀ J₁ V₂| − S₁ ‖ / ‖S₁‖"
+    assert payload.coupling(coupling)["diagonal_is_one"]
+    swapped = dataclasses.replace(coupling, bases="vu", absolute=False, normalizer="trace")
+    assert payload.coupling(swapped)["formula"] == "c = 1 − ‖ V₂ᵀ J₁ U₂ − S₁ ‖ / tr S₁"
+    assert not payload.coupling(swapped)["diagonal_is_one"]
 
 
 def test_parallel_blocks_have_no_shares() -> None:

@@ -1,5 +1,6 @@
 """Transformer models as dynamical systems: coupling, linearity and growth from a hooked forward pass."""
 
+from tlcoupling import viz
 from tlcoupling.analysis import Analysis, analyze
 from tlcoupling.coupling import DepthCoupling, depth_coupling
 from tlcoupling.errors import TLCouplingError
@@ -28,4 +29,5 @@ __all__ = [
     "residual_jacobian",
     "trace",
     "truncated_svd",
+    "viz",
 ]

@@ -1,11 +1,13 @@
 """The ``tlcoupling`` command.
 
-Everything heavy is imported by the command that needs it, so that ``--help`` and a mistyped option answer at once.
+Mistyped options and a folder that cannot be written to are found before any model is loaded, and what only a command
+needs is imported by that command.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import sys
 import webbrowser
@@ -68,7 +70,11 @@ def _tokens(text: str) -> list[int] | Literal["all"]:
 
 def _version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"tlcoupling {importlib.metadata.version('tlcoupling')}")
+        try:
+            version = importlib.metadata.version("tlcoupling")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        typer.echo(f"tlcoupling {version}")
         raise typer.Exit
     return wanted
 
@@ -81,7 +87,8 @@ def main(
 ) -> None:
     """Transformer models as dynamical systems: coupling, linearity and growth."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a token that a terminal cannot show must not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a token that a terminal cannot show must not end the command
 
 
 @app.command()

@@ -105,6 +105,9 @@ class Result:
             frame["value"] = array.detach().cpu().double().numpy().ravel()
             frames.append(frame)
         table = pd.concat(frames, ignore_index=True)
+        for axis in table.columns.intersection(list(coords)):
+            if all(isinstance(label, int) for label in coords[axis]):
+                table[axis] = table[axis].astype("Int64")  # an axis that a quantity lacks is missing, not a float
         table["value"] = table.pop("value")  # concat may have moved later axes behind it
         return table
 

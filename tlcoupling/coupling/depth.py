@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tlcoupling.coupling.metric import Bases, Normalizer, coupling, null_coupling, subspace_overlap
 from tlcoupling.errors import ArgumentError
@@ -199,22 +199,19 @@ def depth_coupling(
             raise ArgumentError(argument, value, f"one of {', '.join(allowed)}")
     jacobians = JacobianEngine(trace, engine)
     columns = []
-    with tqdm(
-        total=len(positions) * len(chosen) * len(names), desc="coupling", disable=not progress, leave=False
-    ) as bar:
-        for pos in positions:
-            spectra: dict[str, list[Spectrum]] = {name: [] for name in names}
-            for layer in chosen:
-                for name in names:
-                    operator = jacobians.operator(layer, name, pos, pos)
-                    try:
-                        spectra[name].append(Spectrum.of(operator, max(ks), solver))
-                    except ArgumentError as error:
-                        raise ArgumentError(
-                            "k", error.value, f"{error.allowed} ({name} of layer {layer}, token {pos})"
-                        ) from error
-                    bar.update()
-            columns.append([_compare(spectra[name], ks, normalizer, bases, absolute) for name in names])
+    steps = _ticks(len(positions) * len(chosen) * len(names), progress)
+    for pos in positions:
+        spectra: dict[str, list[Spectrum]] = {name: [] for name in names}
+        for layer, name in product(chosen, names):
+            next(steps)
+            operator = jacobians.operator(layer, name, pos, pos)
+            try:
+                spectra[name].append(Spectrum.of(operator, max(ks), solver))
+            except ArgumentError as error:
+                where = f"{error.allowed} ({name} of layer {layer}, token {pos})"
+                raise ArgumentError(error.name, error.value, where) from error
+        columns.append([_compare(spectra[name], ks, normalizer, bases, absolute) for name in names])
+    next(steps, None)
     fields = {
         name: torch.stack([torch.stack([cell[name] for cell in cells]) for cells in columns], dim=1).cpu()
         for name in columns[0][0]
@@ -258,6 +255,15 @@ class Spectrum:
         """Decompose a Jacobian."""
         matrix = operator.dense()
         return cls(matrix, truncated_svd(Projection(matrix), k, solver))
+
+
+def _ticks(total: int, progress: bool) -> Iterator[int]:
+    """One item per step of the work, with a progress bar that moves as they are taken."""
+    if not progress:
+        return iter(range(total))
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(range(total), desc="coupling", leave=False))
 
 
 def _compare(

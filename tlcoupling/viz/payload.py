@@ -62,6 +62,8 @@ def summary(analysis: Analysis) -> dict[str, Any]:
 def coupling(result: DepthCoupling) -> dict[str, Any]:
     """Matrices and profiles by distance, ``[sublayer][token][k]...``; the null depends on the row alone."""
     return {
+        "formula": _formula(result),
+        "diagonal_is_one": result.bases == "uv",
         "sublayers": result.sublayers,
         "layers": result.layers,
         "ks": result.ks,
@@ -128,6 +130,13 @@ def visible(text: str) -> str:
         return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
 
     return "".join(map(shown, text)) or "∅"
+
+
+def _formula(result: DepthCoupling) -> str:
+    """The coupling as it was measured."""
+    projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
+    size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
+    return f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}"
 
 
 def _label(text: str, longest: int = 16) -> str:

@@ -52,7 +52,7 @@ def depth_coupling(result: DepthCoupling | Analysis) -> Widget:
     """Layer x layer coupling, null and excess of each sublayer, and the profile by distance."""
     coupling = result.coupling if isinstance(result, Analysis) else result
     data = payload.coupling(coupling)
-    return Widget(render("Depth-wise coupling", {"coupling": data}), height=900)
+    return Widget(render("Depth-wise coupling", {"coupling": data}), height=1320)
 
 
 def tokens(analysis: Analysis) -> Widget:

@@ -4,8 +4,11 @@ tlc.sections.coupling = (section, data) => {
   const quantities = ["coupling", "null", "excess"];
   const shown = { token: 0, k: 0, cell: null };
 
-  /** value of a quantity of sublayer s at row l, column m, for the chosen token and K. */
+  const isOne = (l, m) => data.diagonal_is_one && l === m;
+
+  /** Value of a quantity of sublayer s at row l, column m, for the chosen token and K; none where it is 1 by definition. */
   const valueOf = (quantity, s, l, m) => {
+    if (isOne(l, m)) return undefined;
     const value = data.values[s][shown.token][shown.k][l][m];
     const random = data.null[s][shown.token][shown.k][l];
     if (quantity === "coupling") return value;
@@ -20,7 +23,7 @@ tlc.sections.coupling = (section, data) => {
       tokens.forEach((ks, t) =>
         ks[shown.k].forEach((row, l) =>
           row.forEach((value, m) => {
-            if (l === m) return;
+            if (isOne(l, m)) return;
             const random = data.null[s][t][shown.k][l];
             undefinedCells ||= value === null || random === null;
             if (value === null) return;
@@ -40,7 +43,7 @@ tlc.sections.coupling = (section, data) => {
       const [coupling, random, excess] = quantities.map((q) => tlc.number(valueOf(q, s, ...shown.cell)));
       const where = `Jacobian of layer ${layers[shown.cell[0]]}, bases of layer ${layers[shown.cell[1]]}: `;
       row.readout.textContent =
-        shown.cell[0] === shown.cell[1]
+        isOne(...shown.cell)
           ? `${where}1 by definition`
           : `${where}coupling ${coupling}, null ${random}, excess ${excess}`;
     });
@@ -70,6 +73,11 @@ tlc.sections.coupling = (section, data) => {
     return { maps, captions, readout };
   });
 
+  const swatch = (kind, text) => [
+    tlc.html("i", { class: `swatch ${kind}` }),
+    tlc.html("span", { class: "label" }, text),
+  ];
+
   const drawMaps = () => {
     const { low, high, undefinedCells, limit } = range();
     const scale = tlc.scale(limit);
@@ -85,9 +93,8 @@ tlc.sections.coupling = (section, data) => {
     tlc.part(section, "colorbar").replaceChildren(
       tlc.html("span", { class: "label" }, `all ${3 * sublayers.length} panes`),
       tlc.colorbar({ low, high, color: scale, labels, description: `Colour scale from ${tlc.number(low)} to ${tlc.number(high)}` }),
-      tlc.html("i", { class: "swatch" }),
-      tlc.html("span", { class: "label" }, "diagonal, 1 by definition"),
-      ...(undefinedCells ? [tlc.html("i", { class: "swatch undefined" }), tlc.html("span", { class: "label" }, "not defined")] : []),
+      ...(data.diagonal_is_one ? swatch("diagonal", "diagonal, 1 by definition") : []),
+      ...(undefinedCells ? swatch("undefined", "not defined") : []),
     );
   };
 
@@ -142,6 +149,7 @@ tlc.sections.coupling = (section, data) => {
 
   choose("token", "Token", data.tokens.map((text, i) => `${data.positions[i]} “${text}”`));
   choose("k", "K", data.ks.map(String));
+  tlc.part(section, "formula").append(data.formula);
   tlc.part(section, "legend").append(...tlc.legend([["coupling", "coupling"], ["null", "null"]]));
   tlc.inScheme(drawMaps);
   drawProfile();

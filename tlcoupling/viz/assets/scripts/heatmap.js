@@ -38,14 +38,15 @@ tlc.heatmap = ({ layers, label, onpoint }) => {
   return {
     node: svg,
 
-    /** Paint valueAt(row, column) in the colours of scale; the diagonal is neutral. */
+    /** Paint valueAt(row, column) in the colours of scale; what it leaves undefined is neutral. */
     paint(valueAt, scale) {
-      const pixels = 8;
+      const [pixels, neutral] = [8, tlc.neutral()];
       const canvas = tlc.html("canvas", { width: n * pixels, height: n * pixels });
       const context = canvas.getContext("2d");
       for (let l = 0; l < n; l += 1) {
         for (let m = 0; m < n; m += 1) {
-          context.fillStyle = l === m ? tlc.neutral() : scale(valueAt(l, m));
+          const value = valueAt(l, m);
+          context.fillStyle = value === undefined ? neutral : scale(value);
           context.fillRect(m * pixels, l * pixels, pixels, pixels);
         }
       }
