@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,12 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.metric import Bases, Normalizer, coupling, null_coupling, subspace_overlap
+from tlcoupling.coupling.spectra import Spectrum, matrices_fit, matrix_spectrum, prefers_products, product_spectrum
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
-from tlcoupling.jacobian.maps import Projection
-from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.results import Result, off_diagonal_mean
-from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace
 
@@ -42,6 +41,8 @@ class DepthCoupling(Result):
         overlap_null: K / d_model. ``[k]``.
         singular_values: the top singular values. ``[sublayer, pos, layer, rank]``.
         frobenius: ||J||_F of each Jacobian. ``[sublayer, pos, layer]``.
+        frobenius_error: relative standard error of that where the matrix was too large to form; 0 where it is exact.
+            Same axes.
         residual: the worst residual of each truncated SVD, relative to s_1. ``[sublayer, pos, layer]``.
         sublayers: ``block``, ``attn``, ``mlp``.
         positions: the tokens' positions.
@@ -60,6 +61,7 @@ class DepthCoupling(Result):
     overlap_null: Float[Tensor, " k"]
     singular_values: Float[Tensor, "sublayer token layer rank"]
     frobenius: Float[Tensor, "sublayer token layer"]
+    frobenius_error: Float[Tensor, "sublayer token layer"]
     residual: Float[Tensor, "sublayer token layer"]
     sublayers: tuple[str, ...]
     positions: tuple[int, ...]
@@ -78,6 +80,7 @@ class DepthCoupling(Result):
         "overlap_null": ("k",),
         "singular_values": ("sublayer", "pos", "layer", "rank"),
         "frobenius": ("sublayer", "pos", "layer"),
+        "frobenius_error": ("sublayer", "pos", "layer"),
         "residual": ("sublayer", "pos", "layer"),
     }
     _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"excess": _PAIRS}
@@ -204,9 +207,15 @@ def depth_coupling(
         spectra: dict[str, list[Spectrum]] = {name: [] for name in names}
         for layer, name in product(chosen, names):
             next(steps)
-            operator = jacobians.operator(layer, name, pos, pos)
+            make = partial(jacobians.operator, layer, name, pos, pos)
+            operator = make()
+            fits = matrices_fit(len(names) * len(chosen), trace.d_model, operator.dtype, operator.device)
             try:
-                spectra[name].append(Spectrum.of(operator, max(ks), solver))
+                if fits and not prefers_products(operator, max(ks), len(chosen)):
+                    spectrum = matrix_spectrum(operator, max(ks), solver)
+                else:
+                    spectrum = product_spectrum(operator, make, max(ks), solver)
+                spectra[name].append(spectrum)
             except ArgumentError as error:
                 where = f"{error.allowed} ({name} of layer {layer}, token {pos})"
                 raise ArgumentError(error.name, error.value, where) from error
@@ -243,20 +252,6 @@ def depth_coupling(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """A Jacobian's matrix and its top singular triplets."""
-
-    matrix: Float[Tensor, "d d"]
-    triplets: Triplets
-
-    @classmethod
-    def of(cls, operator: JacobianOperator, k: int, solver: SolverName) -> Spectrum:
-        """Decompose a Jacobian."""
-        matrix = operator.dense()
-        return cls(matrix, truncated_svd(Projection(matrix), k, solver))
-
-
 def _ticks(total: int, progress: bool) -> Iterator[int]:
     """One item per step of the work, with a progress bar that moves as they are taken."""
     if not progress:
@@ -274,18 +269,17 @@ def _compare(
     absolute: bool,
 ) -> dict[str, Tensor]:
     """All that is measured on the Jacobians of one token and sublayer, by field name."""
-    device = spectra[0].matrix.device
-    u = torch.stack([spectrum.triplets.u.to(device) for spectrum in spectra])
-    s = torch.stack([spectrum.triplets.s.to(device) for spectrum in spectra])
-    v = torch.stack([spectrum.triplets.v.to(device) for spectrum in spectra])
-    frobenius = torch.stack([spectrum.matrix.norm().to(device) for spectrum in spectra])
+    device = spectra[0].frobenius.device
+    u, s, v = (torch.stack([getattr(one.triplets, name).to(device) for one in spectra]) for name in "usv")
+    frobenius = torch.stack([spectrum.frobenius.to(device) for spectrum in spectra])
     layers, width, rank = u.shape
     left, right = (u, v) if bases == "uv" else (v, u)
     all_right = right.transpose(0, 1).reshape(width, -1)
     projected = torch.stack(
         [
-            left.mT @ (spectrum.matrix.to(device) @ all_right).unflatten(1, (layers, rank)).transpose(0, 1)
-            for spectrum in spectra
+            left.mT
+            @ one.multiply(all_right.to(one.triplets.u.device)).to(device).unflatten(1, (layers, rank)).transpose(0, 1)
+            for one in spectra
         ]
     )  # [layer, basis_layer, K, K]
     found: dict[str, list[Tensor]] = {name: [] for name in ("values", "null", "overlap_u", "overlap_v")}
@@ -301,6 +295,7 @@ def _compare(
         **{name: torch.stack(cells) for name, cells in found.items()},
         "singular_values": s,
         "frobenius": frobenius,
+        "frobenius_error": torch.stack([spectrum.frobenius_error.to(device) for spectrum in spectra]),
         "residual": residual,
     }
 
