@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-D_MODEL, N_LAYERS, N_HEADS, D_HEAD, D_MLP, VOCABULARY, CONTEXT = 32, 3, 4, 8, 48, 50, 32
+from families import CONTEXT, D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCABULARY, WINDOW, families
+
+ALL = ("block", "attn", "mlp")
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Case:
         build: makes the model with weights of a dtype.
         exact: whether the model's own code stays in float64; HuggingFace's eager softmax and RMSNorm, and
             TransformerLens's native RMSNorm, cast to float32 inside even in a float64 model.
-        analytic: whether the analytic engine covers it.
+        analytic: the sublayers that the analytic engine covers.
+        topology: of its blocks.
     """
 
     name: str
     build: Callable[[torch.dtype], Any]
     exact: bool = True
-    analytic: bool = True
+    analytic: tuple[str, ...] = ALL
+    topology: str = "sequential"
 
     @property
     def tolerance(self) -> float:
@@ -91,59 +95,17 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
     return build
 
 
-_LLAMA_SIZES: dict[str, Any] = dict(
-    hidden_size=D_MODEL,
-    num_hidden_layers=N_LAYERS,
-    num_attention_heads=N_HEADS,
-    num_key_value_heads=2,
-    intermediate_size=D_MLP,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=CONTEXT,
-)
-
-_HUGGINGFACE = [
+_STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon"}
+_PARALLEL = {"gptj", "pythia", "phi", "falcon"}
+_FAMILIES = [
     Case(
-        "bridge-gpt2",
-        _huggingface(
-            transformers.GPT2Config(
-                n_embd=D_MODEL,
-                n_layer=N_LAYERS,
-                n_head=N_HEADS,
-                n_inner=D_MLP,
-                vocab_size=VOCABULARY,
-                n_positions=CONTEXT,
-            ),
-            "gpt2",
-            "GPT2LMHeadModel",
-        ),
-    ),
-    Case(
-        "bridge-llama",
-        _huggingface(transformers.LlamaConfig(**_LLAMA_SIZES), "meta-llama/Llama-3.2-1B", "LlamaForCausalLM"),
-        exact=False,
-    ),
-    Case(
-        "bridge-qwen2",
-        _huggingface(transformers.Qwen2Config(**_LLAMA_SIZES), "Qwen/Qwen2-0.5B", "Qwen2ForCausalLM"),
-        exact=False,
-    ),
-    Case(
-        "bridge-pythia",
-        _huggingface(
-            transformers.GPTNeoXConfig(
-                hidden_size=D_MODEL,
-                num_hidden_layers=N_LAYERS,
-                num_attention_heads=N_HEADS,
-                intermediate_size=D_MLP,
-                vocab_size=VOCABULARY,
-                max_position_embeddings=CONTEXT,
-                rotary_pct=0.25,
-            ),
-            "EleutherAI/pythia-70m",
-            "GPTNeoXForCausalLM",
-        ),
-        exact=False,
-    ),
+        f"bridge-{name}",
+        _huggingface(config, hub_name, architecture),
+        exact=name in _STAYS_IN_FLOAT64,
+        analytic=("attn",) if name == "mixtral" else ALL,
+        topology="parallel" if name in _PARALLEL else "sequential",
+    )
+    for name, (hub_name, architecture, config) in families().items()
 ]
 
 _SIZES: dict[str, Any] = dict(
@@ -187,25 +149,32 @@ def _hooked(**settings: Any) -> Callable[[torch.dtype], Any]:
     return build
 
 
+_ROTARY: dict[str, Any] = dict(positional_embedding_type="rotary", rotary_dim=D_HEAD)
 _NATIVE = [
     Case("native-layernorm", _native()),
     Case("native-gated", _native(**_GATED), exact=False),
-    Case("native-attention-only", _native(attn_only=True)),
+    Case("native-attention-only", _native(attn_only=True), topology="attn_only"),
 ]
 _HOOKED = [
     Case("hooked-layernorm", _hooked()),
     Case("hooked-folded", _hooked(normalization_type="LNPre")),
     Case("hooked-no-norm", _hooked(normalization_type=None)),
     Case("hooked-gated", _hooked(**_GATED)),
-    Case("hooked-attention-only", _hooked(attn_only=True)),
+    Case("hooked-attention-only", _hooked(attn_only=True), topology="attn_only"),
     Case(
         "hooked-parallel",
         _hooked(parallel_attn_mlp=True, positional_embedding_type="rotary", rotary_dim=D_HEAD // 2),
+        topology="parallel",
     ),
+    Case("hooked-adjacent-rotary", _hooked(**_ROTARY, rotary_adjacent_pairs=True)),
+    Case("hooked-alibi", _hooked(positional_embedding_type="alibi")),
+    Case("hooked-soft-cap", _hooked(**_ROTARY, attn_scores_soft_cap=2.0, use_attn_scale=False)),
+    Case("hooked-qk-norm", _hooked(**{**_GATED, "use_qk_norm": True})),
     Case(
-        "hooked-adjacent-rotary",
-        _hooked(positional_embedding_type="rotary", rotary_dim=D_HEAD, rotary_adjacent_pairs=True),
+        "hooked-local",
+        _hooked(use_local_attn=True, window_size=WINDOW, attn_types=["global", "local", "local"]),
     ),
+    Case("hooked-sandwich", _hooked(**_GATED, use_normalization_before_and_after=True)),
 ]
 
 
@@ -214,7 +183,7 @@ def _available() -> list[Case]:
     try:
         from transformer_lens.model_bridge import TransformerBridge
 
-        cases += _HUGGINGFACE
+        cases += _FAMILIES
         if hasattr(TransformerBridge, "boot_native"):
             cases += _NATIVE
     except ImportError:

@@ -12,7 +12,7 @@ from tlcoupling.hooked import attached
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.jacobian.maps import Projection
 
-PAIRS = [(6, 6), (0, 0), (2, 5), (0, 6)]
+PLACES = [(0, 6, 6), (2, 0, 0), (1, 2, 5), (2, 0, 6)]  # layer, src, dest
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -22,35 +22,58 @@ def case_trace(case: Case) -> tlc.Trace:
 
 
 @each_case
-@pytest.mark.parametrize(("src", "dest"), PAIRS)
-def test_the_engines_agree_in_float64(case: Case, case_trace: tlc.Trace, src: int, dest: int):
-    for layer in (0, 2):
-        for sublayer in case_trace.sublayers:
-            if sublayer == "mlp" and src != dest:
-                continue
-            oracle = tlc.residual_jacobian(case_trace, layer, sublayer, src, dest, engine="autograd")
-            truth = oracle.dense()
+@pytest.mark.parametrize(("layer", "src", "dest"), PLACES)
+def test_the_engines_agree_in_float64(case: Case, case_trace: tlc.Trace, layer: int, src: int, dest: int):
+    for sublayer in case_trace.sublayers:
+        if sublayer == "mlp" and src != dest:
+            continue
+        oracle = tlc.residual_jacobian(case_trace, layer, sublayer, src, dest, engine="autograd")
+        truth = oracle.dense()
+        if sublayer not in case.analytic:
+            with pytest.raises(CertificateError):
+                tlc.residual_jacobian(case_trace, layer, sublayer, src, dest, engine="analytic")
+            closed = oracle
+        else:
             closed = tlc.residual_jacobian(case_trace, layer, sublayer, src, dest, engine="analytic")
-            x = torch.randn(truth.shape[1], 3, dtype=torch.float64)
-            where = f"layer {layer}, {sublayer}"
-            assert relative_error(closed.mm(x), truth @ x) < case.tolerance, where
-            assert relative_error(closed.rmm(x), truth.mT @ x) < case.tolerance, where
-            assert relative_error(closed.dense(), truth) < case.tolerance, where
-            assert relative_error(closed.mm(x), truth @ x) < case.tolerance, f"{where}, after dense()"
-            assert relative_error(oracle.mm(x), truth @ x) < case.tolerance, where
-            assert relative_error(oracle.rmv(x[:, 0]), truth.mT @ x[:, 0]) < case.tolerance, where
+        x = torch.randn(truth.shape[1], 3, dtype=torch.float64)
+        assert relative_error(closed.mm(x), truth @ x) < case.tolerance, sublayer
+        assert relative_error(closed.rmm(x), truth.mT @ x) < case.tolerance, sublayer
+        assert relative_error(closed.dense(), truth) < case.tolerance, sublayer
+        assert relative_error(closed.mm(x), truth @ x) < case.tolerance, f"{sublayer}, after dense()"
+        assert relative_error(oracle.mm(x), truth @ x) < case.tolerance, sublayer
+        assert relative_error(oracle.rmv(x[:, 0]), truth.mT @ x[:, 0]) < case.tolerance, sublayer
 
 
 @each_case
-def test_heads_sum_to_the_attention(case: Case, case_trace: tlc.Trace):
+@pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
+def test_auto_takes_the_closed_form_where_there_is_one(case: Case, case_trace: tlc.Trace):
+    engine = JacobianEngine(case_trace, "auto")
+    for sublayer in case_trace.sublayers:
+        for layer in range(case_trace.n_layers):
+            engine.operator(layer, sublayer, 6, 6)
+            if sublayer != "mlp":
+                engine.operator(layer, sublayer, 2, 5)
+    expected = {name: "analytic" if name in case.analytic else "autograd" for name in engine.used}
+    assert engine.used == expected
+
+
+@each_case
+def test_heads_agree_and_sum_to_the_attention(case: Case, case_trace: tlc.Trace):
+    """A post-norm mixes the heads: a head's share is taken before it."""
+    normed = isinstance(getattr(case_trace.model.blocks[1], "ln1_post", None), torch.nn.Module)
     for src, dest in ((6, 6), (2, 5)):
-        for engine in ("analytic", "autograd"):
-            whole = tlc.residual_jacobian(case_trace, 1, "attn", src, dest, engine=engine).dense()
-            heads = [
-                tlc.residual_jacobian(case_trace, 1, "attn", src, dest, head=head, engine=engine).dense()
-                for head in range(case_trace.model.cfg.n_heads)
-            ]
-            assert relative_error(sum(heads), whole) < case.tolerance, engine
+        heads = {
+            engine: torch.stack(
+                [
+                    tlc.residual_jacobian(case_trace, 1, "attn", src, dest, head=head, engine=engine).dense()
+                    for head in range(case_trace.model.cfg.n_heads)
+                ]
+            )
+            for engine in ("analytic", "autograd")
+        }
+        assert relative_error(heads["analytic"], heads["autograd"]) < case.tolerance
+        whole = tlc.residual_jacobian(case_trace, 1, "attn", src, dest, engine="autograd").dense()
+        assert (relative_error(heads["autograd"].sum(0), whole) < case.tolerance) != normed
 
 
 @each_case
@@ -115,7 +138,7 @@ def test_no_identity_is_subtracted_between_positions(case: Case, case_trace: tlc
 def test_an_mlp_does_not_reach_another_position(case: Case, case_trace: tlc.Trace):
     if "mlp" not in case_trace.sublayers:
         pytest.skip("no MLP")
-    for engine in ("analytic", "autograd"):
+    for engine in ("auto", "autograd"):
         operator = tlc.residual_jacobian(case_trace, 1, "mlp", 2, 5, engine=engine)
         assert operator.dense().norm() == 0
         assert operator.mv(torch.ones(case_trace.d_model, dtype=torch.float64)).norm() == 0

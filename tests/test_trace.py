@@ -41,8 +41,7 @@ def test_a_trace_holds_the_stream_of_run_with_cache(case: Case):
             torch.testing.assert_close(trace.resid_mid[layer], cache[f"blocks.{layer}.hook_resid_mid"][0])
     # before the final norm
     torch.testing.assert_close(trace.resid[3], cache["blocks.2.hook_resid_post"][0])
-    assert trace.topology == ("attn_only" if "attention-only" in case.name else trace.topology)
-    assert ("pythia" in case.name or "parallel" in case.name) == (trace.topology == "parallel")
+    assert trace.topology == case.topology
 
 
 def test_prompts_may_be_text_ids_or_a_batch_of_one():

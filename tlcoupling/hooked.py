@@ -81,8 +81,13 @@ def topology_of_model(model: Any) -> Topology:
 
 
 def has_user_hooks(points: Mapping[str, Any]) -> bool:
-    """Whether anyone but us has a hook attached."""
-    return any(point.fwd_hooks or point.bwd_hooks for point in points.values())
+    """Whether anyone but us and TransformerLens itself (for OPT's MLP, which is no module) has a hook attached."""
+    return any(not _is_its_own(hook) for point in points.values() for hook in (*point.fwd_hooks, *point.bwd_hooks))
+
+
+def _is_its_own(handle: Any) -> bool:
+    function = getattr(handle, "user_hook", None)
+    return handle.is_permanent and str(getattr(function, "__module__", "")).startswith("transformer_lens.")
 
 
 Hook = Callable[[Tensor], Tensor | None]

@@ -287,15 +287,48 @@ class Trace(Stream):
     def run_attn(
         self, layer: int, resid_pre: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "1 pos d_model"]:
-        """Run one block again as far as its attention's write, and give that."""
+        """Run one block again as far as its attention's write, and give that.
+
+        Some attention modules fire hooks behind their write (GPT-J's pattern), so they are run to their end.
+        """
+        written: list[Tensor] = []
+        left = []
+
+        def leave(module: Any, args: Any, output: Any) -> None:
+            left.append(module)
+            if written:
+                raise Done
+
+        def write(tensor: Tensor) -> None:
+            written.append(tensor)
+            if left:
+                raise Done
+
+        handle = self.model.blocks[layer].attn.register_forward_hook(leave)
+        try:
+            with contextlib.suppress(Done):
+                self.run_block(layer, resid_pre, {**hooks, "hook_attn_out": write})
+        finally:
+            handle.remove()
+        return written[0]
+
+    def run_mlp_in_block(
+        self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
+    ) -> Float[Tensor, "1 pos d_model"]:
+        """Run one block again as far as its MLP's write, with the MLP reading ``stream`` at all positions."""
         written: list[Tensor] = []
 
         def stop(tensor: Tensor) -> None:
             written.append(tensor)
             raise Done
 
+        resid_pre = stream
+        hooks = {**hooks, "hook_mlp_out": stop}
+        if self.topology == "sequential":
+            resid_pre = self.block_input(layer)
+            hooks["hook_resid_mid"] = lambda tensor: stream
         with contextlib.suppress(Done):
-            self.run_block(layer, resid_pre, {**hooks, "hook_attn_out": stop})
+            self.run_block(layer, resid_pre, hooks)
         return written[0]
 
     def run_mlp(
@@ -305,7 +338,7 @@ class Trace(Stream):
         block = self.model.blocks[layer]
         before = getattr(block, "ln2", None)
         if before is None and self.topology == "parallel":
-            before = block.ln1  # one norm feeds both sublayers
+            before = getattr(block, "ln1", None)  # one norm feeds both sublayers
         after = getattr(block, "ln2_post", None)
         with lifted(self.model, block), attached(self._named(layer, hooks)):
             out = block.mlp(stream if before is None else before(stream))

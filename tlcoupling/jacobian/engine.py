@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, CertificateError
-from tlcoupling.jacobian.analytic import AnalyticLayer, Uncovered
+from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
+from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.trace import Trace
 
@@ -132,7 +133,7 @@ class JacobianEngine:
         if attn is None or (mlp is not None and mlp.tangent is None):
             oracle = AutogradJacobian(self.trace, seen.layer, sublayer, src, dest, None)
             return seen.probe, oracle.mv(seen.probe)
-        written = None if mlp is None or mlp.tangent is None else mlp.tangent[0]
+        written = None if mlp is None or mlp.tangent is None else mlp.tangent[mlp.pos]
         if mlp is not None and written is not None and sublayer == "mlp":
             return mlp.direction, written
         if written is None or (src != dest and self.trace.topology == "parallel"):

@@ -1,0 +1,153 @@
+"""Small random configurations of decoder families, booted offline as ``TransformerBridge``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers as hf
+
+D_MODEL, N_LAYERS, N_HEADS, D_HEAD, D_MLP, VOCABULARY, CONTEXT = 32, 3, 4, 8, 48, 50, 32
+WINDOW = 3  # shorter than the prompts of the tests
+
+_COMMON: dict[str, Any] = dict(
+    hidden_size=D_MODEL,
+    num_hidden_layers=N_LAYERS,
+    num_attention_heads=N_HEADS,
+    intermediate_size=D_MLP,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=CONTEXT,
+    pad_token_id=None,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+_GROUPED: dict[str, Any] = dict(_COMMON, num_key_value_heads=2)
+_WIDE_HEADS: dict[str, Any] = dict(_GROUPED, head_dim=12)  # as in Qwen 3 and Gemma: n_heads * d_head is not d_model
+_LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+    rope_theta=100.0,
+)
+
+
+def families() -> dict[str, tuple[str, str, Any]]:
+    """Name of the test case: name on the hub, architecture, configuration."""
+    return {
+        "gpt2": (
+            "gpt2",
+            "GPT2LMHeadModel",
+            hf.GPT2Config(
+                n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_inner=D_MLP, vocab_size=VOCABULARY, n_positions=CONTEXT
+            ),
+        ),
+        "gptj": (
+            "EleutherAI/gpt-j-6b",
+            "GPTJForCausalLM",
+            hf.GPTJConfig(
+                n_embd=D_MODEL,
+                n_layer=N_LAYERS,
+                n_head=N_HEADS,
+                n_inner=D_MLP,
+                vocab_size=VOCABULARY,
+                n_positions=CONTEXT,
+                rotary_dim=4,
+            ),
+        ),
+        "pythia": ("EleutherAI/pythia-70m", "GPTNeoXForCausalLM", hf.GPTNeoXConfig(**_COMMON, rotary_pct=0.25)),
+        "pythia-sequential": (
+            "EleutherAI/pythia-70m",
+            "GPTNeoXForCausalLM",
+            hf.GPTNeoXConfig(**_COMMON, rotary_pct=0.25, use_parallel_residual=False),
+        ),
+        "llama": ("meta-llama/Llama-3.2-1B", "LlamaForCausalLM", hf.LlamaConfig(**_GROUPED)),
+        "llama3-rope": (
+            "meta-llama/Llama-3.2-1B",
+            "LlamaForCausalLM",
+            hf.LlamaConfig(**_GROUPED, rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True),
+        ),
+        "mistral": (
+            "mistralai/Mistral-7B-v0.1",
+            "MistralForCausalLM",
+            hf.MistralConfig(**_GROUPED, sliding_window=WINDOW),
+        ),
+        "qwen2": ("Qwen/Qwen2-0.5B", "Qwen2ForCausalLM", hf.Qwen2Config(**_GROUPED)),
+        "qwen3": ("Qwen/Qwen3-0.6B", "Qwen3ForCausalLM", hf.Qwen3Config(**_WIDE_HEADS)),
+        "gemma2": (
+            "google/gemma-2-2b",
+            "Gemma2ForCausalLM",
+            hf.Gemma2Config(
+                **_WIDE_HEADS,
+                sliding_window=WINDOW,
+                query_pre_attn_scalar=6,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=5.0,
+            ),
+        ),
+        "gemma3": (
+            "google/gemma-3-1b-pt",
+            "Gemma3ForCausalLM",
+            hf.Gemma3TextConfig(**_WIDE_HEADS, sliding_window=WINDOW, query_pre_attn_scalar=6, sliding_window_pattern=2),
+        ),
+        "olmo2": ("allenai/OLMo-2-0425-1B", "Olmo2ForCausalLM", hf.Olmo2Config(**_GROUPED)),
+        "phi": ("microsoft/phi-2", "PhiForCausalLM", hf.PhiConfig(**_COMMON, partial_rotary_factor=0.5)),
+        "falcon": (
+            "tiiuae/falcon-7b",
+            "FalconForCausalLM",
+            hf.FalconConfig(
+                **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
+                ffn_hidden_size=D_MLP,
+                multi_query=True,
+                parallel_attn=True,
+                bias=False,
+                new_decoder_architecture=False,
+            ),
+        ),
+        "falcon-alibi": (
+            "tiiuae/falcon-rw-1b",
+            "FalconForCausalLM",
+            hf.FalconConfig(
+                **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
+                ffn_hidden_size=D_MLP,
+                multi_query=False,
+                parallel_attn=False,
+                bias=True,
+                alibi=True,
+                new_decoder_architecture=False,
+            ),
+        ),
+        "opt": (
+            "facebook/opt-125m",
+            "OPTForCausalLM",
+            hf.OPTConfig(
+                hidden_size=D_MODEL,
+                num_hidden_layers=N_LAYERS,
+                num_attention_heads=N_HEADS,
+                ffn_dim=D_MLP,
+                vocab_size=VOCABULARY,
+                max_position_embeddings=CONTEXT,
+                word_embed_proj_dim=D_MODEL,
+                pad_token_id=1,
+            ),
+        ),
+        "bloom": (
+            "bigscience/bloom-560m",
+            "BloomForCausalLM",
+            hf.BloomConfig(hidden_size=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, vocab_size=VOCABULARY),
+        ),
+        "mpt": (
+            "mosaicml/mpt-7b",
+            "MPTForCausalLM",
+            hf.MptConfig(
+                d_model=D_MODEL, n_heads=N_HEADS, n_layers=N_LAYERS, expansion_ratio=2, vocab_size=VOCABULARY, max_seq_len=CONTEXT
+            ),
+        ),
+        "mixtral": (
+            "mistralai/Mixtral-8x7B-v0.1",
+            "MixtralForCausalLM",
+            hf.MixtralConfig(
+                **_GROUPED, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager", sliding_window=None
+            ),
+        ),
+    }

@@ -1,0 +1,221 @@
+r"""The attention core in closed form: from queries, keys and values to z, one (src, dest) at a time.
+
+Head h at dest, with pattern p, values v, z = sum_s p_s v_s, and scores f(q . k_s) of slopes f'_s:
+dz = sum_s p_s dv_s + sum_s f'_s p_s (v_s - z) (k_s . dq + q . dk_s). Without a soft-cap f'_s = c, the scale of the
+scores; with f(x) = a tanh(c x / a), f'_s = c (1 - tanh^2(c q . k_s / a)). A bias of the positions alone (ALiBi) has no
+derivative. Between projection and core, queries and keys may be normalised (QK-norm) and rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.jacobian.maps import HeadMap, LinearMap
+from tlcoupling.jacobian.norms import Norm, Uncovered, close
+from tlcoupling.jacobian.scores import Scores
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """The attention core of a block.
+
+    Attributes:
+        pattern: ``[head, dest, src]``.
+        values: v, one per head (groups expanded), ``[src, head, e]``.
+        queries, keys: as the scores see them, one per head, ``[pos, head, e]``.
+        scores: f, from q . k to the scores.
+        rotary: the rotation of queries and keys; None without rotary positions.
+        q_norm, k_norm: the norms of queries and keys; None without QK-norm.
+        n_groups: number of key and value heads.
+    """
+
+    pattern: Float[Tensor, "head dest src"]
+    values: Float[Tensor, "src head e"]
+    queries: Float[Tensor, "pos head e"]
+    keys: Float[Tensor, "pos head e"]
+    scores: Scores
+    rotary: Rotary | None
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+    n_groups: int
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads."""
+        return self.pattern.shape[0]
+
+    @classmethod
+    def from_values(cls, attn: Any, cfg: Any, values: Mapping[str, Tensor]) -> AttentionCore:
+        """Read the core off a block's values, and check that they fit it.
+
+        Raises:
+            Uncovered: a hook point is missing, or the pattern is no softmax of scores that are known here.
+        """
+        for name in ("q", "k", "v", "pattern"):
+            if f"attn.hook_{name}" not in values:
+                raise Uncovered(f"the attention has no hook_{name}")
+        q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
+        q_norm, k_norm = (HeadNorm.read(attn, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
+        q, k = (x if norm is None else norm(x) for norm, x in ((q_norm, q), (k_norm, k)))
+        reason = Uncovered("the attention has no positions that are known here")
+        for rotary in Rotary.candidates(attn, values):
+            queries, keys = (q, k) if rotary is None else (rotary.apply(q), rotary.apply(k))
+            try:
+                for name, ours in (("rot_q", queries), ("rot_k", keys)):
+                    theirs = values.get(f"attn.hook_{name}")
+                    if theirs is not None and not close(ours, theirs):
+                        raise Uncovered(f"hook_{name} is not the rotation of the query or key before it")
+                pattern = values["attn.hook_pattern"].to(q)
+                heads = pattern.shape[0]
+                keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+                products = einsum(queries, keys, "dest head e, src head e -> head dest src")
+                scores = Scores.fit(products, pattern, attn, cfg, q.shape[-1])
+            except Uncovered as error:
+                reason = error
+                continue
+            expanded = v.repeat_interleave(heads // v.shape[1], dim=1)
+            return cls(pattern, expanded, queries, keys, scores, rotary, q_norm, k_norm, k.shape[1])
+        raise reason
+
+    def blocks(self, src: int, dest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """dz_dest per head with respect to its q at dest, its k at src and its v at src, each ``[head, e, e]``.
+
+        q and k are those before the rotation, behind a QK-norm.
+        """
+        seen = slice(dest + 1)
+        p, v = self.pattern[:, dest, seen], self.values[seen]
+        z = einsum(p, v, "head src, src head e -> head e")
+        products = einsum(self.queries[dest], self.keys[seen], "head e, src head e -> head src")
+        weighted = einsum(p * self.scores.slope(products), v - z, "head src, src head e -> src head e")
+        by_q = einsum(weighted, self.keys[seen], "src head e, src head f -> head e f")
+        by_k = einsum(weighted[src], self.queries[dest], "head e, head f -> head e f")
+        if self.rotary is not None:
+            by_q, by_k = by_q @ self.rotary.matrix(dest), by_k @ self.rotary.matrix(src)
+        eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+        by_v = self.pattern[:, dest, src, None, None] * eye
+        return by_q, by_k, by_v
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """A norm of queries or keys: of each head by itself (Qwen 3, Gemma 3), or of all heads together (OLMo 2).
+
+    Attributes:
+        norm: the norm.
+        inputs: what it norms, ``[pos, group, e]``.
+        together: whether over all heads at once.
+    """
+
+    norm: Norm
+    inputs: Float[Tensor, "pos group e"]
+    together: bool
+
+    @classmethod
+    def read(cls, attn: Any, name: str, inputs: Float[Tensor, "pos group e"]) -> HeadNorm | None:
+        """Read the norm off the module of that name, None where there is none.
+
+        Raises:
+            Uncovered: the module is no such norm.
+        """
+        module = getattr(attn, name, None)
+        if module is None:
+            return None
+        for together in (False, True):
+            try:
+                return cls(Norm.read(module, inputs.flatten(-2) if together else inputs[:, 0], name), inputs, together)
+            except RuntimeError:  # the module holds weights for another number of coordinates
+                continue
+        raise Uncovered(f"{name} norms neither each head nor all of them together")
+
+    def __call__(self, x: Float[Tensor, "pos group e"]) -> Float[Tensor, "pos group e"]:
+        """The normed queries or keys."""
+        return self.norm(x.flatten(-2)).view_as(x) if self.together else self.norm(x)
+
+    def derivative(self, pos: int) -> LinearMap:
+        """The Jacobian at one position, from all heads' coordinates to all heads' coordinates."""
+        x = self.inputs[pos]
+        if self.together:
+            return self.norm.derivative(x.flatten())
+        blocks = torch.stack([self.norm.derivative(row).dense() for row in x])
+        return HeadMap(blocks, torch.arange(len(x), device=x.device), len(x))
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: at each position, x -> cos * x + sin * (P x) with P a quarter turn in each plane.
+
+    Attributes:
+        cos, sin: ``[pos, e]``; 1 and 0 in the coordinates that are not rotated.
+        quarter_turn: P, ``[e, e]``.
+    """
+
+    cos: Float[Tensor, "pos e"]
+    sin: Float[Tensor, "pos e"]
+    quarter_turn: Float[Tensor, "e e"]
+
+    def apply(self, x: Float[Tensor, "pos head e"]) -> Float[Tensor, "pos head e"]:
+        """Rotate each position's vectors."""
+        return x * self.cos[:, None] + (x @ self.quarter_turn.mT) * self.sin[:, None]
+
+    def matrix(self, pos: int) -> Float[Tensor, "e e"]:
+        """The rotation at one position."""
+        return self.cos[pos].diag() + self.sin[pos][:, None] * self.quarter_turn
+
+    @classmethod
+    def candidates(cls, attn: Any, values: Mapping[str, Tensor]) -> Iterator[Rotary | None]:
+        """The rotations that a block may use: from its hooked cosines and sines, or its buffers; None for none.
+
+        Planes are coordinates (i, i + n/2) or (2i, 2i + 1), and a table of angles may be laid out for either.
+        """
+        q = values["attn.hook_q"]
+        length, size = q.shape[0], q.shape[-1]
+        inner = getattr(attn, "original_component", None)
+        if "attn.hook_cos" in values:
+            cos, sin = values["attn.hook_cos"].to(q), values["attn.hook_sin"].to(q)
+            halves, adjacent = _quarter_turns(cos)
+            yield cls._padded(cos, sin, halves, size)
+            yield cls._padded(cos, sin, adjacent, size)
+            half = cos.shape[-1] // 2
+            yield cls._padded(*(table[:, :half].repeat_interleave(2, -1) for table in (cos, sin)), adjacent, size)
+        elif hasattr(attn, "rotary_cos"):
+            cos, sin = attn.rotary_cos[:length].to(q), attn.rotary_sin[:length].to(q)
+            eye = torch.eye(cos.shape[-1], dtype=q.dtype, device=q.device)
+            yield cls._padded(cos, sin, attn.rotate_every_two(eye).mT, size)
+        elif getattr(attn, "rotary", None) is not None:  # TransformerLens's native models
+            cos, sin = attn.rotary.cos_cached[:length].to(q), attn.rotary.sin_cached[:length].to(q)
+            eye = torch.eye(cos.shape[-1], dtype=q.dtype, device=q.device)
+            yield cls._padded(cos, sin, attn.rotary._rotate_half(eye).mT, size)
+        elif isinstance(table := getattr(inner, "embed_positions", None), Tensor):  # GPT-J
+            sin, cos = (part.repeat_interleave(2, -1) for part in table[:length].to(q).chunk(2, -1))
+            yield cls._padded(cos, sin, _quarter_turns(cos)[1], size)
+        else:
+            yield None
+
+    @classmethod
+    def _padded(
+        cls, cos: Float[Tensor, "pos n"], sin: Float[Tensor, "pos n"], turn: Float[Tensor, "n n"], size: int
+    ) -> Rotary:
+        """A rotation of the first n of a head's coordinates."""
+        length, turned = cos.shape
+        all_cos, all_sin = cos.new_ones(length, size), cos.new_zeros(length, size)
+        all_cos[:, :turned], all_sin[:, :turned] = cos, sin
+        quarter_turn = cos.new_zeros(size, size)
+        quarter_turn[:turned, :turned] = turn
+        return cls(all_cos, all_sin, quarter_turn)
+
+
+def _quarter_turns(like: Float[Tensor, "pos n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """Quarter turns of n coordinates: in planes (i, i + n/2), and in planes (2i, 2i + 1)."""
+    n = like.shape[-1]
+    halves, adjacent = like.new_zeros(n, n), like.new_zeros(n, n)
+    first = torch.arange(n // 2, device=like.device)
+    for turn, i, j in ((halves, first, first + n // 2), (adjacent, 2 * first, 2 * first + 1)):
+        turn[i, j], turn[j, i] = -1.0, 1.0
+    return halves, adjacent

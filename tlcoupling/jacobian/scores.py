@@ -1,0 +1,135 @@
+r"""Attention scores: f with pattern = softmax(f(q . k) + b), fitted to the pattern.
+
+f(x) = c x, or a tanh(c x / a) with a soft-cap a; b = 0, or a bias of head and source position alone, which is what
+ALiBi's m_h (s - t) amounts to under a softmax over s. Only f has a derivative, so b is eliminated and never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tlcoupling.jacobian.norms import Uncovered, close
+
+_STEPS = 30  # of Gauss-Newton on c with a soft-cap; it converges in a few
+_NEAR = 1e-2  # a fitted c within this of one that the model declares is taken to be that one: it has no rounding error
+
+
+@dataclass(frozen=True)
+class Scores:
+    """f(x) = c x, or a tanh(c x / a).
+
+    Attributes:
+        scale: c.
+        cap: a; None without a soft-cap.
+    """
+
+    scale: float
+    cap: float | None = None
+
+    def __call__(self, products: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """f(x)."""
+        scores = self.scale * products
+        return scores if self.cap is None else self.cap * (scores / self.cap).tanh()
+
+    def slope(self, products: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """f'(x)."""
+        if self.cap is None:
+            return torch.full_like(products, self.scale)
+        return self.scale * (1 - (self.scale * products / self.cap).tanh().square())
+
+    @classmethod
+    def fit(
+        cls,
+        products: Float[Tensor, "head dest src"],
+        pattern: Float[Tensor, "head dest src"],
+        attn: Any,
+        cfg: Any,
+        d_head: int,
+    ) -> Scores:
+        """The f with which the pattern is a softmax of f(q . k), with no bias or with one.
+
+        Raises:
+            Uncovered: there is none.
+        """
+        declared = list(_declared_scales(attn, cfg, d_head))
+        for biased in (False, True):
+            rows = _Rows(products, pattern, biased)
+            for cap in (None, *_declared_caps(attn, cfg)):
+                fitted = rows.fit(cls(declared[0], cap))
+                near = [c for c in declared if not abs(fitted.scale - c) > _NEAR * c]  # one position leaves it open
+                for scores in (*(cls(c, cap) for c in near[:1]), fitted):
+                    if rows.match(scores):
+                        return scores
+        raise Uncovered("the attention pattern is no softmax of a function of q . k and a bias of the source position")
+
+
+class _Rows:
+    """Rows of log-patterns to be compared with rows of scores, where both positions are attended to.
+
+    A softmax leaves a row's constant open; a bias of the source position drops out of the difference of two rows.
+    """
+
+    def __init__(
+        self, products: Float[Tensor, "head dest src"], pattern: Float[Tensor, "head dest src"], biased: bool
+    ) -> None:
+        """Take all rows, or their differences where there is a bias."""
+        self.products, self.pattern, self.biased = products, pattern, biased
+        seen = pattern > 0
+        self.seen: Bool[Tensor, "head row src"] = seen[:, 1:] & seen[:, :-1] if biased else seen
+        self.logs = self._open(pattern.where(seen, 1.0).log())
+
+    def _open(self, rows: Float[Tensor, "head dest src"]) -> Float[Tensor, "head row src"]:
+        """What of the rows a pattern determines: (differences of) rows less their mean over what is attended to."""
+        rows = (rows.diff(dim=1) if self.biased else rows).where(self.seen, 0.0)
+        mean = rows.sum(-1, keepdim=True) / self.seen.sum(-1, keepdim=True).clamp(min=1)
+        return (rows - mean).where(self.seen, 0.0)
+
+    def fit(self, start: Scores) -> Scores:
+        """c by least squares, Gauss-Newton where f is bent."""
+        scores = start
+        for _ in range(1 if start.cap is None else _STEPS):
+            slope = self._open(self.products * scores.slope(self.products) / scores.scale)
+            step = (slope * (self.logs - self._open(scores(self.products)))).sum() / slope.square().sum()
+            scores = Scores(scores.scale + float(step), scores.cap)
+            if not abs(float(step)) > 1e-15 * abs(scores.scale):
+                break
+        return scores
+
+    def match(self, scores: Scores) -> bool:
+        """Whether scores give the pattern: each row, or each row's change from the one before."""
+        logits = scores(self.products)
+        truth = self.pattern
+        if self.biased:
+            logits = logits.diff(dim=1) + truth[:, :-1].clamp(min=torch.finfo(truth.dtype).tiny).log()
+            truth = truth[:, 1:].where(self.seen, 0.0)
+            truth = truth / truth.sum(-1, keepdim=True).clamp(min=torch.finfo(truth.dtype).tiny)
+        ours = logits.where(self.seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return truth.numel() == 0 or close(ours, truth)
+
+
+def _declared_scales(attn: Any, cfg: Any, d_head: int) -> Iterator[float]:
+    """Scales that a model may use; the usual one first."""
+    yield d_head**-0.5
+    yield 1.0
+    for holder in (attn, getattr(attn, "original_component", None)):
+        if isinstance(scaling := getattr(holder, "scaling", None), float) and scaling > 0:
+            yield scaling
+    if isinstance(divisor := getattr(cfg, "attn_scale", None), float) and divisor > 0:
+        yield 1 / divisor
+
+
+def _declared_caps(attn: Any, cfg: Any) -> Iterator[float]:
+    """The soft-caps that a model names; whether they are used shows in the pattern."""
+    for holder, name in (
+        (cfg, "attn_scores_soft_cap"),
+        (cfg, "attn_logit_softcapping"),
+        (getattr(attn, "original_component", None), "attn_logit_softcapping"),
+    ):
+        if isinstance(cap := getattr(holder, name, None), (int, float)) and cap > 0:
+            yield float(cap)
