@@ -3,8 +3,9 @@
     python benchmarks/wide_block.py
 
 d_model 4096, MLP 14336, 32 query and 8 key heads, bfloat16 weights, random. Ours: the block's Jacobian as an operator
-(certificate included), its top 10 triplets, ||J||_F, and its products with 320 base vectors. The published procedure forms
-the Jacobian by 4096 vector-Jacobian products and decomposes it whole; it is timed on a part of its rows, and extrapolated.
+(certificate included), its top 10 triplets, ||J||_F, and its products with 320 base vectors. The published procedure
+forms the Jacobian by 4096 vector-Jacobian products and decomposes it whole; it is timed on a part of its rows, and
+extrapolated.
 """
 
 from __future__ import annotations

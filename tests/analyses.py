@@ -63,6 +63,7 @@ def make_analysis(
         overlap_null=torch.tensor(ks, dtype=torch.float64) / 16,
         singular_values=random(*pairs[:2], n_layers, max(ks)),
         frobenius=random(*pairs[:2], n_layers),
+        frobenius_error=torch.zeros(*pairs[:2], n_layers),
         residual=random(*pairs[:2], n_layers),
         sublayers=tuple(sublayers),
         positions=tuple(pos % n_tokens for pos in positions),

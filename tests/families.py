@@ -39,7 +39,12 @@ def families() -> dict[str, tuple[str, str, Any]]:
             "gpt2",
             "GPT2LMHeadModel",
             hf.GPT2Config(
-                n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_inner=D_MLP, vocab_size=VOCABULARY, n_positions=CONTEXT
+                n_embd=D_MODEL,
+                n_layer=N_LAYERS,
+                n_head=N_HEADS,
+                n_inner=D_MLP,
+                vocab_size=VOCABULARY,
+                n_positions=CONTEXT,
             ),
         ),
         "gptj": (
@@ -88,7 +93,9 @@ def families() -> dict[str, tuple[str, str, Any]]:
         "gemma3": (
             "google/gemma-3-1b-pt",
             "Gemma3ForCausalLM",
-            hf.Gemma3TextConfig(**_WIDE_HEADS, sliding_window=WINDOW, query_pre_attn_scalar=6, sliding_window_pattern=2),
+            hf.Gemma3TextConfig(
+                **_WIDE_HEADS, sliding_window=WINDOW, query_pre_attn_scalar=6, sliding_window_pattern=2
+            ),
         ),
         "olmo2": ("allenai/OLMo-2-0425-1B", "Olmo2ForCausalLM", hf.Olmo2Config(**_GROUPED)),
         "phi": ("microsoft/phi-2", "PhiForCausalLM", hf.PhiConfig(**_COMMON, partial_rotary_factor=0.5)),
@@ -140,14 +147,23 @@ def families() -> dict[str, tuple[str, str, Any]]:
             "mosaicml/mpt-7b",
             "MPTForCausalLM",
             hf.MptConfig(
-                d_model=D_MODEL, n_heads=N_HEADS, n_layers=N_LAYERS, expansion_ratio=2, vocab_size=VOCABULARY, max_seq_len=CONTEXT
+                d_model=D_MODEL,
+                n_heads=N_HEADS,
+                n_layers=N_LAYERS,
+                expansion_ratio=2,
+                vocab_size=VOCABULARY,
+                max_seq_len=CONTEXT,
             ),
         ),
         "mixtral": (
             "mistralai/Mixtral-8x7B-v0.1",
             "MixtralForCausalLM",
             hf.MixtralConfig(
-                **_GROUPED, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager", sliding_window=None
+                **_GROUPED,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                experts_implementation="eager",
+                sliding_window=None,
             ),
         ),
     }

@@ -183,6 +183,19 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
             model.cfg.dtype = cfg_dtype
 
 
+@contextmanager
+def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
+    """Hold each part of a block (norm, attention, MLP) in float32 while it is called, one at a time."""
+    # a bridge's wrapped block is made of the same parts
+    parts = [part for name, part in block.named_children() if name != "_original_component"]
+    # modules with weights that are called although their part is not (OPT's MLP); a second lift finds nothing to do
+    leaves = [module for module in block.modules() if module._parameters]
+    with ExitStack() as stack:
+        for part in (*parts, *leaves):
+            _lift_around_call(stack, model, part)
+        yield
+
+
 class Done(Exception):
     """All that is needed of a run is there: the rest of it is left out."""
 
@@ -222,10 +235,11 @@ def record_forward(model: Any, tokens: Tensor, hook_names: Iterable[str]) -> For
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(attached((points[name], record(name)) for name in hook_names))
-        for module in model.children():
-            parts = module if module is model.blocks else [module]
-            for part in parts:
+        for name, part in model.named_children():
+            if name not in ("blocks", "original_model"):
                 _lift_around_call(stack, model, part)
+        for block in model.blocks:
+            stack.enter_context(lifted_parts(model, block))
         for block in model.blocks:
             handle = block.register_forward_pre_hook(capture, with_kwargs=True)
             stack.callback(handle.remove)
@@ -237,7 +251,7 @@ def record_forward(model: Any, tokens: Tensor, hook_names: Iterable[str]) -> For
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:
     """Lift a module whenever it is called, while the stack is open."""
-    if all(parameter.dtype not in _HALF for parameter in module.parameters()):
+    if all(tensor.dtype not in _HALF for tensor in (*module.parameters(), *module.buffers())):
         return
     lift: list[Any] = []
 

@@ -32,7 +32,7 @@ from tlcoupling.hooked import (
     attached,
     block_hook,
     has_user_hooks,
-    lifted,
+    lifted_parts,
     record_forward,
     require_supported,
     topology_of,
@@ -269,10 +269,10 @@ class Trace(Stream):
     ) -> Float[Tensor, "1 pos d_model"]:
         """Run one block again, with hooks of ours (by short name) beside those of the user.
 
-        Half-precision weights are lifted to float32 while it runs.
+        Half-precision weights are lifted to float32 while their part of the block runs.
         """
         block = self.model.blocks[layer]
-        with lifted(self.model, block), attached(self._named(layer, hooks)):
+        with lifted_parts(self.model, block), attached(self._named(layer, hooks)):
             return self._calls[layer].run(block, resid_pre)
 
     def block_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
@@ -340,7 +340,7 @@ class Trace(Stream):
         if before is None and self.topology == "parallel":
             before = getattr(block, "ln1", None)  # one norm feeds both sublayers
         after = getattr(block, "ln2_post", None)
-        with lifted(self.model, block), attached(self._named(layer, hooks)):
+        with lifted_parts(self.model, block), attached(self._named(layer, hooks)):
             out = block.mlp(stream if before is None else before(stream))
             return out if after is None else after(out)
 

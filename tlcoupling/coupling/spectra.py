@@ -1,4 +1,4 @@
-"""What is kept of a Jacobian to compare it with others: its top triplets, its Frobenius norm, and a way to multiply by it.
+"""What is kept of a Jacobian to compare it with others: its top triplets, its Frobenius norm, and its products.
 
 A Jacobian is formed as a matrix where that costs less than the products that the measurement needs, and where the
 matrices of all layers fit into memory; otherwise only products with it are taken, and nothing d x d is stored.

@@ -216,7 +216,9 @@ class AnalyticLayer:
         run = None
         if self._mlp_alone:
             try:
-                run = run_sublayer(self._trace, self.layer, self._trace.run_mlp, points, *self._mlp_rows(pos), direction)
+                run = run_sublayer(
+                    self._trace, self.layer, self._trace.run_mlp, points, *self._mlp_rows(pos), direction
+                )
                 self._trace.check_current("mlp", self.layer, run.out, pos)
             except (TypeError, ValueError, RuntimeError, AttributeError, StaleTraceError):
                 # BLOOM's and MPT's MLPs add the residual stream themselves, OPT's is no module of its own
