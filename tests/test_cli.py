@@ -192,3 +192,19 @@ def test_importing_the_library_leaves_viewers_alone() -> None:
     script = f"import sys, tlcoupling, tlcoupling.viz; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_check_prints_what_holds(loaded: list[str]):
+    result = CliRunner().invoke(app, ["check", "tiny", "--prompt", PROMPT], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert loaded == ["tiny"]
+    assert "residual identity" in result.stdout
+    assert result.stdout.count("closed form, certified") == 3
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_check_of_a_refused_model_ends_with_1(loaded: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tlcoupling.models.load_model", lambda name: torch.nn.Linear(2, 2))
+    result = CliRunner().invoke(app, ["check", "tiny"], env={"COLUMNS": "80"})
+    assert result.exit_code == 1
+    assert "refused" in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.coupling.metric import coupling, null_coupling, subspace_overlap
+from tlcoupling.coupling.spectra import prefers_products
 from tlcoupling.errors import ArgumentError
 
 
@@ -200,3 +202,27 @@ def test_bad_arguments(arguments: dict, message: str):
     trace = tlc.trace(CASES[0].model(), TOKENS)
     with pytest.raises(ArgumentError, match=message):
         tlc.depth_coupling(trace, **{"k": 4, **arguments})
+
+
+def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
+    """Where a Jacobian is too large to form, coupling is the same and the null is off by the error that is stated."""
+    trace = tlc.trace(CASES[0].model(), TOKENS)
+    formed = tlc.depth_coupling(trace, 4)
+    monkeypatch.setattr("tlcoupling.coupling.depth.prefers_products", lambda *arguments: True)
+    by_products = tlc.depth_coupling(trace, 4)
+    torch.testing.assert_close(by_products.values, formed.values, rtol=0, atol=1e-9)
+    assert formed.frobenius_error.max() == 0
+    gap = (by_products.frobenius - formed.frobenius).abs() / formed.frobenius
+    assert (by_products.frobenius_error > 0).all()
+    assert (gap < 4 * by_products.frobenius_error).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wide_jacobians_are_coupled_by_products():
+    """At Llama-3-8B's sizes the products that 32 layers need cost less than the matrix; at SmolLM2's they do not."""
+    wide, small = (
+        SimpleNamespace(shape=(d, d), product_flops=2.0 * weights, dense_flops=2.0 * d * d * (mlp + 2 * d))
+        for d, mlp, weights in ((4096, 14336, 218e6), (576, 1536, 3.54e6))
+    )
+    assert prefers_products(wide, 10, 32)
+    assert not prefers_products(small, 10, 30)

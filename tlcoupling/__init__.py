@@ -2,6 +2,7 @@
 
 from tlcoupling import viz
 from tlcoupling.analysis import Analysis, analyze
+from tlcoupling.checking import Check, check
 from tlcoupling.coupling import DepthCoupling, depth_coupling
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
@@ -13,6 +14,7 @@ from tlcoupling.trajectory import Growth, Linearity, growth, linearity
 
 __all__ = [
     "Analysis",
+    "Check",
     "DepthCoupling",
     "Growth",
     "JacobianOperator",
@@ -21,6 +23,7 @@ __all__ = [
     "Trace",
     "Triplets",
     "analyze",
+    "check",
     "depth_coupling",
     "growth",
     "linearity",

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -131,6 +131,37 @@ def report(
         webbrowser.open(page.resolve().as_uri())
 
 
+@app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="A model name that TransformerLens knows, or a local HuggingFace folder.")
+    ] = DEFAULT_MODEL,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to run it on.", show_default="eight tokens spread over the vocabulary")
+    ] = None,
+) -> None:
+    """Check a model: what holds, what falls back to autograd, and what is refused and why. Exit code 1 if refused."""
+    with _errors_as_one_line():
+        from tlcoupling.checking import check as check_model
+        from tlcoupling.terminal import print_check
+
+        found = check_model(_load(model), prompt)
+        print_check(found)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _load(name: str) -> Any:
+    """Load a model, with a sign of life on a terminal's stderr."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from tlcoupling.models import load_model
+
+    with Console(stderr=True).status(Text(f"loading {name}")):
+        return load_model(name)
+
+
 def _analyze(
     name: str,
     prompt: str | None,
@@ -140,14 +171,9 @@ def _analyze(
     engine: Engine,
 ) -> Analysis:
     """Load the model and measure, with signs of life on a terminal's stderr."""
-    from rich.console import Console
-    from rich.text import Text
-
     from tlcoupling.analysis import analyze
-    from tlcoupling.models import load_model
 
-    with Console(stderr=True).status(Text(f"loading {name}")):
-        model = load_model(name)
+    model = _load(name)
     if prompt is None:
         prompts = resources.files("tlcoupling") / "data" / "prompts.json"
         prompt = json.loads(prompts.read_text(encoding="utf-8"))[DEFAULT_PROMPT]

@@ -1,4 +1,4 @@
-"""An analysis as tables for the terminal: 80 columns are enough, and a pipe gets plain text."""
+"""An analysis and a check as tables for the terminal: 80 columns are enough, and a pipe gets plain text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlcoupling.analysis import Analysis
+from tlcoupling.checking import Check
 from tlcoupling.viz.payload import visible
 from tlcoupling.viz.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 
@@ -33,6 +34,19 @@ def print_analysis(analysis: Analysis) -> None:
         console.print()
         console.print(title)
         console.print(table)
+
+
+def print_check(check: Check) -> None:
+    """Print what holds on a model, what falls back and what is refused."""
+    console = Console(highlight=False)
+    console.print(Text(check.model_name, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("checked", "outcome", "detail"):
+        table.add_column(name, header_style="dim", overflow="fold")
+    colours = {"holds": "green", "falls back": "yellow", "refused": "red"}
+    for one in check.findings:
+        table.add_row(Text(one.what), Text(one.outcome, style=colours[one.outcome]), Text(one.detail))
+    console.print(table)
 
 
 def _coupling(analysis: Analysis) -> Table:

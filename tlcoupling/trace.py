@@ -134,12 +134,20 @@ class Stream:
             "no Jacobian, line or rate is defined there. A half-precision model may have overflowed: try float32"
         )
 
-    def _check_identity(self, tolerance: float) -> None:
+    @property
+    def identity_gap(self) -> float:
+        """The largest gap in x^l + a^l + m^l = x^{l+1}, relative to the norm of the sum."""
+        return float(self._identity_gaps().max())
+
+    def _identity_gaps(self) -> Float[Tensor, " layer"]:
         total = self.resid[:-1] + self.attn_out
         if self.mlp_out is not None:
             total = total + self.mlp_out
         gap = (total - self.resid[1:]).norm(dim=-1) / self.resid[1:].norm(dim=-1)
-        worst = gap.amax(-1)
+        return gap.amax(-1)
+
+    def _check_identity(self, tolerance: float) -> None:
+        worst = self._identity_gaps()
         if (worst <= tolerance).all():
             return
         layer = int((worst > tolerance).nonzero()[0])
