@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 import transformers
+from families import CONTEXT, D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCABULARY, WINDOW, families
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-
-from families import CONTEXT, D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCABULARY, WINDOW, families
 
 ALL = ("block", "attn", "mlp")
 
@@ -95,14 +94,18 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
     return build
 
 
-_STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon"}
-_PARALLEL = {"gptj", "pythia", "phi", "falcon"}
+_STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon", "falcon-two-norms"}
+_PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm"}
+_PARTLY_ANALYTIC = {
+    "mixtral": ("attn",),  # experts
+    "cohere-qk-norm": ("mlp",),  # norms of queries with another gain for each head
+}
 _FAMILIES = [
     Case(
         f"bridge-{name}",
         _huggingface(config, hub_name, architecture),
         exact=name in _STAYS_IN_FLOAT64,
-        analytic=("attn",) if name == "mixtral" else ALL,
+        analytic=_PARTLY_ANALYTIC.get(name, ALL),
         topology="parallel" if name in _PARALLEL else "sequential",
     )
     for name, (hub_name, architecture, config) in families().items()
@@ -176,6 +179,12 @@ _HOOKED = [
     ),
     Case("hooked-sandwich", _hooked(**_GATED, use_normalization_before_and_after=True)),
 ]
+
+
+def built_here(settings: dict[str, Any]) -> Any:
+    """A float64 model of other settings: a ``HookedTransformer``, or a native ``TransformerBridge`` where it is gone."""
+    build = _hooked if any(case.build.__qualname__.startswith("_hooked") for case in CASES) else _native
+    return build(**settings)(torch.float64).eval()
 
 
 def _available() -> list[Case]:
