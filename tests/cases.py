@@ -182,8 +182,8 @@ _HOOKED = [
 
 
 def built_here(settings: dict[str, Any]) -> Any:
-    """A float64 model of other settings: a ``HookedTransformer``, or a native ``TransformerBridge`` where it is gone."""
-    build = _hooked if any(case.build.__qualname__.startswith("_hooked") for case in CASES) else _native
+    """A float64 model of other settings: a ``HookedTransformer``, a native ``TransformerBridge`` where that is gone."""
+    build = _hooked if any(case in CASES for case in _HOOKED) else _native
     return build(**settings)(torch.float64).eval()
 
 

@@ -217,6 +217,16 @@ def test_hooks_of_the_user_act_on_the_jacobian():
     assert relative_error(tlc.residual_jacobian(tlc.trace(model, TOKENS), 1, "block").dense(), block.dense()) > 0.1
 
 
+def test_a_permanent_hook_is_the_users_unless_transformer_lens_attached_it():
+    model = CASES[0].build(torch.float64)
+    assert not tlc.trace(model, TOKENS).has_user_hooks
+    model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda tensor, hook: 2 * tensor, is_permanent=True)
+    trace = tlc.trace(model, TOKENS)
+    assert trace.has_user_hooks
+    with pytest.warns(UserWarning, match="hooks are attached"):
+        tlc.residual_jacobian(trace, 1, "block")
+
+
 def test_a_trace_of_changed_weights_is_refused():
     case = CASES[0]
     model = case.model(torch.float32)
