@@ -94,14 +94,18 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
     return build
 
 
-_STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon"}
-_PARALLEL = {"gptj", "pythia", "phi", "falcon"}
+_STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon", "falcon-two-norms"}
+_PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm"}
+_PARTLY_ANALYTIC = {
+    "mixtral": ("attn",),  # experts
+    "cohere-qk-norm": ("mlp",),  # norms of queries with another gain for each head
+}
 _FAMILIES = [
     Case(
         f"bridge-{name}",
         _huggingface(config, hub_name, architecture),
         exact=name in _STAYS_IN_FLOAT64,
-        analytic=("attn",) if name == "mixtral" else ALL,
+        analytic=_PARTLY_ANALYTIC.get(name, ALL),
         topology="parallel" if name in _PARALLEL else "sequential",
     )
     for name, (hub_name, architecture, config) in families().items()
@@ -175,6 +179,12 @@ _HOOKED = [
     ),
     Case("hooked-sandwich", _hooked(**_GATED, use_normalization_before_and_after=True)),
 ]
+
+
+def built_here(settings: dict[str, Any]) -> Any:
+    """A float64 model of other settings: a ``HookedTransformer``, a native ``TransformerBridge`` where that is gone."""
+    build = _hooked if any(case in CASES for case in _HOOKED) else _native
+    return build(**settings)(torch.float64).eval()
 
 
 def _available() -> list[Case]:

@@ -22,6 +22,8 @@ _COMMON: dict[str, Any] = dict(
 )
 _GROUPED: dict[str, Any] = dict(_COMMON, num_key_value_heads=2)
 _WIDE_HEADS: dict[str, Any] = dict(_GROUPED, head_dim=12)  # as in Qwen 3 and Gemma: n_heads * d_head is not d_model
+_FALCON: dict[str, Any] = {"ffn_hidden_size": D_MLP, **_COMMON}
+del _FALCON["intermediate_size"]
 _LLAMA3 = dict(
     rope_type="llama3",
     factor=8.0,
@@ -103,8 +105,7 @@ def families() -> dict[str, tuple[str, str, Any]]:
             "tiiuae/falcon-7b",
             "FalconForCausalLM",
             hf.FalconConfig(
-                **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
-                ffn_hidden_size=D_MLP,
+                **_FALCON,
                 multi_query=True,
                 parallel_attn=True,
                 bias=False,
@@ -115,13 +116,24 @@ def families() -> dict[str, tuple[str, str, Any]]:
             "tiiuae/falcon-rw-1b",
             "FalconForCausalLM",
             hf.FalconConfig(
-                **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
-                ffn_hidden_size=D_MLP,
+                **_FALCON,
                 multi_query=False,
                 parallel_attn=False,
                 bias=True,
                 alibi=True,
                 new_decoder_architecture=False,
+            ),
+        ),
+        "falcon-two-norms": (
+            "tiiuae/falcon-40b",
+            "FalconForCausalLM",
+            hf.FalconConfig(
+                **_FALCON,
+                num_kv_heads=2,
+                multi_query=False,
+                parallel_attn=True,
+                bias=False,
+                new_decoder_architecture=True,
             ),
         ),
         "opt": (
@@ -164,6 +176,32 @@ def families() -> dict[str, tuple[str, str, Any]]:
                 num_experts_per_tok=2,
                 experts_implementation="eager",
                 sliding_window=None,
+            ),
+        ),
+        "phi3": ("microsoft/Phi-3-mini-4k-instruct", "Phi3ForCausalLM", hf.Phi3Config(**_GROUPED)),
+        "glm": ("THUDM/glm-4-9b", "GlmForCausalLM", hf.GlmConfig(**_WIDE_HEADS, partial_rotary_factor=0.5)),
+        "cohere-qk-norm": (
+            "CohereForAI/c4ai-command-r-plus",
+            "CohereForCausalLM",
+            hf.CohereConfig(**_GROUPED, use_qk_norm=True),
+        ),
+        "granite": (
+            "ibm-granite/granite-3.0-2b-base",
+            "GraniteForCausalLM",
+            hf.GraniteConfig(**_GROUPED, residual_multiplier=0.5, attention_multiplier=0.3),
+        ),
+        "gpt-neo": (
+            "EleutherAI/gpt-neo-125M",
+            "GPTNeoForCausalLM",
+            hf.GPTNeoConfig(
+                hidden_size=D_MODEL,
+                num_layers=N_LAYERS,
+                num_heads=N_HEADS,
+                intermediate_size=D_MLP,
+                attention_types=[[["global"], 1], [["local"], 2]],
+                window_size=WINDOW,
+                vocab_size=VOCABULARY,
+                max_position_embeddings=CONTEXT,
             ),
         ),
     }

@@ -32,12 +32,13 @@ from tlcoupling.errors import StaleTraceError
 from tlcoupling.hooked import Hook, lifted
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, Projection, Shared, Sum, Zero
-from tlcoupling.jacobian.norms import Norm, Uncovered, close
+from tlcoupling.jacobian.norms import Norm, Uncovered, close, write_factor
 from tlcoupling.trace import Trace
 
-_ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern"))
+_ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out"))
 _MLP_INPUTS = ("mlp.hook_pre", "mlp.hook_pre_linear")
 _MLP_OUTPUT = "mlp.hook_post"
+_MLP_POINTS = (*_MLP_INPUTS, _MLP_OUTPUT, "mlp.hook_out")
 _POST_NORMS = ("ln1_post", "ln2_post")
 
 # How a trace runs a sublayer: layer, stream, hooks.
@@ -84,8 +85,7 @@ def run_sublayer(
     with ExitStack() as stack:
         for name in _POST_NORMS:
             if isinstance(module := getattr(trace.model.blocks[layer], name, None), torch.nn.Module):
-                handle = module.register_forward_pre_hook(lambda module, args, keep=keep(name): keep(args[0]))
-                stack.callback(handle.remove)
+                stack.callback(module.register_forward_pre_hook(_on_input(keep(name))).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(forward_ad.dual_level())
@@ -99,6 +99,11 @@ def run_sublayer(
         except (NotImplementedError, RuntimeError):  # no forward-mode rule: the caller takes another way
             kept.clear()
             return Run(kept, run(layer, stream, hooks)[0].clone(), pos, direction, None)
+
+
+def _on_input(function: Callable[[Tensor], None]) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    """As a pre-hook of a module."""
+    return lambda module, args: function(args[0])
 
 
 class AnalyticLayer:
@@ -177,7 +182,8 @@ class AnalyticLayer:
         write = self._weight(self.block.attn, "W_O")
         if head is not None:
             write = write[head : head + 1]
-        out = Projection(rearrange(write, "head e d -> d (head e)"))
+        factor = write_factor(self.attn_run.values.get("attn.hook_out"), self.attn_run.out)
+        out = Projection(factor * rearrange(write, "head e d -> d (head e)"))
         whole = out @ Sum(branches) @ self._norm("ln1", self.resid_pre[src])
         written = self.attn_run.values.get("ln1_post")
         return whole if head is not None or written is None else self._norm("ln1_post", written[dest]) @ whole
@@ -192,7 +198,8 @@ class AnalyticLayer:
             for slope, name in zip(slopes, names, strict=True)
         ]
         inner = branches[0] if len(branches) == 1 else Sum(branches)
-        out = Projection(self._weight(self.block.mlp, "W_out").mT)
+        factor = write_factor(run.values.get("mlp.hook_out"), run.out)
+        out = Projection(factor * self._weight(self.block.mlp, "W_out").mT)
         reads = "ln1" if getattr(self.block, "ln2", None) is None else "ln2"
         whole = out @ inner @ self._norm(reads, self.mlp_input[pos])
         written = run.values.get("ln2_post")
@@ -212,12 +219,11 @@ class AnalyticLayer:
         if self.topology == "sequential" and self.attn_run.tangent is not None:
             reached = self.attn_run.tangent[pos]
             direction = self.probe + reached if pos == self.src else reached
-        points = (*_MLP_INPUTS, _MLP_OUTPUT)
         run = None
         if self._mlp_alone:
             try:
                 run = run_sublayer(
-                    self._trace, self.layer, self._trace.run_mlp, points, *self._mlp_rows(pos), direction
+                    self._trace, self.layer, self._trace.run_mlp, _MLP_POINTS, *self._mlp_rows(pos), direction
                 )
                 self._trace.check_current("mlp", self.layer, run.out, pos)
             except (TypeError, ValueError, RuntimeError, AttributeError, StaleTraceError):
@@ -225,7 +231,7 @@ class AnalyticLayer:
                 self._mlp_alone, run = False, None
         if run is None:
             run_mlp = self._trace.run_mlp_in_block
-            run = run_sublayer(self._trace, self.layer, run_mlp, points, *self._mlp_rows(pos), direction)
+            run = run_sublayer(self._trace, self.layer, run_mlp, _MLP_POINTS, *self._mlp_rows(pos), direction)
             self._trace.check_current("mlp", self.layer, run.out)
         self._mlp_run = (pos, run)
         return run

@@ -182,8 +182,8 @@ class Rotary:
             halves, adjacent = _quarter_turns(cos)
             yield cls._padded(cos, sin, halves, size)
             yield cls._padded(cos, sin, adjacent, size)
-            half = cos.shape[-1] // 2
-            yield cls._padded(*(table[:, :half].repeat_interleave(2, -1) for table in (cos, sin)), adjacent, size)
+            cos, sin = (table[:, : cos.shape[-1] // 2].repeat_interleave(2, -1) for table in (cos, sin))
+            yield cls._padded(cos, sin, adjacent, size)
         elif hasattr(attn, "rotary_cos"):
             cos, sin = attn.rotary_cos[:length].to(q), attn.rotary_sin[:length].to(q)
             eye = torch.eye(cos.shape[-1], dtype=q.dtype, device=q.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.jacobian.norms import write_factor
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.trace import Trace
 
@@ -106,15 +107,18 @@ def _linearize(
     if reads_mid:
         hooks["hook_resid_mid"] = lambda tensor: leaf
     source = "attn.hook_z" if head is not None else f"hook_{sublayer}_out"
-    if sublayer != "block" or head is not None:
-        hooks[source] = keep(source)
+    for name in (source, *(("attn.hook_out", "hook_attn_out") if head is not None else ())):
+        if trace.point(layer, name) is not None:
+            hooks[name] = keep(name)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         resid_post = trace.run_block(layer, resid_pre if reads_mid else leaf, hooks)
         if not reads_mid:
             trace.check_current("block", layer, resid_post[0])
         if head is not None:
             weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
-            output = kept[source][0, dest, head] @ weight
+            given = kept.get("attn.hook_out")
+            factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach())
+            output = factor * (kept[source][0, dest, head] @ weight)
         elif sublayer == "block":
             output = resid_post[0, dest] - leaf[0, dest] if src == dest else resid_post[0, dest]
         else:

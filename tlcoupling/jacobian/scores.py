@@ -91,7 +91,7 @@ class _Rows:
         return (rows - mean).where(self.seen, 0.0)
 
     def fit(self, start: Scores) -> Scores:
-        """C by least squares, Gauss-Newton where f is bent."""
+        """Fit c by least squares, Gauss-Newton where f is bent."""
         scores = start
         for _ in range(1 if start.cap is None else _STEPS):
             slope = self._open(self.products * scores.slope(self.products) / scores.scale)
