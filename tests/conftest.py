@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import tlcoupling as tlc  # noqa: E402
+import tlcoupling.smollm2  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 
@@ -28,8 +29,22 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> torch.nn.Module:
-    """SmolLM2-135M-Instruct, loaded once. Tests leave it as it was."""
+    """SmolLM2-135M-Instruct, loaded once: a bridge, where TransformerLens has it. Tests leave it as it was."""
     return tlc.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_hooked(smollm2: torch.nn.Module) -> torch.nn.Module:
+    """SmolLM2-135M-Instruct as a HookedTransformer, on a TransformerLens that has it."""
+    if "TransformerBridge" not in type(smollm2).__name__:
+        return smollm2
+    return tlc.load_model("smollm2-135m", hooked=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_huggingface() -> torch.nn.Module:
+    """SmolLM2-135M-Instruct as HuggingFace has it."""
+    return tlcoupling.smollm2.smollm2_huggingface()[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """load_model and the errors: what loads, what it loads as, and what is said when it cannot."""
 
+import importlib.metadata
 import importlib.util
 import inspect
 import pickle
@@ -17,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import tlcoupling as tlc
 from tlcoupling import errors
 from tlcoupling import models as tlc_models
+from tlcoupling import smollm2 as tlc_smollm2
 from tlcoupling.errors import ArgumentError, ModelLoadError
 
 # fmt: off
@@ -27,9 +29,17 @@ LANDMARKS_IDS = [
 # fmt: on
 
 
+needs_bridge = pytest.mark.skipif(
+    tlc_models._transformer_bridge() is None, reason="transformer-lens below 3 has no TransformerBridge"
+)
+needs_hooked = pytest.mark.skipif(
+    tlc_models._hooked_transformer() is None, reason="transformer-lens from 4 on has no HookedTransformer"
+)
+
+
 def own_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the GGUF file, read without TransformerLens."""
-    file = tlc_models._smollm2_file()
+    file = tlc_smollm2.smollm2_file()
     return PreTrainedTokenizerFast.from_pretrained(str(file.parent), gguf_file=file.name)
 
 
@@ -38,6 +48,10 @@ def test_smollm2_is_a_plain_float32_model_in_eval_mode(smollm2):
     assert shape == (30, 576, 9, 1536)
     assert {p.dtype for p in smollm2.parameters()} == {torch.float32}
     assert not any(module.training for module in smollm2.modules())
+
+
+@needs_bridge
+def test_smollm2_is_not_taken_for_a_quantised_model(smollm2):
     hf_model = smollm2.original_model
     assert hf_model.config._attn_implementation == "eager"
     assert not hasattr(hf_model.config, "quantization_config")
@@ -98,8 +112,9 @@ NO_NETWORK = """
     import tlcoupling as tlc
 
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
-    model = tlc.load_model("smollm2-135m")
-    assert model.to_tokens("The capital of France is").shape == (1, 5)
+    for hooked in HOOKED:
+        model = tlc.load_model("smollm2-135m", hooked=hooked)
+        assert model.to_tokens("The capital of France is").shape == (1, 5)
     assert not attempts, attempts
     assert not huggingface_hub.constants.HF_HUB_OFFLINE, "the setting was not restored"
 
@@ -115,8 +130,10 @@ NO_NETWORK = """
 
 @pytest.mark.slow
 def test_smollm2_loads_without_a_network_request_and_without_output():
+    hooked = [False] * (tlc_models._transformer_bridge() is not None)
+    hooked += [True] * (tlc_models._hooked_transformer() is not None)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NO_NETWORK)],
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NO_NETWORK).replace("HOOKED", str(hooked))],
         capture_output=True,
         text=True,
         timeout=300,
@@ -126,6 +143,7 @@ def test_smollm2_loads_without_a_network_request_and_without_output():
     assert done.stderr == ""
 
 
+@needs_bridge
 def test_smollm2_weights_are_those_of_the_file_to_the_last_bit(smollm2):
     """By gguf's own reader; the queries' and keys' rows are left out, as the file permutes them."""
     import gguf
@@ -145,7 +163,7 @@ def test_smollm2_weights_are_those_of_the_file_to_the_last_bit(smollm2):
         name.replace("_original_component.", ""): weight for name, weight in smollm2.original_model.state_dict().items()
     }
     compared = 0
-    for tensor in gguf.GGUFReader(tlc_models._smollm2_file()).tensors:
+    for tensor in gguf.GGUFReader(tlc_smollm2.smollm2_file()).tensors:
         *block, part, _ = tensor.name.split(".")
         if part in names:
             prefix = f"model.layers.{block[1]}." if block else ""
@@ -170,7 +188,7 @@ def test_the_loader_restores_what_it_sets_for_the_length_of_a_load():
         )
 
     before = settings()
-    with pytest.raises(KeyError), tlc_models._offline(), tlc_models._quiet_gguf_reader():
+    with pytest.raises(KeyError), tlc_smollm2._offline(), tlc_smollm2._quiet_gguf_reader():
         assert huggingface_hub.constants.HF_HUB_OFFLINE
         raise KeyError("an error on the way")
     assert settings() == before
@@ -195,16 +213,36 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert str(caught.value).endswith(command)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "."])
-def test_without_a_bridge_the_version_that_has_one_is_named(monkeypatch, tmp_path, name):
+@pytest.mark.parametrize(("name", "hooked"), [("smollm2-135m", False), ("gpt2", False), (".", False), (".", None)])
+def test_without_a_bridge_the_version_that_has_one_is_named(monkeypatch, tmp_path, name, hooked):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tlc_models, "_transformer_bridge", lambda: None)
-    with pytest.raises(ModelLoadError, match="transformer-lens>=3,<5"):
-        tlc.load_model(name)
+    with pytest.raises(ModelLoadError, match="TransformerBridge.*transformer-lens>=3,<5"):
+        tlc.load_model(name, hooked=hooked)
 
 
-def test_without_a_bridge_a_name_goes_to_hooked_transformer(monkeypatch):
+@pytest.mark.parametrize("name", ["smollm2-135m", "gpt2"])
+def test_without_hooked_transformer_the_versions_that_have_it_are_named(monkeypatch, name):
+    monkeypatch.setattr(tlc_models, "_hooked_transformer", lambda: None)
+    with pytest.raises(ModelLoadError, match="HookedTransformer.*up to 3.x.*transformer-lens>=2.16,<4"):
+        tlc.load_model(name, hooked=True)
+
+
+def test_what_the_installed_transformer_lens_lacks_is_not_found():
+    major = int(importlib.metadata.version("transformer-lens").split(".")[0])
+    assert (tlc_models._hooked_transformer() is None) == (major >= 4)
+    assert (tlc_models._transformer_bridge() is None) == (major < 3)
+
+
+def test_a_folder_is_no_hooked_transformer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="no loader for a folder"):
+        tlc.load_model(tmp_path, hooked=True)
+
+
+@pytest.mark.parametrize("bridge_exists", [True, False])
+def test_a_name_goes_to_hooked_transformer_when_asked_or_without_a_bridge(monkeypatch, bridge_exists):
     class HookedTransformer(torch.nn.Module):
         @classmethod
         def from_pretrained(cls, name, **kwargs):
@@ -212,11 +250,35 @@ def test_without_a_bridge_a_name_goes_to_hooked_transformer(monkeypatch):
             model.asked_for = (name, kwargs)
             return model
 
-    monkeypatch.setattr(tlc_models, "_transformer_bridge", lambda: None)
+    if not bridge_exists:
+        monkeypatch.setattr(tlc_models, "_transformer_bridge", lambda: None)
     monkeypatch.setitem(vars(transformer_lens), "HookedTransformer", HookedTransformer)
-    model = tlc.load_model("gpt2", fold_ln=False)
+    model = tlc.load_model("gpt2", hooked=True if bridge_exists else None, fold_ln=False)
     assert model.asked_for == ("gpt2", {"fold_ln": False})
     assert not model.training
+
+
+@needs_hooked
+def test_smollm2_as_a_hooked_transformer_is_the_huggingface_model(smollm2_hooked, smollm2_huggingface, prompts):
+    assert type(smollm2_hooked).__name__ == "HookedTransformer"
+    assert (smollm2_hooked.cfg.normalization_type, smollm2_hooked.cfg.n_key_value_heads) == ("RMS", 3)
+    tokens = smollm2_hooked.to_tokens(prompts["landmarks"])
+    assert tokens[0].tolist() == LANDMARKS_IDS
+    with torch.no_grad():
+        found = smollm2_hooked(tokens).log_softmax(-1)
+        truth = smollm2_huggingface(tokens).logits.log_softmax(-1)
+    # float32 over 30 layers; seen: 7e-5
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-3)
+
+
+@needs_hooked
+def test_smollm2_as_a_hooked_transformer_holds_the_weights_unprocessed(smollm2_hooked, smollm2_huggingface):
+    layer, hf_layer = smollm2_hooked.blocks[7], smollm2_huggingface.model.layers[7]
+    assert torch.equal(smollm2_hooked.W_E, smollm2_huggingface.model.embed_tokens.weight)
+    assert torch.equal(smollm2_hooked.W_U, smollm2_huggingface.lm_head.weight.T)
+    assert torch.equal(layer.ln1.w, hf_layer.input_layernorm.weight)
+    assert torch.equal(layer.mlp.W_out, hf_layer.mlp.down_proj.weight.T)
+    assert all(not bias.any() for name, bias in smollm2_hooked.named_parameters() if ".b_" in name)
 
 
 @pytest.fixture
@@ -242,6 +304,7 @@ def gpt2_folder(tmp_path) -> Path:
     return folder
 
 
+@needs_bridge
 @pytest.mark.parametrize("as_path", [True, False])
 def test_a_local_folder_gives_the_model_in_it(gpt2_folder, as_path):
     model = tlc.load_model(gpt2_folder if as_path else str(gpt2_folder))
@@ -254,6 +317,7 @@ def test_a_local_folder_gives_the_model_in_it(gpt2_folder, as_path):
         torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+@needs_bridge
 def test_keyword_arguments_reach_the_loader(gpt2_folder):
     model = tlc.load_model(gpt2_folder, dtype=torch.float64)
     assert {p.dtype for p in model.parameters()} == {torch.float64}

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import tlcoupling as tlc
+from tlcoupling.models import _hooked_transformer, _transformer_bridge
+from tlcoupling.smollm2 import HUB_NAME, hooked_config
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +41,19 @@ def test_parity_with_the_published_procedure(trace: tlc.Trace, solver: str):
             )
 
 
+def test_parity_as_a_hooked_transformer(
+    request: pytest.FixtureRequest, smollm2: torch.nn.Module, prompts: dict[str, str]
+):
+    """The other class gives the published procedure's numbers too, where TransformerLens has both."""
+    if _hooked_transformer() is None or _transformer_bridge() is None:
+        pytest.skip("this transformer-lens has only one of the two classes")
+    hooked = request.getfixturevalue("smollm2_hooked")
+    found = tlc.depth_coupling(tlc.trace(hooked, prompts["landmarks"]), 10, sublayers="block")
+    misalignment = 1 - found.values[0, 0, 0, :29, :29]
+    torch.testing.assert_close(misalignment, PUBLISHED["K10.uv.frobenius"], rtol=0, atol=1e-4)
+    assert found.provenance.engine == {"block": "analytic"}
+
+
 def test_the_reference_numbers_of_the_design(trace: tlc.Trace):
     score = tlc.linearity(trace).path("block")
     assert score.mean().item() == pytest.approx(4.379, abs=5e-4)
@@ -62,20 +78,30 @@ def test_the_engines_agree_on_the_real_model(trace: tlc.Trace):
             assert (found - truth).norm() < 1e-4 * truth.norm()
 
 
-def test_a_random_model_of_the_same_shape_has_no_excess(smollm2: torch.nn.Module, prompts: dict[str, str]):
-    """Weights drawn as the architecture's own library draws them: coupling is chance, for block, attn and mlp."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
-
+@pytest.fixture(scope="module")
+def random_model(smollm2: torch.nn.Module, smollm2_huggingface: torch.nn.Module) -> torch.nn.Module:
+    """SmolLM2's shape with fresh weights, as a bridge where TransformerLens has it."""
+    config = smollm2_huggingface.config
     torch.manual_seed(0)
-    config = smollm2.original_model.config
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        from transformer_lens import HookedTransformer
+
+        cfg = hooked_config(config, n_ctx=64, seed=0)
+        return HookedTransformer(cfg).eval()
     hf_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    tokenizer = smollm2.tokenizer
+    # told so, TransformerLens does not ask the hub for a tokenizer that adds BOS
+    smollm2.tokenizer.init_kwargs["add_bos_token"] = True
+    return TransformerBridge.boot_transformers(HUB_NAME, hf_model=hf_model, tokenizer=smollm2.tokenizer)
+
+
+def test_a_random_model_of_the_same_shape_has_no_excess(
+    smollm2: torch.nn.Module, random_model: torch.nn.Module, prompts: dict[str, str]
+):
+    """Weights drawn as the architecture's own library draws them: coupling is chance, for block, attn and mlp."""
     tokens = smollm2.to_tokens(prompts["landmarks"])
-    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    tokenizer.init_kwargs["add_bos_token"] = True  # or TransformerLens asks the hub for a tokenizer that adds it
-    random = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer)
-    found = tlc.depth_coupling(tlc.trace(random, tokens), 10)
+    found = tlc.depth_coupling(tlc.trace(random_model, tokens), 10)
     assert found.sublayers == ("block", "attn", "mlp")
     assert found.mean("excess").abs().max() < 1e-3
     trained = tlc.depth_coupling(tlc.trace(smollm2, tokens), 10)

@@ -80,6 +80,23 @@ def topology_of_model(model: Any) -> Topology:
     return topology_of(model.hook_dict, bool(getattr(model.cfg, "attn_only", False)))
 
 
+def norms_are_folded(model: Any) -> bool:
+    """Whether the gains and biases of the blocks' norms were folded into the weights that read from them.
+
+    A ``HookedTransformer`` says so in its configuration. A ``TransformerBridge`` keeps its norms and sets their gains
+    to a constant and their biases to zero, and says only that it processed something.
+    """
+    if str(getattr(model.cfg, "normalization_type", None)).endswith("Pre"):
+        return True
+    if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
+        return False
+    norms = [getattr(block, name, None) for block in model.blocks for name in ("ln1", "ln2")]
+    parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
+    return bool(parameters) and all(
+        (parameter == (0 if name.endswith("bias") else parameter.flatten()[0])).all() for name, parameter in parameters
+    )
+
+
 def has_user_hooks(points: Mapping[str, Any]) -> bool:
     """Whether anyone but us and TransformerLens itself (for OPT's MLP, which is no module) has a hook attached."""
     return any(not _is_its_own(hook) for point in points.values() for hook in (*point.fwd_hooks, *point.bwd_hooks))

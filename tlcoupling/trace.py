@@ -33,6 +33,7 @@ from tlcoupling.hooked import (
     block_hook,
     has_user_hooks,
     lifted_parts,
+    norms_are_folded,
     record_forward,
     require_supported,
     topology_of,
@@ -252,10 +253,9 @@ class Trace(Stream):
         cfg = self.model.cfg
         writes = self.attn_out if self.mlp_out is None else torch.cat([self.attn_out, self.mlp_out])
         share_of_mean = writes.mean(-1).abs().max() / writes.std(-1).max()
-        normalization = getattr(cfg, "normalization_type", None)
         return {
-            "normalization_type": normalization,
-            "layer_norm_folded": str(normalization).endswith("Pre") or bool(getattr(cfg, "layer_norm_folding", False)),
+            "normalization_type": getattr(cfg, "normalization_type", None),
+            "layer_norm_folded": norms_are_folded(self.model),
             "writes_centered": bool(share_of_mean < 1e-4),
             "dtype": str(next(self.model.blocks.parameters()).dtype).removeprefix("torch."),
         }
