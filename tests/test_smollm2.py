@@ -101,8 +101,10 @@ def test_a_random_model_of_the_same_shape_has_no_excess(
 ):
     """Weights drawn as the architecture's own library draws them: coupling is chance, for block, attn and mlp."""
     tokens = smollm2.to_tokens(prompts["landmarks"])
-    found = tlc.depth_coupling(tlc.trace(random_model, tokens), 10)
-    assert found.sublayers == ("block", "attn", "mlp")
-    assert found.mean("excess").abs().max() < 1e-3
+    trace = tlc.trace(random_model, tokens)
+    for normalizer in ("frobenius", "trace"):
+        found = tlc.depth_coupling(trace, 10, normalizer=normalizer)
+        assert found.sublayers == ("block", "attn", "mlp")
+        assert found.mean("excess").abs().max() < 1e-3
     trained = tlc.depth_coupling(tlc.trace(smollm2, tokens), 10)
     assert (trained.mean("excess") > 0.02).all()

@@ -31,7 +31,7 @@ class DepthCoupling(Result):
     """Coupling of the Jacobians of all pairs of layers, at one or more tokens.
 
     In each matrix the row is the layer that gives the Jacobian, the column the layer that gives the bases; it is not
-    symmetric, and its diagonal is 1.
+    symmetric, and its diagonal is 1 for the ``"uv"`` bases.
 
     Attributes:
         values: coupling c_K, at most 1. ``[sublayer, pos, k, layer, basis_layer]``.
