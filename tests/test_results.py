@@ -53,8 +53,9 @@ def test_the_long_table_has_each_number_once(analysis: tlc.Analysis):
         assert table.columns[0] == "quantity"
         assert table.columns[-1] == "value"
     coupling = analysis.coupling
-    table = coupling.to_dataframe().set_index(["quantity", "sublayer", "pos", "k", "layer", "basis_layer"])
-    assert table.loc[("excess", "mlp", 6, 4, 2, 1), "value"] == pytest.approx(float(coupling.excess[2, 1, 1, 2, 1]))
+    table = coupling.to_dataframe().query("quantity == 'excess'")
+    row = table.query("sublayer == 'mlp' and pos == 6 and k == 4 and layer == 2 and basis_layer == 1")
+    assert row["value"].item() == pytest.approx(float(coupling.excess[2, 1, 1, 2, 1]))
     assert set(analysis.to_dataframe()["measurement"]) == {"coupling", "linearity", "growth"}
 
 
