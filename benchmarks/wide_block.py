@@ -22,6 +22,7 @@ from rich.console import Console
 import tlcoupling as tlc
 from tlcoupling.coupling.spectra import prefers_products, product_spectrum
 from tlcoupling.jacobian import JacobianEngine
+from tlcoupling.smollm2 import smollm2_huggingface
 
 
 def wide_model(dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -56,7 +57,7 @@ def main() -> None:
 
     console = Console()
     hf_model = wide_model(torch.bfloat16)
-    tokenizer = tlc.models.smollm2_huggingface()[1]
+    tokenizer = smollm2_huggingface()[1]
     tokenizer.init_kwargs["add_bos_token"] = True  # or TransformerLens asks the hub for a tokenizer that adds it
     model = TransformerBridge.boot_transformers(
         "meta-llama/Llama-3.2-1B", hf_model=hf_model, tokenizer=tokenizer, dtype=torch.bfloat16

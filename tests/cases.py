@@ -9,6 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -193,7 +194,8 @@ def _available() -> list[Case]:
         from transformer_lens.model_bridge import TransformerBridge
 
         cases += _FAMILIES
-        if hasattr(TransformerBridge, "boot_native"):
+        # the native attention of transformer-lens 3 has no hook_pattern: only autograd covers it
+        if hasattr(TransformerBridge, "boot_native") and not version("transformer-lens").startswith("3."):
             cases += _NATIVE
     except ImportError:
         pass
