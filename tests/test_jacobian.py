@@ -218,7 +218,7 @@ def test_hooks_of_the_user_act_on_the_jacobian():
 
 
 def test_a_permanent_hook_is_the_users_unless_transformer_lens_attached_it():
-    model = CASES[0].build(torch.float64)
+    model = CASES[0].build(torch.float64).eval()
     assert not tlc.trace(model, TOKENS).has_user_hooks
     model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda tensor, hook: 2 * tensor, is_permanent=True)
     trace = tlc.trace(model, TOKENS)

@@ -166,12 +166,25 @@ def _is_kv_cache(value: Any) -> bool:
 
 
 @contextmanager
+def _float32_activations(model: Any) -> Iterator[None]:
+    """``HookedTransformer`` casts activations to ``cfg.dtype``: hold it at float32 where it is half precision."""
+    dtype = getattr(model.cfg, "dtype", None)
+    if dtype not in _HALF:
+        yield
+        return
+    model.cfg.dtype = torch.float32
+    try:
+        yield
+    finally:
+        model.cfg.dtype = dtype
+
+
+@contextmanager
 def lifted(model: Any, module: nn.Module) -> Iterator[None]:
     """Hold one module's half-precision weights and buffers in float32 for a while.
 
     Works on a module at a time, so that a large model is never held in float32 whole. The model's own tensors are put
-    aside, not converted, so that a graph recorded meanwhile keeps the float32 ones. ``HookedTransformer`` casts
-    activations to ``cfg.dtype``, which is float32 meanwhile.
+    aside, not converted, so that a graph recorded meanwhile keeps the float32 ones.
     """
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     lifts: dict[int, Tensor] = {}  # a tensor may be reached by several names
@@ -180,24 +193,17 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
             for name, tensor in table.items():
                 if tensor is not None and tensor.dtype in _HALF:
                     kept.append((table, name, tensor))
-    if not kept:
-        yield
-        return
-    cfg_dtype = getattr(model.cfg, "dtype", None)
     try:
         for table, name, tensor in kept:
             if id(tensor) not in lifts:
                 lift = tensor.detach().float()
                 lifts[id(tensor)] = nn.Parameter(lift) if isinstance(tensor, nn.Parameter) else lift
             table[name] = lifts[id(tensor)]
-        if cfg_dtype in _HALF:
-            model.cfg.dtype = torch.float32
-        yield
+        with _float32_activations(model):
+            yield
     finally:
         for table, name, tensor in kept:
             table[name] = tensor
-        if cfg_dtype in _HALF:
-            model.cfg.dtype = cfg_dtype
 
 
 @contextmanager
@@ -208,6 +214,7 @@ def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
     # modules with weights that are called although their part is not (OPT's MLP); a second lift finds nothing to do
     leaves = [module for module in block.modules() if module._parameters]
     with ExitStack() as stack:
+        stack.enter_context(_float32_activations(model))
         for part in (*parts, *leaves):
             _lift_around_call(stack, model, part)
         yield
