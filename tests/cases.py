@@ -97,10 +97,13 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
 
 _STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon", "falcon-two-norms"}
 _PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm"}
-_PARTLY_ANALYTIC = {
+_ON_3 = version("transformer-lens").startswith("3.")
+_PARTLY_ANALYTIC: dict[str, tuple[str, ...]] = {
     "mixtral": ("attn",),  # experts
     "cohere-qk-norm": ("mlp",),  # norms of queries with another gain for each head
 }
+# transformer-lens 3 refuses to boot the one, and gives the norms behind the sublayers of the other names of norms before
+_LEFT_OUT = {"cohere-qk-norm", "olmo2"} if _ON_3 else set()
 _FAMILIES = [
     Case(
         f"bridge-{name}",
@@ -110,6 +113,7 @@ _FAMILIES = [
         topology="parallel" if name in _PARALLEL else "sequential",
     )
     for name, (hub_name, architecture, config) in families().items()
+    if name not in _LEFT_OUT
 ]
 
 _SIZES: dict[str, Any] = dict(
@@ -195,7 +199,7 @@ def _available() -> list[Case]:
 
         cases += _FAMILIES
         # the native attention of transformer-lens 3 has no hook_pattern: only autograd covers it
-        if hasattr(TransformerBridge, "boot_native") and not version("transformer-lens").startswith("3."):
+        if hasattr(TransformerBridge, "boot_native") and not _ON_3:
             cases += _NATIVE
     except ImportError:
         pass
