@@ -102,7 +102,7 @@ _PARTLY_ANALYTIC: dict[str, tuple[str, ...]] = {
     "mixtral": ("attn",),  # experts
     "cohere-qk-norm": ("mlp",),  # norms of queries with another gain for each head
 }
-# transformer-lens 3 refuses to boot the one, and gives the norms behind the sublayers of the other names of norms before
+# transformer-lens 3 refuses to boot the one, and names the other's norms behind the sublayers as norms before them
 _LEFT_OUT = {"cohere-qk-norm", "olmo2"} if _ON_3 else set()
 _FAMILIES = [
     Case(
