@@ -202,6 +202,8 @@ def depth_coupling(
             raise ArgumentError(argument, value, f"one of {', '.join(allowed)}")
     jacobians = JacobianEngine(trace, engine)
     columns = []
+    # asked once: what is kept meanwhile must not change the answer from layer to layer
+    fits = matrices_fit(len(names) * len(chosen), trace.d_model, trace.resid.dtype, trace.resid.device)
     steps = _ticks(len(positions) * len(chosen) * len(names), progress)
     for pos in positions:
         spectra: dict[str, list[Spectrum]] = {name: [] for name in names}
@@ -209,7 +211,6 @@ def depth_coupling(
             next(steps)
             make = partial(jacobians.operator, layer, name, pos, pos)
             operator = make()
-            fits = matrices_fit(len(names) * len(chosen), trace.d_model, operator.dtype, operator.device)
             try:
                 if fits and not prefers_products(operator, max(ks), len(chosen)):
                     spectrum = matrix_spectrum(operator, max(ks), solver)
