@@ -7,7 +7,7 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -356,21 +356,21 @@ class Trace(Stream):
         return [(self._points[block_hook(layer, name)], hook) for name, hook in hooks.items()]
 
     def check_current(
-        self, sublayer: str, layer: int, now: Float[Tensor, "pos d_model"], pos: int | None = None
+        self, sublayer: str, layer: int, now: Float[Tensor, "pos d_model"], rows: Sequence[int] | None = None
     ) -> None:
         """Check that a sublayer (or the block) run again gives what it gave when the trace was taken.
 
         Args:
             sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
             layer: block index.
-            now: what it gives now, at all positions or at ``pos`` alone.
-            pos: the one position, or None for all.
+            now: what it gives now, at all positions or at ``rows``.
+            rows: those positions, or None for all.
 
         Raises:
             StaleTraceError: it gives something else.
         """
         wrote = {"block": self.resid[1:], "attn": self.attn_out, "mlp": self.mlp_out}[sublayer]
-        then = wrote[layer] if pos is None else wrote[layer, pos : pos + 1]
+        then = wrote[layer] if rows is None else wrote[layer, list(rows)]
         gap = (now.detach().to(then) - then).norm() / then.norm()
         if not gap <= IDENTITY_TOLERANCE[then.dtype]:
             raise StaleTraceError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from jaxtyping import Float
@@ -32,8 +33,14 @@ class JacobianEngine:
     makes either case an error.
     """
 
-    def __init__(self, trace: Trace, engine: EngineName = "auto") -> None:
+    def __init__(self, trace: Trace, engine: EngineName = "auto", dests: Iterable[int] = ()) -> None:
         """Take a trace.
+
+        Args:
+            trace: a trace of the model.
+            engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
+            dests: positions that will be asked for as dest: what they share in a layer is then done at once. One layer
+                is held at a time, so ask for all that is needed of a layer before the next.
 
         Raises:
             ArgumentError: an unknown engine.
@@ -41,6 +48,7 @@ class JacobianEngine:
         if engine not in get_args(EngineName):
             raise ArgumentError("engine", engine, f"one of {', '.join(get_args(EngineName))}")
         self.trace, self.engine = trace, engine
+        self._dests = tuple(dests)
         self._hooked = trace.hooked or trace.has_user_hooks
         self._last: AnalyticLayer | None = None
         self._refusals: dict[tuple[int, str, bool], str | None] = {}  # by layer, sublayer, src = dest
@@ -82,7 +90,7 @@ class JacobianEngine:
             key = (layer, sublayer, src == dest)
             if key not in self._refusals:
                 if src != dest and closed_form.src != src:
-                    closed_form = self._last = AnalyticLayer(self.trace, layer, src)
+                    closed_form = self._last = AnalyticLayer(self.trace, layer, src, self._dests)
                 self._refusals[key] = self._certify(closed_form, sublayer, src, dest)
             if (refusal := self._refusals[key]) is not None:
                 return self._refuse(f"{sublayer}: {refusal}")
@@ -91,7 +99,7 @@ class JacobianEngine:
     def _observed(self, layer: int, src: int) -> AnalyticLayer:
         """The closed forms of a layer; those of one layer are held at a time."""
         if self._last is None or self._last.layer != layer:
-            self._last = AnalyticLayer(self.trace, layer, src)
+            self._last = AnalyticLayer(self.trace, layer, src, self._dests)
         return self._last
 
     def _refuse(self, reason: str) -> None:
@@ -129,13 +137,14 @@ class JacobianEngine:
         A block is its two sublayers in the order of its topology; that their writes add up is checked on every trace.
         """
         attn = seen.attn_run.tangent
-        mlp = seen.mlp_run(dest) if sublayer != "attn" and self.trace.mlp_out is not None else None
+        has_mlp = sublayer != "attn" and self.trace.mlp_out is not None
+        mlp, row = seen.mlp_run(dest) if has_mlp else (None, 0)
         if attn is None or (mlp is not None and mlp.tangent is None):
             oracle = AutogradJacobian(self.trace, seen.layer, sublayer, src, dest, None)
             return seen.probe, oracle.mv(seen.probe)
-        written = None if mlp is None or mlp.tangent is None else mlp.tangent[mlp.pos]
+        written = None if mlp is None or mlp.tangent is None else mlp.tangent[row]
         if mlp is not None and written is not None and sublayer == "mlp":
-            return mlp.direction, written
+            return mlp.direction[row], written
         if written is None or (src != dest and self.trace.topology == "parallel"):
             return seen.probe, attn[dest]
         return seen.probe, attn[dest] + written
