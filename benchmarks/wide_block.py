@@ -1,36 +1,64 @@
-"""One block at Llama-3-8B's width: our work for its coupling with 32 layers against the published procedure's.
+"""Blocks of Llama-3-8B's width, random and in bfloat16: our work for their coupling against the published procedure's.
 
-    python benchmarks/wide_block.py
-
-d_model 4096, MLP 14336, 32 query and 8 key heads, bfloat16 weights, random. Ours: the block's Jacobian as an operator
-(certificate included), its top 10 triplets, ||J||_F, and its products with 320 base vectors. The published procedure
-forms the Jacobian by 4096 vector-Jacobian products and decomposes it whole; it is timed on a part of its rows, and
-extrapolated.
+d_model 4096, MLP 14336, 32 query and 8 key heads. Ours for one block: its Jacobian as an operator (certificate
+included), its top 10 triplets, ||J||_F, and its products with the 320 base vectors of a model of 32 layers. The
+published procedure forms the Jacobian by 4096 vector-Jacobian products and decomposes it whole; a part of its rows is
+timed, and extrapolated. On a GPU, the whole of a model of 32 layers too.
 """
 
 from __future__ import annotations
 
-import argparse
-import resource
-import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
+from measure import Row, measured
 from published import block_calls, block_jacobian
-from rich.console import Console
 
 import tlcoupling as tlc
-from tlcoupling.coupling.spectra import prefers_products, product_spectrum
+from tlcoupling.coupling.spectra import product_spectrum
 from tlcoupling.jacobian import JacobianEngine
 from tlcoupling.smollm2 import smollm2_huggingface
 
+K, WIDTH, TOKENS, LAYERS = 10, 4096, 28, 32
+PUBLISHED_ROWS = 24
 
-def wide_model(dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """A one-block Llama of that width with a small vocabulary."""
+
+def rows(device: torch.device) -> Iterator[Row | str]:
+    """Lines of the table, and remarks about them."""
+    model = _bridge(1, device)
+    tokens = torch.arange(TOKENS)
+    trace = tlc.trace(model, tokens)
+    ours = min((measured(partial(_one_block, trace), device) for _ in range(2)), key=lambda one: one.seconds)
+    spectrum, flops = ours.result
+    theirs = _published_seconds(device)
+    yield Row("Llama-3-8B's width, one block, 28 tokens", theirs, None, ours.seconds, ours.peak_bytes, flops)
+    yield (
+        f"Llama-3-8B's width: published extrapolated from {PUBLISHED_ROWS} of {WIDTH} rows and an SVD of a quarter of "
+        f"the width; residual {float(spectrum.triplets.residual.max()):.1e}, ||J||_F to "
+        f"{float(spectrum.frobenius_error):.1e}"
+    )
+    if device.type == "cuda":
+        del model, trace, spectrum, ours
+        deep = _bridge(LAYERS, device)
+
+        def whole() -> tlc.DepthCoupling:
+            return tlc.depth_coupling(tlc.trace(deep, tokens), K, sublayers="block")
+
+        whole()
+        every = min((measured(whole, device) for _ in range(2)), key=lambda one: one.seconds)
+        work = f"the same, {LAYERS} layers, whole call"
+        yield Row(work, LAYERS * theirs, None, every.seconds, every.peak_bytes, None)
+
+
+def _huggingface(n_layers: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A random Llama of that width with a small vocabulary."""
     config = transformers.LlamaConfig(
-        hidden_size=4096,
+        hidden_size=WIDTH,
         intermediate_size=14336,
-        num_hidden_layers=1,
+        num_hidden_layers=n_layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=256,
@@ -39,68 +67,43 @@ def wide_model(dtype: torch.dtype) -> transformers.PreTrainedModel:
         dtype=dtype,
     )
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
 
 
-def peak_memory() -> float:
-    """The largest that this process has been, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=28)
-    parser.add_argument("--rows", type=int, default=24, help="rows of the published Jacobian to time")
-    options = parser.parse_args()
+def _bridge(n_layers: int, device: torch.device) -> Any:
+    """Such a model in bfloat16, hooked."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    console = Console()
-    hf_model = wide_model(torch.bfloat16)
     tokenizer = smollm2_huggingface()[1]
     tokenizer.init_kwargs["add_bos_token"] = True  # or TransformerLens asks the hub for a tokenizer that adds it
-    model = TransformerBridge.boot_transformers(
-        "meta-llama/Llama-3.2-1B", hf_model=hf_model, tokenizer=tokenizer, dtype=torch.bfloat16
+    return TransformerBridge.boot_transformers(
+        "meta-llama/Llama-3.2-1B",
+        hf_model=_huggingface(n_layers, torch.bfloat16, device),
+        tokenizer=tokenizer,
+        dtype=torch.bfloat16,
+        device=str(device),
     )
-    tokens = torch.arange(options.tokens)
-    before = peak_memory()
 
-    started = time.perf_counter()
-    trace = tlc.trace(model, tokens)
-    traced = time.perf_counter()
-    engine = JacobianEngine(trace)
-    last = options.tokens - 1
+
+def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
+    """A block's share of the work for coupling with 32 layers, and its floating-point operations."""
+    engine, last = JacobianEngine(trace), trace.n_tokens - 1
 
     def make() -> tlc.JacobianOperator:
         return engine.operator(0, "block", last, last)
 
     operator = make()
-    made = time.perf_counter()
-    assert prefers_products(operator, 10, 32)
-    spectrum = product_spectrum(operator, make, 10, "auto")
-    decomposed = time.perf_counter()
-    spectrum.multiply(torch.randn(4096, 320))
-    ours = time.perf_counter() - traced
-    console.print(
-        f"ours: {ours:.2f} s for the block (operator and certificate {made - traced:.2f}, triplets and norm "
-        f"{decomposed - made:.2f}, 320 products {traced + ours - decomposed:.2f}), engine {engine.used['block']}, "
-        f"residual {float(spectrum.triplets.residual.max()):.1e}, ||J||_F to {float(spectrum.frobenius_error):.1e}; "
-        f"forward pass {traced - started:.2f} s; {peak_memory() - before:.2f} GiB beyond the weights"
-    )
-
-    plain = wide_model(torch.float32)  # the published procedure runs in float32
-    (call,) = block_calls(plain, tokens[None])
-    started = time.perf_counter()
-    block_jacobian(*call, n_rows=options.rows)
-    rows = (time.perf_counter() - started) * 4096 / options.rows
-    started = time.perf_counter()
-    torch.linalg.svd(torch.randn(1024, 1024))
-    svd = (time.perf_counter() - started) * 4**3
-    console.print(
-        f"published: {rows + svd:.0f} s for the block, extrapolated ({rows:.0f} s from {options.rows} of 4096 rows, "
-        f"{svd:.0f} s from an SVD of a quarter of the width); ratio {(rows + svd) / ours:.0f}"
-    )
+    spectrum = product_spectrum(operator, make, K, "auto")
+    bases = torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device)
+    spectrum.multiply(bases)
+    columns = LAYERS * K + spectrum.columns
+    return spectrum, columns * operator.product_flops
 
 
-if __name__ == "__main__":
-    main()
+def _published_seconds(device: torch.device) -> float:
+    """The published procedure's time for one block, extrapolated; it runs in float32."""
+    (call,) = block_calls(_huggingface(1, torch.float32, device), torch.arange(TOKENS, device=device)[None])
+    some = measured(partial(block_jacobian, *call, n_rows=PUBLISHED_ROWS), device).seconds
+    quarter = torch.randn(WIDTH // 4, WIDTH // 4, device=device)
+    return some * WIDTH / PUBLISHED_ROWS + 4**3 * measured(partial(torch.linalg.svd, quarter), device).seconds

@@ -24,10 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import StaleTraceError
-from tlcoupling.hooked import Hook, lifted
+from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, Projection, Shared, Sum, Zero
-from tlcoupling.jacobian.norms import Norm, Uncovered, close, write_factor
+from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
 from tlcoupling.jacobian.runs import Run, run_sublayer
 from tlcoupling.trace import Trace
 
@@ -40,33 +40,29 @@ _MLP_POINTS = (*_MLP_INPUTS, _MLP_OUTPUT, "mlp.hook_out")
 class AnalyticLayer:
     """The closed forms of one block, from runs of its own sublayers."""
 
-    def __init__(self, trace: Trace, layer: int, src: int, dests: Iterable[int] = ()) -> None:
-        """Run the attention once, along a random direction at ``src``, for its values and its certificate.
+    def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
+        """Run the attention once, for its values and its certificate.
 
         Args:
             trace: a trace of the model.
             layer: block index.
-            src: the position that is probed.
             dests: positions whose MLP will be asked for, to be run together; others are run by themselves.
 
         Raises:
             StaleTraceError: the block gives another output than when the trace was taken.
         """
-        self._trace, self.layer, self.src = trace, layer, src
+        self._trace, self.layer = trace, layer
         self.topology, self.d_model = trace.topology, trace.d_model
         self.block = trace.model.blocks[layer]
         stream = trace.block_input(layer)
         self.resid_pre = stream[0]
         self.mlp_input = trace.mlp_input(layer)[0]
-        generator = torch.Generator().manual_seed(layer)
-        self.probe = torch.randn(self.d_model, generator=generator, dtype=stream.dtype).to(stream.device)
-        moved = torch.zeros_like(self.resid_pre)
-        moved[src] = self.probe
-        self.attn_run = run_sublayer(trace, layer, trace.run_attn, _ATTN_POINTS, stream, moved)
+        self.attn_run = run_sublayer(trace, layer, trace.run_attn, _ATTN_POINTS, stream)
         trace.check_current("attn", layer, self.attn_run.out)
-        self._dests = tuple(sorted({src, *dests}))
+        self._dests = tuple(sorted(set(dests)))
         self._mlp_run: tuple[tuple[int, ...], Run] | None = None  # the last one, with its positions
-        self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run
+        self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they cannot be told
+        self._mlp_pulled: dict[int, Float[Tensor, " d_model"]] = {}  # by position
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._weights: dict[tuple[str, str], Tensor] = {}
         self._norms: dict[str, Norm | None] = {}
@@ -122,7 +118,7 @@ class AnalyticLayer:
         write = self._weight("attn", "W_O")
         if head is not None:
             write = write[head : head + 1]
-        out = Projection(self._attn_factor * rearrange(write, "head e d -> d (head e)"))
+        out = _scaled(self._attn_factor, rearrange(write, "head e d -> d (head e)"))
         whole = out @ Sum(branches) @ self._norm("ln1", self.resid_pre, src)
         written = self.attn_run.values.get("ln1_post")
         return whole if head is not None or written is None else self._norm("ln1_post", written, dest) @ whole
@@ -131,7 +127,7 @@ class AnalyticLayer:
         """J_mlp: post-norm, output projection, activation, input projections, norm."""
         run, row = self.mlp_run(pos)
         if not self._mlp_slopes:
-            self._mlp_slopes = self._activation_slopes(run)
+            raise Uncovered("hook_post of the MLP is no function of hook_pre (and hook_pre_linear)")
         names = ["W_in"] if len(self._mlp_slopes) == 1 else ["W_gate", "W_in"]
         branches = [
             Diagonal(slope[row]) @ Projection(self._weight("mlp", name).mT)
@@ -139,14 +135,14 @@ class AnalyticLayer:
         ]
         inner = branches[0] if len(branches) == 1 else Sum(branches)
         factor = write_factor(run.values.get("mlp.hook_out"), run.out)
-        out = Projection(factor * self._weight("mlp", "W_out").mT)
+        out = _scaled(factor, self._weight("mlp", "W_out").mT)
         reads = "ln1" if getattr(self.block, "ln2", None) is None else "ln2"
         whole = out @ inner @ self._norm(reads, self.mlp_input, pos)
         written = run.values.get("ln2_post")
         return whole if written is None else self._norm("ln2_post", written, row) @ whole
 
     def mlp_run(self, pos: int) -> tuple[Run, int]:
-        """A run of the MLP that has a position, and its row there, along what the probe becomes at the MLP's input.
+        """A run of the MLP that has a position, and its row there.
 
         It runs by itself on the rows asked for, or, where its module cannot, inside its block on all rows.
 
@@ -155,27 +151,36 @@ class AnalyticLayer:
         """
         if self._mlp_run is None or pos not in self._mlp_run[0]:
             self._mlp_run = self._run_mlp(self._dests if pos in self._dests else (pos,))
-            self._mlp_slopes = []
+            self._mlp_slopes = self._activation_slopes(self._mlp_run[1])
         rows, run = self._mlp_run
         return run, rows.index(pos)
 
+    def mlp_pulled(self, cotangent: Float[Tensor, " d_model"], pos: int) -> Float[Tensor, " d_model"]:
+        """J_mlp^T y by the real modules, for the one cotangent that certifies this layer.
+
+        The graph of the run goes with it: it holds the MLP's lifted weights, where the model is half precision.
+        """
+        if pos not in self._mlp_pulled:
+            run, row = self.mlp_run(pos)
+            if self._mlp_pulled:
+                rows, run = self._run_mlp((pos,))
+                row = rows.index(pos)
+            self._mlp_pulled[pos] = run.pull(cotangent, row, again=False)[row]
+        return self._mlp_pulled[pos]
+
     def _run_mlp(self, rows: tuple[int, ...]) -> tuple[tuple[int, ...], Run]:
         """Run the MLP on the rows, or on all of them inside its block; the rows it ran on come with the run."""
-        direction = self.probe.expand_as(self.mlp_input)
-        if self.topology == "sequential" and self.attn_run.tangent is not None:
-            direction = self.attn_run.tangent.clone()
-            direction[self.src] += self.probe
         if self._mlp_alone:
             try:
-                stream, along = self.mlp_input[None, list(rows)], direction[list(rows)]
-                run = run_sublayer(self._trace, self.layer, self._trace.run_mlp, _MLP_POINTS, stream, along)
+                stream = self.mlp_input[None, list(rows)]
+                run = run_sublayer(self._trace, self.layer, self._trace.run_mlp, _MLP_POINTS, stream)
                 self._trace.check_current("mlp", self.layer, run.out, rows)
                 return rows, run
             except (TypeError, ValueError, RuntimeError, AttributeError, StaleTraceError):
                 # BLOOM's and MPT's MLPs add the residual stream themselves, OPT's is no module of its own
                 self._mlp_alone = False
-        stream, inside = self.mlp_input[None], self._trace.run_mlp_in_block
-        run = run_sublayer(self._trace, self.layer, inside, _MLP_POINTS, stream, direction)
+        inside = self._trace.run_mlp_in_block
+        run = run_sublayer(self._trace, self.layer, inside, _MLP_POINTS, self.mlp_input[None])
         self._trace.check_current("mlp", self.layer, run.out)
         return tuple(range(len(self.mlp_input))), run
 
@@ -203,26 +208,15 @@ class AnalyticLayer:
     def _activation_slopes(self, run: Run) -> list[Float[Tensor, "row d_mlp"]]:
         """Slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP) at each row of a run, by autograd.
 
-        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative. The
-        MLP itself is run, with its pre-activations put in place as leaves.
+        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative. Empty
+        where that cannot be told.
         """
-        leaves = {name: run.values[name][None].clone().requires_grad_() for name in _MLP_INPUTS if name in run.values}
-        if _MLP_INPUTS[0] not in leaves or _MLP_OUTPUT not in run.values:
-            raise Uncovered("the MLP has no hook_pre and hook_post")
-        kept: list[Tensor] = []
-        hooks: dict[str, Hook] = {name: lambda tensor, leaf=leaf: leaf for name, leaf in leaves.items()}
-        hooks[_MLP_OUTPUT] = kept.append
-        with torch.enable_grad():
-            # the stream itself is not used: its pre-activations are put in place
-            if self._mlp_alone:
-                self._trace.run_mlp(self.layer, self.mlp_input[None, : len(run.out)], hooks)
-            else:
-                self._trace.run_mlp_in_block(self.layer, self.mlp_input[None], hooks)
-            out = kept[0].sum()
-            grads = torch.autograd.grad(out, list(leaves.values()), allow_unused=True) if out.requires_grad else [None]
-        if any(grad is None for grad in grads) or not close(kept[0][0], run.values[_MLP_OUTPUT]):
-            raise Uncovered("hook_post of the MLP is no function of hook_pre and hook_pre_linear alone")
-        return [grad[0] for grad in grads if grad is not None]
+        inputs = [name for name in _MLP_INPUTS if name in run.values]
+        if _MLP_INPUTS[0] not in inputs or _MLP_OUTPUT not in run.values:
+            return []
+        found = run.slopes(_MLP_OUTPUT, inputs)
+        known = [slope for slope in found if slope is not None]
+        return known if len(known) == len(found) else []
 
     @cached_property
     def _core(self) -> AttentionCore:
@@ -231,3 +225,8 @@ class AnalyticLayer:
     @cached_property
     def _attn_factor(self) -> float:
         return write_factor(self.attn_run.values.get("attn.hook_out"), self.attn_run.out)
+
+
+def _scaled(factor: float, weight: Float[Tensor, "m n"]) -> Projection:
+    """factor * W, without a copy where the factor is 1."""
+    return Projection(weight if factor == 1 else factor * weight)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import TLCouplingError
@@ -19,6 +19,11 @@ from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.trace import Trace
 
 CHUNK = 64  # vectors per batched backward pass: bounds the memory of a product with many vectors
+
+
+def autograd_flops(block: nn.Module, n_tokens: int) -> float:
+    """Floating-point operations of one product: a backward pass over all positions, whichever is asked for."""
+    return 4.0 * sum(parameter.numel() for parameter in block.parameters()) * n_tokens
 
 
 class AutogradJacobian(JacobianOperator):
@@ -33,8 +38,7 @@ class AutogradJacobian(JacobianOperator):
         output, leaf = _linearize(trace, layer, sublayer, src, dest, head)
         width = trace.d_model
         self.shape, self.dtype, self.device = (width, width), leaf.dtype, leaf.device
-        weights = sum(parameter.numel() for parameter in trace.model.blocks[layer].parameters())
-        self.product_flops = 4.0 * weights * trace.n_tokens
+        self.product_flops = autograd_flops(trace.model.blocks[layer], trace.n_tokens)
         self.dense_flops = width * self.product_flops
         if not output.requires_grad:
             raise TLCouplingError(

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
 
 from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.jacobian.analytic import AnalyticLayer
@@ -85,21 +84,19 @@ class JacobianEngine:
         """The certified closed form, or None after saying why not."""
         if self._hooked:
             return self._refuse("hooks are attached to the model, and only autograd sees them act")
-        closed_form = self._observed(layer, src)
+        closed_form = self._observed(layer)
         if sublayer != "mlp" or src == dest:  # an MLP does not reach another position: nothing to certify
             key = (layer, sublayer, src == dest)
             if key not in self._refusals:
-                if src != dest and closed_form.src != src:
-                    closed_form = self._last = AnalyticLayer(self.trace, layer, src, self._dests)
                 self._refusals[key] = self._certify(closed_form, sublayer, src, dest)
             if (refusal := self._refusals[key]) is not None:
                 return self._refuse(f"{sublayer}: {refusal}")
         return closed_form.sublayer(sublayer, src, dest, head)
 
-    def _observed(self, layer: int, src: int) -> AnalyticLayer:
+    def _observed(self, layer: int) -> AnalyticLayer:
         """The closed forms of a layer; those of one layer are held at a time."""
         if self._last is None or self._last.layer != layer:
-            self._last = AnalyticLayer(self.trace, layer, src, self._dests)
+            self._last = AnalyticLayer(self.trace, layer, self._dests)
         return self._last
 
     def _refuse(self, reason: str) -> None:
@@ -110,44 +107,32 @@ class JacobianEngine:
             warnings.warn(f"tlcoupling computes by autograd, which is slower: {reason}", stacklevel=2)
 
     def _certify(self, closed_form: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
-        """Why a closed form cannot be used, None where it can: one probe against the real module.
+        """Why a closed form cannot be used, None where it can: one random cotangent through the real modules.
 
-        A position's effect on itself is certified where the attention was probed, whichever position is asked for.
+        A block is its two sublayers in the order of its topology; that their writes add up is checked on every trace.
         """
-        if src == dest:
-            src = dest = closed_form.src
+        generator = torch.Generator().manual_seed(closed_form.layer)
+        stream = closed_form.resid_pre
+        y = torch.randn(stream.shape[1], generator=generator, dtype=stream.dtype).to(stream.device)
+        truth, read = torch.zeros_like(y), y
+        sequential = self.trace.topology == "sequential"
+        if sublayer == "mlp" or (sublayer == "block" and self.trace.mlp_out is not None and (sequential or src == dest)):
+            through_mlp = closed_form.mlp_pulled(y, dest)
+            read = y + through_mlp if sequential else y
+            truth = through_mlp if src == dest else truth
+        if sublayer != "mlp":
+            truth = truth + closed_form.attn_run.pull(read, dest, again=True)[src]
         try:
-            operator = closed_form.sublayer(sublayer, src, dest)
-            probe, truth = self._truth(closed_form, sublayer, src, dest)
+            found = closed_form.sublayer(sublayer, src, dest).rmv(y)
         except Uncovered as reason:
             return str(reason)
-        gap, size = (operator.mv(probe) - truth).norm(), truth.norm()
+        gap, size = (found - truth).norm(), truth.norm()
         if gap <= CERTIFICATE_TOLERANCE * size:
             return None
         return (
             f"its closed form misses the module's own derivative by {gap / size:.1e} "
             f"(first in layer {closed_form.layer}; allowed: {CERTIFICATE_TOLERANCE:.0e})"
         )
-
-    def _truth(
-        self, seen: AnalyticLayer, sublayer: str, src: int, dest: int
-    ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """A direction at the sublayer's input at src, and the real modules' derivative along it at dest.
-
-        A block is its two sublayers in the order of its topology; that their writes add up is checked on every trace.
-        """
-        attn = seen.attn_run.tangent
-        has_mlp = sublayer != "attn" and self.trace.mlp_out is not None
-        mlp, row = seen.mlp_run(dest) if has_mlp else (None, 0)
-        if attn is None or (mlp is not None and mlp.tangent is None):
-            oracle = AutogradJacobian(self.trace, seen.layer, sublayer, src, dest, None)
-            return seen.probe, oracle.mv(seen.probe)
-        written = None if mlp is None or mlp.tangent is None else mlp.tangent[row]
-        if mlp is not None and written is not None and sublayer == "mlp":
-            return mlp.direction[row], written
-        if written is None or (src != dest and self.trace.topology == "parallel"):
-            return seen.probe, attn[dest]
-        return seen.probe, attn[dest] + written
 
 
 def residual_jacobian(
