@@ -58,6 +58,7 @@ def make_analysis(
         provenance=provenance,
         values=0.3 * random(*pairs) * (1 - eye) + eye,
         null=(0.02 * random(*pairs[:-1], 1)).expand(pairs),
+        null_std=0.004 + 0.001 * random(*pairs[:-1], 1).expand(pairs),
         overlap_u=random(*pairs),
         overlap_v=random(*pairs),
         overlap_null=torch.tensor(ks, dtype=torch.float64) / 16,

@@ -208,7 +208,7 @@ def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
     """Where a Jacobian is too large to form, coupling is the same and the null is off by the error that is stated."""
     trace = tlc.trace(CASES[0].model(), TOKENS)
     formed = tlc.depth_coupling(trace, 4)
-    monkeypatch.setattr("tlcoupling.coupling.depth.prefers_products", lambda *arguments: True)
+    monkeypatch.setattr("tlcoupling.coupling.pairs.prefers_products", lambda *arguments: True)
     by_products = tlc.depth_coupling(trace, 4)
     torch.testing.assert_close(by_products.values, formed.values, rtol=0, atol=1e-9)
     assert formed.frobenius_error.max() == 0

@@ -3,7 +3,14 @@
 from tlcoupling import viz
 from tlcoupling.analysis import Analysis, analyze
 from tlcoupling.checking import Check, check
-from tlcoupling.coupling import DepthCoupling, depth_coupling
+from tlcoupling.coupling import (
+    ContextCoupling,
+    DepthCoupling,
+    TokenCoupling,
+    context_coupling,
+    depth_coupling,
+    token_coupling,
+)
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.models import load_model
@@ -15,21 +22,25 @@ from tlcoupling.trajectory import Growth, Linearity, growth, linearity
 __all__ = [
     "Analysis",
     "Check",
+    "ContextCoupling",
     "DepthCoupling",
     "Growth",
     "JacobianOperator",
     "Linearity",
     "TLCouplingError",
+    "TokenCoupling",
     "Trace",
     "Triplets",
     "analyze",
     "check",
+    "context_coupling",
     "depth_coupling",
     "growth",
     "linearity",
     "load",
     "load_model",
     "residual_jacobian",
+    "token_coupling",
     "trace",
     "truncated_svd",
     "viz",

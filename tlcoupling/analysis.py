@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling import DepthCoupling, depth_coupling
-from tlcoupling.coupling.depth import KSpec
+from tlcoupling.coupling.arguments import KSpec
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName, check_index
 from tlcoupling.results import Result

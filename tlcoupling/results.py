@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-FORMAT = "tlcoupling-1"
+FORMAT = "tlcoupling-2"
 ResultT = TypeVar("ResultT", bound="Result")
 
 

@@ -73,6 +73,62 @@ def null_coupling(
     return 1 - expected.sqrt() / normalizer_of(s1, normalizer)
 
 
+def null_std(
+    s1: Float[Tensor, "... K"],
+    frobenius: Float[Tensor, "..."],
+    d_model: int,
+    normalizer: Normalizer = "frobenius",
+    absolute: bool = True,
+) -> Float[Tensor, "..."]:
+    r"""The standard deviation of the coupling under independent Haar-random bases, to first order in that of Q.
+
+    With Q = || abs(M) - S1 ||_F^2 = ||M||_F^2 + sum S1^2 - 2 sum_i s_i |M_ii|, c = 1 - sqrt(Q) / norm(S1), so that
+    std(c) = std(Q) / (2 sqrt(E Q) norm(S1)) (delta method). With f = ||J1||_F and spread = f / d of an entry of M:
+
+    - Var ||M||_F^2, exact for Haar bases: with P the projector on K random directions, E[P_ij P_kl] =
+      a delta_ij delta_kl + b (delta_ik delta_jl + delta_il delta_jk), a = K (K (d+1) - 2) / (d (d-1) (d+2)), b =
+      K (d-K) / (d (d-1) (d+2)), and ||M||_F^2 = tr(S P S P') with P' another one, so that
+      E ||M||_F^4 = (a^2 + 2 b^2) f^4 + (4 a b + 2 b^2) t, t = the sum of s^4 over the whole spectrum;
+    - signed: Var sum_i s_i M_ii = spread^2 sum S1^2, exact, and no covariance with ||M||_F^2 (flip one u_i);
+    - absolute: M_ij is normal given u_i (or v_j), its variance given that taken as a gamma variable of relative
+      variance 2 r, r = (t / f^4 - 1 / d) d / (d + 2) (0 for a flat spectrum), so that E |M_ii| = e spread with e =
+      sqrt(2 / pi) Gamma(n + 1/2) / (Gamma(n) sqrt(n)), n = 1 / (2 r); Var |M_ii| = (1 - e^2) spread^2, and
+      Cov(||M||_F^2, sum_i s_i |M_ii|) = spread^3 e (1 + 2 K r) sum S1.
+
+    What t holds beyond the top K is taken as flat. Sampled in ``tests/test_coupling.py``.
+
+    Args:
+        s1: the top K singular values of J1.
+        frobenius: ||J1||_F, of the whole matrix.
+        d_model: its width, d.
+        normalizer: as in ``coupling``.
+        absolute: as in ``coupling``.
+    """
+    s1 = s1 / frobenius[..., None]  # the coupling has no scale: f = 1 from here on, so that no fourth power overflows
+    k, d, spread = s1.shape[-1], d_model, 1 / d_model
+    squares = s1.square().sum(-1)
+    fourth = s1.pow(4).sum(-1) + (1 - squares).clamp(min=0).square() / max(d - k, 1)
+    share = k / (d * max(d - 1, 1) * (d + 2))
+    a, b = share * (k * (d + 1) - 2), share * (d - k)
+    variance = a**2 + 2 * b**2 - (k / d) ** 4 + (4 * a * b + 2 * b**2) * fourth
+    if absolute:
+        uneven = ((fourth - 1 / d) * d / (d + 2)).clamp(min=1e-6)  # 0 is a limit
+        mean = math.sqrt(2 / math.pi) * _mean_root(2 * uneven)
+        variance = variance + 4 * spread**2 * (1 - mean.square()) * squares
+        variance = variance - 4 * spread**3 * mean * (1 + 2 * k * uneven) * s1.sum(-1)
+    else:
+        variance = variance + 4 * spread**2 * squares
+    norm = normalizer_of(s1, normalizer)
+    misalignment = (1 - null_coupling(s1, torch.ones_like(frobenius), d, normalizer, absolute)) * norm
+    return variance.clamp(min=0).sqrt() / (2 * misalignment * norm)
+
+
+def _mean_root(relative_variance: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    r"""E sqrt(X) of a gamma variable of mean 1: Gamma(n + 1/2) / (Gamma(n) sqrt(n)) with n = 1 / Var X."""
+    n = 1 / relative_variance.double()  # differences of large logarithms
+    return (torch.lgamma(n + 0.5) - torch.lgamma(n) - 0.5 * n.log()).exp().to(relative_variance)
+
+
 def subspace_overlap(basis1: Float[Tensor, "... d K"], basis2: Float[Tensor, "... d K"]) -> Float[Tensor, "..."]:
     """||B1^T B2||_F^2 / K, from 0 to 1; K / d for independent Haar-random subspaces."""
     return (basis1.mT @ basis2).square().sum((-2, -1)) / basis1.shape[-1]

@@ -1,0 +1,117 @@
+"""Token-wise coupling: one layer, Jacobians of different tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.pairs import Group, Place
+from tlcoupling.coupling.result import OrderedCoupling, measure
+from tlcoupling.errors import ArgumentError
+from tlcoupling.jacobian.engine import EngineName, check_index
+from tlcoupling.svd.auto import SolverName
+from tlcoupling.trace import Trace
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TokenCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
+    """Coupling of the Jacobians of all pairs of tokens, in each layer: on the axes of an attention pattern.
+
+    ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are
+    ``[sublayer, layer, k, pos, basis_pos]``; see ``Coupling`` for what they are. Where the bases are another layer's,
+    equal positions are pairs too, but ``mean`` and ``profile`` leave them out all the same.
+
+    Attributes:
+        positions: the tokens' positions.
+        tokens: their text.
+        layers: the layers whose Jacobians are compared.
+        basis_layers: for each of them the layer that gives the bases.
+    """
+
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    basis_layers: tuple[int, ...]
+
+    def _described(self) -> str:
+        return f"{len(self.layers)} layers, {len(self.positions)} tokens"
+
+    def _labels(self) -> dict[str, Sequence[Any]]:
+        return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
+
+
+def token_coupling(
+    trace: Trace,
+    k: KSpec = 10,
+    *,
+    sublayers: str | Sequence[str] | None = None,
+    tokens: Indices = "all",
+    layers: Sequence[int] | None = None,
+    basis_layers: int | Sequence[int] | None = None,
+    normalizer: Normalizer = "frobenius",
+    bases: Bases = "uv",
+    absolute: bool = True,
+    engine: EngineName = "auto",
+    solver: SolverName = "auto",
+    progress: bool = False,
+) -> TokenCoupling:
+    r"""How far the top singular vectors of a layer's Jacobians agree across tokens.
+
+    c_K(J[l, t->t], J[l', t'->t']) for all ordered pairs of tokens t, t', by default with l' = l. Source:
+    arXiv 2407.07810, section 3 ("token-wise").
+
+    Args:
+        trace: a trace of the model.
+        k: as in ``depth_coupling``.
+        sublayers: ``"block"``, ``"attn"``, ``"mlp"``, or several; by default all that the model has.
+        tokens: ``"all"``, a position or several.
+        layers: block indices; by default all.
+        basis_layers: for each layer the one whose bases are taken, l', or one for all of them; by default itself.
+        normalizer: as in ``depth_coupling``.
+        bases: as in ``depth_coupling``.
+        absolute: as in ``depth_coupling``.
+        engine: as in ``depth_coupling``.
+        solver: as in ``depth_coupling``.
+        progress: show a progress bar.
+
+    Returns:
+        ``TokenCoupling``, all its matrices on the CPU.
+
+    Raises:
+        ArgumentError: an argument out of range (K above the rank of a Jacobian, a token or layer that is not there, a
+            number of ``basis_layers`` that is not that of the layers).
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Example:
+        >>> coupling = tlc.token_coupling(trace, k=10)  # doctest: +SKIP
+        >>> coupling.z[0, 3, 0]  # of all pairs of tokens in the block of layer 3 # doctest: +SKIP
+    """
+    names = resolve_sublayers(trace, sublayers)
+    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    positions = resolve_indices("tokens", tokens, trace.n_tokens)
+    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    given = chosen if basis_layers is None else basis_layers
+    others = [given] * len(chosen) if isinstance(given, int) else list(given)
+    if len(others) != len(chosen):
+        raise ArgumentError("basis_layers", basis_layers, f"one layer, or one for each of the {len(chosen)} layers")
+    others = tuple(check_index("basis_layers", layer, trace.n_layers) for layer in others)
+    groups = [
+        Group(*(tuple(Place(which, pos, pos) for pos in positions) for which in pair))
+        for pair in zip(chosen, others, strict=True)
+    ]
+    return measure(
+        TokenCoupling,
+        trace,
+        names,
+        groups,
+        options,
+        {"tokens": list(positions), "layers": list(chosen), "basis_layers": list(others)},
+        progress,
+        positions=positions,
+        tokens=tuple(trace.str_tokens[pos] for pos in positions),
+        layers=chosen,
+        basis_layers=others,
+    )
