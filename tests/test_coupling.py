@@ -80,9 +80,9 @@ def test_properties_of_the_metric(seed: int, d: int, fraction: float):
             torch.testing.assert_close(scaled, value)
         # what is lost by keeping signs cannot be gained: |M| lies no further from a positive diagonal on the diagonal
         assert coupling(u1.mT @ j1 @ v1, s1, normalizer, True) >= value - 1e-9
-    overlap = subspace_overlap(u1, u2)
+    overlap = subspace_overlap(u1.mT @ u2)
     assert -1e-12 <= overlap <= 1 + 1e-12
-    assert abs(subspace_overlap(u1, u1) - 1) < 1e-9
+    assert abs(subspace_overlap(u1.mT @ u1) - 1) < 1e-9
 
 
 def test_a_flipped_pair_of_vectors_keeps_its_diagonal():
@@ -115,7 +115,7 @@ def test_the_null_is_what_random_bases_give(absolute: bool, normalizer: str):
 
 def test_the_null_of_the_overlap_is_k_over_d():
     generator = torch.Generator().manual_seed(1)
-    overlaps = torch.stack([subspace_overlap(haar(100, 7, generator), haar(100, 7, generator)) for _ in range(300)])
+    overlaps = torch.stack([subspace_overlap(haar(100, 7, generator).mT @ haar(100, 7, generator)) for _ in range(300)])
     assert abs(overlaps.mean() - 0.07) < 3 * overlaps.std() / math.sqrt(300)
 
 

@@ -129,6 +129,10 @@ def _mean_root(relative_variance: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return (torch.lgamma(n + 0.5) - torch.lgamma(n) - 0.5 * n.log()).exp().to(relative_variance)
 
 
-def subspace_overlap(basis1: Float[Tensor, "... d K"], basis2: Float[Tensor, "... d K"]) -> Float[Tensor, "..."]:
-    """||B1^T B2||_F^2 / K, from 0 to 1; K / d for independent Haar-random subspaces."""
-    return (basis1.mT @ basis2).square().sum((-2, -1)) / basis1.shape[-1]
+def subspace_overlap(inner: Float[Tensor, "... K K"]) -> Float[Tensor, "..."]:
+    """||B1^T B2||_F^2 / K of two orthonormal bases, from 0 to 1; K / d for independent Haar-random subspaces.
+
+    Args:
+        inner: B1^T B2.
+    """
+    return inner.square().sum((-2, -1)) / inner.shape[-1]

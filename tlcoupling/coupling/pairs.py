@@ -14,6 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import Options
@@ -189,14 +190,18 @@ def _compare(rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Opt
             for one in rows
         ]
     )  # [row, column, K, K]
+    overlaps = {
+        name: einsum(basis1, basis2, "row d i, column d j -> row column i j")
+        for name, basis1, basis2 in (("overlap_u", u1, u2), ("overlap_v", v1, v2))
+    }
     found: dict[str, list[Tensor]] = {name: [] for name in ("values", "null", "null_std", "overlap_u", "overlap_v")}
     for k in options.k:
         top, normalizer, absolute = s[:, :k], options.normalizer, options.absolute
         found["values"].append(coupling(projected[..., :k, :k], top[:, None], normalizer, absolute))
         for name, chance in (("null", null_coupling), ("null_std", null_std)):
             found[name].append(chance(top, frobenius, width, normalizer, absolute)[:, None].expand(len(rows), count))
-        found["overlap_u"].append(subspace_overlap(u1[:, None, :, :k], u2[None, :, :, :k]))
-        found["overlap_v"].append(subspace_overlap(v1[:, None, :, :k], v2[None, :, :, :k]))
+        for name, inner in overlaps.items():
+            found[name].append(subspace_overlap(inner[..., :k, :k]))
     return {
         **{name: torch.stack(cells) for name, cells in found.items()},
         "singular_values": s,

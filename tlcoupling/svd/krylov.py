@@ -6,6 +6,8 @@ block analysis: Musco and Musco, NeurIPS 2015, arXiv 1504.05477).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +16,8 @@ from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.svd.triplets import Triplets, residuals
 
 OVERSAMPLING = 6  # columns of a block beyond k
-FIRST_CHECK, CHECK_EVERY, MAX_STEPS = 6, 2, 40
+FIRST_CHECK, MAX_STEPS = 5, 40
+DECAY = 6.0  # by which a step usually lowers the residual; it tells when to look again
 
 
 def krylov_svd(operator: JacobianOperator, k: int, tolerance: float) -> Triplets:
@@ -34,16 +37,19 @@ def krylov_svd(operator: JacobianOperator, k: int, tolerance: float) -> Triplets
     start = torch.randn(columns, width, generator=generator, dtype=operator.dtype).to(operator.device)
     new_v = torch.linalg.qr(start).Q
     v, u, jtu = new_v, start.new_zeros(rows, 0), start.new_zeros(columns, 0)
+    check = FIRST_CHECK
     for step in range(1, MAX_STEPS + 1):
         new_u = _orthogonalise(operator.mm(new_v)[:, : rows - u.shape[1]], u)
         u = torch.cat([u, new_u], dim=1)
         pulled = operator.rmm(new_u)
         jtu = torch.cat([jtu, pulled], dim=1)
         last = u.shape[1] == rows or v.shape[1] == columns or step == MAX_STEPS
-        if not last and step >= FIRST_CHECK and (step - FIRST_CHECK) % CHECK_EVERY == 0:
+        if not last and step == check:
             found = _ritz(u, v, jtu, k)
-            if found.residual.max() <= tolerance:
+            reached = float(found.residual.max())
+            if not reached > tolerance:  # NaN: J is zero
                 return found
+            check = step + max(1, math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY)))
         if not last or (u.shape[1] == rows and v.shape[1] < columns):
             new_v = _orthogonalise(pulled[:, : columns - v.shape[1]], v)
             v = torch.cat([v, new_v], dim=1)
