@@ -18,7 +18,7 @@ from measure import Row, measured
 from published import block_calls, block_jacobian
 
 import tlcoupling as tlc
-from tlcoupling.coupling.spectra import product_spectrum
+from tlcoupling.coupling.spectra import cheapest, spectrum_of
 from tlcoupling.jacobian import JacobianEngine
 from tlcoupling.smollm2 import smollm2_huggingface
 
@@ -94,11 +94,10 @@ def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
         return engine.operator(0, "block", last, last)
 
     operator = make()
-    spectrum = product_spectrum(operator, make, K, "auto")
-    bases = torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device)
-    spectrum.multiply(bases)
-    columns = LAYERS * K + spectrum.columns
-    return spectrum, columns * operator.product_flops
+    way = cheapest(operator, WIDTH, K, LAYERS, "auto", keep=True)
+    spectrum = spectrum_of(operator, make, K, "auto", way.name)
+    spectrum.multiply(torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device))
+    return spectrum, way.flops
 
 
 def _published_seconds(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.coupling.metric import coupling, null_coupling, subspace_overlap
-from tlcoupling.coupling.spectra import prefers_products
+from tlcoupling.coupling.spectra import cheapest, ways
 from tlcoupling.errors import ArgumentError
 
 

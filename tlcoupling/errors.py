@@ -61,5 +61,9 @@ class CertificateError(TLCouplingError):
     """An analytic Jacobian does not match the model's own derivative."""
 
 
+class InsufficientMemoryError(TLCouplingError):
+    """A measurement needs more memory than is free; nothing of it was begun."""
+
+
 class ResultFileError(TLCouplingError):
     """A result file is damaged, foreign or of an unknown version."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.metric import Bases, Normalizer
-from tlcoupling.coupling.pairs import Group, Place
+from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.svd.auto import SolverName

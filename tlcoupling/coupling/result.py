@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import Options
-from tlcoupling.coupling.pairs import Group, compare_groups
+from tlcoupling.coupling.groups import Group
+from tlcoupling.coupling.pairs import compare_groups
+from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.results import Result, off_diagonal_mean
@@ -178,11 +180,14 @@ def measure(
 
     Raises:
         ArgumentError: K above the rank of a Jacobian.
+        InsufficientMemoryError: more memory is needed than is free; nothing was begun.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
     started = time.perf_counter()
+    job = Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
+    plan = make_plan(job)
     jacobians = JacobianEngine(trace, options.engine, {place.dest for group in groups for place in group.places})
-    fields = compare_groups(trace, jacobians, sublayers, groups, options, progress)
+    fields = compare_groups(jacobians, sublayers, plan, options, progress)
     if "sublayer" not in kind._axes["values"]:
         fields = {name: tensor[0] for name, tensor in fields.items()}
     settings = {**chosen, "sublayers": list(sublayers), **options.settings()}

@@ -1,7 +1,7 @@
 """What is kept of a Jacobian to compare it with others: its top triplets, its Frobenius norm, and its products.
 
-A Jacobian is formed as a matrix where that costs less than the products that the measurement needs, and where the
-matrices of all layers fit into memory; otherwise only products with it are taken, and nothing d x d is stored.
+There are three ways to these, and ``cheapest`` chooses between them: form the matrix and keep it; form it, decompose it
+and drop it, and make products anew for the comparison; or take products alone, so that nothing d x d is ever stored.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,7 +24,7 @@ from tlcoupling.svd.krylov import OVERSAMPLING
 STEPS = 8  # Krylov steps that a top-10 spectrum usually takes
 THIN = 2.0  # a product with few columns reaches about half the rate of a product of matrices
 PROBES = 64
-MEMORY_SHARE = 0.5  # of what is free, for the matrices
+COLUMNS = 1024  # of a product at a time: bounds the memory on its way
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,20 +44,35 @@ class Spectrum:
     multiply: Callable[[Float[Tensor, "d n"]], Float[Tensor, "d n"]]
 
 
-def matrix_spectrum(operator: JacobianOperator, k: int, solver: SolverName) -> Spectrum:
-    """Decompose the matrix of a Jacobian and keep it."""
+def spectrum_of(
+    operator: JacobianOperator, make: Callable[[], JacobianOperator], k: int, solver: SolverName, way: str
+) -> Spectrum:
+    """Decompose a Jacobian.
+
+    Args:
+        operator: the Jacobian.
+        make: makes it anew for later products, where its matrix is not kept.
+        k: number of triplets.
+        solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
+        way: name of a ``Way``.
+    """
+    if way == "products":
+        triplets = truncated_svd(operator, k, solver)
+        return Spectrum(triplets, *estimate_frobenius(operator, triplets), multiply=_products(make))
     matrix = operator.dense()
     triplets = truncated_svd(Projection(matrix), k, solver)
-    return Spectrum(triplets, matrix.norm(), matrix.new_zeros(()), matrix.__matmul__)
+    multiply = matrix.__matmul__ if way == "matrix kept" else _products(make)
+    return Spectrum(triplets, matrix.norm(), matrix.new_zeros(()), multiply)
 
 
-def product_spectrum(
-    operator: JacobianOperator, make: Callable[[], JacobianOperator], k: int, solver: SolverName
-) -> Spectrum:
-    """Decompose a Jacobian by products alone; it is not kept, but made again for later ones."""
-    triplets = truncated_svd(operator, k, solver)
-    frobenius, error = estimate_frobenius(operator, triplets)
-    return Spectrum(triplets, frobenius, error, lambda x: make().mm(x))
+def _products(make: Callable[[], JacobianOperator]) -> Callable[[Float[Tensor, "d n"]], Float[Tensor, "d n"]]:
+    """X -> J X by a Jacobian made anew, some columns at a time."""
+
+    def multiply(x: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+        operator = make()
+        return torch.cat([operator.mm(part) for part in x.split(COLUMNS, dim=1)], dim=1)
+
+    return multiply
 
 
 def estimate_frobenius(operator: JacobianOperator, triplets: Triplets) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -74,15 +89,54 @@ def estimate_frobenius(operator: JacobianOperator, triplets: Triplets) -> tuple[
     return squared.sqrt(), rest.std() / math.sqrt(PROBES) / (2 * squared)
 
 
-def prefers_products(operator: JacobianOperator, k: int, n_layers: int) -> bool:
-    """Whether products alone are cheaper than forming the matrix, for coupling with ``n_layers`` layers."""
-    size = operator.shape[0]
-    columns = 2 * STEPS * (k + OVERSAMPLING) + PROBES + n_layers * k
-    by_matrix = operator.dense_flops + 2.0 * size**2 * columns
-    return THIN * columns * operator.product_flops < by_matrix
+@dataclass(frozen=True)
+class Way:
+    """A way to the spectrum of a Jacobian and to its products with the bases of others.
+
+    Attributes:
+        name: ``"matrix kept"``, ``"matrix dropped"`` or ``"products"``.
+        formed: floating-point operations of forming the matrix.
+        thin: of products with few columns, to decompose.
+        compared: of products with the bases.
+    """
+
+    name: str
+    formed: float
+    thin: float
+    compared: float
+
+    @property
+    def flops(self) -> float:
+        """All operations."""
+        return self.formed + self.thin + self.compared
+
+    @property
+    def cost(self) -> float:
+        """Operations, those of thin products counted by the time that they take."""
+        return self.formed + THIN * (self.thin + self.compared)
 
 
-def matrices_fit(count: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``count`` square matrices fit into the free memory of a device, with room for other work."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return count * size**2 * dtype.itemsize <= MEMORY_SHARE * free
+class Work(Protocol):
+    """What a choice needs to know of a Jacobian: a ``JacobianOperator`` tells it, and so does a ``Cost``."""
+
+    product_flops: float
+    dense_flops: float
+
+
+def ways(work: Work, size: int, k: int, columns: int, solver: SolverName) -> list[Way]:
+    """All ways, for coupling a Jacobian of R^size with the top k bases of ``columns`` others."""
+    steps, compared, on_matrix = 2 * STEPS * (k + OVERSAMPLING), columns * k, 2.0 * size**2
+    form, product = work.dense_flops, work.product_flops
+    found = [
+        Way("matrix kept", form, steps * on_matrix, compared * on_matrix),
+        Way("matrix dropped", form, steps * on_matrix, compared * product),
+    ]
+    if solver != "dense":
+        found.append(Way("products", 0.0, (steps + PROBES) * product, compared * product))
+    return found
+
+
+def cheapest(work: Work, size: int, k: int, columns: int, solver: SolverName, keep: bool) -> Way:
+    """The cheapest way; ``keep`` tells whether matrices may be kept."""
+    possible = ways(work, size, k, columns, solver)
+    return min(possible if keep else possible[1:], key=lambda way: way.cost)

@@ -1,0 +1,70 @@
+"""Jacobians compared in sets: which are needed, and in which order they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Which Jacobian; in the order in which they are made."""
+
+    layer: int
+    dest: int
+    src: int
+    head: int | None = None
+
+    def __str__(self) -> str:
+        """As an error names it."""
+        where = f"layer {self.layer}, token {self.src}"
+        if self.src != self.dest:
+            where += f" to token {self.dest}"
+        return where if self.head is None else f"head {self.head} of {where}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jacobians that are compared.
+
+    Attributes:
+        rows: those that give J1.
+        columns: those that give the bases, U2 and V2.
+    """
+
+    rows: tuple[Place, ...]
+    columns: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, places: Sequence[Place]) -> Group:
+        """Each with each."""
+        return cls(tuple(places), tuple(places))
+
+    @property
+    def places(self) -> set[Place]:
+        """All of them."""
+        return {*self.rows, *self.columns}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One Jacobian's turn: the groups that are complete with it, and the Jacobians that none needs after it."""
+
+    place: Place
+    finished: list[int]
+    dropped: list[Place]
+
+
+def schedule(groups: Sequence[Group]) -> list[Step]:
+    """All Jacobians of the groups, those of a layer in a row, and within it those of a dest."""
+    order = sorted(set().union(*(group.places for group in groups)))
+    steps = {place: Step(place, [], []) for place in order}
+    needed_until: dict[Place, Place] = {}
+    for index, group in enumerate(groups):
+        last = max(group.places)
+        steps[last].finished.append(index)
+        for place in group.places:
+            needed_until[place] = max(needed_until.get(place, last), last)
+    for place, last in needed_until.items():
+        steps[last].dropped.append(place)
+    return list(steps.values())

@@ -1,0 +1,171 @@
+"""The plan of a comparison: its work and its memory, known from shapes before anything is run.
+
+A plan says which Jacobians are worked on together and whether their matrices are kept, takes the cheapest way that
+fits into memory, and refuses what fits in no way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tlcoupling.coupling.arguments import Options
+from tlcoupling.coupling.groups import Group, schedule
+from tlcoupling.coupling.spectra import COLUMNS, PROBES, Way, cheapest
+from tlcoupling.errors import InsufficientMemoryError
+from tlcoupling.hooked import Topology
+from tlcoupling.jacobian.cost import Cost, free_memory, layer_costs
+
+KEPT_SHARE = 0.5  # of what is free, at most, for matrices that are kept
+
+
+@dataclass(frozen=True)
+class Job:
+    """A comparison, as far as its cost depends on it.
+
+    Attributes:
+        model: the model.
+        topology: of its blocks.
+        n_tokens: length of the prompt.
+        dtype: of the linear algebra.
+        sublayers: what is measured of each layer.
+        groups: the Jacobians compared with each other.
+        options: how.
+    """
+
+    model: Any
+    topology: Topology
+    n_tokens: int
+    dtype: torch.dtype
+    sublayers: tuple[str, ...]
+    groups: Sequence[Group]
+    options: Options
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that it needs."""
+        return sorted({place.layer for group in self.groups for place in group.places})
+
+    @property
+    def columns(self) -> int:
+        """Bases that a Jacobian is compared with, at most."""
+        return max(len(group.columns) for group in self.groups)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the layers lie."""
+        return {next(self.model.blocks[layer].parameters()).device for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a comparison is done.
+
+    Attributes:
+        batches: groups that are worked on together.
+        keep: whether matrices may be kept.
+        ways: by sublayer, the way of its Jacobians and how many there are.
+        run_flops: floating-point operations of running the model's own blocks.
+        peak_bytes: memory needed beyond the model, at most.
+        free_bytes: memory that was free.
+    """
+
+    batches: list[Sequence[Group]]
+    keep: bool
+    ways: dict[str, tuple[Way, int]]
+    run_flops: float
+    peak_bytes: float
+    free_bytes: float
+
+
+def make_plan(job: Job, free: float | None = None) -> Plan:
+    """The cheapest plan that fits into memory.
+
+    Args:
+        job: the comparison.
+        free: bytes that may be used; by default what is free now on the fullest device.
+
+    Raises:
+        InsufficientMemoryError: none fits; the message says what would.
+    """
+    free = min(free_memory(device) for device in job.devices) if free is None else free
+    costs = layer_costs(job.model, job.layers, job.topology, job.n_tokens, job.options.engine)
+    size = len(job.groups)
+    while (kept := _kept_bytes(job, job.groups[:size])) > KEPT_SHARE * free and size > 1:
+        size = (size + 1) // 2
+    keep = kept <= KEPT_SHARE * free
+    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep)) > free and (keep or size > 1):
+        keep, size = keep and size > 1, (size + 1) // 2
+    if peak > free:
+        raise InsufficientMemoryError(_refusal(job, costs.values(), peak, free))
+    batches = [job.groups[start : start + size] for start in range(0, len(job.groups), size)]
+    counts = sum(len(schedule(batch)) for batch in batches)
+    some = costs[job.layers[0]]
+    return Plan(
+        batches,
+        keep,
+        {name: (_way(job, some[name], keep), counts) for name in job.sublayers},
+        len(batches) * sum(max(by_name[name].run_flops for name in job.sublayers) for by_name in costs.values()),
+        peak,
+        free,
+    )
+
+
+def _way(job: Job, cost: Cost, keep: bool) -> Way:
+    return cheapest(cost, job.model.cfg.d_model, max(job.options.k), job.columns, job.options.solver, keep)
+
+
+def _held(groups: Sequence[Group]) -> int:
+    """The most Jacobians that are held at once."""
+    held = most = 0
+    for step in schedule(groups):
+        most = max(most, held + 1)
+        held += 1 - len(step.dropped)
+    return most
+
+
+def _kept_bytes(job: Job, groups: Sequence[Group]) -> float:
+    """Of the matrices that are kept."""
+    return float(_held(groups) * len(job.sublayers) * job.model.cfg.d_model**2 * job.dtype.itemsize)
+
+
+def _peak_bytes(job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool) -> float:
+    """All that is held at once, at most."""
+    d, k, item = job.model.cfg.d_model, max(job.options.k), job.dtype.itemsize
+    bases = 2.0 * _held(groups) * len(job.sublayers) * d * k * item
+    comparison = item * job.columns * k * (2.0 * d + 3.0 * k)
+    results = sum(5.0 * len(g.rows) * len(g.columns) for g in job.groups) * len(job.options.k) * len(job.sublayers)
+    at_work = 0.0
+    for cost in (by_name[name] for by_name in costs for name in job.sublayers):
+        way = _way(job, cost, keep).name
+        products = cost.column_bytes * min(COLUMNS, max(PROBES, job.columns * k))
+        decomposition = 5.0 * item * d**2 if way != "products" else 0.0
+        needed = products if way == "products" else cost.dense_bytes + decomposition
+        at_work = max(at_work, cost.run_bytes + needed, cost.run_bytes + (0.0 if way == "matrix kept" else products))
+    return (_kept_bytes(job, groups) if keep else 0.0) + bases + comparison + item * results + at_work
+
+
+def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: float) -> str:
+    """Why a comparison does not fit, and what would."""
+    costs = list(costs)
+    advice = []
+    for k in range(max(job.options.k) - 1, 0, -1):
+        smaller = replace(job, options=replace(job.options, k=(k,)))
+        if _peak_bytes(smaller, costs, job.groups[:1], False) <= free:
+            advice.append(f"K up to {k}")
+            break
+    if job.options.engine == "autograd":
+        advice.append("engine='auto'")
+    if any(cost.engine == "autograd" for by_name in costs for cost in by_name.values()):
+        advice.append("a shorter prompt")
+    if job.columns > 2:
+        advice.append(f"fewer than {job.columns} Jacobians compared with each other (layers= or tokens=)")
+    where = ", ".join(sorted(map(str, job.devices)))
+    return (
+        f"coupling of {sum(len(group.places) for group in job.groups)} Jacobians at K = {max(job.options.k)} needs "
+        f"{peak / 2**30:.2f} GiB beyond the model, and {free / 2**30:.2f} GiB are free on {where}; smaller: "
+        + ", or ".join(advice or ["a smaller model"])
+    )
