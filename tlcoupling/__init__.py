@@ -10,7 +10,7 @@ from tlcoupling.models import load_model
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.trace import Trace, trace
-from tlcoupling.trajectory import Growth, Linearity, growth, linearity
+from tlcoupling.trajectory import Growth, Linearity, TrajectoryRecorder, growth, linearity
 
 __all__ = [
     "Analysis",
@@ -21,6 +21,7 @@ __all__ = [
     "Linearity",
     "TLCouplingError",
     "Trace",
+    "TrajectoryRecorder",
     "Triplets",
     "analyze",
     "check",
