@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,8 @@ def _tidy(device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         return
-    try:
+    with suppress(OSError):  # another C library: peaks may then be understated, for both procedures
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:  # another C library: peaks may then be understated, and are the same for both procedures
-        pass
 
 
 def alternating(
@@ -87,7 +86,7 @@ def alternating(
 class Row:
     """A line of the table: the same work by the published procedure and by tlcoupling.
 
-    ``flops`` is what tlcoupling's call computes, from which its share of the peak follows; None where it is not counted.
+    ``flops`` is what tlcoupling's call computes, from which its share of the peak follows; None: not counted.
     """
 
     work: str

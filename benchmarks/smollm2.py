@@ -69,12 +69,16 @@ def _jacobian_stage(hf_model: Any, model: Any, ids: torch.Tensor, device: torch.
     flops, found = sum(one.dense_flops for one in operators()), []
     for _ in range(5):  # operators keep the matrices of their parts: each round takes new ones
         made = operators()
-        found.append(measured(lambda: [one.dense() for one in made], device))
+        found.append(measured(partial(_dense, made), device))
     ours = min(found, key=lambda one: one.seconds)
     calls = block_calls(hf_model, ids[None])
     theirs = measured(lambda: [block_jacobian(*call) for call in calls], device)
     work = f"{len(ids)} tokens, Jacobians of all blocks alone"
     return Row(work, theirs.seconds, theirs.peak_bytes, ours.seconds, ours.peak_bytes, flops)
+
+
+def _dense(operators: list[tlc.JacobianOperator]) -> list[torch.Tensor]:
+    return [one.dense() for one in operators]
 
 
 def _certificate_share(model: Any, ids: torch.Tensor, device: torch.device) -> float:

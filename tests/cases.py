@@ -213,6 +213,22 @@ def _available() -> list[Case]:
 
 
 CASES = _available()
+# one of each topology, with and without gates, rotary positions and grouped queries, for tests that take long
+FEW = [
+    case
+    for case in CASES
+    if case.name
+    in {
+        "bridge-gpt2",
+        "bridge-llama",
+        "bridge-pythia",
+        "native-attention-only",
+        "hooked-layernorm",
+        "hooked-gated",
+        "hooked-parallel",
+        "hooked-attention-only",
+    }
+]
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
 

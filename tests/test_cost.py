@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from cases import CASES, TOKENS, Case
 
 import tlcoupling as tlc
-from tlcoupling.jacobian.cost import _left_in_control_group, block_costs, layer_costs
+from tlcoupling.jacobian.cost import layer_costs
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

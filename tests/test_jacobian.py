@@ -219,10 +219,10 @@ def test_hooks_of_the_user_act_on_the_jacobian():
 
 def test_a_permanent_hook_is_the_users_unless_transformer_lens_attached_it():
     model = CASES[0].build(torch.float64).eval()
-    assert not tlc.trace(model, TOKENS).has_user_hooks
+    assert not tlc.trace(model, TOKENS).hooked_layers
     model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda tensor, hook: 2 * tensor, is_permanent=True)
     trace = tlc.trace(model, TOKENS)
-    assert trace.has_user_hooks
+    assert trace.hooked_layers == {1}
     with pytest.warns(UserWarning, match="hooks are attached"):
         tlc.residual_jacobian(trace, 1, "block")
 

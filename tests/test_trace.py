@@ -192,15 +192,17 @@ def test_activations_that_are_not_finite_name_the_first_layer(model: torch.nn.Mo
 
 
 def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
-    """A hook that edits the stream between the sublayers makes a split by sublayer wrong."""
+    """What edits the stream behind the writes or between them makes a split by sublayer wrong."""
     _, cache = model.run_with_cache(TOKENS[None])
     activations = {name: value.clone() for name, value in cache.items()}
     activations["blocks.1.hook_attn_out"] *= 1.01
     with pytest.raises(ResidualIdentityError, match=r"block 1: .*hook_resid_post by .*e-0\d of its norm"):
         tlc.growth(activations)
-    edit = [("blocks.1.hook_resid_post", lambda tensor, hook: tensor * 1.01)]
-    with model.hooks(fwd_hooks=edit), pytest.raises(ResidualIdentityError, match="block 1"):
-        tlc.trace(model, TOKENS)
+    scale = [("blocks.1.hook_resid_post", lambda tensor, hook: tensor * 1.01)]
+    with model.hooks(fwd_hooks=scale):
+        _, hooked = model.run_with_cache(TOKENS[None])
+    with pytest.raises(ResidualIdentityError, match="block 1: .*a trace with fwd_hooks= tells their share apart"):
+        tlc.growth(hooked)
 
 
 @pytest.mark.usefixtures("unchecked")

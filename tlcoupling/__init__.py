@@ -12,29 +12,33 @@ from tlcoupling.coupling import (
     token_coupling,
 )
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.estimate import Estimate, estimate
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.models import load_model
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.trace import Trace, trace
-from tlcoupling.trajectory import Growth, Linearity, growth, linearity
+from tlcoupling.trajectory import Growth, Linearity, TrajectoryRecorder, growth, linearity
 
 __all__ = [
     "Analysis",
     "Check",
     "ContextCoupling",
     "DepthCoupling",
+    "Estimate",
     "Growth",
     "JacobianOperator",
     "Linearity",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
+    "TrajectoryRecorder",
     "Triplets",
     "analyze",
     "check",
     "context_coupling",
     "depth_coupling",
+    "estimate",
     "growth",
     "linearity",
     "load",

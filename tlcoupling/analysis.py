@@ -17,6 +17,7 @@ from tlcoupling.jacobian.engine import EngineName, check_index
 from tlcoupling.results import Result
 from tlcoupling.trace import PATTERN, Trace, trace
 from tlcoupling.trajectory import Growth, Linearity, growth, linearity
+from tlcoupling.user_hooks import FwdHooks
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -74,6 +75,7 @@ def analyze(
     k: KSpec = 10,
     tokens: int | Sequence[int] | Literal["all"] = -1,
     attention_layer: int | None = None,
+    fwd_hooks: FwdHooks = (),
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
     progress: bool = False,
@@ -86,20 +88,21 @@ def analyze(
         k: as in ``depth_coupling``.
         tokens: positions whose depth-wise coupling is measured; the trajectories of all tokens always are.
         attention_layer: the layer whose attention pattern is kept; by default the middle one.
+        fwd_hooks: hooks as in ``model.run_with_hooks``; forward pass and Jacobians see them, as in ``trace``.
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
         progress: show a progress bar.
 
     Raises:
-        UnsupportedModelError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``trace`` and
-            ``depth_coupling``.
+        UnsupportedModelError, ArgumentError, HookError, NonFiniteActivationError, ResidualIdentityError: see
+            ``trace`` and ``depth_coupling``.
 
     Example:
         >>> report = tlc.analyze(model, "When Mary and John went to the store")  # doctest: +SKIP
         >>> report.coupling.mean("excess"), report.linearity, report.growth  # doctest: +SKIP
     """
     started = time.perf_counter()
-    traced = trace(model, prompt, prepend_bos=prepend_bos)
+    traced = trace(model, prompt, fwd_hooks=fwd_hooks, prepend_bos=prepend_bos)
     layer = check_index(
         "attention_layer", traced.n_layers // 2 if attention_layer is None else attention_layer, traced.n_layers
     )

@@ -57,6 +57,10 @@ class StaleTraceError(TLCouplingError):
     """The model has changed since the trace was taken, so the trace no longer describes it."""
 
 
+class HookError(TLCouplingError):
+    """A hook of the user's cannot be followed: it changes a shape, or hides what it does from the derivative."""
+
+
 class CertificateError(TLCouplingError):
     """An analytic Jacobian does not match the model's own derivative."""
 

@@ -14,8 +14,9 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.hooked import Topology, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.prompt import to_tokens
+from tlcoupling.stream import sublayers_of
 from tlcoupling.svd.auto import SolverName
-from tlcoupling.trace import sublayers_of, to_tokens
 
 if TYPE_CHECKING:
     import pandas
@@ -92,9 +93,11 @@ class _Outline:
 
     n_layers: int
     d_model: int
-    n_tokens: int
     topology: Topology
-    sublayers: tuple[str, ...]
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        return sublayers_of(self.topology)
 
 
 def estimate(
@@ -139,7 +142,7 @@ def estimate(
     require_supported(model)
     n_tokens = to_tokens(model, prompt, prepend_bos).shape[1]
     topology = topology_of_model(model)
-    outline = _Outline(len(model.blocks), model.cfg.d_model, n_tokens, topology, sublayers_of(topology))
+    outline = _Outline(len(model.blocks), model.cfg.d_model, topology)
     names = resolve_sublayers(outline, sublayers)
     options = Options.resolve(outline, k, "frobenius", "uv", True, engine, solver)
     positions = resolve_indices("tokens", tokens, n_tokens)
@@ -172,7 +175,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     for _ in range(rounds):
         _finish(device)
         started = time.perf_counter()
-        a @ a
+        _ = a @ a
         _finish(device)
         seconds.append(time.perf_counter() - started)
     return 2.0 * size**3 / min(seconds)

@@ -97,27 +97,20 @@ def norms_are_folded(model: Any) -> bool:
     )
 
 
-def has_user_hooks(points: Mapping[str, Any]) -> bool:
-    """Whether anyone but us and TransformerLens itself (for OPT's MLP, which is no module) has a hook attached."""
-    return any(not _is_its_own(hook) for point in points.values() for hook in (*point.fwd_hooks, *point.bwd_hooks))
-
-
-def _is_its_own(handle: Any) -> bool:
-    function = getattr(handle, "user_hook", None)
-    return handle.is_permanent and str(getattr(function, "__module__", "")).startswith("transformer_lens.")
-
-
 Hook = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def attached(hooks: Iterable[tuple[Any, Hook]]) -> Iterator[None]:
-    """Attach functions to hook points for a while; a function may return a tensor to put in place of the old one."""
+def attached(hooks: Iterable[tuple[Any, Hook]], first: bool = False) -> Iterator[None]:
+    """Attach functions to hook points for a while; a function may return a tensor to put in place of the old one.
+
+    They act behind the hooks that are there already, with ``first`` before them.
+    """
     touched = []
     try:
         for point, function in hooks:
             touched.append(point)
-            point.add_hook(_with_hook_argument(function), dir="fwd", level=_LEVEL)
+            point.add_hook(_with_hook_argument(function), dir="fwd", level=_LEVEL, prepend=first)
         yield
     finally:
         for point in touched:
@@ -230,25 +223,34 @@ class ForwardRecord:
 
     Attributes:
         activations: recorded tensors by full hook name, ``[1, pos, ...]``.
+        before: some of them as they were before the hooks that are attached to the model.
         calls: each block's call.
     """
 
     activations: dict[str, Tensor]
+    before: dict[str, Tensor]
     calls: list[BlockCall]
 
 
-def record_forward(model: Any, tokens: Tensor, hook_names: Iterable[str]) -> ForwardRecord:
+def record_forward(
+    model: Any, tokens: Tensor, hook_names: Iterable[str], names_before: Iterable[str] = ()
+) -> ForwardRecord:
     """Run the model up to the end of its last block and record hook points and block calls.
 
     Half-precision models run in float32, one module lifted at a time.
+
+    Args:
+        model: the model.
+        tokens: token ids.
+        hook_names: hook points to record behind the hooks that are attached to them.
+        names_before: hook points to record before these.
     """
-    points, activations, calls = model.hook_dict, {}, []
+    points, calls = model.hook_dict, []
+    activations: dict[str, Tensor] = {}
+    before: dict[str, Tensor] = {}
 
-    def record(name: str) -> Hook:
-        def keep(tensor: Tensor) -> None:
-            activations[name] = tensor.detach().clone()
-
-        return keep
+    def record(name: str, kept: dict[str, Tensor]) -> tuple[Any, Hook]:
+        return points[name], lambda tensor: kept.__setitem__(name, tensor.detach().clone())
 
     def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(BlockCall.capture(args, kwargs))
@@ -258,7 +260,8 @@ def record_forward(model: Any, tokens: Tensor, hook_names: Iterable[str]) -> For
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(attached((points[name], record(name)) for name in hook_names))
+        stack.enter_context(attached([record(name, activations) for name in hook_names]))
+        stack.enter_context(attached([record(name, before) for name in names_before], first=True))
         for name, part in model.named_children():
             if name not in ("blocks", "original_model"):
                 _lift_around_call(stack, model, part)
@@ -270,7 +273,7 @@ def record_forward(model: Any, tokens: Tensor, hook_names: Iterable[str]) -> For
         stack.callback(model.blocks[-1].register_forward_hook(stop).remove)
         with suppress(Done):
             model(tokens, return_type=None)
-    return ForwardRecord(activations, calls)
+    return ForwardRecord(activations, before, calls)
 
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:

@@ -7,8 +7,9 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -16,160 +17,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcoupling.errors import (
-    ArgumentError,
-    MissingHookError,
-    NonFiniteActivationError,
-    ResidualIdentityError,
-    StaleTraceError,
-    UnsupportedModelError,
-)
+from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
 from tlcoupling.hooked import (
     BlockCall,
     Done,
     Hook,
-    Topology,
     attached,
     block_hook,
-    has_user_hooks,
     lifted_parts,
     norms_are_folded,
     record_forward,
     require_supported,
-    topology_of,
     topology_of_model,
 )
+from tlcoupling.prompt import to_str_tokens, to_tokens
 from tlcoupling.results import Provenance
+from tlcoupling.stream import IDENTITY_TOLERANCE, Stream, plain, relative_gap
+from tlcoupling.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers
 
-# Rounding of x + a + m against what the model itself added up, relative to the norm of the sum.
-IDENTITY_TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 2e-2,
-}
 PATTERN = "attn.hook_pattern"
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Stream:
-    """A residual stream and the sublayers' writes, checked to add up.
-
-    Attributes:
-        resid: x^0 .. x^L, the last one before the final norm, ``[layer + 1, pos, d_model]``.
-        attn_out: a^l, what each attention sublayer wrote, ``[layer, pos, d_model]``.
-        mlp_out: m^l, what each MLP wrote, ``[layer, pos, d_model]``; None in an attention-only model.
-        topology: ``"sequential"``, ``"parallel"`` or ``"attn_only"``.
-    """
-
-    resid: Float[Tensor, "layer_plus_1 pos d_model"]
-    attn_out: Float[Tensor, "layer pos d_model"]
-    mlp_out: Float[Tensor, "layer pos d_model"] | None
-    topology: Topology
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks, L."""
-        return self.attn_out.shape[0]
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of positions."""
-        return self.resid.shape[1]
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.resid.shape[2]
-
-    @property
-    def sublayers(self) -> tuple[str, ...]:
-        """What can be measured: ``block`` and ``attn``, and ``mlp`` where the model has MLPs."""
-        return ("block", "attn") if self.topology == "attn_only" else ("block", "attn", "mlp")
-
-    @cached_property
-    def resid_mid(self) -> Float[Tensor, "layer pos d_model"]:
-        """x^l + a^l, what the MLP of a sequential block reads."""
-        return self.resid[:-1] + self.attn_out
-
-    @classmethod
-    def from_activations(cls, activations: Mapping[str, Tensor], n_layers: int, topology: Topology) -> Stream:
-        """Build the stream from recorded hook points and check it.
-
-        Half-precision activations are lifted to float32; the tolerance of the check is that of their own dtype.
-
-        Raises:
-            MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
-        """
-        first = _fetch(activations, block_hook(0, "hook_resid_pre"))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-
-        def stack(names: Iterable[str]) -> Tensor:
-            # a device map spreads the layers over devices; the stream lives on the first one's
-            return torch.stack([_fetch(activations, name).to(first.device, dtype) for name in names])
-
-        layers = range(n_layers)
-        resid = stack(
-            [block_hook(layer, "hook_resid_pre") for layer in layers] + [block_hook(n_layers - 1, "hook_resid_post")]
-        )
-        attn_out = stack(block_hook(layer, "hook_attn_out") for layer in layers)
-        mlp_out = None
-        if topology != "attn_only":
-            mlp_out = stack(block_hook(layer, "hook_mlp_out") for layer in layers)
-        stream = cls(resid, attn_out, mlp_out, topology)
-        stream._check_finite()
-        stream._check_identity(IDENTITY_TOLERANCE[first.dtype])
-        mids = [block_hook(layer, "hook_resid_mid") for layer in layers]
-        if topology == "sequential" and all(name in activations for name in mids):
-            stream._check_resid_mid(stack(mids), IDENTITY_TOLERANCE[first.dtype])
-        return stream
-
-    def _check_finite(self) -> None:
-        finite = self.resid.isfinite().all(-1)
-        if finite.all():
-            return
-        layer, pos = (~finite).nonzero()[0].tolist()
-        where = f"enters block {layer}" if layer < self.n_layers else f"leaves the last block, {layer - 1}"
-        raise NonFiniteActivationError(
-            f"the residual stream that {where} holds NaN or infinite values (first at position {pos}); "
-            "no Jacobian, line or rate is defined there. A half-precision model may have overflowed: try float32"
-        )
-
-    @property
-    def identity_gap(self) -> float:
-        """The largest gap in x^l + a^l + m^l = x^{l+1}, relative to the norm of the sum."""
-        return float(self._identity_gaps().max())
-
-    def _identity_gaps(self) -> Float[Tensor, " layer"]:
-        total = self.resid[:-1] + self.attn_out
-        if self.mlp_out is not None:
-            total = total + self.mlp_out
-        gap = (total - self.resid[1:]).norm(dim=-1) / self.resid[1:].norm(dim=-1)
-        return gap.amax(-1)
-
-    def _check_identity(self, tolerance: float) -> None:
-        worst = self._identity_gaps()
-        if (worst <= tolerance).all():
-            return
-        layer = int((worst > tolerance).nonzero()[0])
-        writes = "hook_attn_out" if self.mlp_out is None else "hook_attn_out and hook_mlp_out"
-        raise ResidualIdentityError(
-            f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
-            f"{worst[layer]:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
-            "add to the stream and a split by sublayer would be wrong. Hooks that edit the stream between the "
-            "sublayers, or an architecture that rescales or reorders its writes, do this"
-        )
-
-    def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
-        gap = ((self.resid_mid - hooked).norm(dim=-1) / hooked.norm(dim=-1)).amax(-1)
-        if (gap <= tolerance).all():
-            return
-        layer = int((gap > tolerance).nonzero()[0])
-        raise ResidualIdentityError(
-            f"block {layer}: resid_pre plus hook_attn_out misses {block_hook(layer, 'hook_resid_mid')} by "
-            f"{gap[layer]:.2e} of its norm (allowed: {tolerance:.0e}), so the MLP does not read the stream after "
-            "attention, and its Jacobian would be that of another input"
-        )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -180,13 +46,15 @@ class Trace(Stream):
         model: the model, as it was given.
         tokens: token ids, ``[pos]``.
         str_tokens: the tokens as text.
-        hooked: whether hooks of the user's were attached during the pass.
+        hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``
+            and those attached by ``model.hooks(...)``.
     """
 
     model: Any
     tokens: Int[Tensor, " pos"]
     str_tokens: tuple[str, ...]
-    hooked: bool
+    hooked_layers: frozenset[int]
+    _hooks: UserHooks = field(repr=False)
     _calls: list[BlockCall] = field(repr=False)
     _points: Mapping[str, Any] = field(repr=False)
 
@@ -198,7 +66,7 @@ class Trace(Stream):
         )
 
     @classmethod
-    def from_cache(cls, model: Any, cache: Any, tokens: Any) -> Trace:
+    def from_cache(cls, model: Any, cache: Any, tokens: Any, *, fwd_hooks: FwdHooks = ()) -> Trace:
         """A trace from a ``run_with_cache`` that you already have.
 
         The blocks are run once more to learn how the model calls them, and the result must match the cache.
@@ -207,6 +75,7 @@ class Trace(Stream):
             model: the model that made the cache.
             cache: an ``ActivationCache`` or a dictionary of hook names to activations, with or without batch axis.
             tokens: what the cache was made from: a string, token ids ``[pos]`` or ``[1, pos]``.
+            fwd_hooks: the hooks that the cache was made with, as in ``trace``.
 
         Raises:
             MissingHookError: a hook point is not in the cache; the message says how to cache it.
@@ -216,12 +85,12 @@ class Trace(Stream):
             StaleTraceError: the model, run on the tokens, does not give the cached stream.
         """
         require_supported(model)
-        given = Stream.from_activations(_plain(cache), len(model.blocks), topology_of_model(model))
-        own = trace(model, tokens)
+        given = Stream.from_activations(plain(cache), len(model.blocks), topology_of_model(model))
+        own = trace(model, tokens, fwd_hooks=fwd_hooks)
         if own.resid.shape != given.resid.shape:
             raise ArgumentError("tokens", f"{own.n_tokens} tokens", f"the {given.n_tokens} tokens of the cache")
         gap = (own.resid - given.resid).norm() / own.resid.norm()
-        if not gap <= IDENTITY_TOLERANCE[torch.float16 if _is_half(cache) else own.resid.dtype]:
+        if not gap <= IDENTITY_TOLERANCE[plain(cache)[block_hook(0, "hook_resid_pre")].dtype]:
             raise StaleTraceError(
                 f"the model gives another residual stream for these tokens than the cache holds ({gap:.1e} off): the "
                 "cache comes from other weights, other tokens (a BOS token?) or from hooks that are not attached now"
@@ -242,7 +111,7 @@ class Trace(Stream):
             weight_processing=self.weight_processing,
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
-            settings=settings,
+            settings={**settings, "fwd_hooks": list(self._hooks.names)} if self._hooks.names else settings,
             engine=engine or {},
             seconds=seconds,
         )
@@ -260,10 +129,9 @@ class Trace(Stream):
             "dtype": str(next(self.model.blocks.parameters()).dtype).removeprefix("torch."),
         }
 
-    @property
-    def has_user_hooks(self) -> bool:
-        """Whether hooks of the user's are attached now."""
-        return has_user_hooks(self._points)
+    def layers_hooked_now(self) -> frozenset[int]:
+        """The blocks in whose Jacobians hooks act that are attached now, apart from those that the trace keeps."""
+        return hooked_layers(self._points, self.n_layers)
 
     def point(self, layer: int, name: str) -> Any | None:
         """The hook point ``blocks.{layer}.{name}``, None where the model has none."""
@@ -275,13 +143,26 @@ class Trace(Stream):
         resid_pre: Float[Tensor, "1 pos d_model"],
         hooks: Mapping[str, Hook],
     ) -> Float[Tensor, "1 pos d_model"]:
-        """Run one block again, with hooks of ours (by short name) beside those of the user.
+        """Run one block again from x^l to x^{l+1}, with hooks of ours (by short name) behind those of the user.
 
-        Half-precision weights are lifted to float32 while their part of the block runs.
+        x^l is what the block reads after the user's hooks on its ``hook_resid_pre``, so what these give back is put
+        aside; x^{l+1} is what they make of it on the next ``hook_resid_pre``. Half-precision weights are lifted to
+        float32 while their part of the block runs.
         """
         block = self.model.blocks[layer]
-        with lifted_parts(self.model, block), attached(self._named(layer, hooks)):
-            return self._calls[layer].run(block, resid_pre)
+        reads = self._points[block_hook(layer, "hook_resid_pre")]
+        after = self._points.get(block_hook(layer + 1, "hook_resid_pre"))
+        with ExitStack() as stack:
+            stack.enter_context(lifted_parts(self.model, block))
+            stack.enter_context(self._hooks.attached(layer))
+            given = resid_pre
+            if has_user_hooks([reads]):
+                # copies, for hooks that edit in place what they get: neither may reach x^l itself
+                given = resid_pre.clone()
+                stack.enter_context(attached([(reads, lambda tensor: resid_pre.clone())]))
+            stack.enter_context(attached(self._named(layer, hooks)))
+            out = self._calls[layer].run(block, given)
+            return out if after is None else after(out)
 
     def block_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """x^l on the device of its block, with a batch axis."""
@@ -371,152 +252,83 @@ class Trace(Stream):
         """
         wrote = {"block": self.resid[1:], "attn": self.attn_out, "mlp": self.mlp_out}[sublayer]
         then = wrote[layer] if rows is None else wrote[layer, list(rows)]
-        gap = (now.detach().to(then) - then).norm() / then.norm()
+        gap = relative_gap(now.detach().to(then).flatten(), then.flatten())
         if not gap <= IDENTITY_TOLERANCE[then.dtype]:
             raise StaleTraceError(
                 f"{sublayer} of layer {layer} gives another output now than when the trace was taken ({gap:.1e} off): "
-                "the weights or the attached hooks have changed. Take a new trace; analyse a hooked model inside its "
-                "`with model.hooks(...)`"
+                "the weights or the attached hooks have changed. Take a new trace: with the hooks as fwd_hooks=, or "
+                "inside the `with model.hooks(...)` that it is used in"
             )
 
 
-def trace(model: Any, prompt: Any, *, prepend_bos: bool | None = None) -> Trace:
+def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: bool | None = None) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
+
+    Hooks act on the forward pass and on every Jacobian that is taken from the trace: those of ``fwd_hooks``, which the
+    trace keeps, and those attached by ``with model.hooks(...)``, which have to stay attached as long as it is used. The
+    Jacobian of block l is that of x^{l+1} with respect to x^l, each as a block reads it: it sees hooks within the
+    block, on its ``hook_resid_post`` and on the next ``hook_resid_pre``, while its own ``hook_resid_pre`` makes x^l.
+    An activation that a hook replaces by constants passes no derivative on.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
         prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
+        fwd_hooks: hooks as in ``model.run_with_hooks``: pairs (hook name or filter of names, function).
         prepend_bos: whether a string gets a BOS token in front; the default is the model's own
             (``cfg.default_prepend_bos``), as everywhere in TransformerLens.
 
     Raises:
         UnsupportedModelError: an encoder, a state-space model, quantised weights, or training mode.
-        ArgumentError: an empty prompt, a batch larger than one, or token ids out of range.
+        ArgumentError: an empty prompt, a batch larger than one, token ids out of range, or hooks on points that are not
+            there or are not called.
+        HookError: a hook gives back no tensor, or one of another shape.
         NonFiniteActivationError: NaN or infinite activations; the message names the first layer.
-        ResidualIdentityError: the sublayers' writes do not add up to the stream.
+        ResidualIdentityError: the sublayers' writes do not add up to the stream, as where a hook edits
+            ``hook_resid_mid``.
 
     Example:
         >>> trace = tlc.trace(model, "When Mary and John went to the store")  # doctest: +SKIP
     """
     require_supported(model)
-    tokens = _to_tokens(model, prompt, prepend_bos)
+    tokens = to_tokens(model, prompt, prepend_bos)
     points, n_layers = model.hook_dict, len(model.blocks)
     topology = topology_of_model(model)
-    names = [block_hook(layer, "hook_resid_pre") for layer in range(n_layers)]
-    names += [block_hook(layer, "hook_attn_out") for layer in range(n_layers)]
-    names += [block_hook(n_layers - 1, "hook_resid_post")]
-    if topology != "attn_only":
-        names += [block_hook(layer, "hook_mlp_out") for layer in range(n_layers)]
-    if topology == "sequential":
-        names += [block_hook(layer, "hook_resid_mid") for layer in range(n_layers)]
-    first_pattern = block_hook(0, PATTERN)
-    record = record_forward(model, tokens, [*names, *([first_pattern] if first_pattern in points else [])])
-    pattern = record.activations.pop(first_pattern, None)
+    user_hooks = UserHooks.of(model, points, fwd_hooks)
+    with user_hooks.attached():
+        hooked = hooked_layers(points, n_layers)
+        outputs = [block_hook(layer, "hook_resid_post") for layer in range(n_layers)]
+        between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, n_layers)]
+        edited = has_user_hooks([*between, *(points[name] for name in outputs)])
+        names = _recorded(points, n_layers, topology)
+        record = record_forward(model, tokens, names, outputs if edited else ())
+    user_hooks.require_fired()
+    pattern = record.activations.pop(block_hook(0, PATTERN), None)
     declared = getattr(model.cfg, "attention_dir", "causal")
-    if declared == "bidirectional" or (pattern is not None and (pattern.triu(1) != 0).any()):
+    if declared == "bidirectional" or (pattern is not None and 0 not in hooked and (pattern.triu(1) != 0).any()):
         raise UnsupportedModelError(
             "attention in block 0 looks ahead, so this is an encoder or another bidirectional model; "
             "only causal decoders are supported"
         )
-    stream = Stream.from_activations(record.activations, n_layers, topology)
+    stream = Stream.from_activations(record.activations, n_layers, topology, record.before if edited else None)
     return Trace(
-        resid=stream.resid,
-        attn_out=stream.attn_out,
-        mlp_out=stream.mlp_out,
-        topology=stream.topology,
+        **{each.name: getattr(stream, each.name) for each in fields(stream)},
         model=model,
         tokens=tokens[0].cpu(),
-        str_tokens=_to_str_tokens(model, tokens[0]),
-        hooked=has_user_hooks(points),
+        str_tokens=to_str_tokens(model, tokens[0]),
+        hooked_layers=hooked,
+        _hooks=user_hooks,
         _calls=record.calls,
         _points=points,
     )
 
 
-def stream_of(source: Any) -> Stream:
-    """The stream of a trace, or of an ``ActivationCache`` alone.
-
-    Raises:
-        MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
-    """
-    if isinstance(source, Stream):
-        return source
-    activations = _plain(source)
-    layers = {int(name.split(".")[1]) for name in activations if name.startswith("blocks.")}
-    if not layers:
-        raise MissingHookError(
-            f"the cache holds no hook point of any block. {_how_to_cache('blocks.0.hook_resid_pre')}"
-        )
-    model = getattr(source, "model", None)
-    topology = topology_of(activations) if model is None else topology_of_model(model)
-    return Stream.from_activations(activations, max(layers) + 1, topology)
-
-
-def _plain(cache: Any) -> Mapping[str, Tensor]:
-    """The dictionary inside an ``ActivationCache``, whose own look-up accepts shorthands and rejects ``in``."""
-    return getattr(cache, "cache_dict", cache)
-
-
-def _is_half(cache: Any) -> bool:
-    return _fetch(_plain(cache), block_hook(0, "hook_resid_pre"), batched=None).dtype in (
-        torch.float16,
-        torch.bfloat16,
-    )
-
-
-def _fetch(activations: Mapping[str, Tensor], name: str, batched: bool | None = True) -> Float[Tensor, "pos d_model"]:
-    """One recorded activation without its batch axis."""
-    if name not in activations:
-        raise MissingHookError(f"the cache lacks {name!r}. {_how_to_cache(name)}")
-    tensor = activations[name]
-    if tensor.ndim == 3:
-        if tensor.shape[0] != 1:
-            raise ArgumentError("batch", tensor.shape[0], "a batch of one: trace each prompt by itself")
-        tensor = tensor[0]
-    if tensor.ndim != 2:
-        raise ArgumentError(name, tuple(tensor.shape), "a shape of [pos, d_model] or [1, pos, d_model]")
-    return tensor
-
-
-def _how_to_cache(name: str) -> str:
-    return (
-        f"Cache it with model.run_with_cache(tokens), or name it in names_filter: {name!r}; a measurement needs "
-        "hook_resid_pre, hook_attn_out and hook_mlp_out of every block and hook_resid_post of the last one"
-    )
-
-
-def _to_tokens(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, "1 pos"]:
-    """Token ids of a prompt, on the model's first device."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ArgumentError("prompt", prompt, "at least one token; it is empty")
-        if getattr(model, "tokenizer", None) is None:
-            raise ArgumentError("prompt", prompt, "token ids: this model has no tokenizer")
-        tokens = model.to_tokens(prompt) if prepend_bos is None else model.to_tokens(prompt, prepend_bos=prepend_bos)
-    else:
-        try:
-            tokens = torch.as_tensor(prompt)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError("prompt", prompt, "a string or token ids") from error
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise ArgumentError("prompt", prompt, "a string or integer token ids")
-    if tokens.ndim == 1:
-        tokens = tokens[None]
-    if tokens.ndim != 2 or tokens.shape[0] != 1:
-        raise ArgumentError("prompt", f"token ids of shape {tuple(tokens.shape)}", "one prompt: [pos] or [1, pos]")
-    if tokens.shape[1] == 0:
-        raise ArgumentError("prompt", prompt, "at least one token; it is empty")
-    vocabulary = getattr(model.cfg, "d_vocab", None)
-    if vocabulary and vocabulary > 0 and not ((tokens >= 0) & (tokens < vocabulary)).all():
-        raise ArgumentError("prompt", prompt, f"token ids from 0 to {vocabulary - 1}")
-    context = getattr(model.cfg, "n_ctx", None)
-    if context and tokens.shape[1] > context:
-        raise ArgumentError("prompt", f"{tokens.shape[1]} tokens", f"at most {context}, the model's context length")
-    return tokens.long().to(next(model.parameters()).device)
-
-
-def _to_str_tokens(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
-    """Tokens as text; ids as text where there is no tokenizer."""
-    if getattr(model, "tokenizer", None) is None:
-        return tuple(str(token) for token in tokens.tolist())
-    return tuple(model.to_str_tokens(tokens))
+def _recorded(points: Mapping[str, Any], n_layers: int, topology: str) -> list[str]:
+    """The hook points that a trace records."""
+    short = ["hook_resid_pre", "hook_attn_out"]
+    if topology != "attn_only":
+        short.append("hook_mlp_out")
+    if topology == "sequential":
+        short.append("hook_resid_mid")
+    names = [block_hook(layer, name) for name in short for layer in range(n_layers)]
+    names.append(block_hook(n_layers - 1, "hook_resid_post"))
+    return [*names, *([block_hook(0, PATTERN)] if block_hook(0, PATTERN) in points else [])]

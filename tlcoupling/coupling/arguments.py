@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName, check_index, check_sublayers
+from tlcoupling.stream import Outline
 from tlcoupling.svd.auto import SolverName
-from tlcoupling.trace import Trace
 
 KSpec = int | float | Sequence[int | float]
 Indices = int | Sequence[int] | Literal["all"]
@@ -39,7 +39,7 @@ class Options:
     @classmethod
     def resolve(
         cls,
-        trace: Trace,
+        trace: Outline,
         k: KSpec,
         normalizer: Normalizer,
         bases: Bases,
@@ -67,7 +67,7 @@ class Options:
         return {**asdict(self), "k": list(self.k)}
 
 
-def resolve_sublayers(trace: Trace, sublayers: str | Sequence[str] | None) -> tuple[str, ...]:
+def resolve_sublayers(trace: Outline, sublayers: str | Sequence[str] | None) -> tuple[str, ...]:
     """The sublayers to measure, by default all that the model has.
 
     Raises:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
-from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName, check_index

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
-from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.svd.auto import SolverName
@@ -91,7 +91,7 @@ def depth_coupling(
         DepthCoupling,
         trace,
         names,
-        [Group.of([Place(layer, pos, pos) for layer in chosen]) for pos in positions],
+        depth_groups(chosen, positions),
         options,
         {"tokens": list(positions), "layers": list(chosen)},
         progress,
@@ -99,3 +99,8 @@ def depth_coupling(
         tokens=tuple(trace.str_tokens[pos] for pos in positions),
         layers=chosen,
     )
+
+
+def depth_groups(layers: Sequence[int], positions: Sequence[int]) -> list[Group]:
+    """What is compared: at each position, the Jacobians of all layers."""
+    return [Group.of([Place(layer, pos, pos) for layer in layers]) for pos in positions]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -116,11 +116,19 @@ class Way:
         return self.formed + THIN * (self.thin + self.compared)
 
 
+@runtime_checkable
 class Work(Protocol):
     """What a choice needs to know of a Jacobian: a ``JacobianOperator`` tells it, and so does a ``Cost``."""
 
-    product_flops: float
-    dense_flops: float
+    @property
+    def product_flops(self) -> float:
+        """Of one product with one vector."""
+        ...
+
+    @property
+    def dense_flops(self) -> float:
+        """Of forming the matrix."""
+        ...
 
 
 def ways(work: Work, size: int, k: int, columns: int, solver: SolverName) -> list[Way]:

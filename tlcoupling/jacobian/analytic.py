@@ -228,5 +228,5 @@ class AnalyticLayer:
 
 
 def _scaled(factor: float, weight: Float[Tensor, "m n"]) -> Projection:
-    """factor * W, without a copy where the factor is 1."""
+    """Factor * W, without a copy where the factor is 1."""
     return Projection(weight if factor == 1 else factor * weight)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.errors import TLCouplingError
+from tlcoupling.errors import HookError
 from tlcoupling.jacobian.norms import write_factor
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.trace import Trace
@@ -31,6 +31,9 @@ class AutogradJacobian(JacobianOperator):
 
     J^T y is one backward pass. J x is the derivative of u -> J^T u, dotted with x: a backward pass through the
     backward pass, which needs no forward-mode rule of any module in between.
+
+    Attributes:
+        constant: whether autograd sees no dependence at all of the output on the input.
     """
 
     def __init__(self, trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> None:
@@ -40,16 +43,23 @@ class AutogradJacobian(JacobianOperator):
         self.shape, self.dtype, self.device = (width, width), leaf.dtype, leaf.device
         self.product_flops = autograd_flops(trace.model.blocks[layer], trace.n_tokens)
         self.dense_flops = width * self.product_flops
-        if not output.requires_grad:
-            raise TLCouplingError(
-                f"layer {layer}, {sublayer}: the output does not depend on the input through autograd; a hook that "
-                "detaches the graph, or a module that runs without gradients, hides the Jacobian"
-            )
+        self.constant = not output.requires_grad
+        if self.constant:
+            with torch.enable_grad():  # a constant, as where a hook patches it: the Jacobian is zero
+                output = output + 0 * leaf[0, dest]
         self._output, self._leaf, self._src = output, leaf, src
         self._cotangent = torch.zeros_like(output, requires_grad=True)
-        (pulled,) = torch.autograd.grad(
-            output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        try:
+            (pulled,) = torch.autograd.grad(
+                output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise HookError(
+                f"layer {layer}, {sublayer}: a hook edits in place an activation that the derivative needs; let it "
+                "edit a copy (`activation = activation.clone()`) and give that back"
+            ) from error
         self._pulled = pulled[0, src]
 
     def mm(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
@@ -99,9 +109,29 @@ def _linearize(
     trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, "1 pos d"]]:
     """The output at dest as a function of a leaf: the residual stream that the sublayer reads."""
+    leaf = input_of(trace, layer, sublayer).clone().requires_grad_()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        return output_at(trace, layer, sublayer, src, dest, head, leaf, check=True), leaf
+
+
+def input_of(trace: Trace, layer: int, sublayer: str) -> Float[Tensor, "1 pos d"]:
+    """What a sublayer reads."""
+    return trace.mlp_input(layer) if sublayer == "mlp" else trace.block_input(layer)
+
+
+def output_at(
+    trace: Trace,
+    layer: int,
+    sublayer: str,
+    src: int,
+    dest: int,
+    head: int | None,
+    stream: Float[Tensor, "1 pos d"],
+    check: bool,
+) -> Float[Tensor, " d"]:
+    """What a sublayer puts out at dest when it reads ``stream``; a block's own x^l is taken off it for src = dest."""
     resid_pre = trace.block_input(layer)
     reads_mid = sublayer == "mlp" and trace.topology == "sequential"
-    leaf = (trace.mlp_input(layer) if reads_mid else resid_pre).clone().requires_grad_()
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
@@ -109,22 +139,19 @@ def _linearize(
 
     hooks = {}
     if reads_mid:
-        hooks["hook_resid_mid"] = lambda tensor: leaf
+        hooks["hook_resid_mid"] = lambda tensor: stream
     source = "attn.hook_z" if head is not None else f"hook_{sublayer}_out"
     for name in (source, *(("attn.hook_out", "hook_attn_out") if head is not None else ())):
         if trace.point(layer, name) is not None:
             hooks[name] = keep(name)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        resid_post = trace.run_block(layer, resid_pre if reads_mid else leaf, hooks)
-        if not reads_mid:
-            trace.check_current("block", layer, resid_post[0])
-        if head is not None:
-            weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
-            given = kept.get("attn.hook_out")
-            factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach())
-            output = factor * (kept[source][0, dest, head] @ weight)
-        elif sublayer == "block":
-            output = resid_post[0, dest] - leaf[0, dest] if src == dest else resid_post[0, dest]
-        else:
-            output = kept[source][0, dest]
-    return output, leaf
+    resid_post = trace.run_block(layer, resid_pre if reads_mid else stream, hooks)
+    if check:
+        trace.check_current("block", layer, resid_post[0])
+    if head is not None:
+        weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
+        given = kept.get("attn.hook_out")
+        factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach())
+        return factor * (kept[source][0, dest, head] @ weight)
+    if sublayer == "block":
+        return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]
+    return kept[source][0, dest]

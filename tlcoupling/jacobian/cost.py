@@ -118,7 +118,7 @@ def layer_costs(
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had on a device; on the CPU, also within the control group's limit (containers, Slurm)."""
+    """Bytes that can still be had on a device; on the CPU within the control group's limit too (containers, Slurm)."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return min(float(psutil.virtual_memory().available), _left_in_control_group())

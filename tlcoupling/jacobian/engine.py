@@ -12,8 +12,10 @@ import torch
 from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
+from tlcoupling.jacobian.differences import require_followed
 from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.stream import Outline
 from tlcoupling.trace import Trace
 
 EngineName = Literal["auto", "analytic", "autograd"]
@@ -28,8 +30,9 @@ class JacobianEngine:
 
     With ``auto``, each layer and sublayer is taken in closed form where the architecture allows it and one random probe
     through the closed form matches the derivative of the real module along it (to ``CERTIFICATE_TOLERANCE``); where it
-    does not, or while hooks of the user's are attached, autograd takes over and a warning says so once. ``analytic``
-    makes either case an error.
+    does not, or where hooks of the user's act in the block, autograd takes over and a warning says so once.
+    ``analytic`` makes either case an error. Where hooks act, what autograd gives is held against central differences:
+    a hook that detaches the graph is an error.
     """
 
     def __init__(self, trace: Trace, engine: EngineName = "auto", dests: Iterable[int] = ()) -> None:
@@ -48,11 +51,12 @@ class JacobianEngine:
             raise ArgumentError("engine", engine, f"one of {', '.join(get_args(EngineName))}")
         self.trace, self.engine = trace, engine
         self._dests = tuple(dests)
-        self._hooked = trace.hooked or trace.has_user_hooks
+        self._hooked = trace.hooked_layers | trace.layers_hooked_now()
         self._last: AnalyticLayer | None = None
         self._refusals: dict[tuple[int, str, bool], str | None] = {}  # by layer, sublayer, src = dest
         self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._warned: set[str] = set()
+        self._followed: set[tuple[int, str, bool]] = set()  # hooked layers whose derivative was checked
 
     @property
     def used(self) -> dict[str, str]:
@@ -71,19 +75,27 @@ class JacobianEngine:
 
         Raises:
             CertificateError: ``engine="analytic"`` and the closed form is missing, uncertified or hooked.
+            HookError: a hook of the user's hides from autograd what it does.
             StaleTraceError: the model has changed since the trace was taken.
         """
         made = None
         if self.engine != "autograd":
             made = self._analytic(layer, sublayer, src, dest, head)
-        name = "autograd" if made is None else "analytic"
-        self._used[sublayer][name].add(layer)
-        return AutogradJacobian(self.trace, layer, sublayer, src, dest, head) if made is None else made
+        self._used[sublayer]["autograd" if made is None else "analytic"].add(layer)
+        if made is not None:
+            return made
+        oracle = AutogradJacobian(self.trace, layer, sublayer, src, dest, head)
+        key = (layer, sublayer, src == dest)
+        if (layer in self._hooked or oracle.constant) and key not in self._followed:
+            require_followed(self.trace, layer, sublayer, src, dest)
+            self._followed.add(key)
+        return oracle
 
     def _analytic(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator | None:
         """The certified closed form, or None after saying why not."""
-        if self._hooked:
-            return self._refuse("hooks are attached to the model, and only autograd sees them act")
+        if layer in self._hooked:
+            where = ", ".join(map(str, sorted(self._hooked)))
+            return self._refuse(f"hooks are attached to block {where}, and only autograd sees them act")
         closed_form = self._observed(layer)
         if sublayer != "mlp" or src == dest:  # an MLP does not reach another position: nothing to certify
             key = (layer, sublayer, src == dest)
@@ -116,7 +128,8 @@ class JacobianEngine:
         y = torch.randn(stream.shape[1], generator=generator, dtype=stream.dtype).to(stream.device)
         truth, read = torch.zeros_like(y), y
         sequential = self.trace.topology == "sequential"
-        if sublayer == "mlp" or (sublayer == "block" and self.trace.mlp_out is not None and (sequential or src == dest)):
+        reached = self.trace.mlp_out is not None and (sequential or src == dest)
+        if sublayer == "mlp" or (sublayer == "block" and reached):
             through_mlp = closed_form.mlp_pulled(y, dest)
             read = y + through_mlp if sequential else y
             truth = through_mlp if src == dest else truth
@@ -148,7 +161,8 @@ def residual_jacobian(
 
     - block: d (x^{l+1}_dest - x^l_dest) / d x^l_src for src = dest, d x^{l+1}_dest / d x^l_src otherwise: a position
       reaches a later one without a skip, so nothing is subtracted there.
-    - attn: d a^l_dest / d x^l_src; with ``head``, of that head's share of a^l (before a post-norm).
+    - attn: d a^l_dest / d x^l_src; with ``head``, of that head's share of a^l (of ``hook_z`` through the output
+      projection: before a post-norm, and before hooks on the write).
     - mlp: d m^l_dest / d x_mid_dest in a sequential block, d m^l_dest / d x^l_dest in a parallel one; zero for
       src != dest.
 
@@ -169,6 +183,7 @@ def residual_jacobian(
     Raises:
         ArgumentError: an index out of range, an unknown sublayer or engine.
         CertificateError: ``engine="analytic"`` where no certified closed form exists.
+        HookError: a hook of the user's hides from autograd what it does.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
@@ -198,7 +213,7 @@ def check_index(name: str, value: int, size: int) -> int:
     return value % size
 
 
-def check_sublayers(trace: Trace, sublayers: tuple[str, ...]) -> None:
+def check_sublayers(trace: Outline, sublayers: tuple[str, ...]) -> None:
     """Check that the model has these sublayers.
 
     Raises:

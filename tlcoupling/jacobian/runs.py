@@ -51,8 +51,9 @@ class Run:
         return pulled[0]
 
     def slopes(self, output: str, inputs: Iterable[str]) -> list[Tensor | None]:
-        """The diagonal of d output / d input for a recorded activation that is pointwise in others; None where it
-        does not depend on one of them.
+        """The diagonal of d output / d input, for a recorded activation that is pointwise in others.
+
+        None where it does not depend on one of them.
         """
         out, leaves = self._in_graph[output], [self._in_graph[name] for name in inputs]
         if not out.requires_grad:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.results import Result
-from tlcoupling.trace import stream_of
+from tlcoupling.results import Provenance, Result
+from tlcoupling.stream import stream_of
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 
 
@@ -29,8 +29,8 @@ class Growth(Result):
         alpha: ln ||x^{l+1}|| - ln ||x^l||, ``[layer, pos]``.
         attn_share: attention's share of alpha, ln (||x_mid|| / ||x_pre||); None unless blocks are sequential.
             ``[layer, pos]``.
-        mlp_share: the MLP's share of alpha, ln (||x_post|| / ||x_mid||); alpha is exactly the sum of the two.
-            ``[layer, pos]``.
+        mlp_share: the MLP's share of alpha, ln (||x_post|| / ||x_mid||); alpha is exactly the sum of the two, unless
+            hooks edit the stream between the blocks: what is left is theirs. ``[layer, pos]``.
         expodistance: ED = Var_l(alpha) / mean_l(alpha)^2 (population variance), 0 for exactly exponential growth. The
             paper's own formula could not be read, so ED is reconstructed. ``[pos]``.
         rate: mean_l(alpha), per layer. ``[pos]``.
@@ -101,20 +101,39 @@ def growth(source: Any) -> Growth:
     """
     started = time.perf_counter()
     stream = stream_of(source)
-    norms = stream.resid.norm(dim=-1)
+    between = None
+    if stream.topology == "sequential":
+        between = stream.resid_mid.norm(dim=-1), stream.after_writes.norm(dim=-1)
+    return growth_of_norms(stream.resid.norm(dim=-1), between, provenance_of(source, started), tokens_of(stream))
+
+
+def growth_of_norms(
+    norms: Float[Tensor, "depth pos"],
+    between: tuple[Float[Tensor, "layer pos"], Float[Tensor, "layer pos"]] | None,
+    provenance: Provenance,
+    tokens: tuple[str, ...],
+) -> Growth:
+    """Growth from norms alone.
+
+    Args:
+        norms: ||x^l||, depth 0 .. L.
+        between: ||x^l + a^l|| and ||x^l + a^l + m^l|| of sequential blocks, None of others.
+        provenance: of the measurement.
+        tokens: the tokens as text.
+    """
     log_norms = norms.log()
     alpha = log_norms.diff(dim=0)
     attn_share = mlp_share = None
-    if stream.topology == "sequential":
-        mid = stream.resid_mid.norm(dim=-1).log()
-        attn_share, mlp_share = (mid - log_norms[:-1]).cpu(), (log_norms[1:] - mid).cpu()
+    if between is not None:
+        mid, after = (norm.log() for norm in between)
+        attn_share, mlp_share = (mid - log_norms[:-1]).cpu(), (after - mid).cpu()
     depth = torch.arange(len(norms), dtype=norms.dtype, device=norms.device)
     depth = (depth - depth.mean())[:, None]
     centered = log_norms - log_norms.mean(0)
     slope = (depth * centered).sum(0) / depth.square().sum()
     r_squared = 1 - (centered - slope * depth).square().sum(0) / centered.square().sum(0)
     return Growth(
-        provenance=provenance_of(source, started),
+        provenance=provenance,
         norms=norms.cpu(),
         alpha=alpha.cpu(),
         attn_share=attn_share,
@@ -123,5 +142,5 @@ def growth(source: Any) -> Growth:
         rate=alpha.mean(0).cpu(),
         slope=slope.cpu(),
         r_squared=r_squared.cpu(),
-        tokens=tokens_of(stream),
+        tokens=tokens,
     )

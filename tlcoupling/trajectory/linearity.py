@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.hooked import Topology
 from tlcoupling.results import Provenance, Result
-from tlcoupling.trace import Stream, Trace, stream_of
+from tlcoupling.stream import Stream, stream_of
+from tlcoupling.trace import Trace
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,11 +60,60 @@ class Linearity(Result):
         return self.lss[self.paths.index(name)]
 
 
+def unit(steps: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest d"]:
+    """Directions d / ||d||; NaN where a step has length zero."""
+    lengths = steps.norm(dim=-1, keepdim=True)
+    return steps / lengths.where(lengths > 0, torch.nan)
+
+
 def line_shape_score(steps: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
     r"""LSS = n / || sum_i d_i / ||d_i|| || of steps d_1 .. d_n; NaN where a step has length zero."""
-    lengths = steps.norm(dim=-1, keepdim=True)
-    directions = steps / lengths.where(lengths > 0, torch.nan)
-    return steps.shape[-2] / directions.sum(-2).norm(dim=-1)
+    return steps.shape[-2] / unit(steps).sum(-2).norm(dim=-1)
+
+
+class Path:
+    """One path of all tokens, as running sums over its steps: their number does not show in its memory.
+
+    Args:
+        name: of the path.
+        steps_per_layer: 2 for the path through the sublayers.
+    """
+
+    def __init__(self, name: str, steps_per_layer: int = 1) -> None:
+        self.name, self.n, self._per_layer = name, 0, steps_per_layer
+        self._directions: Tensor | float = 0.0
+        self._way: Tensor | float = 0.0
+        self._length: Tensor | float = 0.0
+        self._still: list[tuple[int, int]] = []  # layer and position of steps of length zero
+
+    def add(self, step: Float[Tensor, "pos d"]) -> None:
+        """Go one step."""
+        lengths = step.norm(dim=-1)
+        if not lengths.all():
+            self._still += [(self.n // self._per_layer, pos) for pos in (lengths == 0).nonzero()[:, 0].tolist()]
+        self.n += 1
+        self._directions = self._directions + unit(step)
+        self._way = self._way + step
+        self._length = self._length + lengths
+
+    @property
+    def lss(self) -> Float[Tensor, " pos"]:
+        """N / || sum_i d_i / ||d_i|| ||."""
+        return self.n / torch.as_tensor(self._directions).norm(dim=-1)
+
+    @property
+    def straightness(self) -> Float[Tensor, " pos"]:
+        """|| sum_i d_i || / sum_i ||d_i||."""
+        return torch.as_tensor(self._way).norm(dim=-1) / self._length
+
+    def warn_of_zero_steps(self) -> None:
+        """Name the steps that have no direction."""
+        for layer, pos in self._still:
+            warnings.warn(
+                f"the {self.name} step of layer {layer} has length zero at position {pos}, so it has no direction: the "
+                f"line-shape score of the {self.name} path is NaN there",
+                stacklevel=4,
+            )
 
 
 def linearity(source: Any) -> Linearity:
@@ -83,43 +134,50 @@ def linearity(source: Any) -> Linearity:
     """
     started = time.perf_counter()
     stream = stream_of(source)
-    paths = _paths(stream)
-    lss, straightness = [], []
-    for name, steps in paths.items():
-        steps = steps.transpose(0, 1)  # [pos, n, d]
-        lengths = steps.norm(dim=-1)
-        _warn_of_zero_steps(name, lengths)
-        lss.append(line_shape_score(steps))
-        straightness.append(steps.sum(1).norm(dim=-1) / lengths.sum(1))
-    return Linearity(
-        provenance=provenance_of(source, started),
-        lss=torch.stack(lss).cpu(),
-        straightness=torch.stack(straightness).cpu(),
-        paths=tuple(paths),
-        steps=tuple(steps.shape[0] for steps in paths.values()),
-        tokens=tokens_of(stream),
-    )
+    paths = make_paths(stream.topology)
+    for layer in range(stream.n_layers):
+        mlp_out = None if stream.mlp_out is None else stream.mlp_out[layer]
+        walk(paths, stream.resid[layer + 1] - stream.resid[layer], stream.attn_out[layer], mlp_out)
+    return linearity_of_paths(paths, provenance_of(source, started), tokens_of(stream))
 
 
-def _paths(stream: Stream) -> dict[str, Float[Tensor, "n pos d"]]:
-    """The steps of each path that the topology has."""
-    paths = {"block": stream.resid.diff(dim=0)}
-    if stream.mlp_out is not None and stream.topology == "sequential":
-        paths["sublayer"] = torch.stack([stream.attn_out, stream.mlp_out], dim=1).flatten(0, 1)
-    paths["attn"] = stream.attn_out
-    if stream.mlp_out is not None:
-        paths["mlp"] = stream.mlp_out
+def make_paths(topology: Topology) -> dict[str, Path]:
+    """The paths that a topology has, before their first step."""
+    paths = {"block": Path("block")}
+    if topology == "sequential":
+        paths["sublayer"] = Path("sublayer", 2)
+    paths["attn"] = Path("attn")
+    if topology != "attn_only":
+        paths["mlp"] = Path("mlp")
     return paths
 
 
-def _warn_of_zero_steps(path: str, lengths: Float[Tensor, "pos n"]) -> None:
-    for pos, step in (lengths == 0).nonzero().tolist():
-        layer = step // 2 if path == "sublayer" else step
-        warnings.warn(
-            f"the {path} step of layer {layer} has length zero at position {pos}, so it has no direction: the "
-            f"line-shape score of the {path} path is NaN there",
-            stacklevel=3,
-        )
+def walk(
+    paths: Mapping[str, Path],
+    block: Float[Tensor, "pos d"],
+    attn_out: Float[Tensor, "pos d"],
+    mlp_out: Float[Tensor, "pos d"] | None,
+) -> None:
+    """One layer's steps on each path: x^{l+1} - x^l, and the sublayers' writes."""
+    steps = {"block": [block], "sublayer": [attn_out, mlp_out], "attn": [attn_out], "mlp": [mlp_out]}
+    for name, path in paths.items():
+        for step in steps[name]:
+            if step is not None:
+                path.add(step)
+
+
+def linearity_of_paths(paths: Mapping[str, Path], provenance: Provenance, tokens: tuple[str, ...]) -> Linearity:
+    """What paths came to; warns of steps that have no direction."""
+    for path in paths.values():
+        path.warn_of_zero_steps()
+    return Linearity(
+        provenance=provenance,
+        lss=torch.stack([path.lss for path in paths.values()]).cpu(),
+        straightness=torch.stack([path.straightness for path in paths.values()]).cpu(),
+        paths=tuple(paths),
+        steps=tuple(path.n for path in paths.values()),
+        tokens=tokens,
+    )
 
 
 def tokens_of(stream: Stream) -> tuple[str, ...]:

@@ -1,0 +1,331 @@
+"""Composition: the forward pass and every Jacobian see the user's hooks, and what cannot be followed is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, FEW, TOKENS, Case, relative_error
+
+import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError, HookError, ResidualIdentityError, StaleTraceError
+from tlcoupling.jacobian.engine import JacobianEngine
+
+few = pytest.mark.parametrize("case", FEW, ids=str)
+pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
+
+WIDTH = CASES[0].model().cfg.d_model
+ROTATION = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)).double()).Q
+STEER = torch.linspace(-1.0, 1.0, WIDTH, dtype=torch.float64)
+
+
+def hook(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function of an activation as TransformerLens calls it."""
+    return lambda activation, hook: function(activation)
+
+
+def ablate(head: int) -> Callable[..., torch.Tensor]:
+    """TransformerLens's way: in place."""
+
+    def zero(z: torch.Tensor, hook: Any) -> torch.Tensor:
+        z[:, :, head] = 0.0
+        return z
+
+    return zero
+
+
+def mean_ablate(z: torch.Tensor, hook: Any) -> torch.Tensor:
+    """Head 1 puts out its mean over the positions."""
+    z = z.clone()
+    z[:, :, 1] = z[:, :, 1].mean(1, keepdim=True)
+    return z
+
+
+def autoencode(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x @ ROTATION) @ ROTATION.mT
+
+
+KINDS: dict[str, list[tuple[Any, Callable[..., Any]]]] = {
+    "steering": [("blocks.1.hook_resid_pre", hook(lambda x: x + STEER))],
+    "embedding": [("hook_embed", hook(lambda x: 1.5 * x))],
+    "stream autoencoder": [("blocks.1.hook_resid_post", hook(autoencode))],
+    "the same before the next block": [("blocks.2.hook_resid_pre", hook(autoencode))],
+    "write autoencoder": [(lambda name: name.endswith("1.hook_attn_out"), hook(autoencode))],
+    "mean ablation": [("blocks.1.attn.hook_z", mean_ablate), ("blocks.2.attn.hook_z", ablate(0))],
+    "in place": [
+        ("blocks.1.hook_resid_pre", hook(lambda x: x.add_(STEER))),
+        ("blocks.2.hook_attn_out", hook(lambda x: x.mul_(0.5))),
+    ],
+}
+
+
+def brute_force(model: Any, hooks: list, layer: int, src: int, dest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x^{l+1}_dest and its Jacobian with respect to x^l_src, from whole runs of the hooked model."""
+    last = layer == len(model.blocks) - 1
+    reads = f"blocks.{layer}.hook_resid_pre"
+    leaves = f"blocks.{layer}.hook_resid_post" if last else f"blocks.{layer + 1}.hook_resid_pre"
+    kept: dict[str, torch.Tensor] = {}
+
+    def start(stream: torch.Tensor, hook: Any) -> torch.Tensor:
+        kept["in"] = stream.detach().clone().requires_grad_()
+        return kept["in"].clone()
+
+    def stop(stream: torch.Tensor, hook: Any) -> None:
+        kept["out"] = stream.clone()
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[*hooks, (reads, start), (leaves, stop)]):
+        model(TOKENS[None])
+    rows = [
+        torch.autograd.grad(value, kept["in"], retain_graph=True, allow_unused=True, materialize_grads=True)[0][0, src]
+        for value in kept["out"][0, dest]
+    ]
+    return kept["out"][0, dest].detach(), torch.stack(rows)
+
+
+@few
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_pass_and_jacobians_see_the_hooks(case: Case, kind: str):
+    model, hooks = case.model(), KINDS[kind]
+    trace = tlc.trace(model, TOKENS, fwd_hooks=hooks)
+    with model.hooks(fwd_hooks=hooks):
+        attached = tlc.trace(model, TOKENS)
+        theirs = [tlc.residual_jacobian(attached, layer, "block").dense() for layer in range(3)]
+    assert torch.equal(attached.resid, trace.resid)
+    assert trace.hooked_layers == attached.hooked_layers
+    for layer in range(3):
+        for src, dest in ((6, 6), (2, 5)):
+            out, truth = brute_force(model, hooks, layer, src, dest)
+            truth = truth - (src == dest) * torch.eye(WIDTH, dtype=torch.float64)
+            assert relative_error(trace.resid[layer + 1, dest], out) < case.tolerance
+            found = tlc.residual_jacobian(trace, layer, "block", src, dest).dense()
+            assert relative_error(found, truth) < case.tolerance, (layer, src, dest)
+        found = tlc.residual_jacobian(trace, layer, "block").dense()
+        assert relative_error(theirs[layer], found) < case.tolerance
+    assert not any(point.fwd_hooks for name, point in model.hook_dict.items() if "opt" not in name)
+
+
+@few
+def test_only_hooked_blocks_leave_the_closed_form(case: Case):
+    model = case.model()
+    hooks = [("blocks.1.attn.hook_z", mean_ablate)]
+    trace = tlc.trace(model, TOKENS, fwd_hooks=hooks)
+    assert trace.hooked_layers == {1}
+    engine, oracle = JacobianEngine(trace), JacobianEngine(trace, "autograd")
+    for sublayer in trace.sublayers:
+        for layer in range(3):
+            found = engine.operator(layer, sublayer, 6, 6).dense()
+            assert relative_error(found, oracle.operator(layer, sublayer, 6, 6).dense()) < case.tolerance
+        assert engine.used[sublayer] == "analytic (layers [0, 2]), autograd (layers [1])"
+    # steering makes x^1 and leaves no block's Jacobian to the closed form but that of the block before it
+    assert tlc.trace(model, TOKENS, fwd_hooks=KINDS["steering"]).hooked_layers == {0}
+    assert tlc.trace(model, TOKENS, fwd_hooks=KINDS["embedding"]).hooked_layers == frozenset()
+
+
+@few
+def test_an_ablated_head_changes_exactly_the_jacobians_that_it_should(case: Case):
+    model, layer, head = case.model(), 1, 2
+    clean = tlc.trace(model, TOKENS)
+    hooks = [(f"blocks.{layer}.attn.hook_z", ablate(head))]
+    ablated = tlc.trace(model, TOKENS, fwd_hooks=hooks)
+    # before it: the same stream, the same Jacobians, to the last bit
+    assert torch.equal(ablated.resid[: layer + 1], clean.resid[: layer + 1])
+    for sublayer in clean.sublayers:
+        before = [tlc.residual_jacobian(trace, 0, sublayer).dense() for trace in (clean, ablated)]
+        assert torch.equal(*before)
+    # its own layer: the attention's Jacobian is that of the other heads
+    for src, dest in ((6, 6), (2, 5)):
+        others = sum(
+            tlc.residual_jacobian(clean, layer, "attn", src, dest, head=other).dense()
+            for other in range(model.cfg.n_heads)
+            if other != head
+        )
+        found = tlc.residual_jacobian(ablated, layer, "attn", src, dest).dense()
+        assert relative_error(found, others) < case.tolerance
+        assert tlc.residual_jacobian(ablated, layer, "attn", src, dest, head=head).dense().norm() == 0
+    # behind it: those of the unhooked model on the ablated stream
+    patch = [(f"blocks.{layer + 1}.hook_resid_pre", hook(lambda x: ablated.resid[layer + 1][None].clone()))]
+    patched = tlc.trace(model, TOKENS, fwd_hooks=patch)
+    for sublayer in clean.sublayers:
+        found = tlc.residual_jacobian(ablated, layer + 1, sublayer).dense()
+        assert torch.equal(found, tlc.residual_jacobian(patched, layer + 1, sublayer).dense())
+        assert relative_error(found, tlc.residual_jacobian(clean, layer + 1, sublayer).dense()) > 1e-3
+
+
+@few
+def test_an_identity_autoencoder_changes_nothing(case: Case):
+    """An orthogonal matrix and its transpose: to rounding of two products."""
+    model = case.model()
+    splice = hook(lambda x: (x @ ROTATION) @ ROTATION.mT)
+    clean = tlc.trace(model, TOKENS)
+    write = "hook_attn_out" if clean.mlp_out is None else "hook_mlp_out"
+    for name, layers in (("blocks.1.hook_resid_pre", (0, 1)), (f"blocks.1.{write}", (1, 2))):
+        spliced = tlc.trace(model, TOKENS, fwd_hooks=[(name, splice)])
+        assert relative_error(spliced.resid, clean.resid) < case.tolerance
+        for sublayer in clean.sublayers:
+            for layer in layers:
+                found, truth = (tlc.residual_jacobian(trace, layer, sublayer).dense() for trace in (spliced, clean))
+                assert relative_error(found, truth) < case.tolerance, (name, sublayer, layer)
+
+
+@few
+def test_a_patched_activation_passes_no_derivative_on(case: Case):
+    model = case.model()
+    constant = torch.ones(1, len(TOKENS), WIDTH, dtype=torch.float64)
+    trace = tlc.trace(model, TOKENS, fwd_hooks=[("blocks.1.hook_attn_out", hook(lambda x: constant.clone()))])
+    assert tlc.residual_jacobian(trace, 1, "attn").dense().norm() == 0
+    assert tlc.residual_jacobian(trace, 1, "block", 2, 5).dense().norm() == 0
+    if trace.mlp_out is not None:
+        mlp, block = (tlc.residual_jacobian(trace, 1, name).dense() for name in ("mlp", "block"))
+        assert relative_error(block, mlp) < case.tolerance
+    with pytest.raises(ArgumentError, match="k=2 .*at most 0, the numerical rank"):
+        tlc.depth_coupling(trace, 2, sublayers="attn")
+    # a stream that is replaced whole: x^2 does not move with x^1, so J = -I
+    trace = tlc.trace(model, TOKENS, fwd_hooks=[("blocks.2.hook_resid_pre", hook(lambda x: constant.clone()))])
+    found = tlc.residual_jacobian(trace, 1, "block").dense()
+    torch.testing.assert_close(found, -torch.eye(WIDTH, dtype=torch.float64), rtol=0, atol=0)
+
+
+@few
+def test_edits_of_the_stream_belong_to_no_sublayer(case: Case):
+    trace = tlc.trace(case.model(), TOKENS, fwd_hooks=KINDS["steering"])
+    assert trace.edits is not None
+    torch.testing.assert_close(trace.edits[0], STEER.expand(len(TOKENS), -1))
+    assert trace.edits[1:].norm() == 0
+    assert trace.identity_gap < 1e-10
+    assert tlc.trace(case.model(), TOKENS).edits is None
+    grown = tlc.growth(trace)
+    if grown.attn_share is not None:
+        left = grown.alpha - grown.attn_share - grown.mlp_share
+        moved = trace.resid[1].norm(dim=-1).log() - (trace.resid[1] - STEER).norm(dim=-1).log()
+        torch.testing.assert_close(left[0], moved)
+        torch.testing.assert_close(left[1:], torch.zeros_like(left[1:]))
+
+
+@few
+def test_an_analysis_in_one_call(case: Case):
+    model = case.model()
+    hooks = [("blocks.1.attn.hook_z", mean_ablate)]
+    report = tlc.analyze(model, TOKENS, k=3, fwd_hooks=hooks)
+    with model.hooks(fwd_hooks=hooks):
+        same = tlc.analyze(model, TOKENS, k=3)
+    torch.testing.assert_close(report.coupling.values, same.coupling.values)
+    torch.testing.assert_close(report.linearity.lss, same.linearity.lss)
+    assert (report.coupling.values - tlc.analyze(model, TOKENS, k=3).coupling.values).abs().max() > 1e-3
+    assert report.coupling.provenance.settings["fwd_hooks"] == ["blocks.1.attn.hook_z"]
+    assert "fwd_hooks" not in same.coupling.provenance.settings
+
+
+def test_a_cache_of_a_hooked_model_becomes_a_trace_with_its_hooks():
+    model = FEW[0].model()
+    hooks = [("blocks.1.attn.hook_z", mean_ablate)]
+    with model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(TOKENS[None])
+    with pytest.raises(StaleTraceError, match="hooks that are not attached"):
+        tlc.Trace.from_cache(model, cache, TOKENS)
+    trace = tlc.Trace.from_cache(model, cache, TOKENS, fwd_hooks=hooks)
+    torch.testing.assert_close(trace.resid, tlc.trace(model, TOKENS, fwd_hooks=hooks).resid)
+
+
+BAD_HOOKS = [
+    (
+        [("blocks.1.hook_atn_out", mean_ablate)],
+        ArgumentError,
+        "fwd_hooks='blocks.1.hook_atn_out' .*model's hook points",
+    ),
+    ([("blocks.3.hook_attn_out", mean_ablate)], ArgumentError, "blocks.3.hook_attn_out"),
+    ([(lambda name: False, mean_ablate)], ArgumentError, "filters that pick at least one"),
+    (["blocks.1.hook_attn_out"], ArgumentError, "pairs"),
+    ([("blocks.1.hook_attn_out", 3.0)], ArgumentError, "pairs"),
+    ([(3, mean_ablate)], ArgumentError, "fwd_hooks=3 "),
+    (
+        [("blocks.1.hook_attn_out", hook(lambda x: x.mean(1, keepdim=True)))],
+        HookError,
+        r"blocks.1.*changes the shape from \(1, 7, \d+\) to \(1, 1, \d+\)",
+    ),
+    ([("blocks.1.hook_attn_out", hook(lambda x: 3.0))], HookError, "gives back float"),
+    ([("blocks.1.hook_mlp_in", hook(lambda x: 2 * x))], ArgumentError, "fwd_hooks=.*switche[sd] on|switched off"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("hooks", "error", "message"), BAD_HOOKS)
+def test_bad_hooks_are_refused(hooks: list, error: type[Exception], message: str):
+    model = FEW[0].model()
+    with pytest.raises(error, match=message):
+        tlc.trace(model, TOKENS, fwd_hooks=hooks)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_a_changed_shape_is_refused_where_hooks_are_attached_too():
+    model = FEW[0].model()
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_attn_out", hook(lambda x: x.mean(1, keepdim=True)))]),
+        pytest.raises(ArgumentError, match=r"blocks.1.hook_attn_out=.*keep the shape"),
+    ):
+        tlc.trace(model, TOKENS)
+
+
+@few
+def test_hooks_that_edit_the_middle_of_a_block_are_refused(case: Case):
+    if case.topology != "sequential":
+        pytest.skip("no hook_resid_mid")
+    with pytest.raises(ResidualIdentityError, match="block 1: .*edit hook_attn_out instead|block 1: .*edit.*instead"):
+        tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.1.hook_resid_mid", hook(lambda x: x + STEER))])
+
+
+DETACHING = {
+    "whole": lambda x: 0.9 * x.detach(),
+    "by a trip through numpy": lambda x: torch.from_numpy(x.detach().numpy().copy()),
+    "an error term": lambda x: autoencode(x) + (x - autoencode(x)).detach(),
+}
+
+
+@few
+@pytest.mark.parametrize("kind", DETACHING)
+@pytest.mark.parametrize("attach", ["fwd_hooks", "context"])
+def test_hooks_that_detach_the_graph_are_refused(case: Case, kind: str, attach: str):
+    model, hooks = case.model(), [("blocks.1.hook_attn_out", hook(DETACHING[kind]))]
+    with model.hooks(fwd_hooks=hooks if attach == "context" else []):
+        trace = tlc.trace(model, TOKENS, fwd_hooks=hooks if attach == "fwd_hooks" else ())
+        for sublayer in ("attn", "block"):
+            with pytest.raises(HookError, match=f"layer 1, {sublayer}: autograd does not see all that is run"):
+                tlc.residual_jacobian(trace, 1, sublayer)
+        tlc.residual_jacobian(trace, 0, "block")
+
+
+def test_a_hook_that_is_not_smooth_is_said_to_be():
+    case = FEW[0]
+    jagged = hook(lambda x: x + 0.3 * torch.sign(torch.sin(1e4 * x)))
+    trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.1.hook_attn_out", jagged)])
+    with pytest.warns(UserWarning, match="differences, which do not settle"):
+        tlc.residual_jacobian(trace, 1, "attn")
+
+
+def test_an_edit_in_place_that_the_derivative_cannot_take_is_named():
+    """The softmax keeps its output for the derivative, and the hook overwrites it."""
+    case = FEW[0]
+
+    def uniform(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+        pattern[:, 0] *= 0.5
+        return pattern
+
+    trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.1.attn.hook_pattern", uniform)])
+    with pytest.raises(HookError, match="edits in place.*clone"):
+        tlc.residual_jacobian(trace, 1, "attn")
+
+
+def test_a_trace_keeps_its_hooks_and_says_when_others_are_attached():
+    model = FEW[0].model()
+    trace = tlc.trace(model, TOKENS, fwd_hooks=KINDS["mean ablation"])
+    kept = tlc.residual_jacobian(trace, 1, "attn").dense()
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_attn_out", hook(lambda x: 2 * x))]),
+        pytest.raises(StaleTraceError, match="layer 1 gives another output"),
+    ):
+        tlc.residual_jacobian(trace, 1, "attn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_error(tlc.residual_jacobian(trace, 0, "attn").dense(), kept) > 0.1

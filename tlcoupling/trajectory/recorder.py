@@ -1,0 +1,189 @@
+"""Linearity and growth of a run of the user's own, without a cache.
+
+A ``TrajectoryRecorder`` is a list of hooks. It holds the stream of one layer at a time, running sums per token for each
+path, and the norms.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.errors import MissingHookError, TLCouplingError
+from tlcoupling.hooked import Topology, block_hook, require_supported, topology_of_model
+from tlcoupling.results import Provenance
+from tlcoupling.stream import (
+    IDENTITY_TOLERANCE,
+    mid_is_another,
+    not_finite,
+    relative_gap,
+    without_batch,
+    writes_do_not_add_up,
+)
+from tlcoupling.trajectory.growth import Growth, growth_of_norms
+from tlcoupling.trajectory.linearity import Linearity, linearity_of_paths, make_paths, walk
+
+
+class TrajectoryRecorder:
+    """Hooks that measure linearity and growth of a run, in memory that does not grow with depth.
+
+    They read and never edit. Behind hooks of yours (``[*mine, *recorder.fwd_hooks]``) they see what these make of the
+    stream; each new run starts afresh. The numbers are those of ``tlc.linearity`` and ``tlc.growth`` of a cache, and so
+    are the checks: the writes must add up to the stream, and steering goes to ``hook_resid_pre`` or to a write.
+
+    Beside the norms, ``[2 or 3 x layer, pos]``, it keeps about a dozen tensors ``[pos, d_model]``.
+
+    Args:
+        model: the model that is going to run, in eval mode.
+
+    Raises:
+        UnsupportedModelError: see ``trace``.
+
+    Example:
+        >>> recorder = tlc.TrajectoryRecorder(model)  # doctest: +SKIP
+        >>> loss = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=recorder.fwd_hooks)  # doctest: +SKIP
+        >>> recorder.linearity().path("block"), recorder.growth().expodistance  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Find the hook points; nothing is attached."""
+        require_supported(model)
+        self._n_layers = len(model.blocks)
+        self._topology: Topology = topology_of_model(model)
+        self._model_name = str(getattr(model.cfg, "model_name", type(model).__name__))
+        self._start()
+        self._problem = MissingHookError(
+            "the recorder has seen no run: give its fwd_hooks to model.run_with_hooks first"
+        )
+
+    def __repr__(self) -> str:
+        """One line."""
+        state = "one run recorded" if self._done else "nothing recorded"
+        return f"TrajectoryRecorder({self._model_name}: {self._n_layers} {self._topology} blocks, {state})"
+
+    @property
+    def fwd_hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        """Pairs (hook name, function) for ``model.run_with_hooks`` or ``model.hooks``, behind hooks of your own."""
+        names = ["hook_resid_pre", "hook_attn_out"]
+        if self._topology == "sequential":
+            names.append("hook_resid_mid")
+        if self._topology != "attn_only":
+            names.append("hook_mlp_out")
+        names.append("hook_resid_post")
+        return [
+            (block_hook(layer, name), self._reader(layer, name)) for layer in range(self._n_layers) for name in names
+        ]
+
+    def linearity(self) -> Linearity:
+        """How straight the token trajectories of the last run were.
+
+        Raises:
+            MissingHookError: no run, or one that was broken off.
+            NonFiniteActivationError, ResidualIdentityError: see ``tlc.linearity``.
+
+        Warns:
+            As ``tlc.linearity`` does.
+        """
+        self._require_run()
+        return linearity_of_paths(self._paths, self._provenance(), self._tokens)
+
+    def growth(self) -> Growth:
+        """How the residual norms of the last run grew.
+
+        Raises:
+            MissingHookError, NonFiniteActivationError, ResidualIdentityError: see ``linearity``.
+        """
+        self._require_run()
+        between = None
+        if self._topology == "sequential":
+            between = torch.stack(self._mid_norms), torch.stack(self._written_norms)
+        return growth_of_norms(torch.stack(self._norms), between, self._provenance(), self._tokens)
+
+    def _require_run(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+        if not self._done:
+            raise MissingHookError(
+                f"the recorder saw a run that was broken off in block {self._layer}: it needs the whole pass, up to "
+                f"{block_hook(self._n_layers - 1, 'hook_resid_post')}"
+            )
+
+    def _provenance(self) -> Provenance:
+        return Provenance(model_name=self._model_name, seconds=self._seconds)
+
+    @property
+    def _tokens(self) -> tuple[str, ...]:
+        return tuple(str(pos) for pos in range(len(self._norms[0])))
+
+    def _reader(self, layer: int, name: str) -> Callable[..., None]:
+        def read(activation: Tensor, hook: Any) -> None:
+            if (layer, name) == (0, "hook_resid_pre"):
+                self._start()
+            self._tolerance = IDENTITY_TOLERANCE[activation.dtype]
+            row = without_batch(activation.detach(), block_hook(layer, name))
+            # cloned, since a later hook may edit it in place
+            row = row.clone() if row.dtype == torch.float64 else row.to(torch.float32, copy=True)
+            if self._problem is None:
+                self._layer = layer
+                try:
+                    self._read(layer, name, row.to(self._device or row.device))
+                except TLCouplingError as problem:  # the user's run goes on; reading the result raises
+                    self._problem = problem
+
+        return read
+
+    def _start(self) -> None:
+        self._problem: TLCouplingError | None = None
+        self._done, self._layer, self._seconds, self._tolerance = False, 0, 0.0, 0.0
+        self._device: torch.device | None = None
+        self._started = time.perf_counter()
+        self._paths = make_paths(self._topology)
+        self._norms: list[Tensor] = []
+        self._mid_norms: list[Tensor] = []
+        self._written_norms: list[Tensor] = []
+        self._held: dict[str, Tensor] = {}
+
+    def _read(self, layer: int, name: str, row: Float[Tensor, "pos d"]) -> None:
+        """Take one activation in; those of a layer are held until the next one's stream is there."""
+        if name == "hook_resid_pre":
+            self._device = row.device
+            self._step(layer, row)
+            self._held = {}
+        elif name == "hook_resid_mid":
+            mid = self._held["hook_resid_pre"] + self._held["hook_attn_out"]
+            gap = float(relative_gap(mid, row).max())
+            if not gap <= self._tolerance:
+                raise mid_is_another(layer, gap, self._tolerance)
+            self._mid_norms.append(mid.norm(dim=-1))
+        self._held[name] = row
+        if name == "hook_resid_post":
+            self._require_finite(layer + 1, row)
+            total = sum(
+                self._held[each] for each in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out") if each in self._held
+            )
+            gap = float(relative_gap(torch.as_tensor(total), row).max())
+            if not gap <= self._tolerance:
+                raise writes_do_not_add_up(layer, gap, self._tolerance, "hook_mlp_out" in self._held)
+            self._written_norms.append(row.norm(dim=-1))
+            if layer == self._n_layers - 1:
+                self._step(self._n_layers, row)
+                self._held, self._done = {}, True
+                self._seconds = time.perf_counter() - self._started
+
+    def _step(self, depth: int, stream: Float[Tensor, "pos d"]) -> None:
+        """The steps of the layer that led to x^depth."""
+        self._require_finite(depth, stream)
+        self._norms.append(stream.norm(dim=-1))
+        if depth > 0:
+            block = stream - self._held["hook_resid_pre"]
+            walk(self._paths, block, self._held["hook_attn_out"], self._held.get("hook_mlp_out"))
+
+    def _require_finite(self, depth: int, stream: Float[Tensor, "pos d"]) -> None:
+        finite = stream.isfinite().all(-1)
+        if not finite.all():
+            raise not_finite(depth, self._n_layers, int((~finite).nonzero()[0]))
