@@ -161,6 +161,15 @@ def test_arguments_that_do_not_fit_the_model(report: Report, options: list[str],
     assert_refused(report(*options), *parts)
 
 
+def test_an_estimate_measures_and_writes_nothing(report: Report, tmp_path: Path) -> None:
+    result = report("--estimate", "--k", "4", "--tokens", "all")
+    assert result.exit_code == 0
+    assert "block: Jacobians" in result.stdout
+    assert "Memory beyond the model: at most" in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert report("--estimate", "--tokens", "99").exit_code == 1
+
+
 def test_empty_prompt(report: Report) -> None:
     assert_refused(report(prompt=""), "prompt=''", "empty")
 

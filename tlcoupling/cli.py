@@ -113,11 +113,17 @@ def report(
         int | None, typer.Option(help="Layer whose attention is shown.", show_default="the middle one")
     ] = None,
     engine: Annotated[Engine, typer.Option(help="How Jacobians are computed.")] = Engine.auto,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print work, memory and time of the coupling, and measure nothing.")
+    ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Measure coupling, linearity and growth of a model on a prompt; print tables, save numbers and a web page."""
     ks, positions = [_k(text) for text in k or ["10"]], _tokens(tokens)
     with _errors_as_one_line():
+        if estimate:
+            return _estimate(model, prompt, ks, positions, engine)
+
         from tlcoupling.results import check_writable
 
         check_writable(output, "output")
@@ -173,19 +179,33 @@ def _analyze(
     """Load the model and measure, with signs of life on a terminal's stderr."""
     from tlcoupling.analysis import analyze
 
-    model = _load(name)
-    if prompt is None:
-        prompts = resources.files("tlcoupling") / "data" / "prompts.json"
-        prompt = json.loads(prompts.read_text(encoding="utf-8"))[DEFAULT_PROMPT]
     return analyze(
-        model,
-        prompt,
+        _load(name),
+        _prompt(prompt),
         k=ks,
         tokens=positions,
         attention_layer=layer,
         engine=engine.value,
         progress=sys.stderr.isatty(),
     )
+
+
+def _estimate(
+    name: str, prompt: str | None, ks: list[int | float], positions: list[int] | Literal["all"], engine: Engine
+) -> None:
+    """Load the model and say what its coupling would cost."""
+    from tlcoupling.estimate import estimate
+    from tlcoupling.terminal import print_estimate
+
+    print_estimate(estimate(_load(name), _prompt(prompt), ks, tokens=positions, engine=engine.value))
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt, or the one of the examples."""
+    if given is not None:
+        return given
+    prompts = resources.files("tlcoupling") / "data" / "prompts.json"
+    return json.loads(prompts.read_text(encoding="utf-8"))[DEFAULT_PROMPT]
 
 
 def _save(analysis: Analysis, folder: Path) -> Path:

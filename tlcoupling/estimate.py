@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.filesize import decimal
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
@@ -75,8 +76,8 @@ class Estimate:
         """One line."""
         return (
             f"Estimate({self.model_name}: {self.n_measured} of {self.n_tokens} tokens, {self.flops / 1e9:.4g} GFLOP, "
-            f"{self.seconds:.2g} s at {self.rate / 1e9:.0f} GFLOP/s, {self.memory_bytes / 2**30:.2f} GiB of "
-            f"{self.free_bytes / 2**30:.1f} free)"
+            f"{self.seconds:.2g} s at {self.rate / 1e9:.0f} GFLOP/s, {decimal(int(self.memory_bytes))} of "
+            f"{decimal(int(self.free_bytes))} free)"
         )
 
     def to_dataframe(self) -> pandas.DataFrame:

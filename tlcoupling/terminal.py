@@ -1,4 +1,4 @@
-"""An analysis and a check as tables for the terminal: 80 columns are enough, and a pipe gets plain text."""
+"""Analyses, checks and estimates as tables for the terminal: 80 columns are enough, a pipe gets plain text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from tlcoupling.analysis import Analysis
 from tlcoupling.checking import Check
+from tlcoupling.estimate import Estimate
 from tlcoupling.viz.payload import visible
 from tlcoupling.viz.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 
@@ -34,6 +36,30 @@ def print_analysis(analysis: Analysis) -> None:
         console.print()
         console.print(title)
         console.print(table)
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """Print what a measurement would cost."""
+    console = Console(highlight=False)
+    console.print(Text(estimate.model_name, style="bold"))
+    ks = ", ".join(map(str, estimate.ks))
+    console.print(f"coupling of {estimate.n_measured} of {estimate.n_tokens} tokens, all pairs of layers, K = {ks}\n")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("work", "way"):
+        table.add_column(name, header_style="dim")
+    for name in ("GFLOP", "seconds"):
+        table.add_column(name, justify="right", header_style="dim")
+    for stage in estimate.stages:
+        table.add_row(stage.name, stage.way, f"{stage.flops / 1e9:.1f}", f"{stage.flops / estimate.rate:.2f}")
+    table.add_section()
+    table.add_row("all", "", f"{estimate.flops / 1e9:.1f}", f"{estimate.seconds:.2f}", style="bold")
+    console.print(table)
+    console.print(
+        f"\nSeconds at this machine's rate of matrix products, {estimate.rate / 1e9:.0f} GFLOP/s:\n"
+        "a lower bound, which small models miss by a factor of two to four.\n"
+        f"Memory beyond the model: at most {decimal(int(estimate.memory_bytes))}, of "
+        f"{decimal(int(estimate.free_bytes))} free."
+    )
 
 
 def print_check(check: Check) -> None:

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group, schedule
 from tlcoupling.coupling.spectra import COLUMNS, PROBES, Way, cheapest
 from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.hooked import Topology
-from tlcoupling.jacobian.cost import Cost, free_memory, layer_costs
+from tlcoupling.jacobian.autograd import vectors_at_once
+from tlcoupling.jacobian.cost import Cost, layer_costs
+from tlcoupling.memory import free_memory
 
 KEPT_SHARE = 0.5  # of what is free, at most, for matrices that are kept
 
@@ -97,17 +100,20 @@ def make_plan(job: Job, free: float | None = None) -> Plan:
     while (kept := _kept_bytes(job, job.groups[:size])) > KEPT_SHARE * free and size > 1:
         size = (size + 1) // 2
     keep = kept <= KEPT_SHARE * free
-    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep)) > free and (keep or size > 1):
+    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep, free)) > free and (keep or size > 1):
         keep, size = keep and size > 1, (size + 1) // 2
     if peak > free:
         raise InsufficientMemoryError(_refusal(job, costs.values(), peak, free))
     batches = [job.groups[start : start + size] for start in range(0, len(job.groups), size)]
-    counts = sum(len(schedule(batch)) for batch in batches)
+    count = sum(len(schedule(batch)) for batch in batches)
     some = costs[job.layers[0]]
+    ways = {name: (_way(job, some[name], keep), count) for name in job.sublayers}
+    if "block" in ways and some["block"].engine == "analytic":  # whose matrix is made of those of its sublayers
+        ways |= {name: (replace(way, formed=0.0), count) for name, (way, _) in ways.items() if name != "block"}
     return Plan(
         batches,
         keep,
-        {name: (_way(job, some[name], keep), counts) for name in job.sublayers},
+        ways,
         len(batches) * sum(max(by_name[name].run_flops for name in job.sublayers) for by_name in costs.values()),
         peak,
         free,
@@ -132,7 +138,7 @@ def _kept_bytes(job: Job, groups: Sequence[Group]) -> float:
     return float(_held(groups) * len(job.sublayers) * job.model.cfg.d_model**2 * job.dtype.itemsize)
 
 
-def _peak_bytes(job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool) -> float:
+def _peak_bytes(job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool, free: float) -> float:
     """All that is held at once, at most."""
     d, k, item = job.model.cfg.d_model, max(job.options.k), job.dtype.itemsize
     bases = 2.0 * _held(groups) * len(job.sublayers) * d * k * item
@@ -141,10 +147,12 @@ def _peak_bytes(job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Gro
     at_work = 0.0
     for cost in (by_name[name] for by_name in costs for name in job.sublayers):
         way = _way(job, cost, keep).name
-        products = cost.column_bytes * min(COLUMNS, max(PROBES, job.columns * k))
-        decomposition = 5.0 * item * d**2 if way != "products" else 0.0
-        needed = products if way == "products" else cost.dense_bytes + decomposition
-        at_work = max(at_work, cost.run_bytes + needed, cost.run_bytes + (0.0 if way == "matrix kept" else products))
+        by_autograd = cost.engine == "autograd"
+        at_once = min(COLUMNS, max(PROBES, job.columns * k))
+        products = cost.column_bytes * (vectors_at_once(cost.column_bytes, free) if by_autograd else at_once)
+        forming = cost.dense_bytes + 5.0 * item * d**2 + (products if by_autograd else 0.0)  # and its decomposition
+        needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[way]
+        at_work = max(at_work, cost.run_bytes + needed)
     return (_kept_bytes(job, groups) if keep else 0.0) + bases + comparison + item * results + at_work
 
 
@@ -154,7 +162,7 @@ def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: floa
     advice = []
     for k in range(max(job.options.k) - 1, 0, -1):
         smaller = replace(job, options=replace(job.options, k=(k,)))
-        if _peak_bytes(smaller, costs, job.groups[:1], False) <= free:
+        if _peak_bytes(smaller, costs, job.groups[:1], False, free) <= free:
             advice.append(f"K up to {k}")
             break
     if job.options.engine == "autograd":
@@ -166,6 +174,6 @@ def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: floa
     where = ", ".join(sorted(map(str, job.devices)))
     return (
         f"coupling of {sum(len(group.places) for group in job.groups)} Jacobians at K = {max(job.options.k)} needs "
-        f"{peak / 2**30:.2f} GiB beyond the model, and {free / 2**30:.2f} GiB are free on {where}; smaller: "
+        f"{decimal(int(peak))} beyond the model, and {decimal(int(free))} are free on {where}; smaller: "
         + ", or ".join(advice or ["a smaller model"])
     )

@@ -16,14 +16,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tlcoupling.errors import HookError
 from tlcoupling.jacobian.norms import write_factor
 from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.memory import free_memory
 from tlcoupling.trace import Trace
 
-CHUNK = 64  # vectors per batched backward pass: bounds the memory of a product with many vectors
+CHUNK = 64  # vectors per batched backward pass, at most: more are no faster
+CHUNK_SHARE = 0.25  # of what is free, for what they hold on their way
 
 
 def autograd_flops(block: nn.Module, n_tokens: int) -> float:
     """Floating-point operations of one product: a backward pass over all positions, whichever is asked for."""
     return 4.0 * sum(parameter.numel() for parameter in block.parameters()) * n_tokens
+
+
+def autograd_column_bytes(block: nn.Module, n_heads: int, n_tokens: int, item: int) -> float:
+    """Memory of one vector on its way back through a block, at all positions: twice what its modules give."""
+    widths = sum(sum(p.shape[-2:]) for p in block.parameters() if p.ndim > 1) + 3 * n_heads * n_tokens
+    return 2.0 * item * n_tokens * widths
+
+
+def vectors_at_once(column_bytes: float, free: float) -> int:
+    """How many vectors go back through a block together."""
+    return max(1, min(CHUNK, int(CHUNK_SHARE * free / column_bytes)))
 
 
 class AutogradJacobian(JacobianOperator):
@@ -43,6 +56,10 @@ class AutogradJacobian(JacobianOperator):
         self.shape, self.dtype, self.device = (width, width), leaf.dtype, leaf.device
         self.product_flops = autograd_flops(trace.model.blocks[layer], trace.n_tokens)
         self.dense_flops = width * self.product_flops
+        column_bytes = autograd_column_bytes(
+            trace.model.blocks[layer], trace.model.cfg.n_heads, trace.n_tokens, leaf.dtype.itemsize
+        )
+        self._chunk = vectors_at_once(column_bytes, free_memory(leaf.device))
         self.constant = not output.requires_grad
         if self.constant:
             with torch.enable_grad():  # a constant, as where a hook patches it: the Jacobian is zero
@@ -66,11 +83,11 @@ class AutogradJacobian(JacobianOperator):
         """J X."""
         if not self._pulled.requires_grad:
             return torch.zeros_like(x)
-        return _batched_grad(self._pulled, self._cotangent, x, lambda grads: grads)
+        return _batched_grad(self._pulled, self._cotangent, x, self._chunk, lambda grads: grads)
 
     def rmm(self, y: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """J^T Y."""
-        return _batched_grad(self._output, self._leaf, y, lambda grads: grads[:, 0, self._src])
+        return _batched_grad(self._output, self._leaf, y, self._chunk, lambda grads: grads[:, 0, self._src])
 
     def dense(self) -> Float[Tensor, "d d"]:
         """The matrix itself, from d backward passes."""
@@ -79,7 +96,11 @@ class AutogradJacobian(JacobianOperator):
 
 
 def _batched_grad(
-    output: Tensor, leaf: Tensor, vectors: Float[Tensor, "d k"], select: Callable[[Tensor], Tensor]
+    output: Tensor,
+    leaf: Tensor,
+    vectors: Float[Tensor, "d k"],
+    chunk_size: int,
+    select: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "d k"]:
     """Products of the columns of ``vectors`` with d output / d leaf, a chunk at a time, in columns."""
 
@@ -96,7 +117,7 @@ def _batched_grad(
         return grads if batched else grads[None]
 
     rows = []
-    for chunk in vectors.mT.to(output).split(CHUNK):
+    for chunk in vectors.mT.to(output).split(chunk_size):
         try:
             grads = pull(chunk, batched=True)
         except RuntimeError:  # a module whose backward has no batching rule

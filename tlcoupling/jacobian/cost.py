@@ -7,18 +7,15 @@ weights: only the certificate knows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from tlcoupling.hooked import Topology
-from tlcoupling.jacobian.autograd import CHUNK, autograd_flops
+from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
 from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, NormMap, Projection, Sum
 
 _ATTN_WEIGHTS, _MLP_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O"), ("W_in", "W_out")
@@ -35,7 +32,7 @@ class Cost:
         run_flops: of running the block's own modules again before the first product; once for a layer.
         run_bytes: memory held while the layer is at work: lifted weights, recorded values, autograd's graph.
         column_bytes: memory on the way of a product, for each of its vectors.
-        dense_bytes: memory on the way to the matrix.
+        dense_bytes: memory on the way to the matrix; by autograd, beside that of the products which it is made of.
     """
 
     engine: str
@@ -64,15 +61,15 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
     lifted = weights * size if dtype.itemsize < size else 0
     attn, mlp = _attn_map(block, cfg), None if topology == "attn_only" else _mlp_map(block)
     heads = int(cfg.n_heads)
-    per_token = sum(sum(shape) for shape in _matrix_shapes(block)) + 3 * heads * n_tokens
+    column_bytes = autograd_column_bytes(block, heads, n_tokens, size)
     by_autograd = Cost(
         engine="autograd",
         product_flops=autograd_flops(block, n_tokens),
         dense_flops=cfg.d_model * autograd_flops(block, n_tokens),
         run_flops=6.0 * weights * n_tokens,  # forward, backward, and the backward pass's own graph
-        run_bytes=lifted + 3.0 * size * n_tokens * per_token,
-        column_bytes=2.0 * size * n_tokens * per_token,
-        dense_bytes=2.0 * size * min(CHUNK, cfg.d_model) * n_tokens * per_token + size * cfg.d_model**2,
+        run_bytes=lifted + 1.5 * column_bytes,
+        column_bytes=column_bytes,
+        dense_bytes=float(size * cfg.d_model**2),
     )
 
     def closed(made: LinearMap | None, widths: Iterable[int]) -> Cost:
@@ -85,7 +82,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
             dense_flops=made.dense_flops,
             run_flops=4.0 * (weights if topology == "attn_only" else _numel(block.attn)) * n_tokens
             + (0.0 if topology == "attn_only" else 4.0 * _numel(block.mlp)),  # values and tangent
-            run_bytes=lifted + 2.0 * size * n_tokens * per_token,
+            run_bytes=lifted + column_bytes,
             column_bytes=size * (4.0 * cfg.d_model + max(widths)),
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + max(widths)),
         )
@@ -115,30 +112,6 @@ def layer_costs(
             known[key] = block_costs(model, layer, topology, n_tokens, engine)
         found[layer] = known[key]
     return found
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had on a device; on the CPU within the control group's limit too (containers, Slurm)."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return min(float(psutil.virtual_memory().available), _left_in_control_group())
-
-
-def _left_in_control_group(root: Path = Path("/sys/fs/cgroup"), of_process: Path = Path("/proc/self/cgroup")) -> float:
-    """The least that any of this process's control groups (version 2) leaves, infinite where there is none."""
-    try:
-        path = next(line.split("::", 1)[1] for line in of_process.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return math.inf
-    folder, left = root / path.lstrip("/"), math.inf
-    for group in (folder, *folder.parents):
-        try:
-            limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        except OSError:
-            continue
-        if limit.strip() != "max":
-            left = min(left, float(limit) - float(used))
-    return left
 
 
 def _numel(module: nn.Module) -> int:
