@@ -6,9 +6,13 @@ from tlcoupling.checking import Check, check
 from tlcoupling.coupling import (
     ContextCoupling,
     DepthCoupling,
+    HeadAlignment,
+    HeadCoupling,
     TokenCoupling,
     context_coupling,
     depth_coupling,
+    head_alignment,
+    head_coupling,
     token_coupling,
 )
 from tlcoupling.errors import TLCouplingError
@@ -17,7 +21,7 @@ from tlcoupling.models import load_model
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.trace import Trace, trace
-from tlcoupling.trajectory import Growth, Linearity, growth, linearity
+from tlcoupling.trajectory import Growth, HeadSteps, Linearity, growth, head_steps, linearity
 
 __all__ = [
     "Analysis",
@@ -25,6 +29,9 @@ __all__ = [
     "ContextCoupling",
     "DepthCoupling",
     "Growth",
+    "HeadAlignment",
+    "HeadCoupling",
+    "HeadSteps",
     "JacobianOperator",
     "Linearity",
     "TLCouplingError",
@@ -36,6 +43,9 @@ __all__ = [
     "context_coupling",
     "depth_coupling",
     "growth",
+    "head_alignment",
+    "head_coupling",
+    "head_steps",
     "linearity",
     "load",
     "load_model",

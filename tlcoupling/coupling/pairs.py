@@ -88,7 +88,7 @@ def compare_groups(
         for step in schedule:
             for name in sublayers:
                 next(ticks)
-                held[name][step.place] = _decompose(jacobians, name, step.place, options, columns, fits)
+                held[name][step.place] = decompose(jacobians, name, step.place, options, columns, fits)
             for index in step.finished:
                 group = batch[index]
                 compared[index] = {
@@ -157,7 +157,7 @@ def _ticks(total: int, progress: bool) -> Iterator[int]:
     return iter(tqdm(range(total), desc="coupling", leave=False))
 
 
-def _decompose(
+def decompose(
     jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, fits: bool
 ) -> Spectrum:
     """The top triplets of one Jacobian, as a matrix where that is cheaper and fits."""

@@ -70,10 +70,14 @@ def _ritz(u: Float[Tensor, "m p"], v: Float[Tensor, "n q"], jtu: Float[Tensor, "
 def _orthogonalise(block: Float[Tensor, "n w"], basis: Float[Tensor, "n b"]) -> Float[Tensor, "n w"]:
     """An orthonormal basis of a block, orthogonal to what is there already.
 
-    Projecting twice is enough (Kahan), unless little of the block is left; then it is done again on the unit vectors.
+    Projecting twice is enough (Kahan), unless little of the block is left; then it is done again on the unit vectors,
+    or on random ones where nothing is left at all (J of low rank).
     """
     for _ in range(2):
         block = block - basis @ (basis.mT @ block)
+    if not block.any():
+        generator = torch.Generator().manual_seed(basis.shape[1])
+        block = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block)
     block = torch.linalg.qr(block).Q
     while (basis.mT @ block).abs().sum() > 1e3 * torch.finfo(block.dtype).eps * block.shape[1]:
         block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
