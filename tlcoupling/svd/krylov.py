@@ -16,7 +16,7 @@ from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.svd.triplets import Triplets, residuals
 
 OVERSAMPLING = 6  # columns of a block beyond k
-FIRST_CHECK, MAX_STEPS = 5, 40
+FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 5, 4, 40
 DECAY = 6.0  # by which a step usually lowers the residual; it tells when to look again
 
 
@@ -49,7 +49,8 @@ def krylov_svd(operator: JacobianOperator, k: int, tolerance: float) -> Triplets
             reached = float(found.residual.max())
             if not reached > tolerance:  # NaN: J is zero
                 return found
-            check = step + max(1, math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY)))
+            due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
+            check = step + min(max(due, 1), LONGEST_WAIT)
         if not last or (u.shape[1] == rows and v.shape[1] < columns):
             new_v = _orthogonalise(pulled[:, : columns - v.shape[1]], v)
             v = torch.cat([v, new_v], dim=1)
