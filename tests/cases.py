@@ -192,6 +192,19 @@ def built_here(settings: dict[str, Any]) -> Any:
     return build(**settings)(torch.float64).eval()
 
 
+def fresh(seed: int, **settings: Any) -> Any:
+    """A float32 model of width 96 with weights as TransformerLens itself draws them."""
+    config = {**_SIZES, "d_model": 96, "d_head": 24, "d_mlp": 384, **settings, "seed": seed}
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        torch.manual_seed(seed)
+        return TransformerBridge.boot_native(config).eval()
+    return HookedTransformer(HookedTransformerConfig(**config)).eval()
+
+
 def _available() -> list[Case]:
     cases = []
     try:

@@ -10,26 +10,12 @@ import torch
 from cases import CASES, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import plain_coupling
 
 import tlcoupling as tlc
-from tlcoupling.coupling.metric import coupling, null_coupling, subspace_overlap
+from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
 from tlcoupling.coupling.spectra import cheapest, ways
 from tlcoupling.errors import ArgumentError
-
-
-def plain_coupling(j1: torch.Tensor, j2: torch.Tensor, k: int, normalizer: str, bases: str, absolute: bool) -> float:
-    """The formula of the design, section 5, from full SVDs, entry by entry."""
-    _, s1, _ = torch.linalg.svd(j1)
-    u2, _, vh2 = torch.linalg.svd(j2)
-    left, right = (u2, vh2.mT) if bases == "uv" else (vh2.mT, u2)
-    m = left[:, :k].mT @ j1 @ right[:, :k]
-    total = 0.0
-    for i in range(k):
-        for j in range(k):
-            entry = abs(float(m[i, j])) if absolute else float(m[i, j])
-            total += (entry - (float(s1[i]) if i == j else 0.0)) ** 2
-    divisor = math.sqrt(float((s1[:k] ** 2).sum())) if normalizer == "frobenius" else float(s1[:k].sum())
-    return 1 - math.sqrt(total) / divisor
 
 
 def haar(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -113,6 +99,34 @@ def test_the_null_is_what_random_bases_give(absolute: bool, normalizer: str):
     assert abs(values.mean() - null) < 3 * error + 1 / d**1.5
 
 
+@settings(max_examples=24, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 1000),
+    decay=st.sampled_from([0.0, 0.5, 2.0]),
+    k=st.sampled_from([1, 5, 20]),
+    normalizer=st.sampled_from(["frobenius", "trace"]),
+    absolute=st.booleans(),
+)
+def test_the_spread_of_the_null_is_what_random_bases_give(
+    seed: int, decay: float, k: int, normalizer: str, absolute: bool
+):
+    """Of flat, slowly and fast falling spectra, over 1000 draws of Haar bases."""
+    d, draws = 64, 1000
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -decay
+    bases = torch.randn(2, draws, d, k, generator=generator, dtype=torch.float64)
+    u, v = torch.linalg.qr(bases).Q
+    values = coupling(u.mT * spectrum @ v, spectrum[:k].expand(draws, k), normalizer, absolute)
+    predicted = null_std(spectrum[:k], spectrum.norm(), d, normalizer, absolute)
+    kurtosis = ((values - values.mean()) / values.std()).pow(4).mean()
+    sampling = math.sqrt((kurtosis - 1) / (4 * draws))  # relative standard error of a standard deviation
+    # and one part in ten for the first-order formula at this width
+    assert abs(values.std() / predicted - 1) < 4 * sampling + 0.1
+    torch.testing.assert_close(
+        null_std(7e-12 * spectrum[:k], 7e-12 * spectrum.norm(), d, normalizer, absolute), predicted
+    )
+
+
 def test_the_null_of_the_overlap_is_k_over_d():
     generator = torch.Generator().manual_seed(1)
     overlaps = torch.stack([subspace_overlap(haar(100, 7, generator).mT @ haar(100, 7, generator)) for _ in range(300)])
@@ -130,8 +144,10 @@ def test_overlap_and_null_of_a_model():
         parts = [torch.linalg.svd(jacobian) for jacobian in jacobians]
         for row, (u1, s1, vh1) in enumerate(parts):
             null = null_coupling(s1[:4], jacobians[row].norm(), trace.d_model)
+            spread = null_std(s1[:4], jacobians[row].norm(), trace.d_model)
             for column, (u2, _, vh2) in enumerate(parts):
                 assert abs(found.null[s, 0, 0, row, column] - null) < 1e-6
+                assert abs(found.null_std[s, 0, 0, row, column] - spread) < 1e-6
                 truth = (u1[:, :4].mT @ u2[:, :4]).square().sum() / 4
                 assert abs(found.overlap_u[s, 0, 0, row, column] - truth) < 1e-6
                 truth = (vh1[:4] @ vh2[:4].mT).square().sum() / 4
@@ -139,6 +155,7 @@ def test_overlap_and_null_of_a_model():
             torch.testing.assert_close(found.frobenius[s, 0, row], jacobians[row].norm())
     torch.testing.assert_close(found.overlap_null, torch.tensor([4 / 32], dtype=torch.float64))
     assert torch.equal(found.excess, found.values - found.null)
+    assert torch.equal(found.z, found.excess / found.null_std)
     diagonal = found.values.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(diagonal, torch.ones_like(diagonal))
 

@@ -78,6 +78,14 @@ def test_triplets_beyond_the_rank_are_refused(solver: str):
         tlc.truncated_svd(Projection(matrix), 4, solver=solver)
 
 
+@pytest.mark.filterwarnings("ignore:block Krylov reached a residual of nan")
+@pytest.mark.parametrize("solver", ["auto", "dense", "krylov"])
+def test_a_zero_matrix_has_no_triplets(solver: str):
+    """What attention outside of a local window gives; Krylov must come to an end on it."""
+    with pytest.raises(ArgumentError, match=r"k=2 .*at most 0, the numerical rank"):
+        tlc.truncated_svd(Projection(torch.zeros(300, 300)), 2, solver=solver)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -6,9 +6,13 @@ from tlcoupling.checking import Check, check
 from tlcoupling.coupling import (
     ContextCoupling,
     DepthCoupling,
+    HeadAlignment,
+    HeadCoupling,
     TokenCoupling,
     context_coupling,
     depth_coupling,
+    head_alignment,
+    head_coupling,
     token_coupling,
 )
 from tlcoupling.errors import TLCouplingError
@@ -18,7 +22,7 @@ from tlcoupling.models import load_model
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.trace import Trace, trace
-from tlcoupling.trajectory import Growth, Linearity, TrajectoryRecorder, growth, linearity
+from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
 __all__ = [
     "Analysis",
@@ -27,6 +31,9 @@ __all__ = [
     "DepthCoupling",
     "Estimate",
     "Growth",
+    "HeadAlignment",
+    "HeadCoupling",
+    "HeadSteps",
     "JacobianOperator",
     "Linearity",
     "TLCouplingError",
@@ -40,6 +47,9 @@ __all__ = [
     "depth_coupling",
     "estimate",
     "growth",
+    "head_alignment",
+    "head_coupling",
+    "head_steps",
     "linearity",
     "load",
     "load_model",

@@ -70,6 +70,9 @@ def context_coupling(
     J[l, s->t] is that of the block less the identity where s = t, and that of the block itself where s < t, since a
     position reaches a later one without a skip. Source: arXiv 2407.07810, section 3.
 
+    All pairs of a layer share its weights, so they agree in an untrained model too, as in ``token_coupling``: read the
+    excess against that of a random model.
+
     Args:
         trace: a trace of the model.
         fixed: which end is held, ``"src"`` or ``"dest"``.

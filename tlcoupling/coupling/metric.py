@@ -85,10 +85,9 @@ def null_std(
     With Q = || abs(M) - S1 ||_F^2 = ||M||_F^2 + sum S1^2 - 2 sum_i s_i |M_ii|, c = 1 - sqrt(Q) / norm(S1), so that
     std(c) = std(Q) / (2 sqrt(E Q) norm(S1)) (delta method). With f = ||J1||_F and spread = f / d of an entry of M:
 
-    - Var ||M||_F^2, exact for Haar bases: with P the projector on K random directions, E[P_ij P_kl] =
-      a delta_ij delta_kl + b (delta_ik delta_jl + delta_il delta_jk), a = K (K (d+1) - 2) / (d (d-1) (d+2)), b =
-      K (d-K) / (d (d-1) (d+2)), and ||M||_F^2 = tr(S P S P') with P' another one, so that
-      E ||M||_F^4 = (a^2 + 2 b^2) f^4 + (4 a b + 2 b^2) t, t = the sum of s^4 over the whole spectrum;
+    - Var ||M||_F^2, exact for Haar bases: with a, b of ``projector_moments`` and ||M||_F^2 = tr(S P S P') of two
+      independent projectors, E ||M||_F^4 = (a^2 + 2 b^2) f^4 + (4 a b + 2 b^2) t, t the sum of s^4 over the whole
+      spectrum;
     - signed: Var sum_i s_i M_ii = spread^2 sum S1^2, exact, and no covariance with ||M||_F^2 (flip one u_i);
     - absolute: M_ij is normal given u_i (or v_j), its variance given that taken as a gamma variable of relative
       variance 2 r, r = (t / f^4 - 1 / d) d / (d + 2) (0 for a flat spectrum), so that E |M_ii| = e spread with e =
@@ -108,8 +107,7 @@ def null_std(
     k, d, spread = s1.shape[-1], d_model, 1 / d_model
     squares = s1.square().sum(-1)
     fourth = s1.pow(4).sum(-1) + (1 - squares).clamp(min=0).square() / max(d - k, 1)
-    share = k / (d * max(d - 1, 1) * (d + 2))
-    a, b = share * (k * (d + 1) - 2), share * (d - k)
+    a, b = projector_moments(k, d)
     variance = a**2 + 2 * b**2 - (k / d) ** 4 + (4 * a * b + 2 * b**2) * fourth
     if absolute:
         uneven = ((fourth - 1 / d) * d / (d + 2)).clamp(min=1e-6)  # 0 is a limit
@@ -121,6 +119,16 @@ def null_std(
     norm = normalizer_of(s1, normalizer)
     misalignment = (1 - null_coupling(s1, torch.ones_like(frobenius), d, normalizer, absolute)) * norm
     return variance.clamp(min=0).sqrt() / (2 * misalignment * norm)
+
+
+def projector_moments(k: int, d: int) -> tuple[float, float]:
+    r"""a, b of a projector P on K Haar-random directions of R^d.
+
+    E[P_ij P_kl] = a delta_ij delta_kl + b (delta_ik delta_jl + delta_il delta_jk), fixed by E (tr P)^2 = K^2 and
+    E tr P^2 = K: a = K (K (d+1) - 2) / (d (d-1) (d+2)), b = K (d-K) / (d (d-1) (d+2)).
+    """
+    share = k / (d * max(d - 1, 1) * (d + 2))
+    return share * (k * (d + 1) - 2), share * (d - k)
 
 
 def _mean_root(relative_variance: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

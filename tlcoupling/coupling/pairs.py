@@ -46,7 +46,7 @@ def compare_groups(
         for step in steps:
             for name in sublayers:
                 next(ticks)
-                held[name][step.place] = _decompose(jacobians, name, step.place, options, columns, plan.keep)
+                held[name][step.place] = decompose(jacobians, name, step.place, options, columns, plan.keep)
             for index in step.finished:
                 group = batch[index]
                 compared[index] = {
@@ -72,7 +72,7 @@ def _ticks(total: int, progress: bool) -> Iterator[int]:
     return iter(tqdm(range(total), desc="coupling", leave=False))
 
 
-def _decompose(
+def decompose(
     jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, keep: bool
 ) -> Spectrum:
     """The top triplets of one Jacobian, as a matrix where that is cheaper and fits."""

@@ -92,6 +92,12 @@ class Norm:
         normalized, scale = self._normalize(x)
         return NormMap(normalized, scale[0], self.gain, self.centered)
 
+    def parts(self, parts: Float[Tensor, "part row d"], x: Float[Tensor, "row d"]) -> Float[Tensor, "part row d"]:
+        """What the norm makes of parts of x with the scale of x held: n(x) is their sum and b where they sum to x."""
+        _, scale = self._normalize(x)
+        inner = parts - parts.mean(-1, keepdim=True) if self.centered else parts
+        return self.gain * inner / scale
+
     def _normalize(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch 1"]]:
         """x_hat and r."""
         inner = x - x.mean(-1, keepdim=True) if self.centered else x

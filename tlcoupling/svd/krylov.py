@@ -16,7 +16,7 @@ from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.svd.triplets import Triplets, residuals
 
 OVERSAMPLING = 6  # columns of a block beyond k
-FIRST_CHECK, MAX_STEPS = 5, 40
+FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 5, 4, 40
 DECAY = 6.0  # by which a step usually lowers the residual; it tells when to look again
 
 
@@ -49,7 +49,8 @@ def krylov_svd(operator: JacobianOperator, k: int, tolerance: float) -> Triplets
             reached = float(found.residual.max())
             if not reached > tolerance:  # NaN: J is zero
                 return found
-            check = step + max(1, math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY)))
+            due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
+            check = step + min(max(due, 1), LONGEST_WAIT)
         if not last or (u.shape[1] == rows and v.shape[1] < columns):
             new_v = _orthogonalise(pulled[:, : columns - v.shape[1]], v)
             v = torch.cat([v, new_v], dim=1)
@@ -70,10 +71,14 @@ def _ritz(u: Float[Tensor, "m p"], v: Float[Tensor, "n q"], jtu: Float[Tensor, "
 def _orthogonalise(block: Float[Tensor, "n w"], basis: Float[Tensor, "n b"]) -> Float[Tensor, "n w"]:
     """An orthonormal basis of a block, orthogonal to what is there already.
 
-    Projecting twice is enough (Kahan), unless little of the block is left; then it is done again on the unit vectors.
+    Projecting twice is enough (Kahan), unless little of the block is left; then it is done again on the unit vectors,
+    or on random ones where nothing is left at all (J of low rank).
     """
     for _ in range(2):
         block = block - basis @ (basis.mT @ block)
+    if not block.any():
+        generator = torch.Generator().manual_seed(basis.shape[1])
+        block = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block)
     block = torch.linalg.qr(block).Q
     while (basis.mT @ block).abs().sum() > 1e3 * torch.finfo(block.dtype).eps * block.shape[1]:
         block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
