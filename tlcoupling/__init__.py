@@ -3,8 +3,9 @@
 from tlcoupling import viz
 from tlcoupling.analysis import Analysis, analyze
 from tlcoupling.checking import Check, check
-from tlcoupling.coupling import DepthCoupling, depth_coupling
+from tlcoupling.coupling import DepthCoupling, coupling_loss, depth_coupling
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.models import load_model
 from tlcoupling.results import load
@@ -25,11 +26,15 @@ __all__ = [
     "Triplets",
     "analyze",
     "check",
+    "coupling_loss",
     "depth_coupling",
     "growth",
+    "keep_only",
     "linearity",
     "load",
     "load_model",
+    "project_out",
+    "random_directions",
     "residual_jacobian",
     "trace",
     "truncated_svd",
