@@ -2,6 +2,7 @@
 
 from tlcoupling import viz
 from tlcoupling.analysis import Analysis, analyze
+from tlcoupling.causal import CausalEffect, causal_effect
 from tlcoupling.checking import Check, check
 from tlcoupling.coupling import DepthCoupling, coupling_loss, depth_coupling
 from tlcoupling.errors import TLCouplingError
@@ -15,6 +16,7 @@ from tlcoupling.trajectory import Growth, Linearity, TrajectoryRecorder, growth,
 
 __all__ = [
     "Analysis",
+    "CausalEffect",
     "Check",
     "DepthCoupling",
     "Growth",
@@ -25,6 +27,7 @@ __all__ = [
     "TrajectoryRecorder",
     "Triplets",
     "analyze",
+    "causal_effect",
     "check",
     "coupling_loss",
     "depth_coupling",
