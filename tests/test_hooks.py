@@ -202,6 +202,18 @@ def test_edits_of_the_stream_belong_to_no_sublayer(case: Case):
         torch.testing.assert_close(left[1:], torch.zeros_like(left[1:]))
 
 
+def test_a_half_precision_model_is_hooked_in_float32():
+    case, hooks = FEW[0], [("blocks.1.attn.hook_z", mean_ablate), ("blocks.2.hook_resid_pre", hook(lambda x: x + 1.0))]
+    lifted = case.build(torch.bfloat16).eval().float()
+    lifted.cfg.dtype = torch.float32
+    found, truth = (tlc.trace(model, TOKENS, fwd_hooks=hooks) for model in (case.model(torch.bfloat16), lifted))
+    for layer in range(3):
+        jacobians = [tlc.residual_jacobian(trace, layer, "block").dense() for trace in (found, truth)]
+        assert (
+            relative_error(*jacobians) < 1e-4
+        )  # float32 rounding of three blocks; half precision would be off by 1e-2
+
+
 @few
 def test_an_analysis_in_one_call(case: Case):
     model = case.model()
