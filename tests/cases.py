@@ -214,8 +214,8 @@ def _available() -> list[Case]:
 
 CASES = _available()
 # one of each topology, with and without gates, rotary positions and grouped queries, for tests that take long
-_FEW_OF_BOTH = {"bridge-llama", "bridge-pythia", "hooked-layernorm", "hooked-attention-only"}
-_FEW = {"bridge-gpt2", "native-attention-only", "hooked-gated", "hooked-parallel", *_FEW_OF_BOTH}
+_FEW_OF_BOTH = {"bridge-gpt2", "hooked-gated", "hooked-parallel", "hooked-attention-only"}
+_FEW = {"bridge-llama", "bridge-pythia", "native-attention-only", "hooked-layernorm", *_FEW_OF_BOTH}
 FEW = [case for case in CASES if case.name in (_FEW_OF_BOTH if _ON_3 else _FEW)]
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
