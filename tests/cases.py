@@ -227,21 +227,9 @@ def _available() -> list[Case]:
 
 CASES = _available()
 # one of each topology, with and without gates, rotary positions and grouped queries, for tests that take long
-FEW = [
-    case
-    for case in CASES
-    if case.name
-    in {
-        "bridge-gpt2",
-        "bridge-llama",
-        "bridge-pythia",
-        "native-attention-only",
-        "hooked-layernorm",
-        "hooked-gated",
-        "hooked-parallel",
-        "hooked-attention-only",
-    }
-]
+_FEW_OF_BOTH = {"bridge-gpt2", "hooked-gated", "hooked-parallel", "hooked-attention-only"}
+_FEW = {"bridge-llama", "bridge-pythia", "native-attention-only", "hooked-layernorm", *_FEW_OF_BOTH}
+FEW = [case for case in CASES if case.name in (_FEW_OF_BOTH if _ON_3 else _FEW)]
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
 

@@ -2,6 +2,7 @@
 
 from tlcoupling import viz
 from tlcoupling.analysis import Analysis, analyze
+from tlcoupling.causal import CausalEffect, causal_effect
 from tlcoupling.checking import Check, check
 from tlcoupling.coupling import (
     ContextCoupling,
@@ -10,6 +11,7 @@ from tlcoupling.coupling import (
     HeadCoupling,
     TokenCoupling,
     context_coupling,
+    coupling_loss,
     depth_coupling,
     head_alignment,
     head_coupling,
@@ -17,6 +19,7 @@ from tlcoupling.coupling import (
 )
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.estimate import Estimate, estimate
+from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.models import load_model
 from tlcoupling.results import load
@@ -26,6 +29,7 @@ from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecord
 
 __all__ = [
     "Analysis",
+    "CausalEffect",
     "Check",
     "ContextCoupling",
     "DepthCoupling",
@@ -42,17 +46,22 @@ __all__ = [
     "TrajectoryRecorder",
     "Triplets",
     "analyze",
+    "causal_effect",
     "check",
     "context_coupling",
+    "coupling_loss",
     "depth_coupling",
     "estimate",
     "growth",
     "head_alignment",
     "head_coupling",
     "head_steps",
+    "keep_only",
     "linearity",
     "load",
     "load_model",
+    "project_out",
+    "random_directions",
     "residual_jacobian",
     "token_coupling",
     "trace",

@@ -61,6 +61,10 @@ class HookError(TLCouplingError):
     """A hook of the user's cannot be followed: it changes a shape, or hides what it does from the derivative."""
 
 
+class DegenerateSpectrumError(TLCouplingError):
+    """Singular values coincide, so that their singular vectors have no derivative."""
+
+
 class CertificateError(TLCouplingError):
     """An analytic Jacobian does not match the model's own derivative."""
 

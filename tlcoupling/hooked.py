@@ -28,8 +28,12 @@ def block_hook(layer: int, name: str) -> str:
     return f"blocks.{layer}.{name}"
 
 
-def require_supported(model: Any) -> None:
+def require_supported(model: Any, in_training: bool = False) -> None:
     """Refuse what has no residual Jacobian here, with the reason.
+
+    Args:
+        model: the model.
+        in_training: allow training mode.
 
     Raises:
         UnsupportedModelError: not a hooked model, no decoder blocks, an encoder or a state-space model, quantised
@@ -42,7 +46,7 @@ def require_supported(model: Any) -> None:
             f"{', '.join(missing)}); a HookedTransformer or a TransformerBridge of a decoder is needed. Encoders, "
             "encoder-decoders and models without a `blocks` list are not supported"
         )
-    if model.training:
+    if model.training and not in_training:
         raise UnsupportedModelError(
             "the model is in training mode, where dropout makes every forward pass another function: "
             "call model.eval() first"

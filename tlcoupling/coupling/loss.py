@@ -1,0 +1,202 @@
+r"""A differentiable coupling, for use as a training regulariser.
+
+The coupling of ``metric``, with Jacobians that keep their graph and singular triplets that carry their derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tlcoupling.coupling.depth import resolve_indices, resolve_k
+from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling
+from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
+from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
+from tlcoupling.jacobian.engine import check_index
+from tlcoupling.prompt import to_tokens
+from tlcoupling.results import off_diagonal_mean
+from tlcoupling.stream import IDENTITY_TOLERANCE, relative_gap
+
+Quantity = Literal["values", "excess"]
+Sublayer = Literal["block", "attn", "mlp"]
+
+_MIN_GAP = 100  # between squared singular values, in units of rounding: nearer ones have no usable derivative
+
+
+def coupling_loss(
+    model: Any,
+    tokens: Any,
+    k: int | float = 10,
+    *,
+    layers: Sequence[int] | None = None,
+    sublayer: Sublayer = "block",
+    token: int = -1,
+    quantity: Quantity = "values",
+    normalizer: Normalizer = "frobenius",
+    absolute: bool = True,
+) -> Float[Tensor, ""]:
+    r"""How far the layers' Jacobians are from coupling, differentiable with respect to the model's parameters.
+
+    With c the mean coupling over ordered pairs of different layers (``depth_coupling(...).mean()``), 1 - c; with
+    ``quantity="excess"``, c_null - c, whose value for random weights is about 0 at every width and K. Minimising either
+    couples the layers; a negative weight uncouples them. Add it to the loss of the task:
+
+        (task_loss + 0.1 * tlc.coupling_loss(model, tokens, layers=[4, 5, 6])).backward()
+
+    The derivative goes through the Jacobians (second derivatives of the model), through the stream that they are taken
+    at, and through the singular vectors: for triplet i, du_i = sum_j u_j (s_i dP_ji + s_j dP_ij) / (s_i^2 - s_j^2) and
+    likewise dv_i, P = U^T J V. The loss does not change with the signs of pairs (u, v), so nothing else is needed;
+    where one of the top k singular values meets another value the vectors turn freely, there is no derivative, and this
+    is an error. It is a first derivative: derivatives of the gradient are not those of the loss. Cost: d_model backward
+    passes per layer with their graph kept; a few layers and a short prompt are meant.
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge`` in float32 or float64, in eval mode, or in training mode
+            without dropout. Hooks that are attached act.
+        tokens: a prompt, as in ``trace``.
+        k: how many singular vectors to compare, or a fraction of d_model.
+        layers: at least two block indices; by default all.
+        sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+        token: the position.
+        quantity: ``"values"`` or ``"excess"``.
+        normalizer: as in ``depth_coupling``.
+        absolute: as in ``depth_coupling``.
+
+    Raises:
+        ArgumentError: an argument out of range.
+        UnsupportedModelError: as in ``trace``; dropout; half precision.
+        DegenerateSpectrumError: singular values that coincide.
+    """
+    require_supported(model, in_training=True)
+    dtype = next(model.blocks.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(f"the weights are {dtype}: singular vectors have no usable derivative in it")
+    ids = to_tokens(model, tokens, None)
+    topology = topology_of_model(model)
+    names = ("block", "attn") if topology == "attn_only" else ("block", "attn", "mlp")
+    for argument, value, allowed in (
+        ("sublayer", sublayer, names),
+        ("quantity", quantity, get_args(Quantity)),
+        ("normalizer", normalizer, get_args(Normalizer)),
+    ):
+        if value not in allowed:
+            raise ArgumentError(argument, value, f"one of {', '.join(allowed)}")
+    chosen = resolve_indices("layers", "all" if layers is None else layers, len(model.blocks))
+    if len(chosen) < 2:
+        raise ArgumentError("layers", layers, "at least two layers to compare")
+    pos = check_index("token", token, ids.shape[1])
+    (size,) = resolve_k(k, model.cfg.d_model)
+    reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
+    writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
+    if model.training:
+        _require_repeatable(model, ids)
+    jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
+    parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]
+    u, s, v = (torch.stack(each) for each in zip(*parts, strict=True))
+    stacked = torch.stack(jacobians)
+    projected = u.mT[None] @ stacked[:, None] @ v[None]  # [layer, basis_layer, K, K]
+    found = coupling(projected, s[:, None], normalizer, absolute)
+    if quantity == "values":
+        return 1 - off_diagonal_mean(found)
+    null = null_coupling(s, stacked.flatten(1).norm(dim=-1), stacked.shape[-1], normalizer, absolute)
+    return off_diagonal_mean(null[:, None] - found)
+
+
+def differentiable_triplets(
+    jacobian: Float[Tensor, "d d"], k: int
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Float[Tensor, "d k"]]:
+    r"""The top k singular triplets with their first derivative, which needs the gaps of the top k values alone.
+
+    The derivative of ``torch.linalg.svd`` divides by all gaps, also those among the values that are cut off, which a
+    Jacobian of low rank has exactly zero.
+
+    Raises:
+        DegenerateSpectrumError: one of the top k values meets the next one, or zero.
+    """
+    with torch.no_grad():
+        u, s, vh = torch.linalg.svd(jacobian)
+        square = s.square()
+        following = torch.cat([square[1:], square.new_zeros(1)])[:k]
+        close = square[:k] - following <= _MIN_GAP * torch.finfo(s.dtype).eps * square[0]
+        if close.any():
+            index = int(close.nonzero()[0])
+            raise DegenerateSpectrumError(
+                f"singular value {index + 1} of a Jacobian, {float(s[index]):.6g}, coincides with the next one or with "
+                "zero, so its vectors have no derivative: take a smaller k"
+            )
+        gaps = square[:k] - square[:, None]
+        weights = torch.where(torch.eye(len(s), k, dtype=torch.bool, device=s.device), 0.0, 1 / gaps)
+        eye = torch.eye(len(s), k, dtype=s.dtype, device=s.device)
+    products = u.mT @ jacobian @ vh.mT  # P; its value is diag(s), only its derivative counts below
+    moved = products - products.detach()
+    down, across = moved[:, :k], moved[:k].mT
+    left = (s[:k] * down + s[:, None] * across) * weights
+    right = (s[:, None] * down + s[:k] * across) * weights
+    return u @ (eye + left), products.diagonal()[:k], vh.mT @ (eye + right)
+
+
+def _jacobians(
+    model: Any, ids: Tensor, layers: Sequence[int], reads: str, writes: str, pos: int
+) -> list[Float[Tensor, "d d"]]:
+    """Jacobians of one position with their graph, from one forward pass: each is a derivative within that pass."""
+    points, last = model.hook_dict, block_hook(max(layers), "hook_resid_post")
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+
+    def begin(layer: int) -> Hook:
+        def take(tensor: Tensor) -> Tensor:
+            inputs[layer] = tensor.clone() if tensor.requires_grad else tensor.detach().clone().requires_grad_()
+            return inputs[layer]
+
+        return take
+
+    def end(layer: int) -> Hook:
+        return lambda tensor: outputs.__setitem__(layer, tensor)
+
+    def stop(tensor: Tensor) -> None:
+        raise Done
+
+    hooks: list[tuple[Any, Hook]] = [(points[block_hook(layer, reads)], begin(layer)) for layer in layers]
+    hooks += [(points[block_hook(layer, writes)], end(layer)) for layer in layers]
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with suppress(Done), attached([*hooks, (points[last], stop)]):
+            model(ids, return_type=None)
+        return [
+            _dense(
+                outputs[layer][0, pos] - (inputs[layer][0, pos] if writes == "hook_resid_post" else 0.0),
+                inputs[layer],
+                pos,
+            )
+            for layer in layers
+        ]
+
+
+def _require_repeatable(model: Any, ids: Tensor) -> None:
+    """Refuse a model in training mode that gives another stream each time."""
+    last = model.hook_dict[block_hook(len(model.blocks) - 1, "hook_resid_post")]
+    seen: list[Tensor] = []
+    with torch.no_grad(), attached([(last, lambda tensor: seen.append(tensor.clone()))]):
+        for _ in range(2):
+            model(ids, return_type=None)
+    if relative_gap(*seen).max() > IDENTITY_TOLERANCE[seen[0].dtype]:
+        raise UnsupportedModelError(
+            "the model is in training mode and two runs give different streams, as dropout does: every pass is another "
+            "function then, with another Jacobian. Set its dropout to 0, or call model.eval() around this loss"
+        )
+
+
+def _dense(output: Float[Tensor, " d"], leaf: Float[Tensor, "1 pos d"], pos: int) -> Float[Tensor, "d d"]:
+    """D output / d leaf at one position, with its graph."""
+    eye = torch.eye(len(output), dtype=output.dtype, device=output.device)
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    try:
+        (rows,) = torch.autograd.grad(output, leaf, eye, is_grads_batched=True, **options)
+        return rows[:, 0, pos]
+    except RuntimeError:  # a module whose backward has no batching rule
+        return torch.stack([torch.autograd.grad(output, leaf, row, **options)[0][0, pos] for row in eye])
