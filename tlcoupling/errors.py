@@ -61,5 +61,9 @@ class CertificateError(TLCouplingError):
     """An analytic Jacobian does not match the model's own derivative."""
 
 
+class EveryPromptFailedError(TLCouplingError):
+    """None of many prompts could be measured."""
+
+
 class ResultFileError(TLCouplingError):
     """A result file is damaged, foreign or of an unknown version."""

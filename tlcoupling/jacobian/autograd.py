@@ -21,47 +21,67 @@ from tlcoupling.trace import Trace
 CHUNK = 64  # vectors per batched backward pass: bounds the memory of a product with many vectors
 
 
-class AutogradJacobian(JacobianOperator):
-    """The Jacobian of a sublayer's output at dest with respect to its input at src, by reverse-mode derivatives.
+class GraphJacobian(JacobianOperator):
+    """The Jacobian of a vector with respect to a part of a leaf, from a recorded graph, by reverse-mode derivatives.
 
     J^T y is one backward pass. J x is the derivative of u -> J^T u, dotted with x: a backward pass through the
     backward pass, which needs no forward-mode rule of any module in between.
     """
 
+    def __init__(
+        self, output: Float[Tensor, " m"], leaf: Tensor, part: Callable[[Tensor], Tensor], flops: float
+    ) -> None:
+        """Take a graph.
+
+        Args:
+            output: the vector, as a function of the leaf.
+            leaf: what it depends on.
+            part: the coordinates of the leaf that vary, ``[..., *leaf.shape]`` to ``[..., n]``.
+            flops: floating-point operations of one product.
+        """
+        self._output, self._leaf, self._part = output, leaf, part
+        self._cotangent = torch.zeros_like(output, requires_grad=True)
+        (pulled,) = torch.autograd.grad(
+            output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        self._pulled = part(pulled)
+        self.shape, self.dtype, self.device = (len(output), len(self._pulled)), leaf.dtype, leaf.device
+        self.product_flops, self.dense_flops = flops, len(output) * flops
+
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """J X."""
+        if not self._pulled.requires_grad:
+            return x.new_zeros(self.shape[0], x.shape[1])
+        return _batched_grad(self._pulled, self._cotangent, x, lambda grads: grads)
+
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """J^T Y."""
+        return _batched_grad(self._output, self._leaf, y, self._part)
+
+    def dense(self) -> Float[Tensor, "m n"]:
+        """The matrix itself, from m backward passes."""
+        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        return self.rmm(eye).mT.contiguous()
+
+
+class AutogradJacobian(GraphJacobian):
+    """The Jacobian of a sublayer's output at dest with respect to its input at src."""
+
     def __init__(self, trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> None:
         """Run the block once with its graph kept."""
         output, leaf = _linearize(trace, layer, sublayer, src, dest, head)
-        width = trace.d_model
-        self.shape, self.dtype, self.device = (width, width), leaf.dtype, leaf.device
-        weights = sum(parameter.numel() for parameter in trace.model.blocks[layer].parameters())
-        self.product_flops = 4.0 * weights * trace.n_tokens
-        self.dense_flops = width * self.product_flops
         if not output.requires_grad:
             raise TLCouplingError(
                 f"layer {layer}, {sublayer}: the output does not depend on the input through autograd; a hook that "
                 "detaches the graph, or a module that runs without gradients, hides the Jacobian"
             )
-        self._output, self._leaf, self._src = output, leaf, src
-        self._cotangent = torch.zeros_like(output, requires_grad=True)
-        (pulled,) = torch.autograd.grad(
-            output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        self._pulled = pulled[0, src]
+        weights = sum(parameter.numel() for parameter in trace.model.blocks[layer].parameters())
+        super().__init__(output, leaf, at_position(src), 4.0 * weights * trace.n_tokens)
 
-    def mm(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """J X."""
-        if not self._pulled.requires_grad:
-            return torch.zeros_like(x)
-        return _batched_grad(self._pulled, self._cotangent, x, lambda grads: grads)
 
-    def rmm(self, y: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """J^T Y."""
-        return _batched_grad(self._output, self._leaf, y, lambda grads: grads[:, 0, self._src])
-
-    def dense(self) -> Float[Tensor, "d d"]:
-        """The matrix itself, from d backward passes."""
-        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        return self.rmm(eye).mT.contiguous()
+def at_position(pos: int) -> Callable[[Tensor], Tensor]:
+    """The part of a residual stream ``[..., 1, pos, d_model]`` at one position."""
+    return lambda stream: stream[..., 0, pos, :]
 
 
 def _batched_grad(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tlcoupling.results import Result
 from tlcoupling.trace import stream_of
+from tlcoupling.trajectory.line import fit_line
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 
 
@@ -108,11 +109,7 @@ def growth(source: Any) -> Growth:
     if stream.topology == "sequential":
         mid = stream.resid_mid.norm(dim=-1).log()
         attn_share, mlp_share = (mid - log_norms[:-1]).cpu(), (log_norms[1:] - mid).cpu()
-    depth = torch.arange(len(norms), dtype=norms.dtype, device=norms.device)
-    depth = (depth - depth.mean())[:, None]
-    centered = log_norms - log_norms.mean(0)
-    slope = (depth * centered).sum(0) / depth.square().sum()
-    r_squared = 1 - (centered - slope * depth).square().sum(0) / centered.square().sum(0)
+    line = fit_line(torch.arange(len(norms), dtype=norms.dtype, device=norms.device), log_norms)
     return Growth(
         provenance=provenance_of(source, started),
         norms=norms.cpu(),
@@ -121,7 +118,7 @@ def growth(source: Any) -> Growth:
         mlp_share=mlp_share,
         expodistance=expodistance(alpha).cpu(),
         rate=alpha.mean(0).cpu(),
-        slope=slope.cpu(),
-        r_squared=r_squared.cpu(),
+        slope=line.slope.cpu(),
+        r_squared=line.r_squared.cpu(),
         tokens=tokens_of(stream),
     )
