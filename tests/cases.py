@@ -213,6 +213,19 @@ def _available() -> list[Case]:
 
 
 CASES = _available()
+_REPRESENTATIVE = {
+    "bridge-gpt2",
+    "bridge-pythia",
+    "bridge-llama",
+    "bridge-gemma2",
+    "native-attention-only",
+    "hooked-layernorm",
+    "hooked-parallel",
+    "hooked-gated",
+    "hooked-attention-only",
+}
+# each topology, gated and rotary and grouped, soft-capped: for tests that are slow or independent of the rest
+FEW = [case for case in CASES if case.name in _REPRESENTATIVE]
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
 

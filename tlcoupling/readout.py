@@ -199,8 +199,12 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
         stack.enter_context(lifted_model(model))
         stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
         logits = model(tokens, return_type="logits")[0, pos]
-    if not logits.requires_grad:
-        raise UnsupportedModelError("the logits do not depend on blocks[-1].hook_resid_post through autograd")
+    # the weights alone give the logits a graph: ask for the path to the stream
+    if torch.autograd.grad(logits.sum(), leaf, retain_graph=True, allow_unused=True)[0] is None:
+        raise UnsupportedModelError(
+            "the logits do not depend on the last block's output through autograd: a hook that detaches the graph, or "
+            "a module that runs without gradients, hides the derivative"
+        )
     weights = logits.numel() * trace.d_model
     return GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
 

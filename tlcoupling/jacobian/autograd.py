@@ -41,10 +41,11 @@ class GraphJacobian(JacobianOperator):
         """
         self._output, self._leaf, self._part = output, leaf, part
         self._cotangent = torch.zeros_like(output, requires_grad=True)
-        (pulled,) = torch.autograd.grad(
-            output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        self._pulled = part(pulled)
+        with torch.enable_grad():  # the caller may have it off, and a part without its graph has products of zero
+            (pulled,) = torch.autograd.grad(
+                output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            self._pulled = part(pulled)
         self.shape, self.dtype, self.device = (len(output), len(self._pulled)), leaf.dtype, leaf.device
         self.product_flops, self.dense_flops = flops, len(output) * flops
 
@@ -85,8 +86,8 @@ def at_position(pos: int) -> Callable[[Tensor], Tensor]:
 
 
 def _batched_grad(
-    output: Tensor, leaf: Tensor, vectors: Float[Tensor, "d k"], select: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "d k"]:
+    output: Tensor, leaf: Tensor, vectors: Float[Tensor, "m k"], select: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "n k"]:
     """Products of the columns of ``vectors`` with d output / d leaf, a chunk at a time, in columns."""
 
     def pull(cotangent: Tensor, batched: bool) -> Tensor:
