@@ -200,7 +200,8 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
         stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
         logits = model(tokens, return_type="logits")[0, pos]
     # the weights alone give the logits a graph: ask for the path to the stream
-    if torch.autograd.grad(logits.sum(), leaf, retain_graph=True, allow_unused=True)[0] is None:
+    ones = torch.ones_like(logits)
+    if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
         raise UnsupportedModelError(
             "the logits do not depend on the last block's output through autograd: a hook that detaches the graph, or "
             "a module that runs without gradients, hides the derivative"

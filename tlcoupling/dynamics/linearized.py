@@ -145,9 +145,10 @@ def _linearized(
         leaf = trace.block_input(index).clone().requires_grad_()
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             out = trace.run_block(index, leaf, {})
+            everywhere = out.flatten()
         trace.check_current("block", index, out[0])
         weights = sum(parameter.numel() for parameter in trace.model.blocks[index].parameters())
-        step = GraphJacobian(out.flatten(), leaf, lambda grads: grads.flatten(-3), 4.0 * weights * trace.n_tokens)
+        step = GraphJacobian(everywhere, leaf, lambda grads: grads.flatten(-3), 4.0 * weights * trace.n_tokens)
         last = carried[-1].to(step.device).flatten()
         carried.append(step.mv(last).unflatten(0, stream.shape).to(stream.device))
     return torch.stack(carried)[:, pos:]
