@@ -7,9 +7,13 @@ weights' outliers and norms, which are themselves a result of training.
 from __future__ import annotations
 
 import copy
+import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,8 +67,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             "by hand, as the model was built"
         )
     original = getattr(model, "original_model", None)
-    # torch.manual_seed seeds every device, whichever the model is on
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+    with _generators_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the loaders say of the model, they said when it was loaded
         torch.manual_seed(seed)
         if original is None:
@@ -85,6 +88,19 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             stacklevel=2,
         )
     return fresh.eval()
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put the random generators back as they were: TransformerLens seeds Python's and NumPy's too."""
+    python, arrays = random.getstate(), np.random.get_state()
+    # torch.manual_seed seeds every device, whichever the model is on
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 def _hooked(model: Any, seed: int, like: Tensor) -> Any:
@@ -123,7 +139,9 @@ def _native(model: Any, seed: int, like: Tensor) -> Any:
         )
     cfg = copy.deepcopy(model.cfg)
     cfg.init_weights, cfg.seed = True, seed
-    return boot(cfg, tokenizer=model.tokenizer, device=like.device, dtype=like.dtype, model_name=model.cfg.model_name)
+    fresh = boot(cfg, tokenizer=model.tokenizer, device=like.device, dtype=like.dtype, model_name=model.cfg.model_name)
+    fresh.cfg.init_weights, fresh.cfg.seed = model.cfg.init_weights, model.cfg.seed
+    return fresh
 
 
 def _process_alike(model: Any, fresh: Any) -> None:

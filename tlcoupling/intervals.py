@@ -105,9 +105,7 @@ def bootstrap_mean(
         if len(present) > 0:
             found[0, index] = present.mean()
         if len(present) < 2:
-            reasons.add(
-                f"there is no interval over {len(present)} {unit}{'s' if len(present) != 1 else ''}: its ends are NaN"
-            )
+            reasons.add(f"fewer than two {unit}s ({len(present)}) have no spread: the ends are NaN")
         elif np.ptp(present) <= EQUAL * np.abs(present).max():
             reasons.add(f"all {len(present)} {unit}s are equal, so that resampling shows no spread: the ends are NaN")
         else:
