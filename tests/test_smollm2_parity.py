@@ -22,22 +22,21 @@ LAST = 29
 
 
 def test_the_landmarks(smollm2: torch.nn.Module, prompts: dict[str, str]):
-    """Blocks 0 .. 28 of all published tables, to 1e-4 (float32 singular vectors)."""
-    for bases in ("uv", "vu"):
-        for normalizer in ("frobenius", "trace"):
-            found = published(
-                smollm2,
-                prompts["landmarks"],
-                [10, 30, 50],
-                bases=bases,
-                normalizer=normalizer,
-                final_norm_in_last_block=True,
-            )
-            for index, k in enumerate(found.ks):
-                expected = LANDMARKS[f"K{k}.{bases}.{normalizer}"]
-                torch.testing.assert_close(found.misalignment[index, :LAST, :LAST], expected, rtol=0, atol=1e-4)
-            singular_values = LANDMARKS["singular_values"][:, :50]
-            torch.testing.assert_close(found.singular_values[:LAST], singular_values, rtol=1e-4, atol=0)
+    """Blocks 0 .. 28 of published tables with each normaliser and order of the bases, to 1e-4 (float32)."""
+    for bases, normalizer in (("uv", "frobenius"), ("vu", "trace")):
+        found = published(
+            smollm2,
+            prompts["landmarks"],
+            [10, 30, 50],
+            bases=bases,
+            normalizer=normalizer,
+            final_norm_in_last_block=True,
+        )
+        for index, k in enumerate(found.ks):
+            expected = LANDMARKS[f"K{k}.{bases}.{normalizer}"]
+            torch.testing.assert_close(found.misalignment[index, :LAST, :LAST], expected, rtol=0, atol=1e-4)
+        singular_values = LANDMARKS["singular_values"][:, :50]
+        torch.testing.assert_close(found.singular_values[:LAST], singular_values, rtol=1e-4, atol=0)
 
 
 def rows_of(function: object, stream: torch.Tensor) -> torch.Tensor:
@@ -85,6 +84,12 @@ def test_the_last_block_with_the_final_norm_is_huggingfaces(
         expected = (aligned - s1.diag()).norm() / s1.norm()
         assert float(found.misalignment[0, row, column]) == pytest.approx(float(expected), abs=1e-4)
         assert abs(float(plain.misalignment[0, row, column]) - float(expected)) > 1e-4  # the defect moves it
+    # the numbers that DEFECTS states
+    assert float(plain.singular_values[LAST, 0]) == pytest.approx(5.06, abs=0.005)
+    assert float(found.singular_values[LAST, 0]) == pytest.approx(1.22, abs=0.005)
+    for result, inside, outside in ((plain, 0.0712, 0.0391), (found, 0.0777, 0.0459)):
+        assert float(result.mean_coupling()) == pytest.approx(inside, abs=5e-5)
+        assert float(result.mean_coupling(include_diagonal=False)) == pytest.approx(outside, abs=5e-5)
 
 
 def test_published_means_hide_chance_and_depth(smollm2: torch.nn.Module, prompts: dict[str, str]):
