@@ -226,10 +226,20 @@ def _available() -> list[Case]:
 
 
 CASES = _available()
-# one of each topology, with and without gates, rotary positions and grouped queries, for tests that take long
-_FEW_OF_BOTH = {"bridge-gpt2", "hooked-gated", "hooked-parallel", "hooked-attention-only"}
-_FEW = {"bridge-llama", "bridge-pythia", "native-attention-only", "hooked-layernorm", *_FEW_OF_BOTH}
-FEW = [case for case in CASES if case.name in (_FEW_OF_BOTH if _ON_3 else _FEW)]
+_REPRESENTATIVE = {
+    "bridge-gpt2",
+    "bridge-pythia",
+    "bridge-llama",
+    "bridge-gemma2",
+    "native-attention-only",
+    "hooked-layernorm",
+    "hooked-parallel",
+    "hooked-gated",
+    "hooked-attention-only",
+}
+_OF_BOTH_CLASSES = {"bridge-gpt2", "bridge-gemma2", "hooked-gated", "hooked-parallel", "hooked-attention-only"}
+# each topology, gated and rotary and grouped, soft-capped: for tests that are slow or independent of the rest
+FEW = [case for case in CASES if case.name in (_OF_BOTH_CLASSES if _ON_3 else _REPRESENTATIVE)]
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
 

@@ -197,7 +197,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_library_leaves_viewers_alone() -> None:
-    heavy = ("matplotlib", "circuitsvis", "pandas", "typer", "rich", "xarray")
+    heavy = ("matplotlib", "circuitsvis", "pandas", "typer", "rich", "xarray", "scipy")
     script = f"import sys, tlcoupling, tlcoupling.viz; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

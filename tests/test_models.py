@@ -20,6 +20,7 @@ from tlcoupling import errors
 from tlcoupling import models as tlc_models
 from tlcoupling import smollm2 as tlc_smollm2
 from tlcoupling.errors import ArgumentError, ModelLoadError
+from tlcoupling.offline import offline
 
 # fmt: off
 LANDMARKS_IDS = [
@@ -188,7 +189,7 @@ def test_the_loader_restores_what_it_sets_for_the_length_of_a_load():
         )
 
     before = settings()
-    with pytest.raises(KeyError), tlc_smollm2._offline(), tlc_smollm2._quiet_gguf_reader():
+    with pytest.raises(KeyError), offline(), tlc_smollm2._quiet_gguf_reader():
         assert huggingface_hub.constants.HF_HUB_OFFLINE
         raise KeyError("an error on the way")
     assert settings() == before

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import tlcoupling as tlc
 from tlcoupling.models import _hooked_transformer, _transformer_bridge
-from tlcoupling.smollm2 import HUB_NAME, hooked_config
 
 pytestmark = pytest.mark.slow
 
@@ -79,21 +77,9 @@ def test_the_engines_agree_on_the_real_model(trace: tlc.Trace):
 
 
 @pytest.fixture(scope="module")
-def random_model(smollm2: torch.nn.Module, smollm2_huggingface: torch.nn.Module) -> torch.nn.Module:
-    """SmolLM2's shape with fresh weights, as a bridge where TransformerLens has it."""
-    config = smollm2_huggingface.config
-    torch.manual_seed(0)
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError:
-        from transformer_lens import HookedTransformer
-
-        cfg = hooked_config(config, n_ctx=64, seed=0)
-        return HookedTransformer(cfg).eval()
-    hf_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    # told so, TransformerLens does not ask the hub for a tokenizer that adds BOS
-    smollm2.tokenizer.init_kwargs["add_bos_token"] = True
-    return TransformerBridge.boot_transformers(HUB_NAME, hf_model=hf_model, tokenizer=smollm2.tokenizer)
+def random_model(smollm2: torch.nn.Module) -> torch.nn.Module:
+    """SmolLM2's shape with fresh weights."""
+    return tlc.random_baseline(smollm2)
 
 
 def test_a_random_model_of_the_same_shape_has_no_excess(

@@ -1,7 +1,8 @@
 """Transformer models as dynamical systems: coupling, linearity and growth from a hooked forward pass."""
 
-from tlcoupling import viz
+from tlcoupling import parity, viz
 from tlcoupling.analysis import Analysis, analyze
+from tlcoupling.baseline import random_baseline
 from tlcoupling.causal import CausalEffect, causal_effect
 from tlcoupling.checking import Check, check
 from tlcoupling.coupling import (
@@ -17,11 +18,23 @@ from tlcoupling.coupling import (
     head_coupling,
     token_coupling,
 )
+from tlcoupling.dynamics import (
+    LinearizationGap,
+    SingularValueProfile,
+    TrajectoryComponents,
+    linearization_gap,
+    linearized,
+    singular_value_profile,
+    trajectory_components,
+)
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.estimate import Estimate, estimate
+from tlcoupling.intervals import Interval
 from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
+from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.models import load_model
+from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.trace import Trace, trace
@@ -33,19 +46,26 @@ __all__ = [
     "Check",
     "ContextCoupling",
     "DepthCoupling",
+    "DirectionReadout",
     "Estimate",
     "Growth",
     "HeadAlignment",
     "HeadCoupling",
     "HeadSteps",
+    "Interval",
     "JacobianOperator",
     "Linearity",
+    "LinearizationGap",
+    "ManyAnalyses",
+    "SingularValueProfile",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
+    "TrajectoryComponents",
     "TrajectoryRecorder",
     "Triplets",
     "analyze",
+    "analyze_many",
     "causal_effect",
     "check",
     "context_coupling",
@@ -58,13 +78,20 @@ __all__ = [
     "head_steps",
     "keep_only",
     "linearity",
+    "linearization_gap",
+    "linearized",
     "load",
     "load_model",
+    "parity",
     "project_out",
+    "random_baseline",
     "random_directions",
+    "read_directions",
     "residual_jacobian",
+    "singular_value_profile",
     "token_coupling",
     "trace",
+    "trajectory_components",
     "truncated_svd",
     "viz",
 ]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.depth import resolve_indices, resolve_k
+from tlcoupling.coupling.arguments import resolve_indices, resolve_k
 from tlcoupling.errors import ArgumentError
 from tlcoupling.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine

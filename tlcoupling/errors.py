@@ -73,5 +73,9 @@ class InsufficientMemoryError(TLCouplingError):
     """A measurement needs more memory than is free; nothing of it was begun."""
 
 
+class EveryPromptFailedError(TLCouplingError):
+    """None of many prompts could be measured."""
+
+
 class ResultFileError(TLCouplingError):
     """A result file is damaged, foreign or of an unknown version."""

@@ -217,6 +217,18 @@ def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lifted_model(model: Any) -> Iterator[None]:
+    """Hold each part of a model in float32 while it is called, one at a time."""
+    with ExitStack() as stack:
+        for name, part in model.named_children():
+            if name not in ("blocks", "original_model"):
+                _lift_around_call(stack, model, part)
+        for block in model.blocks:
+            stack.enter_context(lifted_parts(model, block))
+        yield
+
+
 class Done(Exception):
     """All that is needed of a run is there: the rest of it is left out."""
 
@@ -266,11 +278,7 @@ def record_forward(
         stack.enter_context(torch.no_grad())
         stack.enter_context(attached([record(name, activations) for name in hook_names]))
         stack.enter_context(attached([record(name, before) for name in names_before], first=True))
-        for name, part in model.named_children():
-            if name not in ("blocks", "original_model"):
-                _lift_around_call(stack, model, part)
-        for block in model.blocks:
-            stack.enter_context(lifted_parts(model, block))
+        stack.enter_context(lifted_model(model))
         for block in model.blocks:
             handle = block.register_forward_pre_hook(capture, with_kwargs=True)
             stack.callback(handle.remove)

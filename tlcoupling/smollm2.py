@@ -7,7 +7,6 @@ whatever the environment says. ``tlcoupling.models`` chooses the class.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from tlcoupling.errors import ModelLoadError
+from tlcoupling.offline import answered_locally, offline
 
 NAME = "smollm2-135m"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,7 +50,7 @@ def load_bridge(
         device = get_device()
     hf_model, tokenizer = smollm2_huggingface()
     hf_model = hf_model.to(device=device, dtype=dtype)
-    with _offline(), _answered_locally(hf_model, tokenizer):
+    with offline(), answered_locally(hf_model, tokenizer):
         model = transformer_bridge.boot_transformers(
             HUB_NAME, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **kwargs
         )
@@ -82,7 +82,7 @@ def load_hooked(
 
     hf_model, tokenizer = smollm2_huggingface()
     cfg = hooked_config(hf_model.config, device=device, dtype=dtype, n_ctx=n_ctx, init_weights=False)
-    with _offline(), _answered_locally(hf_model, tokenizer):
+    with offline(), answered_locally(hf_model, tokenizer):
         model = hooked_transformer(cfg, tokenizer=tokenizer)
     with torch.no_grad():
         model.load_and_process_state_dict(
@@ -142,7 +142,7 @@ def smollm2_huggingface() -> tuple[Any, Any]:
         ModelLoadError: If a package is missing; the message has the command that installs it.
     """
     gguf_path = smollm2_file()
-    with _offline(), _quiet_gguf_reader():
+    with offline(), _quiet_gguf_reader():
         hf_model, tokenizer = _read_gguf(gguf_path)
     return hf_model.eval(), tokenizer
 
@@ -187,45 +187,6 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
     model.is_quantized = False
     model.config._name_or_path = tokenizer.name_or_path = HUB_NAME
     return model.float().eval(), tokenizer
-
-
-@contextmanager
-def _answered_locally(hf_model: Any, tokenizer: Any) -> Iterator[None]:
-    """Answer what TransformerLens would ask the hub about a model that it has been given.
-
-    - Early 3.x releases look the config up by name: they get the model's own.
-    - It wants a tokenizer that adds BOS, and would load one under the tokenizer's name. An entry in
-      ``init_kwargs``, there for the length of the call, says that ours is one. TransformerLens then
-      finds out by encoding that it adds none, and ``to_tokens(prepend_bos=True)`` prepends the BOS
-      token itself.
-    """
-    from transformers import AutoConfig
-
-    def own_config(*args: Any, **kwargs: Any) -> Any:
-        return copy.deepcopy(hf_model.config)
-
-    with (
-        patch.object(AutoConfig, "from_pretrained", own_config),
-        patch.dict(tokenizer.init_kwargs, add_bos_token=True),
-    ):
-        yield
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Make every request to the hub raise at once, rather than be sent and retried.
-
-    ``HF_HUB_OFFLINE`` is read when huggingface_hub is imported, so that the environment is too
-    late: the constant is set. transformers 4 keeps a copy of it.
-    """
-    import huggingface_hub.constants
-    import transformers.utils.hub
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-        if hasattr(transformers.utils.hub, "_is_offline_mode"):
-            stack.enter_context(patch.object(transformers.utils.hub, "_is_offline_mode", True))
-        yield
 
 
 @contextmanager

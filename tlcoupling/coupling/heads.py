@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices, resolve_sublayers
-from tlcoupling.coupling.metric import Bases, Normalizer, projector_moments
 from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.coupling.metric import Bases, Normalizer, projector_moments
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.result import Coupling, measure
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index

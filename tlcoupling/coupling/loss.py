@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.coupling.depth import resolve_indices, resolve_k
+from tlcoupling.coupling.arguments import resolve_indices, resolve_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model

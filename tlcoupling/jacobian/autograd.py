@@ -39,11 +39,59 @@ def vectors_at_once(column_bytes: float, free: float) -> int:
     return max(1, min(CHUNK, int(CHUNK_SHARE * free / column_bytes)))
 
 
-class AutogradJacobian(JacobianOperator):
-    """The Jacobian of a sublayer's output at dest with respect to its input at src, by reverse-mode derivatives.
+class GraphJacobian(JacobianOperator):
+    """The Jacobian of a vector with respect to a part of a leaf, from a recorded graph, by reverse-mode derivatives.
 
     J^T y is one backward pass. J x is the derivative of u -> J^T u, dotted with x: a backward pass through the
     backward pass, which needs no forward-mode rule of any module in between.
+    """
+
+    def __init__(
+        self,
+        output: Float[Tensor, " m"],
+        leaf: Tensor,
+        part: Callable[[Tensor], Tensor],
+        flops: float,
+        vectors: int = CHUNK,
+    ) -> None:
+        """Take a graph.
+
+        Args:
+            output: the vector, as a function of the leaf.
+            leaf: what it depends on.
+            part: the coordinates of the leaf that vary, ``[..., *leaf.shape]`` to ``[..., n]``.
+            flops: floating-point operations of one product.
+            vectors: how many go back through the graph together.
+        """
+        self._vectors = vectors
+        self._output, self._leaf, self._part = output, leaf, part
+        self._cotangent = torch.zeros_like(output, requires_grad=True)
+        with torch.enable_grad():  # the caller may have it off, and a part without its graph has products of zero
+            (pulled,) = torch.autograd.grad(
+                output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            self._pulled = part(pulled)
+        self.shape, self.dtype, self.device = (len(output), len(self._pulled)), leaf.dtype, leaf.device
+        self.product_flops, self.dense_flops = flops, len(output) * flops
+
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """J X."""
+        if not self._pulled.requires_grad:
+            return x.new_zeros(self.shape[0], x.shape[1])
+        return _batched_grad(self._pulled, self._cotangent, x, self._vectors, lambda grads: grads)
+
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """J^T Y."""
+        return _batched_grad(self._output, self._leaf, y, self._vectors, self._part)
+
+    def dense(self) -> Float[Tensor, "m n"]:
+        """The matrix itself, from m backward passes."""
+        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        return self.rmm(eye).mT.contiguous()
+
+
+class AutogradJacobian(GraphJacobian):
+    """The Jacobian of a sublayer's output at dest with respect to its input at src.
 
     Attributes:
         constant: whether autograd sees no dependence at all of the output on the input.
@@ -52,24 +100,16 @@ class AutogradJacobian(JacobianOperator):
     def __init__(self, trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> None:
         """Run the block once with its graph kept."""
         output, leaf = _linearize(trace, layer, sublayer, src, dest, head)
-        width = trace.d_model
-        self.shape, self.dtype, self.device = (width, width), leaf.dtype, leaf.device
-        self.product_flops = autograd_flops(trace.model.blocks[layer], trace.n_tokens)
-        self.dense_flops = width * self.product_flops
-        column_bytes = autograd_column_bytes(
-            trace.model.blocks[layer], trace.model.cfg.n_heads, trace.n_tokens, leaf.dtype.itemsize
-        )
-        self._chunk = vectors_at_once(column_bytes, free_memory(leaf.device))
         self.constant = not output.requires_grad
         if self.constant:
             with torch.enable_grad():  # a constant, as where a hook patches it: the Jacobian is zero
                 output = output + 0 * leaf[0, dest]
-        self._output, self._leaf, self._src = output, leaf, src
-        self._cotangent = torch.zeros_like(output, requires_grad=True)
+        block, heads = trace.model.blocks[layer], trace.model.cfg.n_heads
+        vectors = vectors_at_once(
+            autograd_column_bytes(block, heads, trace.n_tokens, leaf.dtype.itemsize), free_memory(leaf.device)
+        )
         try:
-            (pulled,) = torch.autograd.grad(
-                output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            super().__init__(output, leaf, at_position(src), autograd_flops(block, trace.n_tokens), vectors)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -77,31 +117,20 @@ class AutogradJacobian(JacobianOperator):
                 f"layer {layer}, {sublayer}: a hook edits in place an activation that the derivative needs; let it "
                 "edit a copy (`activation = activation.clone()`) and give that back"
             ) from error
-        self._pulled = pulled[0, src]
 
-    def mm(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """J X."""
-        if not self._pulled.requires_grad:
-            return torch.zeros_like(x)
-        return _batched_grad(self._pulled, self._cotangent, x, self._chunk, lambda grads: grads)
 
-    def rmm(self, y: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """J^T Y."""
-        return _batched_grad(self._output, self._leaf, y, self._chunk, lambda grads: grads[:, 0, self._src])
-
-    def dense(self) -> Float[Tensor, "d d"]:
-        """The matrix itself, from d backward passes."""
-        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        return self.rmm(eye).mT.contiguous()
+def at_position(pos: int) -> Callable[[Tensor], Tensor]:
+    """The part of a residual stream ``[..., 1, pos, d_model]`` at one position."""
+    return lambda stream: stream[..., 0, pos, :]
 
 
 def _batched_grad(
     output: Tensor,
     leaf: Tensor,
-    vectors: Float[Tensor, "d k"],
+    vectors: Float[Tensor, "m k"],
     chunk_size: int,
     select: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "d k"]:
+) -> Float[Tensor, "n k"]:
     """Products of the columns of ``vectors`` with d output / d leaf, a chunk at a time, in columns."""
 
     def pull(cotangent: Tensor, batched: bool) -> Tensor:

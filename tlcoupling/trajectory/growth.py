@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tlcoupling.results import Provenance, Result
 from tlcoupling.stream import stream_of
+from tlcoupling.trajectory.line import fit_line
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 
 
@@ -127,11 +128,7 @@ def growth_of_norms(
     if between is not None:
         mid, after = (norm.log() for norm in between)
         attn_share, mlp_share = (mid - log_norms[:-1]).cpu(), (after - mid).cpu()
-    depth = torch.arange(len(norms), dtype=norms.dtype, device=norms.device)
-    depth = (depth - depth.mean())[:, None]
-    centered = log_norms - log_norms.mean(0)
-    slope = (depth * centered).sum(0) / depth.square().sum()
-    r_squared = 1 - (centered - slope * depth).square().sum(0) / centered.square().sum(0)
+    line = fit_line(torch.arange(len(norms), dtype=norms.dtype, device=norms.device), log_norms)
     return Growth(
         provenance=provenance,
         norms=norms.cpu(),
@@ -140,7 +137,7 @@ def growth_of_norms(
         mlp_share=mlp_share,
         expodistance=expodistance(alpha).cpu(),
         rate=alpha.mean(0).cpu(),
-        slope=slope.cpu(),
-        r_squared=r_squared.cpu(),
+        slope=line.slope.cpu(),
+        r_squared=line.r_squared.cpu(),
         tokens=tokens,
     )

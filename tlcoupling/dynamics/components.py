@@ -1,0 +1,110 @@
+"""Principal components of token trajectories: the plane or space that holds most of their movement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling.arguments import resolve_indices
+from tlcoupling.errors import ArgumentError
+from tlcoupling.results import Result
+from tlcoupling.stream import stream_of
+from tlcoupling.trajectory.linearity import provenance_of, tokens_of
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TrajectoryComponents(Result):
+    """Token trajectories in their principal components.
+
+    All residual streams x^l_t of the chosen tokens are one cloud of points, centred on their mean.
+
+    Attributes:
+        coordinates: of each point along each component, ``[depth, pos, component]``, depth 0 .. L.
+        components: orthonormal directions in the residual stream, ``[d_model, component]``. A direction and its
+            opposite serve alike; the one whose largest entry is positive is given.
+        explained: the share of the cloud's variance that each component holds, descending, ``[component]``.
+        center: the mean of all points, ``[d_model]``.
+        positions: the tokens' positions.
+        tokens: their text; positions where the source knows no text.
+    """
+
+    coordinates: Float[Tensor, "depth token component"]
+    components: Float[Tensor, "d_model component"]
+    explained: Float[Tensor, " component"]
+    center: Float[Tensor, " d_model"]
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "coordinates": ("depth", "pos", "component"),
+        "components": ("d_model", "component"),
+        "explained": ("component",),
+        "center": ("d_model",),
+    }
+
+    def __repr__(self) -> str:
+        """One line."""
+        shares = ", ".join(f"{share:.3f}" for share in self.explained)
+        return f"TrajectoryComponents({len(self.positions)} tokens, shares of the variance: {shares})"
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {
+            "depth": range(len(self.coordinates)),
+            "pos": self.positions,
+            "component": range(len(self.explained)),
+            "d_model": range(len(self.center)),
+        }
+
+
+def trajectory_components(
+    source: Any, n: int = 2, *, tokens: int | Sequence[int] | Literal["all"] = "all"
+) -> TrajectoryComponents:
+    """The principal components of token trajectories, by an exact singular value decomposition.
+
+    The first token of a prompt often has a residual stream many times longer than all others, and takes the first
+    component for itself: name the tokens to leave it out.
+
+    Args:
+        source: a ``Trace``, or an ``ActivationCache`` (or a dictionary of hook names to activations) of one prompt.
+        n: number of components.
+        tokens: a position, several, or ``"all"``.
+
+    Raises:
+        ArgumentError: ``n`` out of range, a token that is not there, or points that all coincide.
+        MissingHookError, NonFiniteActivationError, ResidualIdentityError: the cache cannot be used; see
+            ``Trace.from_cache``.
+
+    Example:
+        >>> tlc.trajectory_components(trace, n=3, tokens=range(1, trace.n_tokens)).explained  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    stream = stream_of(source)
+    positions = resolve_indices("tokens", tokens, stream.n_tokens)
+    points = stream.resid[:, list(positions)]
+    cloud = points.flatten(0, 1)
+    most = min(cloud.shape)
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+        raise ArgumentError("n", n, f"an int from 1 to {most}, the smaller of the number of points and d_model")
+    center = cloud.mean(0)
+    _, s, vh = torch.linalg.svd(cloud - center, full_matrices=False)
+    if not s[0] > 10 * torch.finfo(s.dtype).eps * cloud.norm():  # what rounding of the mean leaves
+        raise ArgumentError("source", repr(source), "a trajectory that moves: all its points coincide")
+    components = vh[:n].mT
+    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
+    components = components * largest.sign()
+    texts = tokens_of(stream)
+    return TrajectoryComponents(
+        provenance=provenance_of(source, started),
+        coordinates=((points - center) @ components).cpu(),
+        components=components.cpu(),
+        explained=(s.square() / s.square().sum())[:n].cpu(),
+        center=center.cpu(),
+        positions=positions,
+        tokens=tuple(texts[pos] for pos in positions),
+    )

@@ -1,0 +1,117 @@
+r"""Singular values of residual Jacobians against depth, and the 1/sigma fit.
+
+Source: Li and Papyan, "Residual Alignment", NeurIPS 2023, arXiv 2401.09018, property RA4: top singular values scale
+inversely with depth.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling import DepthCoupling
+from tlcoupling.results import Result
+from tlcoupling.trajectory.line import fit_line
+
+_FITS = ("sublayer", "pos", "rank")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SingularValueProfile(Result):
+    r"""How top singular values change with depth, and the law s_k(l) = 1 / (intercept + slope l).
+
+    What is fitted: for each sublayer, token and rank k, an ordinary least-squares line to 1 / s_k(l) on the layer index
+    l = 0 .. L - 1 of the layers measured. Written as s_k(l) = a / (l + b), a = 1 / slope and b = intercept / slope.
+    Residual Alignment has this law with slope 1: where a token's representation moves along a line in equal steps
+    (RA1) and all Jacobians share its direction (RA2), block l multiplies the distance from the line's origin by
+    1 + s(l) = (l + 1 + b) / (l + b). A slope below 0 says that singular values grow with depth, the opposite.
+
+    Attributes:
+        singular_values: s_k(l), ``[sublayer, pos, layer, rank]``.
+        slope: of 1 / s on l, ``[sublayer, pos, rank]``.
+        intercept: 1 / s that the line gives at l = 0, ``[sublayer, pos, rank]``.
+        r_squared: the share of the variance of 1 / s over layers that the line explains, from 0 to 1,
+            ``[sublayer, pos, rank]``.
+        sublayers: as in ``DepthCoupling``.
+        positions: as in ``DepthCoupling``.
+        tokens: as in ``DepthCoupling``.
+        layers: as in ``DepthCoupling``.
+    """
+
+    singular_values: Float[Tensor, "sublayer token layer rank"]
+    slope: Float[Tensor, "sublayer token rank"]
+    intercept: Float[Tensor, "sublayer token rank"]
+    r_squared: Float[Tensor, "sublayer token rank"]
+    sublayers: tuple[str, ...]
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "singular_values": ("sublayer", "pos", "layer", "rank"),
+        "slope": _FITS,
+        "intercept": _FITS,
+        "r_squared": _FITS,
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"fitted": ("sublayer", "pos", "layer", "rank")}
+
+    def __repr__(self) -> str:
+        """One line."""
+        shown = ", ".join(
+            f"{name} slope {slope:.3g} (R^2 {fit:.2f})"
+            for name, slope, fit in zip(self.sublayers, self.slope[:, 0, 0], self.r_squared[:, 0, 0], strict=True)
+        )
+        return f"SingularValueProfile({len(self.layers)} layers, 1/s_1 on depth: {shown})"
+
+    @property
+    def fitted(self) -> Float[Tensor, "sublayer token layer rank"]:
+        """1 / (intercept + slope l), what the law gives for s; NaN where the line is not above 0."""
+        depth = torch.tensor(self.layers, dtype=self.slope.dtype)[:, None]
+        inverse = self.intercept[:, :, None] + self.slope[:, :, None] * depth
+        return 1 / inverse.where(inverse > 0, torch.nan)
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {
+            "sublayer": self.sublayers,
+            "pos": self.positions,
+            "layer": self.layers,
+            "rank": range(self.singular_values.shape[-1]),
+        }
+
+
+def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
+    """Fit the law s(l) = 1 / (intercept + slope l) to the singular values of a ``DepthCoupling``.
+
+    Args:
+        coupling: its ``singular_values`` and ``layers`` are used.
+
+    Warns:
+        Fewer than three layers: any line fits two points, so slope, intercept and R^2 are NaN.
+
+    Example:
+        >>> tlc.singular_value_profile(tlc.depth_coupling(trace, k=10)).r_squared[0, 0]  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    values = coupling.singular_values
+    depth = torch.tensor(coupling.layers, dtype=values.dtype)
+    line = fit_line(depth, 1 / values.movedim(2, 0))
+    fields = {"slope": line.slope, "intercept": line.intercept, "r_squared": line.r_squared}
+    if len(depth) < 3:
+        warnings.warn(f"a line through {len(depth)} layers is no fit: slope, intercept and R^2 are NaN", stacklevel=2)
+        fields = {name: torch.full_like(value, torch.nan) for name, value in fields.items()}
+    return SingularValueProfile(
+        provenance=replace(coupling.provenance, seconds=time.perf_counter() - started),
+        singular_values=values,
+        **fields,
+        sublayers=coupling.sublayers,
+        positions=coupling.positions,
+        tokens=coupling.tokens,
+        layers=coupling.layers,
+    )

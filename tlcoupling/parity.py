@@ -1,0 +1,244 @@
+r"""The published procedure, number for number, to reconcile results with; and what is known to be wrong with it.
+
+Source: arXiv 2407.07810, section 3, and the code that its authors released. The text and the code here are ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling.arguments import KSpec, resolve_k
+from tlcoupling.coupling.metric import Bases, Normalizer, coupling
+from tlcoupling.errors import ArgumentError
+from tlcoupling.hooked import lifted
+from tlcoupling.jacobian.autograd import GraphJacobian, at_position
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.maps import Projection
+from tlcoupling.results import Result, off_diagonal_mean
+from tlcoupling.svd import truncated_svd
+from tlcoupling.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A known defect of the published procedure.
+
+    Attributes:
+        name: a short name; where ``published`` has a switch for it, the switch's name.
+        what: what the procedure does.
+        effect: what that does to a number.
+        instead: what this library does.
+    """
+
+    name: str
+    what: str
+    effect: str
+    instead: str
+
+
+DEFECTS = (
+    Defect(
+        "final_norm_in_last_block",
+        "The output of the last block is taken from HuggingFace's hidden_states[-1], which lies behind the final norm.",
+        "The last block's Jacobian is N (I + J) - I with N the Jacobian of the final norm: no block's Jacobian. Its "
+        "row and its column of the matrix are wrong, all others are right. On SmolLM2-135M (landmarks, K = 10) its "
+        "s_1 falls from 5.06 to 1.22, and the mean over different layers rises from 0.0391 to 0.0459.",
+        "x^L is blocks[-1].hook_resid_post, before the final norm.",
+    ),
+    Defect(
+        "subtract_identity_off_diagonal",
+        "The identity is subtracted from the Jacobian of every pair of tokens, src < dest too.",
+        "A token reaches a later one without a skip connection, so -I is left in the Jacobian: where attention passes "
+        "little on, it is nearly -I, all its singular values are nearly 1, and its singular vectors are those of an "
+        "arbitrary basis.",
+        "The identity is subtracted where src = dest alone.",
+    ),
+    Defect(
+        "trace_normalizer",
+        "The misalignment is divided by the sum of the singular values, tr S1, rather than by ||S1||_F.",
+        "tr S1 is up to sqrt(K) times ||S1||_F, so that the misalignment of unrelated matrices falls to about "
+        "1 / sqrt(K) and the coupling rises with K and with the flatness of the spectrum, which moves with width.",
+        "Frobenius by default, and for both the coupling that chance gives stands beside the number.",
+    ),
+    Defect(
+        "absolute_values",
+        "Absolute values of U2^T J1 V2 are compared with S1; the paper's formula has none.",
+        "Flipping the sign of a pair (u, v) leaves the diagonal as it is, so that a negative diagonal is "
+        "anti-alignment; the absolute value counts it as alignment. Chance alone gives more coupling for it.",
+        "absolute=True by default too, for comparability; absolute=False is the formula. The null follows the choice.",
+    ),
+    Defect(
+        "diagonal_in_the_mean",
+        "The mean coupling of a model is taken over all pairs of layers, each layer with itself among them.",
+        "c(l, l) = 1 adds (1 - c) / L to the mean c of different layers: shallow models look more coupled. On "
+        "SmolLM2-135M (landmarks, K = 10, 30 layers) 0.0391 becomes 0.0712.",
+        "Means are over ordered pairs of different layers, and ``profile`` gives the mean by distance.",
+    ),
+    Defect(
+        "no_chance_level",
+        "No number is given for matrices that have nothing to do with each other.",
+        "A reader cannot tell coupling from width, K and normaliser: a random model of SmolLM2's shape has coupling "
+        "0.011 by the Frobenius normaliser and 0.686 by the trace.",
+        "The closed-form null and the excess over it beside every coupling.",
+    ),
+)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PublishedMisalignment(Result):
+    r"""What the published procedure gives for one prompt.
+
+    Attributes:
+        misalignment: m_K(J1, J2) = || abs(U2^T J1 V2) - S1 ||_F / norm(S1); the row gives J1, the column the bases.
+            ``[k, layer, basis_layer]``.
+        singular_values: the top singular values of each Jacobian, ``[layer, rank]``.
+        ks: number of singular vectors compared.
+        normalizer: ``"frobenius"`` or ``"trace"``.
+        bases: ``"uv"`` or ``"vu"``.
+        final_norm_in_last_block: whether the last block's Jacobian has the final norm in it.
+        identity_subtracted: whether the identity was subtracted.
+    """
+
+    misalignment: Float[Tensor, "k layer layer"]
+    singular_values: Float[Tensor, "layer rank"]
+    ks: tuple[int, ...]
+    normalizer: str
+    bases: str
+    final_norm_in_last_block: bool
+    identity_subtracted: bool
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "misalignment": ("k", "layer", "basis_layer"),
+        "singular_values": ("layer", "rank"),
+    }
+
+    def __repr__(self) -> str:
+        """One line."""
+        mean = self.mean_coupling(include_diagonal=True)[0]
+        return f"PublishedMisalignment({len(self.singular_values)} layers, K={self.ks[0]}: mean coupling {mean:.4f})"
+
+    def mean_coupling(self, include_diagonal: bool = True) -> Float[Tensor, " k"]:
+        """Mean of 1 - m_K over all pairs of layers, as published; or without each layer's pair with itself."""
+        values = 1 - self.misalignment
+        return values.mean((-2, -1)) if include_diagonal else off_diagonal_mean(values)
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        layers, ranks = (range(size) for size in self.singular_values.shape)
+        return {"k": self.ks, "layer": layers, "basis_layer": layers, "rank": ranks}
+
+
+def published(
+    model: Any,
+    prompt: Any,
+    k: KSpec = 10,
+    *,
+    normalizer: Normalizer = "frobenius",
+    bases: Bases = "uv",
+    src: int = -1,
+    dest: int = -1,
+    final_norm_in_last_block: bool = False,
+    subtract_identity_off_diagonal: bool = True,
+    prepend_bos: bool | None = None,
+    engine: EngineName = "auto",
+) -> PublishedMisalignment:
+    r"""Depth-wise misalignment exactly as the published procedure gives it.
+
+    Its conventions: the last token; absolute values; full SVDs; misalignment m_K, not coupling 1 - m_K. Its defects
+    are listed in ``DEFECTS``. With ``final_norm_in_last_block=True`` it is the authors' code number for number; the
+    default leaves that out, so that the last row and column are a block's. Only how the Jacobians are computed differs.
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode, weights not processed.
+        prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
+        k: how many singular vectors to compare: an int, a fraction of d_model, or several of these.
+        normalizer: ``"frobenius"`` or ``"trace"``.
+        bases: ``"uv"`` or ``"vu"``.
+        src: input position.
+        dest: output position, not before src.
+        final_norm_in_last_block: take the last block's output behind the model's final norm, as HuggingFace's
+            ``hidden_states[-1]`` is.
+        subtract_identity_off_diagonal: subtract the identity for src < dest too.
+        prepend_bos: as in ``trace``; the published procedure adds what the tokenizer adds.
+        engine: as in ``depth_coupling``.
+
+    Raises:
+        ArgumentError: an argument out of range, or a final norm that the model does not have.
+        UnsupportedModelError, NonFiniteActivationError, ResidualIdentityError: see ``trace``.
+
+    Example:
+        >>> tlc.parity.published(model, prompt, final_norm_in_last_block=True).misalignment  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    traced = trace(model, prompt, prepend_bos=prepend_bos)
+    ks = resolve_k(k, traced.d_model)
+    for argument, value, allowed in (("normalizer", normalizer, Normalizer), ("bases", bases, Bases)):
+        if value not in get_args(allowed):
+            raise ArgumentError(argument, value, f"one of {', '.join(get_args(allowed))}")
+    src, dest = check_index("src", src, traced.n_tokens), check_index("dest", dest, traced.n_tokens)
+    if src > dest:
+        raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
+    subtracted = src == dest or subtract_identity_off_diagonal
+    jacobians = JacobianEngine(traced, engine)
+    eye = torch.eye(traced.d_model, dtype=traced.resid.dtype, device=traced.resid.device)
+    matrices = []
+    for layer in range(traced.n_layers):
+        jacobian = jacobians.operator(layer, "block", src, dest).dense().to(eye)
+        if final_norm_in_last_block and layer == traced.n_layers - 1:
+            whole = jacobian + eye if src == dest else jacobian
+            jacobian = _final_norm(traced, dest) @ whole
+            jacobian = jacobian - eye if subtracted else jacobian
+        elif src < dest and subtract_identity_off_diagonal:
+            jacobian = jacobian - eye
+        matrices.append(jacobian)
+    triplets = [truncated_svd(Projection(jacobian), max(ks), "dense") for jacobian in matrices]
+    u, s, v = (torch.stack([getattr(one, name) for one in triplets]) for name in "usv")
+    left, right = (u, v) if bases == "uv" else (v, u)
+    misalignment = [
+        torch.stack(
+            [
+                1 - coupling(left[..., :k].mT @ jacobian @ right[..., :k], top[:k], normalizer, absolute=True)
+                for jacobian, top in zip(matrices, s, strict=True)
+            ]
+        )
+        for k in ks
+    ]
+    settings = {
+        "k": list(ks),
+        "src": src,
+        "dest": dest,
+        "normalizer": normalizer,
+        "bases": bases,
+        "final_norm_in_last_block": final_norm_in_last_block,
+        "subtract_identity_off_diagonal": subtract_identity_off_diagonal,
+        "engine": engine,
+    }
+    return PublishedMisalignment(
+        provenance=traced.provenance(settings=settings, seconds=time.perf_counter() - started, engine=jacobians.used),
+        misalignment=torch.stack(misalignment).cpu(),
+        singular_values=s.cpu(),
+        ks=ks,
+        normalizer=normalizer,
+        bases=bases,
+        final_norm_in_last_block=final_norm_in_last_block,
+        identity_subtracted=subtracted,
+    )
+
+
+def _final_norm(traced: Trace, pos: int) -> Float[Tensor, "d_model d_model"]:
+    """The Jacobian of the model's own final norm at x^L of one token."""
+    norm = getattr(traced.model, "ln_final", None)
+    if norm is None:
+        raise ArgumentError("final_norm_in_last_block", True, "False: this model has no ln_final")
+    device = next((parameter.device for parameter in norm.parameters()), traced.resid.device)
+    leaf = traced.resid[-1, pos].to(device)[None, None].clone().requires_grad_()
+    with torch.enable_grad(), lifted(traced.model, norm):
+        out = norm(leaf)[0, 0]
+    jacobian = GraphJacobian(out, leaf, at_position(0), 4.0 * traced.d_model)
+    return jacobian.dense().to(traced.resid)
