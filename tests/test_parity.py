@@ -85,14 +85,19 @@ def test_the_final_norm_moves_the_last_row_and_column_alone(case: Case):
 
 
 def test_the_identity_left_over_between_tokens_gives_singular_values_of_one():
-    """Where attention passes little on, J - I is nearly -I: its smallest and its largest singular value are near 1."""
+    """J - I is nearly -I where attention passes little on: |s_i - 1| is at most the largest singular value of J."""
     case = FEW[0]
     model = tlc.random_baseline(case.model())  # its library's own small weights pass little on
     wrong = published(model, TOKENS, 8, src=1, dest=6)
     right = published(model, TOKENS, 8, src=1, dest=6, subtract_identity_off_diagonal=False)
     assert not right.identity_subtracted
-    assert ((wrong.singular_values - 1).abs() < 0.2).all()
-    assert (right.singular_values < 0.2).all()
+    largest = right.singular_values[:, :1]
+    assert ((wrong.singular_values - 1).abs() <= largest + 1e-9).all()
+    faint = largest[:, 0] < 0.3
+    assert faint.any()
+    # what is left of a Jacobian of s_1 < 0.3 is the identity: seen from K = 8, no direction stands out any more
+    spread = wrong.singular_values[faint, 0] / wrong.singular_values[faint, -1]
+    assert (spread < right.singular_values[faint, 0] / right.singular_values[faint, -1]).all()
 
 
 def test_the_trace_normaliser_moves_with_k_and_width_though_nothing_is_aligned():

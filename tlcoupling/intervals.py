@@ -116,7 +116,7 @@ def bootstrap_mean(
                 batch=max(1, BATCH // len(present)),
                 confidence_level=confidence,
                 method="BCa",
-                random_state=np.random.default_rng(seed),
+                random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]  # rng, from 1.15 on
             )
             found[1:4, index] = *result.confidence_interval, result.standard_error
     for reason in sorted(reasons):

@@ -48,8 +48,8 @@ DEFECTS = (
         "final_norm_in_last_block",
         "The output of the last block is taken from HuggingFace's hidden_states[-1], which lies behind the final norm.",
         "The last block's Jacobian is N (I + J) - I with N the Jacobian of the final norm: no block's Jacobian. Its "
-        "row and its column of the matrix are wrong, all others are right. On SmolLM2-135M (landmarks, K = 10) its "
-        "s_1 falls from 5.06 to 1.22, and the mean over different layers rises from 0.0391 to 0.0459.",
+        "row and its column of the matrix are wrong, all others are right. On SmolLM2-135M (landmarks, K = 10) block "
+        "29's s_1 falls from 5.06 to 1.22, and the mean over different layers rises from 0.0391 to 0.0459.",
         "x^L is blocks[-1].hook_resid_post, before the final norm.",
     ),
     Defect(
