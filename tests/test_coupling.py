@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CASES, TOKENS, Case
+from cases import CASES, FEW, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import plain_coupling
@@ -22,10 +23,12 @@ def haar(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64)).Q
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("normalizer", ["frobenius", "trace"])
-@pytest.mark.parametrize("bases", ["uv", "vu"])
-@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize(
+    ("case", "normalizer", "bases", "absolute"),
+    [(case, "frobenius", "uv", True) for case in CASES]
+    + [(case, *rest) for case in FEW[:4] for rest in product(("frobenius", "trace"), ("uv", "vu"), (True, False))],
+    ids=str,
+)
 def test_depth_coupling_is_the_formula(case: Case, normalizer: str, bases: str, absolute: bool):
     trace = tlc.trace(case.model(), TOKENS)
     found = tlc.depth_coupling(trace, [2, 5], tokens=[3, -1], normalizer=normalizer, bases=bases, absolute=absolute)
