@@ -15,7 +15,7 @@ VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
 # Small matrices gain nothing from threads: two test processes of one thread each.
-WORKERS ?= -n 2
+WORKERS ?= -n 2 --dist worksteal
 CONSTRAINTS ?= constraints.txt
 LANE ?= 2.18
 

@@ -124,7 +124,9 @@ def test_only_hooked_blocks_leave_the_closed_form(case: Case):
 
 @few
 def test_an_ablated_head_changes_exactly_the_jacobians_that_it_should(case: Case):
+    """Behind a post-norm heads do not add up to the write, so that its own layer is left out there."""
     model, layer, head = case.model(), 1, 2
+    adds_up = getattr(model.blocks[layer], "ln1_post", None) is None
     clean = tlc.trace(model, TOKENS)
     hooks = [(f"blocks.{layer}.attn.hook_z", ablate(head))]
     ablated = tlc.trace(model, TOKENS, fwd_hooks=hooks)
@@ -134,7 +136,7 @@ def test_an_ablated_head_changes_exactly_the_jacobians_that_it_should(case: Case
         before = [tlc.residual_jacobian(trace, 0, sublayer).dense() for trace in (clean, ablated)]
         assert torch.equal(*before)
     # its own layer: the attention's Jacobian is that of the other heads
-    for src, dest in ((6, 6), (2, 5)):
+    for src, dest in ((6, 6), (2, 5)) if adds_up else ():
         others = sum(
             tlc.residual_jacobian(clean, layer, "attn", src, dest, head=other).dense()
             for other in range(model.cfg.n_heads)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.filesize import decimal
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
@@ -74,6 +73,8 @@ class Estimate:
 
     def __repr__(self) -> str:
         """One line."""
+        from rich.filesize import decimal
+
         return (
             f"Estimate({self.model_name}: {self.n_measured} of {self.n_tokens} tokens, {self.flops / 1e9:.4g} GFLOP, "
             f"{self.seconds:.2g} s at {self.rate / 1e9:.0f} GFLOP/s, {decimal(int(self.memory_bytes))} of "

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.filesize import decimal
 
 from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group, schedule
@@ -171,6 +170,8 @@ def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: floa
         advice.append("a shorter prompt")
     if job.columns > 2:
         advice.append(f"fewer than {job.columns} Jacobians compared with each other (layers= or tokens=)")
+    from rich.filesize import decimal
+
     where = ", ".join(sorted(map(str, job.devices)))
     return (
         f"coupling of {sum(len(group.places) for group in job.groups)} Jacobians at K = {max(job.options.k)} needs "

@@ -45,8 +45,10 @@ class Run:
         """
         if not self._output.requires_grad:
             return torch.zeros_like(self.out)
+        with torch.enable_grad():  # the caller may have it off
+            output = self._output[0, row]
         (pulled,) = torch.autograd.grad(
-            self._output[0, row], self._leaf, cotangent, retain_graph=again, allow_unused=True, materialize_grads=True
+            output, self._leaf, cotangent, retain_graph=again, allow_unused=True, materialize_grads=True
         )
         return pulled[0]
 
@@ -58,7 +60,7 @@ class Run:
         out, leaves = self._in_graph[output], [self._in_graph[name] for name in inputs]
         if not out.requires_grad:
             return [None for _ in leaves]
-        grads = torch.autograd.grad(out.sum(), leaves, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True, allow_unused=True)
         return [None if grad is None else grad[0] for grad in grads]
 
 
