@@ -317,8 +317,10 @@ def test_a_hook_that_is_not_smooth_is_said_to_be():
 
 
 def test_an_edit_in_place_that_the_derivative_cannot_take_is_named():
-    """The softmax keeps its output for the derivative, and the hook overwrites it."""
-    case = FEW[0]
+    """HuggingFace's softmax keeps its output for the derivative, and the hook overwrites it."""
+    case = next((case for case in FEW if case.name.startswith("bridge")), None)
+    if case is None:
+        pytest.skip("a HookedTransformer's pattern is a copy of what its softmax keeps")
 
     def uniform(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
         pattern[:, 0] *= 0.5
