@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 SAMPLE_EVERY = 0.005
+SHORT = 20.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,14 @@ class Measured:
     result: Any
 
 
-def measured(function: Callable[[], Any], device: torch.device) -> Measured:
-    """Call a function and measure it."""
-    _tidy(device)
+def measured(function: Callable[[], Any], device: torch.device, fresh: bool = False) -> Measured:
+    """Call a function and measure it.
+
+    ``fresh`` gives back to the system what earlier calls left behind, so that the peak does not hide in it; a short
+    call is then slower, since it has to ask for its memory anew.
+    """
+    if fresh:
+        _tidy(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -72,11 +78,15 @@ def _tidy(device: torch.device) -> None:
 def alternating(
     functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device
 ) -> list[tuple[float, float, Any]]:
-    """Call functions in turn, several rounds; for each the fastest seconds, the largest peak and the last result."""
+    """Call functions in turn, several rounds; for each the fastest seconds, the largest peak and the last result.
+
+    A short call has four turns in a round, of which a busy moment does not take all, the first one with fresh memory.
+    """
     calls: list[list[Measured]] = [[] for _ in functions]
     for _ in range(rounds):
         for found, function in zip(calls, functions, strict=True):
-            found.append(measured(function, device))
+            found.append(measured(function, device, fresh=True))
+            found += [measured(function, device) for _ in range(3) if found[0].seconds < SHORT]
     return [
         (min(one.seconds for one in found), max(one.peak_bytes for one in found), found[-1].result) for found in calls
     ]

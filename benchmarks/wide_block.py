@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from measure import Row, measured
+from measure import Row, alternating, measured
 from published import block_calls, block_jacobian
 
 import tlcoupling as tlc
@@ -31,26 +31,24 @@ def rows(device: torch.device) -> Iterator[Row | str]:
     model = _bridge(1, device)
     tokens = torch.arange(TOKENS)
     trace = tlc.trace(model, tokens)
-    ours = min((measured(partial(_one_block, trace), device) for _ in range(2)), key=lambda one: one.seconds)
-    spectrum, flops = ours.result
+    seconds, peak, (spectrum, flops) = alternating([partial(_one_block, trace)], 1, device)[0]
     theirs = _published_seconds(device)
-    yield Row("Llama-3-8B's width, one block, 28 tokens", theirs, None, ours.seconds, ours.peak_bytes, flops)
+    yield Row("Llama-3-8B's width, one block, 28 tokens", theirs, None, seconds, peak, flops)
     yield (
         f"Llama-3-8B's width: published extrapolated from {PUBLISHED_ROWS} of {WIDTH} rows and an SVD of a quarter of "
         f"the width; residual {float(spectrum.triplets.residual.max()):.1e}, ||J||_F to "
         f"{float(spectrum.frobenius_error):.1e}"
     )
     if device.type == "cuda":
-        del model, trace, spectrum, ours
+        del model, trace, spectrum
         deep = _bridge(LAYERS, device)
 
         def whole() -> tlc.DepthCoupling:
             return tlc.depth_coupling(tlc.trace(deep, tokens), K, sublayers="block")
 
         whole()
-        every = min((measured(whole, device) for _ in range(2)), key=lambda one: one.seconds)
-        work = f"the same, {LAYERS} layers, whole call"
-        yield Row(work, LAYERS * theirs, None, every.seconds, every.peak_bytes, None)
+        seconds, peak, _ = alternating([whole], 1, device)[0]
+        yield Row(f"the same, {LAYERS} layers, whole call", LAYERS * theirs, None, seconds, peak)
 
 
 def _huggingface(n_layers: int, dtype: torch.dtype, device: torch.device) -> Any:

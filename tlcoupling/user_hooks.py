@@ -45,10 +45,11 @@ def hooked_layers(points: Mapping[str, Any], n_layers: int) -> frozenset[int]:
     act before it; those on its ``hook_resid_post`` and on the next ``hook_resid_pre`` make x^{l+1}, and act within it.
     Hooks outside the blocks (embeddings) move x^0 alone.
     """
+    touched = {name: point for name, point in points.items() if has_user_hooks([point])}
 
     def acts(layer: int) -> bool:
         reads = points[block_hook(layer, "hook_resid_pre")]
-        return has_user_hooks([point for point in points_of_block(points, layer) if point is not reads])
+        return any(point is not reads for point in points_of_block(touched, layer))
 
     return frozenset(layer for layer in range(n_layers) if acts(layer))
 
