@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Scores:
         cfg: Any,
         d_head: int,
     ) -> Scores:
-        """The f with which the pattern is a softmax of f(q . k), with no bias or with one.
+        """The f with which the pattern is a softmax of f(q . k), with no bias or with one; the usual f is tried first.
 
         Raises:
             Uncovered: there is none.
@@ -61,7 +62,10 @@ class Scores:
         for biased in (False, True):
             rows = _Rows(products, pattern, biased)
             for cap in (None, *_declared_caps(attn, cfg)):
-                fitted = rows.fit(cls(declared[0], cap))
+                usual = cls(declared[0], cap)
+                if rows.match(usual):
+                    return usual
+                fitted = rows.fit(usual)
                 near = [c for c in declared if not abs(fitted.scale - c) > _NEAR * c]  # one position leaves it open
                 for scores in (*(cls(c, cap) for c in near[:1]), fitted):
                     if rows.match(scores):
@@ -82,7 +86,11 @@ class _Rows:
         self.products, self.pattern, self.biased = products, pattern, biased
         seen = pattern > 0
         self.seen: Bool[Tensor, "head row src"] = seen[:, 1:] & seen[:, :-1] if biased else seen
-        self.logs = self._open(pattern.where(seen, 1.0).log())
+
+    @cached_property
+    def logs(self) -> Float[Tensor, "head row src"]:
+        """What the log-pattern determines."""
+        return self._open(self.pattern.where(self.pattern > 0, 1.0).log())
 
     def _open(self, rows: Float[Tensor, "head dest src"]) -> Float[Tensor, "head row src"]:
         """What of the rows a pattern determines: (differences of) rows less their mean over what is attended to."""
