@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tlcoupling.coupling.arguments import resolve_indices, resolve_k
 from tlcoupling.errors import ArgumentError
+from tlcoupling.hooked import model_name_of
 from tlcoupling.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
+from tlcoupling.prompt import named_prompts
 from tlcoupling.results import Provenance, Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace, trace
@@ -133,9 +135,7 @@ def causal_effect(
     started = time.perf_counter()
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ArgumentError("draws", draws, "an int from 1")
-    named = dict(prompts) if isinstance(prompts, Mapping) else {str(i): prompt for i, prompt in enumerate(prompts)}
-    if not named or isinstance(prompts, str):
-        raise ArgumentError("prompts", prompts, "one prompt or more, in a sequence or by their names")
+    named = named_prompts(prompts)
     generator = torch.Generator().manual_seed(seed)
     fields: dict[str, list[Any]] = {name: [] for name in ("loss", "effect", "control", "share", "control_share")}
     weight_processing, engines, chosen, k = {}, {}, (), 0
@@ -155,7 +155,7 @@ def causal_effect(
         weight_processing, engines, k = traced.weight_processing, measured.jacobians.used, measured.k
     return CausalEffect(
         provenance=Provenance(
-            model_name=str(getattr(model.cfg, "model_name", type(model).__name__)),
+            model_name=model_name_of(model),
             weight_processing=weight_processing,
             settings={
                 "directions": "given" if isinstance(directions, Tensor) else directions,
@@ -188,8 +188,8 @@ class _Measured:
         self.traced, self.sublayer, self._given = traced, sublayer, directions
         self._draws, self._generator = draws, generator
         self.k = directions if isinstance(directions, int) else orthonormal(directions).shape[-1]
-        self.jacobians = JacobianEngine(traced, engine)
         self.positions = range(traced.n_tokens - 1)
+        self.jacobians = JacobianEngine(traced, engine, self.positions)
         self.loss = self._loss([])
 
     def _loss(self, hooks: list[Any]) -> Float[Tensor, ""]:

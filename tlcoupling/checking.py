@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.hooked import model_name_of
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.trace import Trace, trace
@@ -83,7 +84,7 @@ def check(model: Any, prompt: Any = None, *, layers: Sequence[int] | None = None
     Example:
         >>> tlc.check(model).to_dataframe()  # doctest: +SKIP
     """
-    name = str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
+    name = model_name_of(model)
     try:
         traced = trace(model, _spread_tokens(model) if prompt is None else prompt)
     except TLCouplingError as error:

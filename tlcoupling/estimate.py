@@ -12,7 +12,7 @@ import torch
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.plan import Job, make_plan
-from tlcoupling.hooked import Topology, require_supported, topology_of_model
+from tlcoupling.hooked import Topology, model_name_of, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.prompt import to_tokens
 from tlcoupling.stream import sublayers_of
@@ -159,7 +159,7 @@ def estimate(
         stages.append(Stage(f"{name}: decomposition", way.name, count * way.thin))
         stages.append(Stage(f"{name}: comparison", way.name, count * way.compared))
     return Estimate(
-        model_name=str(getattr(model.cfg, "model_name", type(model).__name__)),
+        model_name=model_name_of(model),
         n_tokens=n_tokens,
         n_measured=len(positions),
         ks=options.k,

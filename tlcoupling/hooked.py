@@ -66,6 +66,11 @@ def require_supported(model: Any, in_training: bool = False) -> None:
             )
 
 
+def model_name_of(model: Any) -> str:
+    """A model's own name, that of its class where it has none."""
+    return str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
+
+
 def topology_of(hook_names: Iterable[str], attn_only: bool = False) -> Topology:
     """Read the blocks' topology off the names of their hook points (design, section 2).
 

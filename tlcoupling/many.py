@@ -18,6 +18,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
 from tlcoupling.intervals import Interval, Unit, bootstrap_mean
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.prompt import named_prompts
 from tlcoupling.results import Provenance, Result
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace, trace
@@ -201,9 +202,7 @@ def analyze_many(
         >>> many.interval("excess"), many.baseline.interval("excess")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ArgumentError("prompts", prompts, "one or more prompts: a list, or a mapping of names to prompts")
-    named = dict(prompts) if isinstance(prompts, Mapping) else {str(i): prompt for i, prompt in enumerate(prompts)}
+    named = named_prompts(prompts)
     settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []

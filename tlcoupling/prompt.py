@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+
+
+def named_prompts(prompts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """Several prompts by their names; by their numbers where they have none.
+
+    Raises:
+        ArgumentError: none, or a single string.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ArgumentError("prompts", prompts, "one prompt or more: a list, or a mapping of names to prompts")
+    return dict(prompts) if isinstance(prompts, Mapping) else {str(i): prompt for i, prompt in enumerate(prompts)}
 
 
 def to_tokens(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, "1 pos"]:

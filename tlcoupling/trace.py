@@ -25,6 +25,7 @@ from tlcoupling.hooked import (
     attached,
     block_hook,
     lifted_parts,
+    model_name_of,
     norms_are_folded,
     record_forward,
     require_supported,
@@ -100,7 +101,7 @@ class Trace(Stream):
     @property
     def model_name(self) -> str:
         """The model's own name."""
-        return str(getattr(self.model.cfg, "model_name", type(self.model).__name__))
+        return model_name_of(self.model)
 
     def provenance(
         self, *, settings: Mapping[str, Any], seconds: float, engine: Mapping[str, str] | None = None

@@ -21,7 +21,7 @@ from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supporte
 from tlcoupling.jacobian.engine import check_index
 from tlcoupling.prompt import to_tokens
 from tlcoupling.results import off_diagonal_mean
-from tlcoupling.stream import IDENTITY_TOLERANCE, relative_gap
+from tlcoupling.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]
@@ -79,9 +79,8 @@ def coupling_loss(
         raise UnsupportedModelError(f"the weights are {dtype}: singular vectors have no usable derivative in it")
     ids = to_tokens(model, tokens, None)
     topology = topology_of_model(model)
-    names = ("block", "attn") if topology == "attn_only" else ("block", "attn", "mlp")
     for argument, value, allowed in (
-        ("sublayer", sublayer, names),
+        ("sublayer", sublayer, sublayers_of(topology)),
         ("quantity", quantity, get_args(Quantity)),
         ("normalizer", normalizer, get_args(Normalizer)),
     ):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.jacobian.autograd import GraphJacobian
+from tlcoupling.jacobian.autograd import GraphJacobian, autograd_flops
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.results import Result
 from tlcoupling.trace import Trace
@@ -147,8 +147,8 @@ def _linearized(
             out = trace.run_block(index, leaf, {})
             everywhere = out.flatten()
         trace.check_current("block", index, out[0])
-        weights = sum(parameter.numel() for parameter in trace.model.blocks[index].parameters())
-        step = GraphJacobian(everywhere, leaf, lambda grads: grads.flatten(-3), 4.0 * weights * trace.n_tokens)
+        flops = autograd_flops(trace.model.blocks[index], trace.n_tokens)
+        step = GraphJacobian(everywhere, leaf, lambda grads: grads.flatten(-3), flops)
         last = carried[-1].to(step.device).flatten()
         carried.append(step.mv(last).unflatten(0, stream.shape).to(stream.device))
     return torch.stack(carried)[:, pos:]

@@ -55,7 +55,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
     """
     block, cfg = model.blocks[layer], model.cfg
-    weights = sum(parameter.numel() for parameter in block.parameters())
+    weights = _numel(block)
     dtype = next(block.parameters()).dtype
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
     lifted = weights * size if dtype.itemsize < size else 0
@@ -81,7 +81,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
             product_flops=made.product_flops,
             dense_flops=made.dense_flops,
             run_flops=4.0 * (weights if topology == "attn_only" else _numel(block.attn)) * n_tokens
-            + (0.0 if topology == "attn_only" else 4.0 * _numel(block.mlp)),  # values and tangent
+            + (0.0 if topology == "attn_only" else 4.0 * _numel(block.mlp)),  # values and one cotangent
             run_bytes=lifted + column_bytes,
             column_bytes=size * (4.0 * cfg.d_model + max(widths)),
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + max(widths)),

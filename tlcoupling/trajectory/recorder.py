@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import MissingHookError, TLCouplingError
-from tlcoupling.hooked import Topology, block_hook, require_supported, topology_of_model
+from tlcoupling.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
 from tlcoupling.results import Provenance
 from tlcoupling.stream import (
     IDENTITY_TOLERANCE,
@@ -55,7 +55,7 @@ class TrajectoryRecorder:
         require_supported(model)
         self._n_layers = len(model.blocks)
         self._topology: Topology = topology_of_model(model)
-        self._model_name = str(getattr(model.cfg, "model_name", type(model).__name__))
+        self._model_name = model_name_of(model)
         self._start()
         self._problem = MissingHookError(
             "the recorder has seen no run: give its fwd_hooks to model.run_with_hooks first"
