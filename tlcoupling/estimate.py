@@ -68,7 +68,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds at the rate of matrix products: a lower bound. Measured calls reach a tenth to a quarter of that rate."""
+        """Seconds at the rate of matrix products: a lower bound. Calls reach a tenth to a quarter of that rate."""
         return self.flops / self.rate
 
     def __repr__(self) -> str:

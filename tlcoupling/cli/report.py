@@ -1,39 +1,20 @@
-"""The ``tlcoupling`` command.
-
-Mistyped options and a folder that cannot be written to are found before any model is loaded, and what only a command
-needs is imported by that command.
-"""
+"""``tlcoupling report``: measure a model on a prompt, print tables, and write numbers and a page."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import io
-import json
 import sys
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tlcoupling.errors import ResultFileError, TLCouplingError
+from tlcoupling.cli.app import DEFAULT_MODEL, DEFAULT_PROMPT, app, errors_as_one_line, load, prompt_or_default
+from tlcoupling.errors import ResultFileError
 
 if TYPE_CHECKING:
     from tlcoupling.analysis import Analysis
-
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_PROMPT = "landmarks"
-
-app = typer.Typer(
-    help="Transformer models as dynamical systems: coupling, linearity and growth.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 
 class Engine(str, Enum):
@@ -68,29 +49,6 @@ def _tokens(text: str) -> list[int] | Literal["all"]:
         ) from None
 
 
-def _version(wanted: bool) -> bool:
-    if wanted:
-        try:
-            version = importlib.metadata.version("tlcoupling")
-        except importlib.metadata.PackageNotFoundError:
-            version = "(not installed)"
-        typer.echo(f"tlcoupling {version}")
-        raise typer.Exit
-    return wanted
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Transformer models as dynamical systems: coupling, linearity and growth."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a token that a terminal cannot show must not end the command
-
-
 @app.command()
 def report(
     model: Annotated[
@@ -120,7 +78,7 @@ def report(
 ) -> None:
     """Measure coupling, linearity and growth of a model on a prompt; print tables, save numbers and a web page."""
     ks, positions = [_k(text) for text in k or ["10"]], _tokens(tokens)
-    with _errors_as_one_line():
+    with errors_as_one_line():
         if estimate:
             return _estimate(model, prompt, ks, positions, engine)
 
@@ -137,37 +95,6 @@ def report(
         webbrowser.open(page.resolve().as_uri())
 
 
-@app.command()
-def check(
-    model: Annotated[
-        str, typer.Argument(help="A model name that TransformerLens knows, or a local HuggingFace folder.")
-    ] = DEFAULT_MODEL,
-    prompt: Annotated[
-        str | None, typer.Option(help="What to run it on.", show_default="eight tokens spread over the vocabulary")
-    ] = None,
-) -> None:
-    """Check a model: what holds, what falls back to autograd, and what is refused and why. Exit code 1 if refused."""
-    with _errors_as_one_line():
-        from tlcoupling.checking import check as check_model
-        from tlcoupling.terminal import print_check
-
-        found = check_model(_load(model), prompt)
-        print_check(found)
-    if not found.passed:
-        raise typer.Exit(1)
-
-
-def _load(name: str) -> Any:
-    """Load a model, with a sign of life on a terminal's stderr."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from tlcoupling.models import load_model
-
-    with Console(stderr=True).status(Text(f"loading {name}")):
-        return load_model(name)
-
-
 def _analyze(
     name: str,
     prompt: str | None,
@@ -180,8 +107,8 @@ def _analyze(
     from tlcoupling.analysis import analyze
 
     return analyze(
-        _load(name),
-        _prompt(prompt),
+        load(name),
+        prompt_or_default(prompt),
         k=ks,
         tokens=positions,
         attention_layer=layer,
@@ -197,15 +124,7 @@ def _estimate(
     from tlcoupling.estimate import estimate
     from tlcoupling.terminal import print_estimate
 
-    print_estimate(estimate(_load(name), _prompt(prompt), ks, tokens=positions, engine=engine.value))
-
-
-def _prompt(given: str | None) -> str:
-    """The prompt, or the one of the examples."""
-    if given is not None:
-        return given
-    prompts = resources.files("tlcoupling") / "data" / "prompts.json"
-    return json.loads(prompts.read_text(encoding="utf-8"))[DEFAULT_PROMPT]
+    print_estimate(estimate(load(name), prompt_or_default(prompt), ks, tokens=positions, engine=engine.value))
 
 
 def _save(analysis: Analysis, folder: Path) -> Path:
@@ -222,17 +141,3 @@ def _save(analysis: Analysis, folder: Path) -> Path:
     page = write_html(analysis, folder / "report.html")
     typer.echo(f"page    {page}")
     return page
-
-
-@contextmanager
-def _errors_as_one_line() -> Iterator[None]:
-    """End with exit code 1 and one line on stderr where tlcoupling refuses on purpose."""
-    try:
-        yield
-    except TLCouplingError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from error
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,10 @@
+"""The ``tlcoupling`` command: one module a command, on the application in ``app``.
+
+Mistyped options and a folder that cannot be written to are found before any model is loaded, and what only a command
+needs is imported by that command.
+"""
+
+from tlcoupling.cli import check, report
+from tlcoupling.cli.app import app
+
+__all__ = ["app", "check", "report"]

@@ -1,0 +1,5 @@
+"""``python -m tlcoupling.cli``."""
+
+from tlcoupling.cli import app
+
+app()

@@ -1,0 +1,29 @@
+"""``tlcoupling check``: what holds on a model of the user's own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tlcoupling.cli.app import DEFAULT_MODEL, app, errors_as_one_line, load
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="A model name that TransformerLens knows, or a local HuggingFace folder.")
+    ] = DEFAULT_MODEL,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to run it on.", show_default="eight tokens spread over the vocabulary")
+    ] = None,
+) -> None:
+    """Check a model: what holds, what falls back to autograd, and what is refused and why. Exit code 1 if refused."""
+    with errors_as_one_line():
+        from tlcoupling.checking import check as check_model
+        from tlcoupling.terminal import print_check
+
+        found = check_model(load(model), prompt)
+        print_check(found)
+    if not found.passed:
+        raise typer.Exit(1)
