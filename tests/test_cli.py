@@ -123,12 +123,13 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
 
 @pytest.mark.parametrize(
     ("words", "option", "layers"),
-    [(5, [], [0, 1, 2]), (1, [], None), (65, [], None), (65, ["--token-layers", "0,-1"], [0, -1])],
+    [(5, [], [0, 1, 2]), (1, [], None), (6, [], None), (6, ["--token-layers", "0,-1"], [0, -1])],
 )
 def test_tokens_are_compared_in_some_layers_of_short_prompts(
     report: Report, monkeypatch: pytest.MonkeyPatch, words: int, option: list[str], layers: list[int] | None
 ) -> None:
     asked = []
+    monkeypatch.setattr("tlcoupling.cli.report.SHORT", 5)
     monkeypatch.setattr(
         "tlcoupling.analysis.analyze", lambda *args, **options: asked.append(options) or make_analysis()
     )

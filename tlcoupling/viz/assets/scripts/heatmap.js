@@ -21,8 +21,9 @@ tlc.raster = (rows, columns, valueAt, scale) => {
  * onpoint(row, column): the pointer or a key has come to a cell; onchoose(row, column): a click or Enter on it.
  */
 tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, onchoose = () => {} }) => {
-  const margin = turned ? 118 : 42;
-  const [left, top, width, height] = [margin, 4, margin + side + 4, side + margin + (turned ? 18 : 4)];
+  const longest = Math.max(...labels.map((text) => text.length));
+  const margin = turned ? Math.min(34 + 5.8 * longest, 130) : 42;
+  const [left, top, width, height] = [margin, 4, margin + side + 4, side + margin + 4];
   const [n, cell] = [labels.length, side / labels.length];
   const every = turned ? Math.ceil(11 / cell) : ([1, 2, 5, 10, 20, 50].find((step) => n / step <= 7) ?? 100);
   const image = tlc.svg("image", { x: left, y: top, width: side, height: side, preserveAspectRatio: "none" });
@@ -107,6 +108,6 @@ tlc.scaleBar = ({ low, high, scale, title, swatches }) => {
   return [
     tlc.html("span", { class: "label" }, title),
     tlc.colorbar({ low, high, color: scale, labels, description: `Colour scale from ${tlc.number(low)} to ${tlc.number(high)}` }),
-    ...swatches.flatMap(([kind, text]) => [tlc.html("i", { class: `swatch ${kind}` }), tlc.html("span", { class: "label" }, text)]),
+    ...swatches.map(([kind, text]) => tlc.html("span", { class: "label" }, tlc.html("i", { class: `swatch ${kind}` }), text)),
   ];
 };
