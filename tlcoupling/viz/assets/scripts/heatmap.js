@@ -21,17 +21,18 @@ tlc.raster = (rows, columns, valueAt, scale) => {
  * onpoint(row, column): the pointer or a key has come to a cell; onchoose(row, column): a click or Enter on it.
  */
 tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, onchoose = () => {} }) => {
+  const small = turned && innerWidth < 480; // where the pane is shrunk, fewer labels, and larger
   const longest = Math.max(...labels.map((text) => text.length));
-  const margin = turned ? Math.min(34 + 5.8 * longest, 130) : 42;
+  const margin = turned ? Math.min(34 + (small ? 9.5 : 5.8) * longest, 150) : 42;
   const [left, top, width, height] = [margin, 4, margin + side + 4, side + margin + 4];
   const [n, cell] = [labels.length, side / labels.length];
-  const every = turned ? Math.ceil(11 / cell) : ([1, 2, 5, 10, 20, 50].find((step) => n / step <= 7) ?? 100);
+  const every = turned ? Math.ceil((small ? 19 : 11) / cell) : ([1, 2, 5, 10, 20, 50].find((step) => n / step <= 7) ?? 100);
   const image = tlc.svg("image", { x: left, y: top, width: side, height: side, preserveAspectRatio: "none" });
   const cross = tlc.svg("g", { class: "cross", visibility: "hidden" });
   const [row, column, box] = ["band", "band", "box"].map((kind) => tlc.svg("rect", { class: kind }));
   cross.append(row, column, box);
   const marks = tlc.svg("g");
-  const svg = tlc.svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "heatmap", role: "img", "aria-label": label }, image);
+  const svg = tlc.svg("svg", { viewBox: `0 0 ${width} ${height}`, class: `heatmap${small ? " small" : ""}`, role: "img", "aria-label": label }, image);
   const middle = (from) => from + side / 2;
   const text = (attributes, content) => svg.append(tlc.svg("text", attributes, content));
   for (let i = 0; i < n; i += every) {

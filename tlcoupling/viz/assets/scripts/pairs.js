@@ -147,10 +147,13 @@ tlc.sections.pairs = (section, data) => {
     const pane = panes[shown.pane];
     zoom.paint(valueAt(pane), scale);
     part("title").textContent = `${pane.kind.title}, ${pane.sublayer}: ${shown.quantity} of ${pane.kind.compared}`;
-    const defined = cells.map(([r, c]) => valueAt(pane)(r, c)).filter((value) => value !== undefined && value !== null);
+    const others = cells.filter(([r, c]) => r !== c).map(([r, c]) => valueAt(pane)(r, c));
+    const defined = others.filter((value) => value !== undefined && value !== null);
     const mean = defined.length ? defined.reduce((sum, value) => sum + value, 0) / defined.length : null;
     part("mean").textContent = `mean ${tlc.number(mean)}`;
-    const swatches = data.diagonal_is_one ? [["diagonal", "diagonal, or not in the context"]] : [["diagonal", "not in the context"]];
+    const absent = panes.some((some) => some.kind.positions.length < n);
+    const neutral = [data.diagonal_is_one && "diagonal, 1 by definition", absent && "not compared"].filter(Boolean);
+    const swatches = neutral.length ? [["diagonal", neutral.join("; ")]] : [];
     if (undefinedCells) swatches.push(["undefined", "not defined"]);
     const title = "all panes and layers";
     part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title, swatches }));
