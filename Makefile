@@ -5,6 +5,7 @@
 #                a virtual environment of its own, .venv-2.18
 # make lint      ruff, check and format
 # make types     pyright
+# make docs      build the documentation site in site/
 # make notebooks run the notebooks in demos/, if there are any
 # make clean     remove what the commands above wrote (but not the virtual environment)
 #
@@ -26,7 +27,7 @@ LANE_TESTS := $(patsubst %,tests/test_%.py,\
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lane lint types notebooks clean setup setup-dev setup-test
+.PHONY: demo test test-lane lint types docs notebooks clean setup setup-dev setup-test
 
 demo: setup
 	$(BIN)/tlcoupling report --output $(OUT)/report
@@ -46,6 +47,10 @@ lint: setup-dev
 types: setup-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: setup-dev
+	$(BIN)/python -m mkdocs build --strict
+	@echo "The site: $(abspath site/index.html); to search in it: $(BIN)/python -m http.server -d site"
+
 notebooks: setup-dev
 ifeq ($(NOTEBOOKS),)
 	@echo "No notebooks in demos/."
@@ -54,7 +59,7 @@ else
 endif
 
 clean:
-	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf out build dist site .pytest_cache .ruff_cache .hypothesis
 	find tlcoupling tests benchmarks demos -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 setup: $(VENV)/.installed-demo

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tlcoupling import Analysis, DepthCoupling, Growth, Linearity
+from tlcoupling import Analysis, ContextCoupling, DepthCoupling, Growth, Linearity, TokenCoupling
 from tlcoupling.results import Provenance
 
 HOSTILE_TOKENS = (
@@ -35,10 +35,14 @@ def make_analysis(
     ks: Sequence[int] = (3,),
     sublayers: Sequence[str] = ("block", "attn", "mlp"),
     with_attention: bool = True,
+    token_layers: Sequence[int] = (),
     sequential: bool = True,
     **changes: Any,
 ) -> Analysis:
-    """An analysis of a model of width 16 with the given tokens; ``changes`` replace fields of the Analysis."""
+    """An analysis of a model of width 16 with the given tokens; ``changes`` replace fields of the Analysis.
+
+    The coupling of tokens is there for the ``token_layers``.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -52,29 +56,55 @@ def make_analysis(
         engine={"block": "analytic", "attn": "autograd"},
         seconds=1.25,
     )
-    pairs = (len(sublayers), len(positions), len(ks), n_layers, n_layers)
-    eye = torch.eye(n_layers)
+    metric: dict[str, Any] = {
+        "provenance": provenance,
+        "overlap_null": torch.tensor(ks, dtype=torch.float64) / 16,
+        "ks": tuple(ks),
+        "normalizer": "frobenius",
+        "bases": "uv",
+        "absolute": True,
+    }
+
+    def matrices(*group: int, size: int) -> dict[str, torch.Tensor]:
+        axes, eye = (*group, len(ks), size, size), torch.eye(size)
+        return {
+            "values": 0.3 * random(*axes) * (1 - eye) + eye,
+            "null": (0.02 * random(*axes[:-1], 1)).expand(axes),
+            "null_std": 0.004 + 0.001 * random(*axes[:-1], 1).expand(axes),
+            "overlap_u": random(*axes),
+            "overlap_v": random(*axes),
+            "singular_values": random(*group, size, max(ks)),
+            "frobenius": random(*group, size),
+            "frobenius_error": torch.zeros(*group, size),
+            "residual": random(*group, size),
+        }
+
     coupling = DepthCoupling(
-        provenance=provenance,
-        values=0.3 * random(*pairs) * (1 - eye) + eye,
-        null=(0.02 * random(*pairs[:-1], 1)).expand(pairs),
-        null_std=0.004 + 0.001 * random(*pairs[:-1], 1).expand(pairs),
-        overlap_u=random(*pairs),
-        overlap_v=random(*pairs),
-        overlap_null=torch.tensor(ks, dtype=torch.float64) / 16,
-        singular_values=random(*pairs[:2], n_layers, max(ks)),
-        frobenius=random(*pairs[:2], n_layers),
-        frobenius_error=torch.zeros(*pairs[:2], n_layers),
-        residual=random(*pairs[:2], n_layers),
+        **metric,
+        **matrices(len(sublayers), len(positions), size=n_layers),
         sublayers=tuple(sublayers),
         positions=tuple(pos % n_tokens for pos in positions),
         tokens=tuple(tokens[pos] for pos in positions),
-        ks=tuple(ks),
         layers=tuple(range(n_layers)),
-        normalizer="frobenius",
-        bases="uv",
-        absolute=True,
     )
+    couplings: dict[str, Any] = {}
+    if token_layers:
+        shared = {**metric, "positions": tuple(range(n_tokens)), "tokens": tokens, "layers": tuple(token_layers)}
+        couplings["token_coupling"] = TokenCoupling(
+            **shared,
+            **matrices(len(sublayers), len(token_layers), size=n_tokens),
+            sublayers=tuple(sublayers),
+            basis_layers=tuple(token_layers),
+        )
+        without_mlp = tuple(name for name in sublayers if name != "mlp")
+        for fixed, position in (("src", 0), ("dest", n_tokens - 1)):
+            couplings[f"context_{fixed}"] = ContextCoupling(
+                **shared,
+                **matrices(len(without_mlp), len(token_layers), size=n_tokens),
+                sublayers=without_mlp,
+                fixed=fixed,
+                position=position,
+            )
     paths = {"block": n_layers, "sublayer": 2 * n_layers, "attn": n_layers, "mlp": n_layers}
     linearity = Linearity(
         provenance=provenance,
@@ -104,8 +134,9 @@ def make_analysis(
         "coupling": coupling,
         "linearity": linearity,
         "growth": growth,
-        "attention": random(n_heads, n_tokens, n_tokens).tril() if with_attention else None,
-        "attention_layer": 1,
+        "attention": random(n_layers, n_heads, n_tokens, n_tokens).tril() if with_attention else None,
+        "attention_layers": tuple(range(n_layers)) if with_attention else (),
         "tokens": tokens,
+        **couplings,
     }
     return Analysis(**{**fields, **changes})

@@ -25,11 +25,15 @@ Report = Callable[..., Any]
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes every model name load a tiny model that reads words like w5, and keeps the names that were asked for."""
+    """Makes every model name load a tiny model that reads words like w5, others as 1; keeps the names asked for."""
     model, names = CASES[0].model(torch.float32), []
     if model.tokenizer is None:
         monkeypatch.setattr(model, "tokenizer", tiny_tokenizer())
-    monkeypatch.setattr(model, "to_tokens", lambda text: torch.tensor([[int(word[1:]) for word in text.split()]]))
+    monkeypatch.setattr(
+        model,
+        "to_tokens",
+        lambda text: torch.tensor([[int(word[1:]) if word[1:].isdigit() else 1 for word in text.split()]]),
+    )
     monkeypatch.setattr(model, "to_str_tokens", lambda tokens: [f" w{token}" for token in tokens.tolist()])
 
     def load_model(name: str) -> Any:
@@ -63,13 +67,13 @@ def assert_refused(result: Any, *parts: str) -> None:
 
 
 def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
-    result = report("--tokens", "0,-1", "--layer", "1")
+    result = report("--tokens", "0,-1", "--token-layers", "1,-1")
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     analysis = tlc.load(out / "result.safetensors")
     assert analysis.coupling.positions == (0, 4)
     assert analysis.coupling.ks == (4,)
-    assert analysis.attention_layer == 1
+    assert analysis.token_coupling.layers == analysis.context_dest.layers == (1, 2)
     assert len(pandas.read_csv(out / "result.csv")) == len(analysis.to_dataframe())
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     for name in ("result.safetensors", "result.csv", "report.html"):
@@ -113,7 +117,24 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
     ((prompt, options),) = asked
     assert prompt == prompts["landmarks"]
     assert options["k"] == [10] and options["tokens"] == [-1] and options["engine"] == "auto"
+    assert options["token_layers"] == [0, 1, 2]
     assert (tmp_path / "tlcoupling-report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "layers"),
+    [(5, [], [0, 1, 2]), (1, [], None), (6, [], None), (6, ["--token-layers", "0,-1"], [0, -1])],
+)
+def test_tokens_are_compared_in_some_layers_of_short_prompts(
+    report: Report, monkeypatch: pytest.MonkeyPatch, words: int, option: list[str], layers: list[int] | None
+) -> None:
+    asked = []
+    monkeypatch.setattr("tlcoupling.cli.report.SHORT", 5)
+    monkeypatch.setattr(
+        "tlcoupling.analysis.analyze", lambda *args, **options: asked.append(options) or make_analysis()
+    )
+    assert report(*option, prompt=" ".join(["w5"] * words)).exit_code == 0
+    assert [options["token_layers"] for options in asked] == [layers]
 
 
 def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,7 +175,7 @@ def test_result_file_in_the_way_still_prints_the_tables(report: Report, tmp_path
         (["--k", "1000"], ["k=1000", f"d_model = {D_MODEL}"]),
         (["--k", "0"], ["k=0", "1"]),
         (["--tokens", "99"], ["tokens=99"]),
-        (["--layer", "99"], ["attention_layer=99"]),
+        (["--token-layers", "99"], ["token_layers=99"]),
     ],
 )
 def test_arguments_that_do_not_fit_the_model(report: Report, options: list[str], parts: list[str]) -> None:
@@ -181,7 +202,7 @@ def test_model_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize(
     "options",
-    [["--engine", "magic"], ["--k", "ten"], ["--tokens", "first"], ["--layer", "top"], ["--colour", "red"]],
+    [["--engine", "magic"], ["--k", "ten"], ["--tokens", "first"], ["--token-layers", "top"], ["--colour", "red"]],
 )
 def test_mistyped_options_end_with_2_before_the_work(report: Report, loaded: list[str], options: list[str]) -> None:
     result = report(*options)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import html
 import json
 import re
-import time
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, make_analysis
-from chromium import CHROMIUM, NO_CHROMIUM, Page
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tlcoupling import viz
+from tlcoupling import Analysis, viz
 from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.viz import payload
+from tlcoupling.viz import panes
+from tlcoupling.viz.plain import packed, visible
 from tlcoupling.viz.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 
-BUNDLE = "var CircuitsVis=("
 NAN = float("nan")
 
 
@@ -28,23 +31,43 @@ def data_of(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
+def unpacked(array: dict) -> torch.Tensor:
+    """What a page's script makes of a packed array, with NaN for what is not defined."""
+    steps = torch.frombuffer(bytearray(base64.b64decode(array["data"])), dtype=torch.int16).reshape(array["shape"])
+    return torch.where(steps == -32768, NAN, steps.double() * array["scale"])
+
+
+def bundles(page: str) -> int:
+    """How often a page carries circuitsvis."""
+    found = re.findall(r'<script type="text/plain" id="circuitsvis-bundle">([^<]*)</script>', page)
+    scripts = [zlib.decompress(base64.b64decode(one)).decode() for one in found if one]
+    assert all("var CircuitsVis=(" in script for script in scripts)
+    return len(scripts) + page.count("var CircuitsVis=(")
+
+
 def elements_of(page: str) -> str:
     """The page without what its scripts and styles hold."""
     return re.sub(r"(<(script|style)[^>]*>).*?(</\2>)", r"\1\3", page, flags=re.S)
 
 
-def test_report_carries_the_circuitsvis_bundle_once() -> None:
-    page = viz.render_html(make_analysis())
-    assert page.count(BUNDLE) == 1
-    assert len(page) < 3_000_000
+def every_widget(analysis: Analysis) -> dict[str, viz.Widget]:
+    return {
+        "attention_and_coupling": viz.attention_and_coupling(analysis, 1),
+        "depth_coupling": viz.depth_coupling(analysis),
+        "tokens": viz.tokens(analysis),
+        "dashboard": viz.dashboard(analysis),
+    }
 
 
-def test_only_what_shows_attention_carries_the_bundle() -> None:
-    analysis = make_analysis()
-    assert viz.attention(analysis).html.count(BUNDLE) == 1
-    for widget in (viz.tokens(analysis), viz.depth_coupling(analysis), viz.depth_coupling(analysis.coupling)):
-        assert BUNDLE not in widget.html
-        assert len(widget.html) < 100_000
+def test_a_page_carries_the_circuitsvis_bundle_once_where_it_shows_attention() -> None:
+    pages = {name: widget.html for name, widget in every_widget(make_analysis(token_layers=(1,))).items()}
+    assert {name: bundles(page) for name, page in pages.items()} == {
+        "attention_and_coupling": 1,
+        "depth_coupling": 0,
+        "tokens": 0,
+        "dashboard": 1,
+    }
+    assert len(pages["depth_coupling"]) < 100_000 > len(pages["tokens"])
 
 
 @pytest.mark.parametrize("tokens", [("a", "b"), HOSTILE_TOKENS], ids=["plain", "hostile"])
@@ -76,13 +99,11 @@ def test_model_name_is_text() -> None:
 
 
 def test_scripts_match_the_hashes_that_the_page_allows() -> None:
-    import base64
-    import hashlib
-
     page = viz.render_html(make_analysis(HOSTILE_TOKENS))
     scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
-    assert len(scripts) == 2
-    for script in scripts:
+    bundle = re.search(r'id="circuitsvis-bundle">([^<]*)</script>', page)[1]
+    assert len(scripts) == 1 and page.count("'sha256-") == 2
+    for script in (*scripts, zlib.decompress(base64.b64decode(bundle)).decode()):
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in page
 
@@ -93,7 +114,7 @@ def test_nan_and_infinity_become_null() -> None:
     analysis.linearity.lss[0, 1] = NAN
     analysis.growth.expodistance[0] = float("inf")
     data = data_of(viz.render_html(analysis))
-    assert data["coupling"]["values"][0][0][0][1][2] is None
+    assert unpacked(data["coupling"]["values"])[0, 0, 0, 1].isnan().tolist() == [False, False, True, False]
     assert data["coupling"]["mean"]["values"][0][0][0] is None
     assert data["tokens"]["lss"][1] is None
     assert data["tokens"]["ed"][0] is None
@@ -101,15 +122,41 @@ def test_nan_and_infinity_become_null() -> None:
 
 
 def test_a_page_holds_the_numbers_of_its_analysis() -> None:
-    analysis = make_analysis(positions=(0, -1), ks=(2, 3))
+    analysis = make_analysis(positions=(0, -1), ks=(2, 3), token_layers=(0, 2))
     data = data_of(viz.render_html(analysis))
-    coupling, half_a_digit = analysis.coupling, 0.5e-4 + 1e-7  # rounded to four digits
-    assert torch.allclose(torch.tensor(data["coupling"]["values"]), coupling.values, atol=half_a_digit, rtol=0)
-    null = torch.tensor(data["coupling"]["null"])[..., None].expand_as(coupling.null)
-    assert torch.allclose(null, coupling.null, atol=half_a_digit, rtol=0)
+    coupling, step = analysis.coupling, 1 / 32767  # 16 bits of numbers up to 1
+    torch.testing.assert_close(unpacked(data["coupling"]["values"]), coupling.values.double(), atol=step, rtol=0)
+    torch.testing.assert_close(unpacked(data["coupling"]["null"]), coupling.null[..., 0].double(), atol=step, rtol=0)
     assert data["tokens"]["order"] == analysis.linearity.path("block").argsort().tolist()
     assert data["coupling"]["positions"] == [0, 3]
     assert data["coupling"]["ks"] == [2, 3]
+    kinds = {kind["name"]: kind for kind in data["pairs"]["kinds"]}
+    parts = {"token": "token_coupling", "context src": "context_src", "context dest": "context_dest"}
+    assert list(kinds) == list(parts)
+    for name, part in parts.items():
+        result, kind = getattr(analysis, part), kinds[name]
+        assert (kind["layers"], kind["sublayers"]) == ([0, 2], list(result.sublayers))
+        torch.testing.assert_close(unpacked(kind["values"]), result.values.double(), atol=step, rtol=0)
+        torch.testing.assert_close(unpacked(kind["null"]), result.null[..., 0].double(), atol=step, rtol=0)
+    patterns = torch.zeros(4, 2, 4, 4, dtype=torch.float64)
+    rows, columns = torch.tril_indices(4, 4)
+    patterns[..., rows, columns] = unpacked(data["pairs"]["attention"]["patterns"])
+    torch.testing.assert_close(patterns, analysis.attention.double(), atol=step, rtol=0)
+    numbers = data["tokens"]
+    assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], abs=6e-4)
+    both = [a + m for a, m in zip(numbers["attn_share"], numbers["mlp_share"], strict=True)]
+    assert both == pytest.approx(numbers["rate"], abs=1.6e-4)  # three numbers rounded to four digits
+
+
+@given(st.lists(st.floats(width=32) | st.just(NAN), min_size=1, max_size=20))
+def test_packing_keeps_numbers_to_half_a_step_and_says_what_is_undefined(numbers: list[float]) -> None:
+    array = torch.tensor(numbers, dtype=torch.float64)
+    packing = packed(array)
+    back, finite = unpacked(packing), array.isfinite()
+    assert torch.equal(back.isnan(), ~finite)
+    assert ((back - array)[finite].abs() <= 0.5 * packing["scale"] * (1 + 1e-6)).all()  # the product is rounded too
+    if finite.any() and (largest := array[finite].abs().max()) > 0:
+        assert packing["scale"] == pytest.approx(float(largest) / 32767)
 
 
 def test_summary_reduces_over_pairs_and_tokens() -> None:
@@ -139,11 +186,11 @@ def test_summary_leaves_out_undefined_scores() -> None:
 
 def test_page_states_the_metric_that_was_used() -> None:
     coupling = make_analysis().coupling
-    assert payload.coupling(coupling)["formula"] == "c = 1 − ‖ |U₂ᵀ J₁ V₂| − S₁ ‖ / ‖S₁‖"
-    assert payload.coupling(coupling)["diagonal_is_one"]
+    assert panes.depth(coupling)["formula"] == "c = 1 − ‖ |U₂ᵀ J₁ V₂| − S₁ ‖ / ‖S₁‖"
+    assert panes.depth(coupling)["diagonal_is_one"]
     swapped = dataclasses.replace(coupling, bases="vu", absolute=False, normalizer="trace")
-    assert payload.coupling(swapped)["formula"] == "c = 1 − ‖ V₂ᵀ J₁ U₂ − S₁ ‖ / tr S₁"
-    assert not payload.coupling(swapped)["diagonal_is_one"]
+    assert panes.depth(swapped)["formula"] == "c = 1 − ‖ V₂ᵀ J₁ U₂ − S₁ ‖ / tr S₁"
+    assert not panes.depth(swapped)["diagonal_is_one"]
 
 
 def test_parallel_blocks_have_no_shares() -> None:
@@ -153,40 +200,62 @@ def test_parallel_blocks_have_no_shares() -> None:
 
 
 def test_invisible_characters_are_shown() -> None:
-    assert payload.visible(" a\n\t\u202e\u200b") == " a↵⇥\\u{202e}\\u{200b}"
-    assert payload.visible("") == "∅"
-    assert payload.visible("\u200d") == "\\u{200d}"
-    assert payload.visible("🏳️‍🌈") == "🏳️‍🌈"
+    assert visible(" a\n\t\u202e\u200b") == " a↵⇥\\u{202e}\\u{200b}"
+    assert visible("") == "∅"
+    assert visible("\u200d") == "\\u{200d}"
+    assert visible("🏳️‍🌈") == "🏳️‍🌈"
 
 
-def test_long_prompts_show_the_attention_of_their_end() -> None:
-    analysis = make_analysis([str(i) for i in range(300)], n_heads=3)
-    data = payload.attention(analysis)
-    assert data["first"] == 200 and data["tokens"][0] == "200"
-    assert data["patterns"][2][99][99] == round(analysis.attention[2, 299, 299].item(), 3)
+def test_long_prompts_show_their_end_on_all_axes() -> None:
+    analysis = make_analysis([str(i) for i in range(300)], n_heads=3, token_layers=(1,))
+    data = panes.pairs(analysis.tokens, analysis, [analysis.token_coupling, analysis.context_src], [1])
+    assert data["first"] == 200 and data["tokens"][0] == "200"  # 4 * 100^2 cells
+    patterns = unpacked(data["attention"]["patterns"])
+    assert float(patterns[0, 2, -1]) == pytest.approx(float(analysis.attention[1, 2, 299, 299]), abs=1e-4)
+    for kind, result in zip(data["kinds"], (analysis.token_coupling, analysis.context_src), strict=True):
+        assert kind["positions"] == list(range(200, 300))
+        torch.testing.assert_close(
+            unpacked(kind["values"]), result.values[..., 200:, 200:].double(), atol=1 / 32767, rtol=0
+        )
 
 
-def test_model_without_attention_patterns() -> None:
+def test_what_was_not_measured_is_left_out() -> None:
     analysis = make_analysis(with_attention=False)
     page = viz.render_html(analysis)
-    assert BUNDLE not in page and 'id="attention"' not in page
-    with pytest.raises(ArgumentError, match="hook_pattern"):
-        viz.attention(analysis)
+    assert bundles(page) == 0
+    assert data_of(page)["pairs"]["attention"] is None and data_of(page)["pairs"]["kinds"] == []
+    with pytest.raises(ArgumentError, match=r"layer=1 .* one of \[\]"):
+        viz.attention_and_coupling(analysis, 1)
+    both = make_analysis(token_layers=(2,))
+    assert data_of(viz.attention_and_coupling(both, 1).html)["pairs"]["kinds"] == []
+    assert len(data_of(viz.attention_and_coupling(both, -2).html)["pairs"]["kinds"]) == 3
+    alone = data_of(viz.attention_and_coupling(both.context_dest, 2).html)["pairs"]
+    assert alone["attention"] is None and [kind["name"] for kind in alone["kinds"]] == ["context dest"]
+    with pytest.raises(ArgumentError, match=r"layer=1 .* one of \[2\]"):
+        viz.attention_and_coupling(both.token_coupling, 1)
+    with pytest.raises(ArgumentError, match="layer=9"):
+        viz.attention_and_coupling(both, 9)
 
 
-def test_widgets_are_isolated_frames() -> None:
-    analysis = make_analysis(HOSTILE_TOKENS)
-    for widget in (
-        viz.attention(analysis),
-        viz.depth_coupling(analysis.coupling),
-        viz.tokens(analysis),
-        viz.report(analysis),
-    ):
+@pytest.mark.usefixtures("unchecked")
+def test_results_of_another_kind_are_refused() -> None:
+    analysis = make_analysis()
+    for make in (viz.tokens, viz.dashboard, lambda result: viz.attention_and_coupling(result, 0)):
+        with pytest.raises(ArgumentError, match="result='DepthCoupling' .* an Analysis"):
+            make(analysis.coupling)
+    with pytest.raises(ArgumentError, match="result='Growth' .* a DepthCoupling"):
+        viz.depth_coupling(analysis.growth)
+    assert viz.depth_coupling(analysis.coupling).html == viz.depth_coupling(analysis).html
+
+
+def test_widgets_are_isolated_frames_and_whole_files(tmp_path: Path) -> None:
+    for name, widget in every_widget(make_analysis(HOSTILE_TOKENS, token_layers=(1,))).items():
         frame = widget._repr_html_()
         inside = re.fullmatch(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"></iframe>', frame)
         assert inside is not None
         assert html.unescape(inside[1]) == widget.html
         assert len(repr(widget)) < 100
+        assert widget.save(tmp_path / name).read_text(encoding="utf-8") == widget.html
 
 
 def test_write_html_says_why_it_cannot(tmp_path: Path) -> None:
@@ -195,120 +264,3 @@ def test_write_html_says_why_it_cannot(tmp_path: Path) -> None:
     assert written.read_text(encoding="utf-8") == viz.render_html(analysis)
     with pytest.raises(ResultFileError, match="No such file"):
         viz.write_html(analysis, tmp_path / "missing" / "report.html")
-
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
-DRAWN = "document.querySelector('#circuitsvis canvas')"
-
-
-@pytest.mark.slow
-@needs_chromium
-@pytest.mark.parametrize("width", [1280, 390])
-def test_browser_draws_every_section_of_a_hostile_report(tmp_path: Path, width: int) -> None:
-    analysis = make_analysis(HOSTILE_TOKENS, positions=(0, -1), ks=(2, 3))
-    analysis.linearity.lss[0, 2] = NAN
-    path = viz.write_html(analysis, tmp_path / "report.html")
-    with Page(width=width) as page:
-        page.open(path, DRAWN)
-        # Every section has drawn, circuitsvis too: a canvas per head and one zoomed, none of them blank.
-        for selector, count in {
-            "#header dt": 8,
-            "#summary tbody tr": 6 + 4 + 6,
-            "#coupling .heatmap image[href^='data:image/png']": 9,
-            "#coupling .chart .line": 6,
-            "#tokens ol button": len(HOSTILE_TOKENS),
-            "#growth .line": len(HOSTILE_TOKENS) + 1,
-            "#growth .bar": 8,
-            "#circuitsvis canvas": 3,
-        }.items():
-            page.wait(f"document.querySelectorAll({json.dumps(selector)}).length === {count}")
-        page.wait(
-            "[...document.querySelectorAll('#circuitsvis canvas')].every(c => "
-            "c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0 && x < 255))"
-        )
-        text = page.evaluate("document.body.innerText")
-        for token in ("<bos>", "</script><script>window.x=1</script>", "&lt;", "🦜", "שלום", '"><b>[red]'):
-            assert token in text
-        assert "\\u{202e}evil" in text
-        assert "–" in page.evaluate("document.querySelectorAll('#tokens ol button')[2].title")
-        assert page.evaluate("typeof window.x") == "undefined"
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.errors == []
-        assert page.requests == []
-
-
-@pytest.mark.slow
-@needs_chromium
-def test_browser_reads_out_numbers_by_keyboard_and_pointer(tmp_path: Path) -> None:
-    analysis = make_analysis(positions=(0, -1))
-    path = viz.write_html(analysis, tmp_path / "report.html")
-    with Page() as page:
-        page.open(path, DRAWN)
-        page.evaluate("document.querySelector('#coupling .panes').focus()")
-        page.press(["ArrowDown", "ArrowRight"])
-        readout = "document.querySelector('#coupling .readout').textContent"
-        value, excess = analysis.coupling.values[0, 0, 0, 1, 2], analysis.coupling.excess[0, 0, 0, 1, 2]
-        assert page.evaluate(readout).startswith("Jacobian of layer 1, bases of layer 2: ")
-        assert f"coupling {value:.4f}" in page.evaluate(readout)
-        assert float(page.evaluate(readout).split()[-1].replace("−", "-")) == pytest.approx(excess.item(), abs=1.1e-4)
-
-        page.evaluate(
-            "(select => { select.value = 1; select.dispatchEvent(new Event('change')); })"
-            "(document.querySelector('#coupling select'))"
-        )
-        assert f"coupling {analysis.coupling.values[0, 1, 0, 1, 2]:.4f}" in page.evaluate(readout)
-
-        box = page.evaluate(
-            "(e => { e.scrollIntoView(); const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })"
-            "(document.querySelector('#coupling .heatmap image'))"
-        )
-        page.move_to(box[0] + box[2] * 7 / 8, box[1] + box[3] / 8)
-        assert page.evaluate(readout).startswith("Jacobian of layer 0, bases of layer 3: ")
-
-        page.evaluate("document.querySelector('#tokens ol button').focus()")
-        page.press(["ArrowRight"])
-        assert page.evaluate("document.querySelector('#tokens .readout').textContent").startswith("1 “ cat”: LSS ")
-        assert page.evaluate("document.querySelectorAll('#growth .line.pointed').length") == 1
-
-        page.wait("document.querySelectorAll('#circuitsvis [role=button]').length === 2")
-        page.evaluate("document.querySelectorAll('#circuitsvis [role=button]')[1].focus()")
-        page.press(["Enter"])
-        page.wait("document.querySelector('#circuitsvis').innerText.includes('Head 1 Zoomed')")
-        assert page.errors == []
-
-
-@pytest.mark.slow
-@needs_chromium
-def test_browser_shows_widgets_in_their_frames(tmp_path: Path) -> None:
-    analysis = make_analysis(HOSTILE_TOKENS)
-    notebook = tmp_path / "notebook.html"
-    widgets = (viz.attention(analysis), viz.depth_coupling(analysis), viz.tokens(analysis))
-    frames = "".join(widget._repr_html_() for widget in widgets)
-    notebook.write_text(f"<!doctype html><meta charset=utf-8><body>{frames}", encoding="utf-8")
-    with Page() as page:
-        page.open(notebook)
-        page.wait("document.querySelectorAll('iframe').length === 3")
-        # The frames are sealed, so what they draw is seen from outside: by their pixels.
-        for index in range(3):
-            page.wait_for_ink(f"document.querySelectorAll('iframe')[{index}]")
-        assert page.evaluate("typeof window.x") == "undefined"
-        assert page.errors == []
-        assert page.requests == []
-
-
-@pytest.mark.slow
-@needs_chromium
-def test_browser_opens_a_report_of_512_tokens(tmp_path: Path) -> None:
-    tokens = [f" t{i}" for i in range(512 - len(HOSTILE_TOKENS))] + list(HOSTILE_TOKENS)
-    path = viz.write_html(make_analysis(tokens, n_heads=12, n_layers=12), tmp_path / "report.html")
-    with Page() as page:
-        started = time.perf_counter()
-        page.open(path, DRAWN)
-        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-        print(
-            f"512 tokens: {path.stat().st_size / 1e6:.2f} MB, first paint {paint / 1000:.2f} s, "
-            f"all drawn {time.perf_counter() - started:.2f} s"
-        )
-        assert path.stat().st_size < 3_000_000
-        assert "last 55 of 512 tokens" in page.evaluate("document.querySelector('#attention').innerText")
-        assert page.errors == []

@@ -50,7 +50,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             loader that is not one of the three.
 
     Warns:
-        Weights were processed in a way that cannot be read off them.
+        UserWarning: weights were processed in a way that cannot be read off them.
 
     Example:
         >>> random = tlc.random_baseline(model)  # doctest: +SKIP

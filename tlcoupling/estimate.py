@@ -11,7 +11,8 @@ import torch
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
-from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.coupling.plan import Job, Plan, make_plan
 from tlcoupling.hooked import Topology, model_name_of, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.prompt import to_tokens
@@ -110,6 +111,7 @@ def estimate(
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = -1,
     layers: Sequence[int] | None = None,
+    token_layers: Indices | None = None,
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
@@ -127,6 +129,7 @@ def estimate(
         sublayers: as in ``depth_coupling``.
         tokens: as in ``depth_coupling``.
         layers: as in ``depth_coupling``.
+        token_layers: as in ``analyze``; their token-wise and context coupling are counted.
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
@@ -151,24 +154,60 @@ def estimate(
     chosen = resolve_indices("layers", "all" if layers is None else layers, outline.n_layers)
     first = next(model.blocks.parameters())
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    plan = make_plan(Job(model, topology, n_tokens, dtype, names, depth_groups(chosen, positions), options))
+    compared = () if token_layers is None else resolve_indices("token_layers", token_layers, outline.n_layers)
+    jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, n_tokens, names)
+    plans = {
+        kind: make_plan(Job(model, topology, n_tokens, dtype, parts, groups, options))
+        for kind, (parts, groups) in jobs.items()
+    }
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    stages = [Stage("forward pass", "", 2.0 * weights * n_tokens), Stage("blocks run again", "", plan.run_flops)]
-    for name, (way, count) in plan.ways.items():
-        part_of_block = way.formed == 0 and way.name != "products"
-        stages.append(Stage(f"{name}: Jacobians", "the block's" if part_of_block else way.name, count * way.formed))
-        stages.append(Stage(f"{name}: decomposition", way.name, count * way.thin))
-        stages.append(Stage(f"{name}: comparison", way.name, count * way.compared))
+    run_again = sum(plan.run_flops for plan in plans.values())
+    stages = [Stage("forward pass", "", 2.0 * weights * n_tokens), Stage("blocks run again", "", run_again)]
+    for kind, plan in plans.items():
+        stages += _stages(f"{kind} " if kind else "", plan)
     return Estimate(
         model_name=model_name_of(model),
         n_tokens=n_tokens,
         n_measured=len(positions),
         ks=options.k,
         stages=tuple(stages),
-        memory_bytes=plan.peak_bytes,
-        free_bytes=plan.free_bytes,
+        memory_bytes=max(plan.peak_bytes for plan in plans.values()),
+        free_bytes=min(plan.free_bytes for plan in plans.values()),
         rate=matmul_rate(first.device, dtype),
     )
+
+
+def _pairs_of_tokens(
+    layers: Sequence[int], n_tokens: int, sublayers: Sequence[str]
+) -> dict[str, tuple[tuple[str, ...], list[Group]]]:
+    """What ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
+    if not layers:
+        return {}
+    ends = {
+        "token-wise": lambda pos: (pos, pos),
+        "fixed src": lambda pos: (pos, 0),
+        "fixed dest": lambda pos: (n_tokens - 1, pos),
+    }
+    return {
+        kind: (
+            tuple(name for name in sublayers if name != "mlp" or kind == "token-wise"),
+            [Group.of([Place(layer, *place(pos)) for pos in range(n_tokens)]) for layer in layers],
+        )
+        for kind, place in ends.items()
+    }
+
+
+def _stages(kind: str, plan: Plan) -> list[Stage]:
+    """The work of a plan: making, decomposing and comparing the Jacobians of each sublayer."""
+    stages = []
+    for name, (way, count) in plan.ways.items():
+        part_of_block = way.formed == 0 and way.name != "products"
+        stages.append(
+            Stage(f"{kind}{name}: Jacobians", "the block's" if part_of_block else way.name, count * way.formed)
+        )
+        stages.append(Stage(f"{kind}{name}: decomposition", way.name, count * way.thin))
+        stages.append(Stage(f"{kind}{name}: comparison", way.name, count * way.compared))
+    return stages
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

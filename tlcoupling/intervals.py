@@ -86,7 +86,7 @@ def bootstrap_mean(
         ArgumentError: an argument out of range.
 
     Warns:
-        Units without a value; fewer than two units, or units that are all equal: then the ends are NaN.
+        UserWarning: units without a value; fewer than two units, or units that are all equal: then the ends are NaN.
     """
     from scipy.stats import bootstrap
 

@@ -117,8 +117,8 @@ class ManyAnalyses(Result):
             ArgumentError: an argument out of range.
 
         Warns:
-            There is no interval, and its ends are NaN: a single unit, or units that are all equal. Units whose value
-            is NaN are left out, and counted in the warning.
+            UserWarning: there is no interval, and its ends are NaN: a single unit, or units that are all equal. Units
+                whose value is NaN are left out, and counted in the warning.
         """
         allowed = (*self._axes, "excess")
         if quantity not in allowed:
@@ -195,7 +195,7 @@ def analyze_many(
         EveryPromptFailedError: none of them could be measured; the first one's error is its cause.
 
     Warns:
-        A prompt could not be measured.
+        UserWarning: a prompt could not be measured.
 
     Example:
         >>> many = tlc.analyze_many(model, prompts, baseline=tlc.random_baseline(model))  # doctest: +SKIP

@@ -6,7 +6,7 @@ import sys
 import webbrowser
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ from tlcoupling.errors import ResultFileError
 
 if TYPE_CHECKING:
     from tlcoupling.analysis import Analysis
+
+# The longest prompt whose tokens are compared in some layers without being asked for: the work grows with its square.
+SHORT = 64
 
 
 class Engine(str, Enum):
@@ -49,6 +52,20 @@ def _tokens(text: str) -> list[int] | Literal["all"]:
         ) from None
 
 
+def _token_layers(text: str | None) -> list[int] | Literal["all", "none", "some"]:
+    """Layers separated by commas, ``all``, ``none``, or some of our choice."""
+    if text is None:
+        return "some"
+    if text in ("all", "none"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither 'all' nor 'none' nor layers such as 15 or 0,15,-1", param_hint="--token-layers"
+        ) from None
+
+
 @app.command()
 def report(
     model: Annotated[
@@ -67,64 +84,64 @@ def report(
     tokens: Annotated[
         str, typer.Option(help="Tokens whose coupling is measured: positions such as -1 or 0,5,-1, or 'all'.")
     ] = "-1",
-    layer: Annotated[
-        int | None, typer.Option(help="Layer whose attention is shown.", show_default="the middle one")
+    token_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers whose tokens are compared with each other, token-wise and across context: such as 0,15,-1, "
+            "'all' or 'none'.",
+            show_default=f"first, middle and last; none at more than {SHORT} tokens",
+        ),
     ] = None,
     engine: Annotated[Engine, typer.Option(help="How Jacobians are computed.")] = Engine.auto,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print work, memory and time of the coupling, and measure nothing.")
+        bool, typer.Option("--estimate", help="Print work, memory and time, and measure nothing.")
     ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Measure coupling, linearity and growth of a model on a prompt; print tables, save numbers and a web page."""
-    ks, positions = [_k(text) for text in k or ["10"]], _tokens(tokens)
+    ks, positions, compared = [_k(text) for text in k or ["10"]], _tokens(tokens), _token_layers(token_layers)
     with errors_as_one_line():
+        if not estimate:
+            from tlcoupling.results import check_writable
+
+            check_writable(output, "output")
+        loaded, text = load(model), prompt_or_default(prompt)
+        options: dict[str, Any] = {
+            "k": ks,
+            "tokens": positions,
+            "token_layers": _layers_of(loaded, text, compared),
+            "engine": engine.value,
+        }
         if estimate:
-            return _estimate(model, prompt, ks, positions, engine)
+            from tlcoupling.estimate import estimate as estimated
+            from tlcoupling.terminal import print_estimate
 
-        from tlcoupling.results import check_writable
+            return print_estimate(estimated(loaded, text, **options))
 
-        check_writable(output, "output")
-        analysis = _analyze(model, prompt, ks, positions, layer, engine)
-
+        from tlcoupling.analysis import analyze
         from tlcoupling.terminal import print_analysis
 
+        analysis = analyze(loaded, text, **options, progress=sys.stderr.isatty())
         print_analysis(analysis)
         page = _save(analysis, output)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
 
 
-def _analyze(
-    name: str,
-    prompt: str | None,
-    ks: list[int | float],
-    positions: list[int] | Literal["all"],
-    layer: int | None,
-    engine: Engine,
-) -> Analysis:
-    """Load the model and measure, with signs of life on a terminal's stderr."""
-    from tlcoupling.analysis import analyze
+def _layers_of(
+    model: Any, prompt: str, chosen: list[int] | Literal["all", "none", "some"]
+) -> list[int] | Literal["all"] | None:
+    """The layers whose tokens are compared: where none were asked for, the first, the middle and the last."""
+    if chosen == "none":
+        return None
+    if chosen != "some":
+        return chosen
+    from tlcoupling.hooked import require_supported
+    from tlcoupling.prompt import to_tokens
 
-    return analyze(
-        load(name),
-        prompt_or_default(prompt),
-        k=ks,
-        tokens=positions,
-        attention_layer=layer,
-        engine=engine.value,
-        progress=sys.stderr.isatty(),
-    )
-
-
-def _estimate(
-    name: str, prompt: str | None, ks: list[int | float], positions: list[int] | Literal["all"], engine: Engine
-) -> None:
-    """Load the model and say what its coupling would cost."""
-    from tlcoupling.estimate import estimate
-    from tlcoupling.terminal import print_estimate
-
-    print_estimate(estimate(load(name), prompt_or_default(prompt), ks, tokens=positions, engine=engine.value))
+    require_supported(model)
+    last = len(model.blocks) - 1
+    return sorted({0, (last + 1) // 2, last}) if 2 <= to_tokens(model, prompt, None).shape[1] <= SHORT else None
 
 
 def _save(analysis: Analysis, folder: Path) -> Path:

@@ -97,13 +97,16 @@ def coupling_loss(
         _require_repeatable(model, ids)
     jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]
-    u, s, v = (torch.stack(each) for each in zip(*parts, strict=True))
-    stacked = torch.stack(jacobians)
-    projected = u.mT[None] @ stacked[:, None] @ v[None]  # [layer, basis_layer, K, K]
+    home = jacobians[0].device  # of the loss; a device map may have the layers on others, and products stay there
+    u, s, v = (torch.stack([part.to(home) for part in each]) for each in zip(*parts, strict=True))
+    projected = torch.stack(  # [layer, basis_layer, K, K]
+        [(u.mT.to(jacobian.device) @ jacobian @ v.to(jacobian.device)).to(home) for jacobian in jacobians]
+    )
     found = coupling(projected, s[:, None], normalizer, absolute)
     if quantity == "values":
         return 1 - off_diagonal_mean(found)
-    null = null_coupling(s, stacked.flatten(1).norm(dim=-1), stacked.shape[-1], normalizer, absolute)
+    frobenius = torch.stack([jacobian.norm().to(home) for jacobian in jacobians])
+    null = null_coupling(s, frobenius, model.cfg.d_model, normalizer, absolute)
     return off_diagonal_mean(null[:, None] - found)
 
 

@@ -66,8 +66,9 @@ def compare_groups(
                     del held[name][place]
             cells += [compared[index] for index in range(len(batch))]
     next(ticks, None)
+    # a group of each layer lies on that layer's device, so they meet on the CPU
     return {
-        field: torch.stack([torch.stack([cell[name][field] for cell in cells]) for name in sublayers]).cpu()
+        field: torch.stack([torch.stack([cell[name][field].cpu() for cell in cells]) for name in sublayers])
         for field in cells[0][sublayers[0]]
     }
 

@@ -182,7 +182,7 @@ def linearization_gap(
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Warns:
-        The real model does not change at all: gap and cosine are NaN there.
+        UserWarning: the real model does not change at all: gap and cosine are NaN there.
 
     Example:
         >>> tlc.linearization_gap(trace, layer=5).reach(0.1)  # doctest: +SKIP

@@ -93,7 +93,7 @@ def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
         coupling: its ``singular_values`` and ``layers`` are used.
 
     Warns:
-        Fewer than three layers: any line fits two points, so slope, intercept and R^2 are NaN.
+        UserWarning: fewer than three layers: any line fits two points, so slope, intercept and R^2 are NaN.
 
     Example:
         >>> tlc.singular_value_profile(tlc.depth_coupling(trace, k=10)).r_squared[0, 0]  # doctest: +SKIP

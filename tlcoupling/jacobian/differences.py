@@ -42,7 +42,8 @@ def require_followed(trace: Trace, layer: int, sublayer: str, src: int, dest: in
         HookError: differences settle elsewhere than at autograd's derivative.
 
     Warns:
-        The differences do not settle, so nothing can be said: a hook is not smooth there (a hard threshold, a top-k).
+        UserWarning: the differences do not settle, so nothing can be said: a hook is not smooth there (a hard
+            threshold, a top-k).
     """
     oracle = AutogradJacobian(trace, layer, sublayer, src, dest, None)
     generator = torch.Generator().manual_seed(layer)

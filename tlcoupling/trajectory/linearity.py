@@ -127,7 +127,8 @@ def linearity(source: Any) -> Linearity:
             ``Trace.from_cache``.
 
     Warns:
-        A step of length zero has no direction: its token's score is NaN, and the warning names token and layer.
+        UserWarning: a step of length zero has no direction: its token's score is NaN, and the warning names token and
+            layer.
 
     Example:
         >>> tlc.linearity(trace).path("block").mean()  # doctest: +SKIP

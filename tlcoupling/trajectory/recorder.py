@@ -87,7 +87,7 @@ class TrajectoryRecorder:
             NonFiniteActivationError, ResidualIdentityError: see ``tlc.linearity``.
 
         Warns:
-            As ``tlc.linearity`` does.
+            UserWarning: as ``tlc.linearity`` does.
         """
         self._require_run()
         return linearity_of_paths(self._paths, self._provenance(), self._tokens)

@@ -2,7 +2,8 @@
 
 Whatever comes from a model or a prompt enters the page as JSON, escaped so that it cannot end its element, and the
 page's scripts show it as text. Nothing but the scripts put here may run, and nothing may be fetched: the page says so
-in its Content-Security-Policy, by the scripts' hashes.
+in its Content-Security-Policy, by the scripts' hashes. The circuitsvis bundle is inside once, compressed, and is run by
+the page's own scripts, under its hash.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import html
 import importlib.util
 import json
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -23,15 +25,19 @@ _ASSETS = resources.files("tlcoupling.viz") / "assets"
 # In the order in which they rely on each other.
 _SCRIPTS = (
     "dom",
+    "arrays",
+    "choice",
     "color",
     "chart",
     "heatmap",
     "header",
     "summary",
+    "controls",
     "coupling",
+    "attention",
+    "pairs",
     "tokens",
     "growth",
-    "attention",
     "main",
 )
 
@@ -45,16 +51,16 @@ def render(title: str, sections: Mapping[str, Any]) -> str:
             is left out.
     """
     sections = {name: data for name, data in sections.items() if data is not None}
-    scripts = ["\n".join(_asset(f"scripts/{name}.js") for name in _SCRIPTS)]
-    if "attention" in sections:
-        scripts.insert(0, _circuitsvis())
+    script = "\n".join(_asset(f"scripts/{name}.js") for name in _SCRIPTS)
+    bundle = _circuitsvis() if (sections.get("pairs") or {}).get("attention") else ""
     return Template(_asset("page.html")).substitute(
         title=html.escape(title),
-        policy=_policy(scripts),
+        policy=_policy([script, bundle] if bundle else [script]),
         style=_asset("page.css"),
         body="\n".join(_asset(f"sections/{name}.html") for name in sections),
         data=_json(sections),
-        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+        bundle=_compressed(bundle) if bundle else "",
+        script=script,
     )
 
 
@@ -65,14 +71,23 @@ def _asset(name: str) -> str:
 
 @cache
 def _circuitsvis() -> str:
-    """The JavaScript bundle inside the circuitsvis package, found without importing it, fit for an inline script."""
+    """The JavaScript bundle inside the circuitsvis package, found without importing it.
+
+    Raises:
+        ImportError: circuitsvis is not installed.
+    """
     spec = importlib.util.find_spec("circuitsvis")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not folders:
         raise ImportError("attention patterns need circuitsvis: pip install circuitsvis")
     bundle = Path(folders[0], "dist", "cdn", "iife.js").read_text(encoding="utf-8")
-    # In a JavaScript string "<\/" is "</". The map is a file of its own, which the page does not have.
-    return bundle.replace("</script", "<\\/script").partition("\n//# sourceMappingURL=")[0]
+    return bundle.partition("\n//# sourceMappingURL=")[0]  # a file of its own, which the page does not have
+
+
+@cache
+def _compressed(script: str) -> str:
+    """A script as zlib-compressed base64: less than half as long, and without a character that HTML could take up."""
+    return base64.b64encode(zlib.compress(script.encode(), 9)).decode()
 
 
 def _policy(scripts: list[str]) -> str:

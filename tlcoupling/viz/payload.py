@@ -1,17 +1,15 @@
-"""Results as plain data for the page: rounded, NaN and infinity as None, invisible characters of tokens shown."""
+"""An analysis as plain data for the page's sections: what is not a heat map (those are in ``panes``)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-
-from torch import Tensor
 
 from tlcoupling.analysis import Analysis
 from tlcoupling.coupling import DepthCoupling
 from tlcoupling.results import Provenance
+from tlcoupling.viz.plain import rounded, visible
 from tlcoupling.viz.summary import (
     by_straightness,
     coupling_rows,
@@ -20,20 +18,17 @@ from tlcoupling.viz.summary import (
     linearity_rows,
 )
 
-# Cells that the attention component draws without a noticeable wait: all heads, and the zoomed one once more.
-ATTENTION_CELLS = 40_000
-_SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\xa0": "⍽"}
-_JOINERS = "\u200c\u200d"  # invisible, but they shape the letters and emoji around them
-
 
 def header(analysis: Analysis) -> dict[str, Any]:
     """What was measured, on what, and how."""
     provenance, coupling = analysis.provenance, analysis.coupling
     measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
+    compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     facts = {
         "Size": f"{len(analysis.growth.alpha)} layers, d_model {d_model_of(coupling)}",
         "Tokens": str(len(analysis.tokens)),
-        "Jacobians of token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
+        "Layers compared at token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
+        "Tokens compared in layers": _few(compared) if compared else "none",
         "Singular vectors": "K = " + ", ".join(map(str, coupling.ks)),
         "Metric": f"{coupling.normalizer} normaliser, {coupling.bases} bases, "
         + ("absolute values" if coupling.absolute else "signed"),
@@ -52,42 +47,55 @@ def header(analysis: Analysis) -> dict[str, Any]:
 def summary(analysis: Analysis) -> dict[str, Any]:
     """The headline numbers."""
     return {
-        "coupling": [_rounded(asdict(row)) for row in coupling_rows(analysis.coupling)],
-        "linearity": [_rounded(asdict(row)) for row in linearity_rows(analysis.linearity)],
-        "growth": _rounded(asdict(growth_summary(analysis.growth))),
+        "coupling": [rounded(asdict(row)) for row in coupling_rows(analysis.coupling)],
+        "linearity": [rounded(asdict(row)) for row in linearity_rows(analysis.linearity)],
+        "growth": rounded(asdict(growth_summary(analysis.growth))),
         "n_measured": len(analysis.coupling.positions),
     }
 
 
-def coupling(result: DepthCoupling) -> dict[str, Any]:
-    """Matrices and profiles by distance, ``[sublayer][token][k]...``; the null depends on the row alone."""
+def controls(analysis: Analysis) -> dict[str, Any]:
+    """What a reader of the whole page chooses from: layers, tokens and K, with what was measured of each."""
+    n_layers = len(analysis.growth.alpha)
+    compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     return {
-        "formula": _formula(result),
-        "diagonal_is_one": result.bases == "uv",
-        "sublayers": result.sublayers,
-        "layers": result.layers,
-        "ks": result.ks,
-        "positions": result.positions,
-        "tokens": [visible(token) for token in result.tokens],
-        "values": _rounded(result.values),
-        "null": _rounded(result.null[..., 0]),
-        "mean": {name: _rounded(result.mean(name)) for name in ("values", "null", "excess")},
-        "profile": {name: _rounded(result.profile(name)) for name in ("values", "null")},
+        "layers": list(range(n_layers)),
+        "compared": list(compared),
+        "tokens": [visible(token) for token in analysis.tokens],
+        "positions": list(range(len(analysis.tokens))),
+        "measured": list(analysis.coupling.positions),
+        "ks": analysis.coupling.ks,
+        "start": {
+            "layer": compared[len(compared) // 2] if compared else n_layers // 2,
+            "token": analysis.coupling.positions[-1],
+            "k": analysis.coupling.ks[0],
+        },
     }
 
 
-def attention(analysis: Analysis) -> dict[str, Any] | None:
-    """Attention patterns of one layer, of the last tokens where there are too many to draw; None without patterns."""
-    if analysis.attention is None:
-        return None
-    n_tokens = len(analysis.tokens)
-    shown = min(n_tokens, math.isqrt(ATTENTION_CELLS // (len(analysis.attention) + 1)))
+def depth_controls(coupling: DepthCoupling) -> dict[str, Any]:
+    """The same for depth-wise coupling alone: only what was measured."""
     return {
-        "layer": analysis.attention_layer,
-        "n_tokens": n_tokens,
-        "tokens": [_label(visible(token)) for token in analysis.tokens[-shown:]],
-        "first": n_tokens - shown,
-        "patterns": _rounded(analysis.attention[:, -shown:, -shown:], 3),
+        "layers": [],
+        "compared": [],
+        "tokens": [visible(token) for token in coupling.tokens],
+        "positions": coupling.positions,
+        "measured": coupling.positions,
+        "ks": coupling.ks,
+        "start": {"layer": None, "token": coupling.positions[-1], "k": coupling.ks[0]},
+    }
+
+
+def layer_controls(layer: int, ks: Sequence[int]) -> dict[str, Any]:
+    """The same for one layer."""
+    return {
+        "layers": [layer],
+        "compared": [],
+        "tokens": [],
+        "positions": [],
+        "measured": [],
+        "ks": ks,
+        "start": {"layer": layer, "token": None, "k": ks[0] if ks else None},
     }
 
 
@@ -95,14 +103,17 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
     """Each token's numbers, and their order by straightness."""
     linearity, growth = analysis.linearity, analysis.growth
     lss = linearity.path("block")
+    shares = {"attn_share": growth.attn_share, "mlp_share": growth.mlp_share}
     return {
         "tokens": [visible(token) for token in analysis.tokens],
         "n_steps": linearity.steps[linearity.paths.index("block")],
-        "lss": _rounded(lss, 3),
-        "ed": _rounded(growth.expodistance, 3),
-        "norm": _rounded(growth.norms[-1], 2),
-        "rate": _rounded(growth.rate),
-        "r_squared": _rounded(growth.r_squared),
+        "lss": rounded(lss, 3),
+        "ed": rounded(growth.expodistance, 3),
+        "cv": rounded(growth.cv, 3),
+        "norm": rounded(growth.norms[-1], 2),
+        "rate": rounded(growth.rate),
+        **{name: rounded(share.mean(0)) for name, share in shares.items() if share is not None},
+        "r_squared": rounded(growth.r_squared),
         "order": by_straightness(lss),
     }
 
@@ -114,34 +125,18 @@ def growth(analysis: Analysis) -> dict[str, Any]:
     shares = {"attn": result.attn_share, "mlp": result.mlp_share}
     return {
         "tokens": [visible(token) for token in analysis.tokens],
-        "log_norms": _rounded(log_norms.T, 3),
-        "median": _rounded(log_norms.nanmedian(1).values, 3),
-        "alpha": _rounded(result.alpha.nanmean(1)),
-        "shares": {name: _rounded(share.nanmean(1)) for name, share in shares.items() if share is not None},
+        "log_norms": rounded(log_norms.T, 3),
+        "median": rounded(log_norms.nanmedian(1).values, 3),
+        "alpha": rounded(result.alpha.nanmean(1)),
+        "shares": {name: rounded(share.nanmean(1)) for name, share in shares.items() if share is not None},
     }
 
 
-def visible(text: str) -> str:
-    """A token with line breaks and invisible characters as signs, so that no token looks empty or reorders others."""
-
-    def shown(char: str) -> str:
-        if char.isprintable() or (char in _JOINERS and len(text) > 1):
-            return char
-        return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
-
-    return "".join(map(shown, text)) or "∅"
-
-
-def _formula(result: DepthCoupling) -> str:
-    """The coupling as it was measured."""
-    projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
-    size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
-    return f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}"
-
-
-def _label(text: str, longest: int = 16) -> str:
-    """A token short enough for an axis."""
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+def _few(layers: Sequence[int], longest: int = 6) -> str:
+    """Layers in words: not more than a few, one after the other."""
+    if len(layers) > longest:
+        return f"{len(layers)} of them, {layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 def _plain(mapping: Mapping[str, Any]) -> str:
@@ -157,16 +152,3 @@ def _plain(mapping: Mapping[str, Any]) -> str:
 
 def _versions(provenance: Provenance) -> str:
     return ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
-
-
-def _rounded(value: Any, digits: int = 4) -> Any:
-    """Numbers rounded, with None for NaN and infinity (JSON has neither), in tensors, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return _rounded(value.tolist(), digits)
-    if isinstance(value, list):
-        return [_rounded(item, digits) for item in value]
-    if isinstance(value, dict):
-        return {name: _rounded(item, digits) for name, item in value.items()}
-    if isinstance(value, float):
-        return round(value, digits) + 0.0 if math.isfinite(value) else None  # + 0.0: no "-0.0"
-    return value

@@ -1,23 +1,16 @@
 /* circuitsvis's AttentionHeads draws tokens on a canvas, so that no token can become markup there. */
-tlc.sections.attention = (section, data) => {
-  tlc.part(section, "layer").append(`${data.layer}`);
-  if (data.first > 0) {
-    tlc.part(section, "cut").append(
-      ` Only the last ${data.tokens.length} of ${data.n_tokens} tokens are drawn, so that rows do not add up to 1 here.`,
-    );
-  }
-  CircuitsVis.render("circuitsvis", CircuitsVis.AttentionHeads, {
-    attention: data.patterns,
-    tokens: data.tokens,
-    maxValue: 1,
-    minValue: -1,
-    positiveColor: "#0b4f9e",
-    negativeColor: "#b85c1e",
-  });
 
-  // Its head selectors listen to the mouse alone: give the keyboard the same events.
-  const root = document.getElementById("circuitsvis");
-  const reach = () => {
+{
+  /** Run the bundle that the page carries compressed; its hash is in the page's policy. */
+  const load = async () => {
+    const text = await tlc.inflate(document.getElementById("circuitsvis-bundle").textContent);
+    document.head.append(tlc.html("script", {}, text));
+  };
+  let loaded = null;
+  let serial = 0;
+
+  /** Its head selectors listen to the mouse alone: give the keyboard the same events. */
+  const reach = (root) =>
     root.querySelectorAll("h4").forEach((name) => {
       const head = name.parentElement.parentElement;
       if (head.tabIndex === 0) return;
@@ -33,6 +26,29 @@ tlc.sections.attention = (section, data) => {
         send("click");
       });
     });
+
+  /** Draw [head][dest][src] patterns into a place; the last call wins where several overlap. */
+  tlc.attentionHeads = async (place, patterns, tokens) => {
+    serial += 1;
+    const mine = serial;
+    try {
+      await (loaded ??= load());
+    } catch (error) {
+      place.replaceChildren(tlc.html("p", { class: "note" }, `This browser cannot unpack the attention patterns: ${error}`));
+      return;
+    }
+    if (mine !== serial) return;
+    // React keeps what it has drawn into; a fresh element each time is let go with all that is in it.
+    const root = tlc.html("div", { class: "circuitsvis", id: `circuitsvis-${mine}` });
+    place.replaceChildren(root);
+    new MutationObserver(() => reach(root)).observe(root, { childList: true, subtree: true });
+    CircuitsVis.render(root.id, CircuitsVis.AttentionHeads, {
+      attention: patterns,
+      tokens,
+      maxValue: 1,
+      minValue: -1,
+      positiveColor: "#0b4f9e",
+      negativeColor: "#b85c1e",
+    });
   };
-  new MutationObserver(reach).observe(root, { childList: true, subtree: true });
-};
+}

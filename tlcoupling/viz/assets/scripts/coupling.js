@@ -1,16 +1,17 @@
 tlc.sections.coupling = (section, data) => {
   const { sublayers, layers } = data;
   const n = layers.length;
+  const [values, nulls] = [tlc.array(data.values), tlc.array(data.null)];
   const quantities = ["coupling", "null", "excess"];
-  const shown = { token: 0, k: 0, cell: null };
+  const shown = { token: -1, k: -1, cell: null };
 
   const isOne = (l, m) => data.diagonal_is_one && l === m;
 
-  /** Value of a quantity of sublayer s at row l, column m, for the chosen token and K; none where it is 1 by definition. */
-  const valueOf = (quantity, s, l, m) => {
+  /** A quantity of sublayer s at row l, column m, for a token and a K (by their indices); none where it is 1 by definition. */
+  const valueOf = (quantity, s, l, m, token = shown.token) => {
     if (isOne(l, m)) return undefined;
-    const value = data.values[s][shown.token][shown.k][l][m];
-    const random = data.null[s][shown.token][shown.k][l];
+    const value = values.at(s, token, shown.k, l, m);
+    const random = nulls.at(s, token, shown.k, l);
     if (quantity === "coupling") return value;
     if (quantity === "null") return random;
     return value === null || random === null ? null : value - random;
@@ -19,47 +20,42 @@ tlc.sections.coupling = (section, data) => {
   /** One colour scale for all panes and tokens at the chosen K, so that colours can be compared. */
   const range = () => {
     let [low, high, undefinedCells] = [0, 0, false];
-    data.values.forEach((tokens, s) =>
-      tokens.forEach((ks, t) =>
-        ks[shown.k].forEach((row, l) =>
-          row.forEach((value, m) => {
-            if (isOne(l, m)) return;
-            const random = data.null[s][t][shown.k][l];
-            undefinedCells ||= value === null || random === null;
-            if (value === null) return;
-            low = Math.min(low, value, value - (random ?? 0));
-            high = Math.max(high, value, value - (random ?? 0));
-          }),
-        ),
-      ),
-    );
+    for (let s = 0; s < sublayers.length; s += 1)
+      for (let t = 0; t < data.positions.length; t += 1)
+        for (let l = 0; l < n; l += 1)
+          for (let m = 0; m < n; m += 1)
+            for (const quantity of quantities) {
+              const value = valueOf(quantity, s, l, m, t);
+              undefinedCells ||= value === null;
+              low = Math.min(low, value ?? 0);
+              high = Math.max(high, value ?? 0);
+            }
     return { low, high, undefinedCells, limit: Math.max(-low, high) || 1 };
   };
 
   const point = (l, m) => {
-    shown.cell = [Math.min(Math.max(l, 0), n - 1), Math.min(Math.max(m, 0), n - 1)];
+    shown.cell = [l, m];
     rows.forEach((row, s) => {
-      row.maps.forEach((map) => map.point(...shown.cell));
-      const [coupling, random, excess] = quantities.map((q) => tlc.number(valueOf(q, s, ...shown.cell)));
-      const where = `Jacobian of layer ${layers[shown.cell[0]]}, bases of layer ${layers[shown.cell[1]]}: `;
-      row.readout.textContent =
-        isOne(...shown.cell)
-          ? `${where}1 by definition`
-          : `${where}coupling ${coupling}, null ${random}, excess ${excess}`;
+      row.maps.forEach((map) => map.point(l, m));
+      const [coupling, random, excess] = quantities.map((q) => tlc.number(valueOf(q, s, l, m)));
+      const where = `Jacobian of layer ${layers[l]}, bases of layer ${layers[m]}: `;
+      row.readout.textContent = isOne(l, m)
+        ? `${where}1 by definition`
+        : `${where}coupling ${coupling}, null ${random}, excess ${excess}`;
     });
   };
-
-  const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-  const keydown = (event) => {
-    if (!(event.key in arrows)) return;
-    event.preventDefault();
-    const [l, m] = shown.cell ?? [0, 1];
-    point(l + arrows[event.key][0], m + arrows[event.key][1]);
-  };
+  const choose = (l) => tlc.choice.set("layer", layers[l]);
+  const keydown = tlc.cellKeys(n, () => shown.cell, point, choose);
 
   const rows = sublayers.map((sublayer) => {
     const maps = quantities.map((quantity) =>
-      tlc.heatmap({ layers, label: `${quantity} of ${sublayer}, ${n} by ${n} layers`, onpoint: point }),
+      tlc.heatmap({
+        labels: layers.map(String),
+        axes: { row: "Jacobian of layer", column: "bases of layer" },
+        label: `${quantity} of ${sublayer}, ${n} by ${n} layers`,
+        onpoint: point,
+        onchoose: choose,
+      }),
     );
     const captions = quantities.map(() => tlc.html("figcaption"));
     const panes = maps.map((map, i) => tlc.html("figure", { class: quantities[i] }, captions[i], map.node));
@@ -73,11 +69,6 @@ tlc.sections.coupling = (section, data) => {
     return { maps, captions, readout };
   });
 
-  const swatch = (kind, text) => [
-    tlc.html("i", { class: `swatch ${kind}` }),
-    tlc.html("span", { class: "label" }, text),
-  ];
-
   const drawMaps = () => {
     const { low, high, undefinedCells, limit } = range();
     const scale = tlc.scale(limit);
@@ -88,14 +79,10 @@ tlc.sections.coupling = (section, data) => {
         captions[i].replaceChildren(quantities[i], tlc.html("small", {}, `mean ${tlc.number(mean)}`));
       }),
     );
-    const labels = low < 0 && -low > 0.08 * (high - low) ? [[0, tlc.number(low, 3)]] : [];
-    labels.push([-low / (high - low || 1), "0"], [1, tlc.number(high, 3)]);
-    tlc.part(section, "colorbar").replaceChildren(
-      tlc.html("span", { class: "label" }, `all ${3 * sublayers.length} panes`),
-      tlc.colorbar({ low, high, color: scale, labels, description: `Colour scale from ${tlc.number(low)} to ${tlc.number(high)}` }),
-      ...(data.diagonal_is_one ? swatch("diagonal", "diagonal, 1 by definition") : []),
-      ...(undefinedCells ? swatch("undefined", "not defined") : []),
-    );
+    const swatches = data.diagonal_is_one ? [["diagonal", "diagonal, 1 by definition"]] : [];
+    if (undefinedCells) swatches.push(["undefined", "not defined"]);
+    const title = `all ${3 * sublayers.length} panes`;
+    tlc.part(section, "colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title, swatches }));
   };
 
   const drawProfile = () => {
@@ -135,22 +122,32 @@ tlc.sections.coupling = (section, data) => {
     );
   };
 
-  const choose = (name, label, options) => {
-    if (options.length < 2) return;
-    const select = tlc.html("select", {}, ...options.map((text, i) => tlc.html("option", { value: i }, text)));
-    select.addEventListener("change", () => {
-      shown[name] = Number(select.value);
-      drawMaps();
-      drawProfile();
-      if (shown.cell) point(...shown.cell);
-    });
-    tlc.part(section, "selects").append(tlc.html("label", {}, `${label} `, select));
+  /** Show the chosen token and K; say so where they were not measured. */
+  const draw = () => {
+    const { token, k } = tlc.choice;
+    [shown.token, shown.k] = [data.positions.indexOf(token), data.ks.indexOf(k)];
+    const missing = shown.token < 0 || shown.k < 0;
+    tlc.part(section, "measured").hidden = missing;
+    tlc.part(section, "missing").hidden = !missing;
+    tlc.part(section, "token").replaceChildren(...(token === null ? [] : [` of token ${token}`]));
+    if (missing) {
+      tlc.part(section, "missing").textContent =
+        `The layers were not compared at token ${token}. In Python: tlc.analyze(model, prompt, tokens=[${token}]); ` +
+        `on the command line: tlcoupling report --tokens ${token}. "all" stands for every token.`;
+      return;
+    }
+    drawMaps();
+    drawProfile();
+    if (shown.cell) point(...shown.cell);
   };
 
-  choose("token", "Token", data.tokens.map((text, i) => `${data.positions[i]} “${text}”`));
-  choose("k", "K", data.ks.map(String));
   tlc.part(section, "formula").append(data.formula);
   tlc.part(section, "legend").append(...tlc.legend([["coupling", "coupling"], ["null", "null"]]));
-  tlc.inScheme(drawMaps);
-  drawProfile();
+  tlc.choice.on(["token", "k"], draw);
+  tlc.choice.on(["layer"], (layer) =>
+    rows.forEach(({ maps }) => maps.forEach((map) => map.mark(layers.indexOf(layer)))),
+  );
+  tlc.inScheme(() => {
+    if (shown.token >= 0) drawMaps();
+  });
 };

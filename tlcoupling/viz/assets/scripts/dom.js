@@ -49,9 +49,3 @@ tlc.table = (columns, rows) => {
 /** A labelled sample of each line or bar of a chart: pairs of class and text. */
 tlc.legend = (entries) =>
   entries.map(([kind, text]) => tlc.html("span", {}, tlc.html("i", { class: kind }), text));
-
-/** The token that the reader points at; sections listen to it. */
-tlc.token = {
-  listeners: [],
-  point: (position) => tlc.token.listeners.forEach((listen) => listen(position)),
-};

@@ -18,9 +18,12 @@ tlc.sections.growth = (section, data) => {
     tlc.token.listeners.push((position) =>
       lines.forEach((line, i) => line.classList.toggle("pointed", i === position)),
     );
+    tlc.choice.on(["token"], (position) =>
+      lines.forEach((line, i) => line.classList.toggle("chosen", i === position)),
+    );
     tlc.part(section, "norms").append(svg);
     tlc.part(section, "norm-legend").append(
-      ...tlc.legend([["token", "each token"], ["median", "median"]]),
+      ...tlc.legend([["token", "each token"], ["chosen", "chosen token"], ["median", "median"]]),
     );
   };
 
@@ -60,6 +63,11 @@ tlc.sections.growth = (section, data) => {
     marks.append(
       tlc.svg("line", { class: "axis", x1: at.x(-0.5), x2: at.x(depth - 1.5), y1: at.y(0), y2: at.y(0) }),
     );
+    const band = tlc.svg("rect", { class: "band", y: at.y(high), height: at.y(low) - at.y(high), width: at.x(1) - at.x(0) });
+    tlc.choice.on(["layer"], (layer) => {
+      band.setAttribute("x", at.x(layer - 0.5));
+      marks.prepend(band);
+    });
     tlc.part(section, "shares").append(svg);
     tlc.part(section, "share-legend").append(
       ...tlc.legend(Object.keys(shares).map((name) => [name, names[name] ?? "both sublayers"])),

@@ -1,66 +1,114 @@
-/* One pane of a layer x layer heat map: row, the layer that gives the Jacobian; column, the layer that gives the bases. */
+/* Heat maps: a raster of cells, and a pane with labelled axes around it. */
 
-tlc.heatmap = ({ layers, label, onpoint }) => {
-  const [left, top, side, width, height] = [42, 4, 254, 300, 300];
-  const [n, cell] = [layers.length, side / layers.length];
-  const every = [1, 2, 5, 10, 20, 50].find((step) => n / step <= 7) ?? 100;
+/** Rows and columns of valueAt(row, column) in the colours of scale, as the address of an image; undefined is neutral. */
+tlc.raster = (rows, columns, valueAt, scale) => {
+  const [pixels, neutral] = [8, tlc.neutral()];
+  const canvas = tlc.html("canvas", { width: columns * pixels, height: rows * pixels });
+  const context = canvas.getContext("2d");
+  for (let r = 0; r < rows; r += 1) {
+    for (let c = 0; c < columns; c += 1) {
+      const value = valueAt(r, c);
+      context.fillStyle = value === undefined ? neutral : scale(value);
+      context.fillRect(c * pixels, r * pixels, pixels, pixels);
+    }
+  }
+  return canvas.toDataURL();
+};
+
+/**
+ * A square pane whose rows and columns have the same labels.
+ * labels: of rows and columns; axes: {row, column} titles; turned: long labels, upright under the columns;
+ * onpoint(row, column): the pointer or a key has come to a cell; onchoose(row, column): a click or Enter on it.
+ */
+tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, onchoose = () => {} }) => {
+  const small = turned && innerWidth < 480; // where the pane is shrunk, fewer labels, and larger
+  const longest = Math.max(...labels.map((text) => text.length));
+  const margin = turned ? Math.min(34 + (small ? 9.5 : 5.8) * longest, 150) : 42;
+  const [left, top, width, height] = [margin, 4, margin + side + 4, side + margin + 4];
+  const [n, cell] = [labels.length, side / labels.length];
+  const every = turned ? Math.ceil((small ? 19 : 11) / cell) : ([1, 2, 5, 10, 20, 50].find((step) => n / step <= 7) ?? 100);
   const image = tlc.svg("image", { x: left, y: top, width: side, height: side, preserveAspectRatio: "none" });
   const cross = tlc.svg("g", { class: "cross", visibility: "hidden" });
   const [row, column, box] = ["band", "band", "box"].map((kind) => tlc.svg("rect", { class: kind }));
   cross.append(row, column, box);
-  const svg = tlc.svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "heatmap", role: "img", "aria-label": label }, image);
+  const marks = tlc.svg("g");
+  const svg = tlc.svg("svg", { viewBox: `0 0 ${width} ${height}`, class: `heatmap${small ? " small" : ""}`, role: "img", "aria-label": label }, image);
   const middle = (from) => from + side / 2;
+  const text = (attributes, content) => svg.append(tlc.svg("text", attributes, content));
   for (let i = 0; i < n; i += every) {
     const offset = (i + 0.5) * cell;
-    svg.append(
-      tlc.svg("text", { x: left - 5, y: top + offset + 4, "text-anchor": "end" }, `${layers[i]}`),
-      tlc.svg("text", { x: left + offset, y: top + side + 15, "text-anchor": "middle" }, `${layers[i]}`),
-    );
+    text({ x: left - 5, y: top + offset + 4, "text-anchor": "end" }, labels[i]);
+    const [x, y] = [left + offset + (turned ? 4 : 0), top + side + (turned ? 6 : 15)];
+    const turn = turned ? { transform: `rotate(-90 ${x} ${y})`, "text-anchor": "end" } : { "text-anchor": "middle" };
+    text({ x, y, ...turn }, labels[i]);
   }
-  svg.append(
-    tlc.svg("text", { x: middle(left), y: height - 6, "text-anchor": "middle" }, "bases of layer"),
-    tlc.svg("text", { x: 14, y: middle(top), "text-anchor": "middle", transform: `rotate(-90 14 ${middle(top)})` }, "Jacobian of layer"),
-    cross,
-  );
+  text({ x: middle(left), y: height - 6, "text-anchor": "middle" }, axes.column);
+  text({ x: 14, y: middle(top), "text-anchor": "middle", transform: `rotate(-90 14 ${middle(top)})` }, axes.row);
+  svg.append(marks, cross);
 
-  const locate = (event) => {
+  const locate = (event, then) => {
     const bounds = svg.getBoundingClientRect();
     const [x, y] = [
       ((event.clientX - bounds.left) / bounds.width) * width,
       ((event.clientY - bounds.top) / bounds.height) * height,
     ];
-    const [l, m] = [Math.floor((y - top) / cell), Math.floor((x - left) / cell)];
-    if (l >= 0 && l < n && m >= 0 && m < n) onpoint(l, m);
+    const [r, c] = [Math.floor((y - top) / cell), Math.floor((x - left) / cell)];
+    if (r >= 0 && r < n && c >= 0 && c < n) then(r, c);
   };
-  svg.addEventListener("pointermove", locate);
-  svg.addEventListener("pointerdown", locate);
+  svg.addEventListener("pointermove", (event) => locate(event, onpoint));
+  svg.addEventListener("pointerdown", (event) => locate(event, onpoint));
+  svg.addEventListener("click", (event) => locate(event, onchoose));
+
+  const place = (rect, x, y, w, h) =>
+    Object.entries({ x, y, width: w, height: h }).forEach(([name, value]) => rect.setAttribute(name, value));
 
   return {
     node: svg,
 
-    /** Paint valueAt(row, column) in the colours of scale; what it leaves undefined is neutral. */
     paint(valueAt, scale) {
-      const [pixels, neutral] = [8, tlc.neutral()];
-      const canvas = tlc.html("canvas", { width: n * pixels, height: n * pixels });
-      const context = canvas.getContext("2d");
-      for (let l = 0; l < n; l += 1) {
-        for (let m = 0; m < n; m += 1) {
-          const value = valueAt(l, m);
-          context.fillStyle = value === undefined ? neutral : scale(value);
-          context.fillRect(m * pixels, l * pixels, pixels, pixels);
-        }
-      }
-      image.setAttribute("href", canvas.toDataURL());
+      image.setAttribute("href", tlc.raster(n, n, valueAt, scale));
     },
 
-    /** Mark a cell. */
-    point(l, m) {
-      const place = (rect, x, y, w, h) =>
-        Object.entries({ x, y, width: w, height: h }).forEach(([name, value]) => rect.setAttribute(name, value));
-      place(row, left, top + l * cell, side, cell);
-      place(column, left + m * cell, top, cell, side);
-      place(box, left + m * cell, top + l * cell, cell, cell);
+    /** Point at a cell. */
+    point(r, c) {
+      place(row, left, top + r * cell, side, cell);
+      place(column, left + c * cell, top, cell, side);
+      place(box, left + c * cell, top + r * cell, cell, cell);
       cross.setAttribute("visibility", "visible");
     },
+
+    /** Mark the chosen row and column; none where it is not on the axes. */
+    mark(i) {
+      marks.replaceChildren();
+      if (i < 0 || i >= n) return;
+      const [across, down] = [tlc.svg("rect", { class: "chosen" }), tlc.svg("rect", { class: "chosen" })];
+      place(across, left - 3, top + i * cell, 3, cell);
+      place(down, left + i * cell, top + side, cell, 3);
+      marks.append(across, down);
+    },
   };
+};
+
+/** Arrow keys move a cell [row, column] of n rows; Enter and the space bar choose it. */
+tlc.cellKeys = (n, current, onpoint, onchoose) => (event) => {
+  const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const within = (i) => Math.min(Math.max(i, 0), n - 1);
+  const cell = current();
+  if (event.key in arrows) {
+    const [r, c] = cell ?? [0, 1];
+    onpoint(within(r + arrows[event.key][0]), within(c + arrows[event.key][1]));
+  } else if ((event.key === "Enter" || event.key === " ") && cell) onchoose(...cell);
+  else return;
+  event.preventDefault();
+};
+
+/** A colour bar of a scale that starts at 0 or below, its title, and samples of what has no colour on it. */
+tlc.scaleBar = ({ low, high, scale, title, swatches }) => {
+  const labels = low < 0 && -low > 0.08 * (high - low) ? [[0, tlc.number(low, 3)]] : [];
+  labels.push([-low / (high - low || 1), "0"], [1, tlc.number(high, 3)]);
+  return [
+    tlc.html("span", { class: "label" }, title),
+    tlc.colorbar({ low, high, color: scale, labels, description: `Colour scale from ${tlc.number(low)} to ${tlc.number(high)}` }),
+    ...swatches.map(([kind, text]) => tlc.html("span", { class: "label" }, tlc.html("i", { class: `swatch ${kind}` }), text)),
+  ];
 };

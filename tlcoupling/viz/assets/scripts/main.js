@@ -4,4 +4,5 @@
     const section = document.querySelector(`[data-section="${name}"]`);
     if (section) draw(section, data[name]);
   }
+  for (const [name, value] of Object.entries(tlc.start ?? {})) tlc.choice.set(name, value);
 }

@@ -2,25 +2,35 @@ tlc.sections.tokens = (section, data) => {
   const numbers = {
     lss: { label: "LSS", digits: 3, log: false },
     ed: { label: "ED", digits: 2, log: true },
+    cv: { label: "CV", digits: 2, log: true },
     norm: { label: "final norm", digits: 1, log: true },
+    attn_share: { label: "attention’s share of growth", digits: 4, log: false },
+    mlp_share: { label: "MLP’s share of growth", digits: 4, log: false },
   };
+  for (const name of Object.keys(numbers)) if (!data[name]) delete numbers[name];
   const value = (name, i) => tlc.number(data[name][i], numbers[name]?.digits ?? 4);
   const describe = (i) =>
     `${i} “${data.tokens[i]}”: LSS ${value("lss", i)}, ED ${value("ed", i)}, final norm ${value("norm", i)}, ` +
-    `rate ${value("rate", i)}, R² ${tlc.number(data.r_squared[i], 3)}`;
+    `rate ${value("rate", i)}${data.attn_share ? ` (attention ${value("attn_share", i)}, MLP ${value("mlp_share", i)})` : ""}, ` +
+    `R² ${tlc.number(data.r_squared[i], 3)}`;
   tlc.part(section, "random").append(`${tlc.number(Math.sqrt(data.n_steps), 2)} for ${data.n_steps} blocks`);
 
   const readout = tlc.part(section, "readout");
-  readout.textContent = "Point at a token, or focus the row and use the arrow keys.";
+  readout.textContent = "Point at a token, or focus the row and use the arrow keys; a click or Enter chooses it.";
   const point = (i) => {
     readout.textContent = describe(i);
     tlc.token.point(i);
   };
 
+  const choose = (i) => {
+    point(i);
+    tlc.choice.set("token", i);
+  };
+
   const chips = data.tokens.map((text, i) =>
     tlc.html(
       "button",
-      { type: "button", tabindex: i ? -1 : 0, title: describe(i), onpointerenter: () => point(i), onclick: () => point(i) },
+      { type: "button", tabindex: i ? -1 : 0, title: describe(i), onpointerenter: () => point(i), onclick: () => choose(i) },
       tlc.html("bdi", {}, text),
     ),
   );
@@ -37,6 +47,10 @@ tlc.sections.tokens = (section, data) => {
     });
   });
   tlc.part(section, "row").append(...chips.map((chip) => tlc.html("li", {}, chip)));
+
+  tlc.choice.on(["token"], (position) =>
+    chips.forEach((chip, i) => chip.setAttribute("aria-pressed", `${i === position}`)),
+  );
 
   let shown = "lss";
   const draw = () => {

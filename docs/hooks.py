@@ -1,0 +1,34 @@
+"""What the site needs beyond its plugins: the notebooks of ``demos/`` as pages, formulas without JavaScript."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: Any) -> Files:
+    """Add the notebooks, which lie beside ``docs/``."""
+    root = Path(config.config_file_path).parent
+    for notebook in sorted((root / "demos").glob("*.ipynb")):
+        path = notebook.relative_to(root).as_posix()
+        files.append(File(path, str(root), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Put MathML in place of the LaTeX that ``pymdownx.arithmatex`` marks."""
+
+    def formula(match: re.Match[str]) -> str:
+        display = "block" if match[1] == "div" else "inline"
+        return convert(html.unescape(match[2]).strip(), display=display)
+
+    return _FORMULA.sub(formula, content)

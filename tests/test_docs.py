@@ -1,0 +1,56 @@
+"""The documentation site: it names all that is public, and asks no other server for anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tlcoupling as tlc
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+_TOOLS = ("material", "mkdocstrings", "mkdocs_jupyter", "latex2mathml")
+
+
+def test_the_reference_covers_every_public_name():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    documented = re.findall(r"^::: tlcoupling\.(\S+)$", pages, re.MULTILINE)
+    modules = {"parity", "viz"}
+    public = {*tlc.__all__} - modules | {f"viz.{name}" for name in tlc.viz.__all__}
+    public |= {"parity.published", "parity.DEFECTS"}
+    assert public - {*documented} == set()
+    assert len(documented) == len({*documented})  # none twice: a link would have two targets
+    for name in documented:  # none that is gone
+        holder = tlc
+        for part in name.split("."):
+            holder = getattr(holder, part)
+
+
+def test_the_table_of_defects_is_whole():
+    page = (DOCS / "published-code.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert [name for name in rows if name not in ("k", "normalizer")] == [each.name for each in tlc.parity.DEFECTS]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, _TOOLS)), reason="needs the extra 'docs'")
+def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path: Path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert {page.parent.name for page in pages} >= {"coupling", "jacobians", "01_quickstart", "migration"}
+    loaded = re.compile(r"""<(?:script|link|img|iframe|source)[^>]*?\s(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert loaded.findall(text) == [], page
+        assert 'class="arithmatex"' not in text, f"a formula of {page} was not drawn"
+    formulas = (tmp_path / "site" / "concepts" / "coupling" / "index.html").read_text(encoding="utf-8")
+    assert formulas.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"') >= 4
+    for sheet in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"url\(\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet

@@ -1,0 +1,297 @@
+"""What a browser shows of the widgets, offline: the numbers of the result, linked, whatever a token holds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from analyses import HOSTILE_TOKENS, make_analysis
+from chromium import FIRST_PAINT, browser, opened
+from test_viz import every_widget
+
+from tlcoupling import Analysis, viz
+
+__all__ = ["browser"]  # a fixture
+pytestmark = pytest.mark.slow
+
+NAN = float("nan")
+SHOWN_HOSTILE = ("<bos>", "</script><script>window.x=1</script>", "&lt;", "🦜", "שלום", '"><b>[red]', "\\u{202e}evil")
+
+
+def numbers(text: str) -> list[float]:
+    """The decimal numbers of a text, in order."""
+    words = text.replace("−", "-").replace(",", " ").replace(";", " ").split()
+    return [float(word) for word in words if word.lstrip("-").replace(".", "", 1).isdigit() and "." in word]
+
+
+def head_pixel(page: Any, head: int, dest: int, src: int, n_tokens: int) -> list[int]:
+    """The colour of a cell of a head's pattern, as circuitsvis has drawn it."""
+    return page.evaluate(
+        "([head, dest, src, n]) => { const canvas = document.querySelectorAll('.circuitsvis [role=button] canvas')[head];"
+        "const at = (i, size) => Math.floor(((i + 0.5) / n) * size);"
+        "return [...canvas.getContext('2d').getImageData(at(src, canvas.width), at(dest, canvas.height), 1, 1).data]; }",
+        [head, dest, src, n_tokens],
+    )
+
+
+def wait_for_heads(page: Any, count: int) -> None:
+    """Until circuitsvis has drawn its heads and the zoomed one, none of them blank."""
+    page.wait_for_function(
+        "count => { const canvases = [...document.querySelectorAll('.circuitsvis canvas')];"
+        "return canvases.length === count + 1 && canvases.every(c => c.width && "
+        "c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0 && x < 255)); }",
+        arg=count,
+    )
+
+
+@pytest.fixture
+def analysis() -> Analysis:
+    """Layers 0 and 2 have their tokens compared; attention differs starkly between layers 0 and 2 in head 1."""
+    analysis = make_analysis(positions=(0, -1), ks=(2, 3), token_layers=(0, 2))
+    analysis.attention[0, 1, 3] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    analysis.attention[2, 1, 3] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    return analysis
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_every_section_of_a_hostile_dashboard_is_drawn(browser: Any, tmp_path: Path, width: int) -> None:
+    analysis = make_analysis(HOSTILE_TOKENS, positions=(0, -1), ks=(2, 3), token_layers=(1,))
+    analysis.linearity.lss[0, 2] = NAN
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}) as page:
+        wait_for_heads(page, 2)
+        for selector, count in {
+            "#header dt": 9,
+            "#summary tbody tr": 6 + 4 + 6,
+            "#controls .chooser:not([hidden])": 3,
+            "#coupling .heatmap image[href^='data:image/png']": 9,
+            "#coupling .chart .line": 6,
+            "#pairs .thumbs img[src^='data:image/png']": 7,
+            "#pairs .heatmap image[href^='data:image/png']": 1,
+            "#tokens ol button": len(HOSTILE_TOKENS),
+            "#growth .line": len(HOSTILE_TOKENS) + 1,
+            "#growth .bar": 8,
+        }.items():
+            assert page.locator(selector).count() == count, selector
+        text = page.inner_text("body")
+        for token in SHOWN_HOSTILE:
+            assert token in text
+        assert "–" in page.locator("#tokens ol button").nth(2).get_attribute("title")
+        assert page.evaluate("typeof window.x") == "undefined"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_choosing_a_layer_changes_attention_and_coupling_of_tokens(
+    browser: Any, tmp_path: Path, analysis: Analysis
+) -> None:
+    with opened(browser, viz.write_html(analysis, tmp_path / "report.html")) as page:
+        readout, slider = page.locator("#pairs .readout"), page.locator("#controls input[type=range]")
+
+        def shows(layer: int, k: int, row: int, column: int) -> None:
+            """The pane that is open, token-wise of the block, reads out the numbers of a layer."""
+            result = analysis.token_coupling
+            at = (0, result.layers.index(layer), result.ks.index(k), row, column)
+            value, null, excess, *attention = numbers(readout.inner_text())
+            expected = [float(result.values[at]), float(result.null[at]), float(result.excess[at])]
+            assert [value, null, excess] == pytest.approx(expected, abs=1.1e-4)  # four digits, and 16 bits
+            if row >= column:
+                assert attention == pytest.approx([float(analysis.attention[layer, :, row, column].max())], abs=6e-4)
+
+        wait_for_heads(page, 2)
+        assert page.inner_text("#pairs-title").endswith("layer 2")  # the middle one of those measured
+        page.locator("#pairs .zoom").focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowDown")
+        shows(layer=2, k=2, row=2, column=1)
+        assert "2 “ sat”, bases of 1 “ cat”" in readout.inner_text()
+        white, blue = head_pixel(page, 1, 3, 0, 4), head_pixel(page, 1, 3, 1, 4)
+        assert white != blue
+
+        slider.focus()
+        page.keyboard.press("Home")
+        assert page.inner_text("#pairs-title").endswith("layer 0")
+        shows(layer=0, k=2, row=2, column=1)
+        wait_for_heads(page, 2)
+        assert (head_pixel(page, 1, 3, 0, 4), head_pixel(page, 1, 3, 1, 4)) == (blue, white)
+
+        page.locator("#controls select").nth(1).select_option("3")
+        shows(layer=0, k=3, row=2, column=1)
+
+        slider.focus()
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#pairs-title").endswith("layer 1")
+        assert "token_layers=[1]" in page.inner_text("#pairs") and "--token-layers 1" in page.inner_text("#pairs")
+        assert not page.locator("#pairs .thumbs").is_visible()
+        wait_for_heads(page, 2)
+
+        # a click on a cell of the coupling across depth chooses the row's layer
+        box = page.locator("#coupling .heatmap image").first.bounding_box()
+        page.mouse.click(box["x"] + box["width"] * 1 / 8, box["y"] + box["height"] * 5 / 8)
+        assert page.inner_text("#pairs-title").endswith("layer 2")
+        assert page.locator("#controls input[type=range]").get_attribute("aria-valuetext") == "layer 2, tokens compared"
+
+
+def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    with opened(browser, viz.attention_and_coupling(analysis, 2).save(tmp_path / "widget.html")) as page:
+        assert not page.locator("#controls").is_visible() or page.locator("#controls .layer").is_hidden()
+        wait_for_heads(page, 2)
+        buttons = page.locator("#pairs .thumbs button")
+        parts = {"token-wise": "token_coupling", "from token 0": "context_src", "to token 3": "context_dest"}
+        seen = []
+        for index in range(buttons.count()):
+            buttons.nth(index).click()
+            box = page.locator("#pairs .heatmap image").bounding_box()
+            page.mouse.move(box["x"] + box["width"] * 3 / 8, box["y"] + box["height"] * 7 / 8)
+            kind, sublayer = buttons.nth(index).get_attribute("aria-label").split(", ")
+            result = getattr(analysis, parts[kind])
+            at = (result.sublayers.index(sublayer), 1, 0, 3, 1)
+            expected = [float(result.values[at]), float(result.null[at]), float(result.excess[at])]
+            assert numbers(page.inner_text("#pairs .readout"))[:3] == pytest.approx(expected, abs=1.1e-4)
+            mean = float(result.mean()[at[:3]])
+            assert numbers(page.inner_text("#pairs [data-part=mean]")) == pytest.approx([mean], abs=1.1e-4)
+            seen.append((kind, sublayer))
+        assert len(set(seen)) == 7
+
+        # the keyboard moves along the panes, and along the quantities
+        buttons.nth(6).focus()
+        page.keyboard.press("ArrowLeft")
+        assert buttons.nth(5).get_attribute("aria-pressed") == "true"
+        page.get_by_label("excess").check()
+        mean = float(analysis.context_dest.mean("excess")[0, 1, 0])
+        assert numbers(page.inner_text("#pairs [data-part=mean]")) == pytest.approx([mean], abs=1.1e-4)
+
+        heads = page.locator(".circuitsvis [role=button]")
+        heads.nth(1).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('.circuitsvis').innerText.includes('Head 1 Zoomed')")
+
+
+def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    with opened(browser, viz.write_html(analysis, tmp_path / "report.html")) as page:
+
+        def shows(token: int, k: int) -> None:
+            """Every caption and readout has the numbers of a token."""
+            at = analysis.coupling.positions.index(token), analysis.coupling.ks.index(k)
+            assert page.inner_text("#coupling h2").endswith(f"token {token}")
+            for s in range(3):
+                means = [float(analysis.coupling.mean(name)[(s, *at)]) for name in ("values", "null", "excess")]
+                captions = page.locator("#coupling .panes").nth(s).locator("figcaption").all_inner_texts()
+                assert numbers(" ".join(captions)) == pytest.approx(means, abs=1.1e-4)
+                cell = (s, *at, 1, 2)
+                parts = (analysis.coupling.values, analysis.coupling.null, analysis.coupling.excess)
+                text = page.locator("#coupling .readout").nth(s).inner_text()
+                assert text.startswith("Jacobian of layer 1, bases of layer 2: ")
+                assert numbers(text) == pytest.approx([float(part[cell]) for part in parts], abs=1.1e-4)
+
+        page.locator("#coupling .panes").first.focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowRight")
+        shows(token=3, k=2)
+        chips = page.locator("#tokens ol button")
+        chips.nth(0).click()
+        shows(token=0, k=2)
+        assert chips.nth(0).get_attribute("aria-pressed") == "true"
+        assert page.locator("#growth .line.token").nth(0).get_attribute("class") == "line token chosen pointed"
+        assert page.inner_text("#tokens .readout").startswith("0 “The”: LSS ")
+
+        page.keyboard.press("ArrowRight")  # points at the next token, and Enter chooses it: it was not measured
+        shows(token=0, k=2)
+        page.keyboard.press("Enter")
+        assert "tokens=[1]" in page.inner_text("#coupling") and "--tokens 1" in page.inner_text("#coupling")
+        assert not page.locator("#coupling .panes").first.is_visible()
+
+        page.locator("#controls select").first.select_option("3")
+        page.locator("#controls select").nth(1).select_option("3")
+        shows(token=3, k=3)
+
+        # a click on a cell of the coupling of tokens chooses the row's token
+        box = page.locator("#pairs .heatmap image").bounding_box()
+        page.mouse.click(box["x"] + box["width"] * 5 / 8, box["y"] + box["height"] * 1 / 8)
+        shows(token=0, k=3)
+
+
+def test_tokens_are_coloured_by_each_of_their_numbers(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    with opened(browser, viz.tokens(analysis).save(tmp_path / "tokens.html")) as page:
+        growth = analysis.growth
+        shown = {
+            "LSS": analysis.linearity.path("block"),
+            "ED": growth.expodistance,
+            "CV": growth.cv,
+            "final norm": growth.norms[-1],
+            "attention’s share of growth": growth.attn_share.mean(0),
+            "MLP’s share of growth": growth.mlp_share.mean(0),
+        }
+        assert page.locator("#tokens .switch label").all_inner_texts() == list(shown)
+        for name, values in shown.items():
+            page.get_by_label(name, exact=True).check()
+            ends = page.locator("#tokens .colorbar span").all_inner_texts()
+            assert [float(end) for end in ends] == pytest.approx([float(values.min()), float(values.max())], abs=0.051)
+            colours = page.eval_on_selector_all("#tokens ol button", "all => all.map(one => one.style.background)")
+            darkest = int(values.argmax())  # the light ramp ends dark
+            light = [sum(map(int, colour[4:-1].replace(",", " ").split()[:3])) for colour in colours]
+            assert light.index(min(light)) == darkest
+
+
+def test_a_notebook_without_a_kernel_shows_every_widget(browser: Any, tmp_path: Path) -> None:
+    nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
+    from IPython.core.formatters import DisplayFormatter
+
+    widgets = every_widget(make_analysis(HOSTILE_TOKENS, token_layers=(1,)))
+    cells = []
+    for name, widget in widgets.items():
+        data, _ = DisplayFormatter().format(widget)  # what a kernel sends
+        output = nbformat.v4.new_output("execute_result", data=data, execution_count=1)
+        cells.append(nbformat.v4.new_code_cell(f"tlc.viz.{name}(result)", outputs=[output], execution_count=1))
+    saved = tmp_path / "notebook.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), saved)
+    exporter = nbconvert.HTMLExporter()
+    # the template's own MathJax and RequireJS come from the network; ours must not need them
+    exporter.mathjax_url = exporter.require_js_url = ""
+    page_text, _ = exporter.from_notebook_node(nbformat.read(saved, as_version=4))
+    reopened = tmp_path / "notebook.html"
+    reopened.write_text(page_text, encoding="utf-8")
+    print(f"notebook of every widget: {saved.stat().st_size / 1e6:.2f} MB")
+    drawn = {
+        "attention_and_coupling": (".thumbs img[src^='data:']", 7),
+        "depth_coupling": (".heatmap image[href^='data:']", 9),
+        "tokens": ("ol button", len(HOSTILE_TOKENS)),
+        "dashboard": ("#growth .line", len(HOSTILE_TOKENS) + 1),
+    }
+    with opened(browser, reopened, strict=False) as page:
+        frames = page.locator("iframe[srcdoc]")
+        assert frames.count() == len(widgets)
+        for index, name in enumerate(widgets):
+            frame = frames.nth(index).element_handle().content_frame()
+            selector, count = drawn[name]
+            frame.wait_for_selector(selector, state="attached")
+            assert frame.locator(selector).count() == count
+            if "attention" in name or name == "dashboard":
+                wait_for_heads(frame, 2)
+            assert frame.evaluate("typeof window.x") == "undefined"
+        assert page.evaluate("typeof window.x") == "undefined"
+
+
+@pytest.mark.parametrize("measured", ["512 tokens", "everything of SmolLM2's shape"])
+def test_weight_and_first_paint(browser: Any, tmp_path: Path, measured: str) -> None:
+    if measured == "512 tokens":
+        tokens = [f" t{i}" for i in range(512 - len(HOSTILE_TOKENS))] + list(HOSTILE_TOKENS)
+        analysis = make_analysis(tokens, n_heads=12, n_layers=12)
+    else:
+        tokens = [f" token{i}" for i in range(28)]
+        everything = {"positions": range(28), "token_layers": range(30)}
+        analysis = make_analysis(tokens, n_heads=9, n_layers=30, ks=(10,), **everything)
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    started = time.perf_counter()
+    with opened(browser, path) as page:
+        wait_for_heads(page, analysis.attention.shape[1])
+        print(
+            f"{measured}: {path.stat().st_size / 1e6:.2f} MB, first paint {page.evaluate(FIRST_PAINT):.2f} s, "
+            f"all drawn {time.perf_counter() - started:.2f} s"
+        )
+        assert path.stat().st_size < 3_000_000
+        if measured == "512 tokens":
+            assert "last 55 of 512 tokens" in page.inner_text("#pairs")
+            assert all(token in page.inner_text("#tokens") for token in SHOWN_HOSTILE)

@@ -1,0 +1,26 @@
+/* Arrays as the page carries them: 16-bit multiples of a scale, the lowest integer where a number is not defined. */
+
+/** {shape, scale, data} -> {shape, at(...indices), row(...indices) of the last axis}. */
+tlc.array = ({ shape, scale, data }) => {
+  const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
+  const steps = new DataView(bytes.buffer);
+  const number = (offset) => {
+    const step = steps.getInt16(2 * offset, true);
+    return step === -32768 ? null : step * scale;
+  };
+  const offset = (indices) => indices.reduce((sum, index, axis) => sum * shape[axis] + index, 0);
+  return {
+    shape,
+    at: (...indices) => number(offset(indices)),
+    row: (...indices) => {
+      const start = offset([...indices, 0]);
+      return Array.from({ length: shape[shape.length - 1] }, (_, i) => number(start + i));
+    },
+  };
+};
+
+/** Text from its zlib-compressed form in base64. */
+tlc.inflate = (data) => {
+  const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
+};

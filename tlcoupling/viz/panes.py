@@ -1,0 +1,129 @@
+"""Coupling and attention as plain data for the page's heat maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from tlcoupling.analysis import Analysis
+from tlcoupling.coupling import ContextCoupling, DepthCoupling, TokenCoupling
+from tlcoupling.viz.plain import label, packed, rounded, visible
+
+# Cells that the attention component draws without a noticeable wait: all heads, and the zoomed one once more.
+ATTENTION_CELLS = 40_000
+# Numbers of all token x token matrices on one page, at two bytes each.
+PAIR_NUMBERS = 500_000
+
+
+def depth(result: DepthCoupling) -> dict[str, Any]:
+    """Layer x layer matrices ``[sublayer, token, k, row, column]``, whose null depends on the row alone; profiles."""
+    return {
+        **_metric(result),
+        "sublayers": result.sublayers,
+        "layers": result.layers,
+        "ks": result.ks,
+        "positions": result.positions,
+        "tokens": [visible(token) for token in result.tokens],
+        "values": packed(result.values),
+        "null": packed(result.null[..., 0]),
+        "mean": {name: rounded(result.mean(name)) for name in ("values", "null", "excess")},
+        "profile": {name: rounded(result.profile(name)) for name in ("values", "null")},
+    }
+
+
+def pairs(
+    tokens: Sequence[str],
+    analysis: Analysis | None,
+    couplings: Iterable[TokenCoupling | ContextCoupling],
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Token x token matrices of layers: attention patterns, token-wise and context coupling, on one pair of axes.
+
+    The axes hold the last tokens where all of them would be too many to draw or too large for a page.
+
+    Args:
+        tokens: all tokens of the prompt.
+        analysis: what the attention is taken of.
+        couplings: the coupling to show.
+        layers: layers to show, by default all that there are.
+    """
+    attention, attention_layers, couplings = None, (), list(couplings)
+    if analysis is not None and analysis.attention is not None:
+        attention_layers = tuple(one for one in analysis.attention_layers if layers is None or one in layers)
+        attention = analysis.attention[[analysis.attention_layers.index(one) for one in attention_layers]]
+    first = len(tokens) - _drawn(len(tokens), attention, couplings, layers)
+    return {
+        "tokens": [label(token) for token in tokens[first:]],
+        "first": first,
+        "n_tokens": len(tokens),
+        "attention": None
+        if attention is None or not attention_layers
+        else {"layers": attention_layers, "patterns": packed(_lower_triangle(attention[..., first:, first:]))},
+        "kinds": [_kind(result, first, layers) for result in couplings],
+        **(_metric(couplings[0]) if couplings else {}),
+    }
+
+
+def _drawn(
+    n_tokens: int,
+    attention: torch.Tensor | None,
+    couplings: Sequence[TokenCoupling | ContextCoupling],
+    layers: Sequence[int] | None,
+) -> int:
+    """How many tokens the axes may hold."""
+    n_layers, n_heads = (0, 0) if attention is None else attention.shape[:2]
+    matrices = n_layers * n_heads / 2  # of which the upper triangle is empty
+    for result in couplings:
+        shown = [layer for layer in result.layers if layers is None or layer in layers]
+        matrices += len(result.sublayers) * len(result.ks) * len(shown)
+    fits_page = math.isqrt(int(PAIR_NUMBERS / max(matrices, 1)))
+    return max(min(n_tokens, fits_page, math.isqrt(ATTENTION_CELLS // (n_heads + 1))), 1)
+
+
+def _kind(result: TokenCoupling | ContextCoupling, first: int, layers: Sequence[int] | None) -> dict[str, Any]:
+    """One kind of coupling, ``[sublayer, layer, k, row, column]``, of the tokens from ``first`` on."""
+    at_layers = [i for i, layer in enumerate(result.layers) if layers is None or layer in layers]
+    at_tokens = [i for i, pos in enumerate(result.positions) if pos >= first]
+    values = result.values[:, at_layers][..., at_tokens, :][..., at_tokens]
+    return {
+        **_title(result),
+        "sublayers": result.sublayers,
+        "layers": [result.layers[i] for i in at_layers],
+        "ks": result.ks,
+        "positions": [result.positions[i] for i in at_tokens],
+        "values": packed(values),
+        "null": packed(result.null[:, at_layers][..., at_tokens, 0]),
+    }
+
+
+def _title(result: TokenCoupling | ContextCoupling) -> dict[str, Any]:
+    """What is compared, in words."""
+    if isinstance(result, TokenCoupling):
+        return {"name": "token", "title": "token-wise", "compared": "J[t → t]", "fixed": None}
+    way = "from" if result.fixed == "src" else "to"
+    compared = f"J[{result.position} → t]" if result.fixed == "src" else f"J[s → {result.position}]"
+    return {
+        "name": f"context {result.fixed}",
+        "title": f"{way} token {result.position}",
+        "compared": compared,
+        "fixed": result.position,
+    }
+
+
+def _lower_triangle(patterns: torch.Tensor) -> torch.Tensor:
+    """``[layer, head, dest, src]`` with src <= dest as ``[layer, head, pair]``, row by row; the rest is zero."""
+    rows, columns = torch.tril_indices(patterns.shape[-1], patterns.shape[-1])
+    return patterns[..., rows, columns]
+
+
+def _metric(result: DepthCoupling | TokenCoupling | ContextCoupling) -> dict[str, Any]:
+    """The coupling as it was measured."""
+    projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
+    size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
+    return {
+        "formula": f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}",
+        "diagonal_is_one": result.bases == "uv",
+    }
