@@ -30,11 +30,17 @@ def numbers(text: str) -> list[float]:
 def head_pixel(page: Any, head: int, dest: int, src: int, n_tokens: int) -> list[int]:
     """The colour of a cell of a head's pattern, as circuitsvis has drawn it."""
     return page.evaluate(
-        "([head, dest, src, n]) => { const canvas = document.querySelectorAll('.circuitsvis [role=button] canvas')[head];"
-        "const at = (i, size) => Math.floor(((i + 0.5) / n) * size);"
-        "return [...canvas.getContext('2d').getImageData(at(src, canvas.width), at(dest, canvas.height), 1, 1).data]; }",
-        [head, dest, src, n_tokens],
+        "([head, x, y]) => { const canvas = document.querySelectorAll('.circuitsvis [role=button] canvas')[head];"
+        "const [left, top] = [Math.floor(x * canvas.width), Math.floor(y * canvas.height)];"
+        "return [...canvas.getContext('2d').getImageData(left, top, 1, 1).data]; }",
+        [head, (src + 0.5) / n_tokens, (dest + 0.5) / n_tokens],
     )
+
+
+def cell(pane: Any, row: int, column: int, n: int) -> dict[str, Any]:
+    """Where in a heat map a cell is, as Playwright's pointer wants it."""
+    box = pane.bounding_box()
+    return {"position": {"x": box["width"] * (column + 0.5) / n, "y": box["height"] * (row + 0.5) / n}}
 
 
 def wait_for_heads(page: Any, count: int) -> None:
@@ -128,23 +134,23 @@ def test_choosing_a_layer_changes_attention_and_coupling_of_tokens(
         wait_for_heads(page, 2)
 
         # a click on a cell of the coupling across depth chooses the row's layer
-        box = page.locator("#coupling .heatmap image").first.bounding_box()
-        page.mouse.click(box["x"] + box["width"] * 1 / 8, box["y"] + box["height"] * 5 / 8)
+        pane = page.locator("#coupling .heatmap image").first
+        pane.click(**cell(pane, 2, 0, 4))
         assert page.inner_text("#pairs-title").endswith("layer 2")
         assert page.locator("#controls input[type=range]").get_attribute("aria-valuetext") == "layer 2, tokens compared"
 
 
 def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
     with opened(browser, viz.attention_and_coupling(analysis, 2).save(tmp_path / "widget.html")) as page:
-        assert not page.locator("#controls").is_visible() or page.locator("#controls .layer").is_hidden()
+        assert page.locator("#controls .layer").is_hidden()
         wait_for_heads(page, 2)
         buttons = page.locator("#pairs .thumbs button")
         parts = {"token-wise": "token_coupling", "from token 0": "context_src", "to token 3": "context_dest"}
         seen = []
         for index in range(buttons.count()):
             buttons.nth(index).click()
-            box = page.locator("#pairs .heatmap image").bounding_box()
-            page.mouse.move(box["x"] + box["width"] * 3 / 8, box["y"] + box["height"] * 7 / 8)
+            pane = page.locator("#pairs .heatmap image")
+            pane.hover(**cell(pane, 3, 1, 4))
             kind, sublayer = buttons.nth(index).get_attribute("aria-label").split(", ")
             result = getattr(analysis, parts[kind])
             at = (result.sublayers.index(sublayer), 1, 0, 3, 1)
@@ -180,11 +186,11 @@ def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_pa
                 means = [float(analysis.coupling.mean(name)[(s, *at)]) for name in ("values", "null", "excess")]
                 captions = page.locator("#coupling .panes").nth(s).locator("figcaption").all_inner_texts()
                 assert numbers(" ".join(captions)) == pytest.approx(means, abs=1.1e-4)
-                cell = (s, *at, 1, 2)
+                pair = (s, *at, 1, 2)
                 parts = (analysis.coupling.values, analysis.coupling.null, analysis.coupling.excess)
                 text = page.locator("#coupling .readout").nth(s).inner_text()
                 assert text.startswith("Jacobian of layer 1, bases of layer 2: ")
-                assert numbers(text) == pytest.approx([float(part[cell]) for part in parts], abs=1.1e-4)
+                assert numbers(text) == pytest.approx([float(part[pair]) for part in parts], abs=1.1e-4)
 
         page.locator("#coupling .panes").first.focus()
         page.keyboard.press("ArrowDown")
@@ -194,7 +200,9 @@ def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_pa
         chips.nth(0).click()
         shows(token=0, k=2)
         assert chips.nth(0).get_attribute("aria-pressed") == "true"
-        assert page.locator("#growth .line.token").nth(0).get_attribute("class") == "line token chosen pointed"
+        assert page.locator("#growth .line.token.chosen.pointed").get_attribute("d") == (
+            page.locator("#growth .line.token").nth(0).get_attribute("d")
+        )
         assert page.inner_text("#tokens .readout").startswith("0 “The”: LSS ")
 
         page.keyboard.press("ArrowRight")  # points at the next token, and Enter chooses it: it was not measured
@@ -208,8 +216,8 @@ def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_pa
         shows(token=3, k=3)
 
         # a click on a cell of the coupling of tokens chooses the row's token
-        box = page.locator("#pairs .heatmap image").bounding_box()
-        page.mouse.click(box["x"] + box["width"] * 5 / 8, box["y"] + box["height"] * 1 / 8)
+        pane = page.locator("#pairs .heatmap image")
+        pane.click(**cell(pane, 0, 2, 4))
         shows(token=0, k=3)
 
 
@@ -221,8 +229,8 @@ def test_tokens_are_coloured_by_each_of_their_numbers(browser: Any, tmp_path: Pa
             "ED": growth.expodistance,
             "CV": growth.cv,
             "final norm": growth.norms[-1],
-            "attention’s share of growth": growth.attn_share.mean(0),
-            "MLP’s share of growth": growth.mlp_share.mean(0),
+            "attention\u2019s share of growth": growth.attn_share.mean(0),
+            "MLP\u2019s share of growth": growth.mlp_share.mean(0),
         }
         assert page.locator("#tokens .switch label").all_inner_texts() == list(shown)
         for name, values in shown.items():
