@@ -37,6 +37,7 @@ from tlcoupling.models import load_model
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.sweep import SweepStore
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -58,6 +59,7 @@ __all__ = [
     "LinearizationGap",
     "ManyAnalyses",
     "SingularValueProfile",
+    "SweepStore",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
