@@ -37,6 +37,7 @@ from tlcoupling.models import load_model
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -57,7 +58,11 @@ __all__ = [
     "Linearity",
     "LinearizationGap",
     "ManyAnalyses",
+    "Plan",
     "SingularValueProfile",
+    "SlurmExecutor",
+    "SweepReport",
+    "SweepStore",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
@@ -89,6 +94,7 @@ __all__ = [
     "read_directions",
     "residual_jacobian",
     "singular_value_profile",
+    "sweep",
     "token_coupling",
     "trace",
     "trajectory_components",
