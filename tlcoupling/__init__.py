@@ -34,6 +34,7 @@ from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.models import load_model
+from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
@@ -61,6 +62,7 @@ __all__ = [
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
+    "TrainingMonitor",
     "TrajectoryComponents",
     "TrajectoryRecorder",
     "Triplets",
