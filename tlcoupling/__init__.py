@@ -38,6 +38,7 @@ from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.sweep import SweepStore
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -59,6 +60,7 @@ __all__ = [
     "LinearizationGap",
     "ManyAnalyses",
     "SingularValueProfile",
+    "SweepStore",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
