@@ -39,6 +39,7 @@ from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.sweep import SweepStore
+from tlcoupling.sweep.statistics import Correlations, correlate
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -47,6 +48,7 @@ __all__ = [
     "CausalEffect",
     "Check",
     "ContextCoupling",
+    "Correlations",
     "DepthCoupling",
     "DirectionReadout",
     "Estimate",
@@ -73,6 +75,7 @@ __all__ = [
     "causal_effect",
     "check",
     "context_coupling",
+    "correlate",
     "coupling_loss",
     "depth_coupling",
     "estimate",

@@ -11,31 +11,32 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from tlcoupling.coupling.arguments import KSpec
-from tlcoupling.coupling.metric import Normalizer
-from tlcoupling.errors import ArgumentError, EveryPromptFailedError, TLCouplingError, UnsupportedModelError
+from tlcoupling.analysis import analyze
+from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
+from tlcoupling.hooked import model_name_of
 from tlcoupling.in_training import evaluated, unwrapped
-from tlcoupling.jacobian.engine import EngineName
-from tlcoupling.journal import Journal, Snapshot
-from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.prompt import named_prompts, to_tokens
+from tlcoupling.sweep.cells import Cell, ModelFacts, Settings
+from tlcoupling.sweep.store import SweepStore, as_store, describe
+from tlcoupling.sweep.table import frame, rows_of_cell
 
 if TYPE_CHECKING:
     import pandas
+    from torch.optim import Optimizer
     from transformers import TrainerCallback
+
+    from tlcoupling.analysis import Analysis
 
 
 class TrainingMonitor:
     """Measures a model every N steps of its training, and leaves the training as it is.
 
     Call it in a loop, with the number of the step: ``monitor(step)``. In a HuggingFace ``Trainer`` it is a callback,
-    ``Trainer(..., callbacks=[monitor.as_trainer_callback()])``. Around a training tool that has no callback, such as
+    ``Trainer(..., callbacks=[monitor.as_trainer_callback()])``. Around a training tool that has no callbacks, such as
     TransformerLens's ``train``, it counts the steps of the model's optimiser: ``with monitor.attached(): train(...)``.
 
     The model is measured in eval mode. Each module's mode, gradients, random generators and hooks are afterwards what
@@ -48,29 +49,33 @@ class TrainingMonitor:
             parameters that are sharded (FSDP, ZeRO 3) cannot be measured.
         prompts: prompts, or names and prompts: token ids, or strings where the model has a tokenizer or one is given.
         every: measure at steps that are multiples of it.
-        store: a file that each measurement is appended to, one line of JSON each; a later run with the same file goes
-            on in it. None keeps them in memory.
+        store: a ``SweepStore``, or its folder, made where it is missing; each prompt at each step is a cell of it, with
+            its ``step``, so that ``tlcoupling.correlate`` and the table of a sweep read it. None keeps the numbers in
+            memory.
+        name: of the run in the store; runs of different weights in one store need different names. By default the
+            model's.
         loggers: where means over prompts go besides: anything with ``log(dict, step=...)`` (a Weights & Biases run) or
             ``add_scalar(name, value, step)`` (TensorBoard's ``SummaryWriter``).
-        k: as in ``depth_coupling``.
-        tokens: positions that are measured.
-        sublayers: as in ``depth_coupling``.
-        normalizer: as in ``depth_coupling``.
-        engine: as in ``depth_coupling``.
         tokenizer: a HuggingFace tokenizer for strings, where the model has none.
         verbose: print a line for each measurement, with what it cost, on stderr.
+        **settings: what is measured, as in ``tlc.analyze``: ``k``, ``tokens``, ``sublayers``, ``normalizer``, ``bases``,
+            ``absolute``, ``prepend_bos``, ``engine``, ``solver``.
+
+    Attributes:
+        calls: number of steps measured.
+        seconds: what that took in all.
 
     Raises:
-        ArgumentError: an argument out of range; of settings (``k``, ``tokens``, ...), at the first measurement.
+        ArgumentError: an argument out of range; of settings that the model does not allow, at the first measurement.
         UnsupportedModelError: a model that cannot be measured.
-        ResultFileError: ``store`` is not a file of a monitor.
+        StoreError: the store cannot be written to.
 
     Example:
-        >>> monitor = tlc.TrainingMonitor(model, prompts, every=100, store="run.jsonl")  # doctest: +SKIP
+        >>> monitor = tlc.TrainingMonitor(model, prompts, every=100, store="run", k=10)  # doctest: +SKIP
         >>> for step, batch in enumerate(batches):  # doctest: +SKIP
         ...     monitor(step)
         ...     train_on(batch)
-        >>> monitor.to_dataframe()  # doctest: +SKIP
+        >>> monitor.table()  # doctest: +SKIP
     """
 
     def __init__(
@@ -79,15 +84,12 @@ class TrainingMonitor:
         prompts: Mapping[str, Any] | Sequence[Any],
         *,
         every: int = 100,
-        store: str | Path | None = None,
+        store: SweepStore | str | Path | None = None,
+        name: str | None = None,
         loggers: Sequence[Any] = (),
-        k: KSpec = 10,
-        tokens: int | Sequence[int] | Literal["all"] = -1,
-        sublayers: str | Sequence[str] | None = None,
-        normalizer: Normalizer = "frobenius",
-        engine: EngineName = "auto",
         tokenizer: Any | None = None,
         verbose: bool = True,
+        **settings: Any,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError("every", every, "an int from 1")
@@ -95,116 +97,143 @@ class TrainingMonitor:
             if not (hasattr(logger, "add_scalar") or hasattr(logger, "log")):
                 raise ArgumentError("loggers", logger, "objects with log(dict, step=) or add_scalar(name, value, step)")
         self.model, self.every, self.verbose = model, every, verbose
-        self.seconds = 0.0
-        self.calls = 0
-        self._loggers = tuple(loggers)
-        self._settings: dict[str, Any] = {
-            "k": k,
-            "tokens": tokens,
-            "sublayers": sublayers,
-            "normalizer": normalizer,
-            "engine": engine,
-        }
+        self.calls, self.seconds = 0, 0.0
+        self._loggers, self._settings = tuple(loggers), _settings(settings)
         with evaluated(model) as measured:
+            self.name = model_name_of(measured) if name is None else name
+            self._facts = ModelFacts.of(measured)
+            encoded = {key: _encoded(prompt, tokenizer) for key, prompt in named_prompts(prompts).items()}
             self._prompts = {
-                name: to_tokens(measured, _encoded(prompt, measured, tokenizer), None)[0].cpu()
-                for name, prompt in named_prompts(prompts).items()
+                key: to_tokens(measured, prompt, self._settings.prepend_bos)[0].cpu() for key, prompt in encoded.items()
             }
-        self._journal = Journal(store)
+        self._store = None if store is None else as_store(store, create=True)
+        self._rows: list[dict[str, Any]] = []  # without a store
         self._started = time.perf_counter()
 
     def __repr__(self) -> str:
         """One line."""
         return (
-            f"TrainingMonitor({type(unwrapped(self.model)).__name__}, {len(self._prompts)} prompts, every {self.every} "
-            f"steps: {self.calls} measured, {self.seconds:.1f} s)"
+            f"TrainingMonitor({self.name}: {len(self._prompts)} prompts every {self.every} steps; {self.calls} steps "
+            f"measured in {self.seconds:.1f} s)"
         )
 
-    def __call__(self, step: int) -> Snapshot | None:
+    def __call__(self, step: int) -> dict[str, float] | None:
         """Measure, if it is the turn of this step.
 
         Args:
             step: number of the training step.
 
         Returns:
-            What was measured, None between the turns.
+            As ``measure``; None between the turns.
 
         Raises:
             ArgumentError: no step, or a setting that the model does not allow.
         """
         return None if _checked_step(step) % self.every else self.measure(step)
 
-    def measure(self, step: int) -> Snapshot:
+    def measure(self, step: int) -> dict[str, float]:
         """Measure now.
 
         Args:
             step: number of the training step that it is recorded under.
 
+        Returns:
+            What the loggers get, means over the prompts by name: ``coupling/block/k10``, ``null/...``, ``excess/...``
+            of each sublayer and K, ``lss/block`` ..., ``ed``, ``rate``, and the ``seconds`` that it took.
+
         Raises:
             ArgumentError: no step, or a setting that the model does not allow.
 
         Warns:
-            A prompt could not be measured, a file not be written, or a logger failed.
+            A prompt could not be measured, the store not be written to, or a logger failed.
         """
         step, started = _checked_step(step), time.perf_counter()
-        values: dict[str, dict[str, float]] = {}
+        rows: list[dict[str, Any]] = []
+        failed = 0
         try:
             with evaluated(self.model) as measured:
-                runs = analyze_many(measured, self._prompts, **self._settings)
-            values = _values(runs)
-            errors = {name: why for name, why in zip(runs.names, runs.errors, strict=True) if why is not None}
+                for key, tokens in self._prompts.items():
+                    rows += self._prompt(measured, key, tokens, step)
+                    failed += not rows or rows[-1]["status"] != "measured"
+        except (ArgumentError, UnsupportedModelError):
+            raise
         except Exception as error:  # training is worth more than its measurement
-            cause = error.__cause__ if isinstance(error, EveryPromptFailedError) else error
-            if isinstance(cause, (ArgumentError, UnsupportedModelError)):
-                raise cause from None
-            errors = dict.fromkeys(self._prompts, f"{type(cause).__name__}: {cause}")
-            if cause is error:  # otherwise analyze_many has warned already
-                warnings.warn(f"step {step} could not be measured: {error!r}", stacklevel=2)
+            warnings.warn(f"step {step} could not be measured: {describe(error)}", stacklevel=2)
+            failed = len(self._prompts)
         seconds = time.perf_counter() - started
         self.seconds, self.calls = self.seconds + seconds, self.calls + 1
-        snapshot = Snapshot(step, seconds, values, errors)
-        self._hand_out(snapshot)
-        return snapshot
+        means = {**_means(rows), "seconds": seconds}
+        self._log(step, means)
+        if self.verbose:
+            self._print(step, means, failed)
+        return means
 
-    def _hand_out(self, snapshot: Snapshot) -> None:
-        """Write, log and print a measurement; a training run does not end for the failure of one of these."""
+    def _prompt(self, model: Any, key: str, tokens: Any, step: int) -> list[dict[str, Any]]:
+        """Measure one prompt, keep the result or the error, and give its rows."""
+        ids = tuple(tokens.tolist())
+        cell = Cell(self.name, ids, self._settings, revision=f"step{step}", step=step)
+        started = time.perf_counter()
         try:
-            self._journal.append(snapshot)
+            analysis: Analysis | Exception = analyze(
+                model, tokens, **{**self._settings.arguments(), "prepend_bos": None}, attention=False
+            )
+        except (ArgumentError, UnsupportedModelError):
+            raise
+        except Exception as error:  # a run that diverges, or one that leaves no memory
+            analysis = error
+            warnings.warn(f"step {step}: prompt {key!r} could not be measured: {describe(error)}", stacklevel=4)
+        failed = isinstance(analysis, Exception)
+        rows = [] if failed else list(rows_of_cell(cell, analysis, self._facts))
+        try:
+            if self._store is None:
+                self._rows += rows
+            elif failed:
+                self._store.fail(cell, analysis, time.perf_counter() - started)
+            else:
+                self._store.save(cell, analysis, self._facts)
         except TLCouplingError as error:
-            warnings.warn(f"step {snapshot.step} is not in the store: {error}", stacklevel=3)
-        means = {f"tlcoupling/{name}": value for name, value in {**snapshot.mean(), "seconds": snapshot.seconds}.items()}
+            warnings.warn(f"step {step}: prompt {key!r} is not in the store: {error}", stacklevel=4)
+        return rows
+
+    def _log(self, step: int, means: Mapping[str, float]) -> None:
+        """Hand numbers to the loggers; a training run does not end for the failure of one."""
+        shown = {f"tlcoupling/{name}": value for name, value in means.items()}
         for logger in self._loggers:
             try:
                 if hasattr(logger, "add_scalar"):
-                    for name, value in means.items():
-                        logger.add_scalar(name, value, snapshot.step)
+                    for name, value in shown.items():
+                        logger.add_scalar(name, value, step)
                 else:
-                    logger.log(means, step=snapshot.step)
+                    logger.log(shown, step=step)
             except Exception as error:  # of whatever kind a logger has
-                warnings.warn(f"step {snapshot.step} is not in {type(logger).__name__}: {error!r}", stacklevel=3)
-        if self.verbose:
-            from tqdm.auto import tqdm
+                warnings.warn(f"step {step} is not in {type(logger).__name__}: {describe(error)}", stacklevel=4)
 
-            elapsed = time.perf_counter() - self._started
-            tqdm.write(f"{snapshot.line()}; {self.seconds / elapsed:.1%} of the run so far", file=sys.stderr)
+    def _print(self, step: int, means: Mapping[str, float], failed: int) -> None:
+        """One line for a person: coupling with its null and excess, linearity, growth, and the cost."""
+        from tqdm.auto import tqdm
 
-    def snapshots(self) -> list[Snapshot]:
-        """All measurements in the order of their steps, those of earlier runs in the same store included.
-
-        Of a step that was measured again (a run taken up from a checkpoint) the last one counts.
-        """
-        return self._journal.read()
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """One row per step and prompt: ``step``, ``prompt``, ``seconds``, and a column for each number measured."""
-        import pandas as pd
-
-        rows = [
-            {"step": one.step, "prompt": prompt, "seconds": one.seconds, **values}
-            for one in self.snapshots()
-            for prompt, values in one.values.items()
+        shown = [
+            f"{what} {value:.4f} (null {means[f'null/{what}']:.4f}, excess {means[f'excess/{what}']:+.4f})"
+            for name, value in means.items()
+            for quantity, _, what in [name.partition("/")]
+            if quantity == "coupling"
         ]
-        return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["step", "prompt", "seconds"])
+        shown += [f"{label} {means[name]:.3g}" for label, name in (("LSS", "lss/block"), ("ED", "ed")) if name in means]
+        if failed:
+            shown.append(f"{failed} of {len(self._prompts)} prompts failed")
+        share = self.seconds / (time.perf_counter() - self._started)
+        cost = f"{means['seconds']:.2f} s, {share:.1%} of the run so far"
+        tqdm.write(f"step {step}: {', '.join(shown)}; {cost}", file=sys.stderr)
+
+    def table(self) -> pandas.DataFrame:
+        """All that is measured of this run, as the table of a sweep: one row per step, prompt, sublayer and K.
+
+        With a store, steps of earlier calls under the same name are in it.
+        """
+        if self._store is None:
+            return frame(self._rows)
+        table = self._store.table()
+        return table[table["model"] == self.name].sort_values(["step", "prompt_id"], ignore_index=True)
 
     def as_trainer_callback(self) -> TrainerCallback:
         """A callback for a HuggingFace ``Trainer``; in distributed training its first process measures."""
@@ -244,7 +273,7 @@ class TrainingMonitor:
 
         step = start
 
-        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal step
             own = {id(parameter) for parameter in unwrapped(self.model).parameters()}
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -276,27 +305,34 @@ def _checked_step(step: Any) -> int:
     return number
 
 
-def _encoded(prompt: Any, model: Any, tokenizer: Any | None) -> Any:
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """The settings of a cell, whose several values are tuples.
+
+    Raises:
+        ArgumentError: a name that is no setting, or a value that none allows.
+    """
+    allowed = [each.name for each in fields(Settings)]
+    if unknown := [name for name in given if name not in allowed]:
+        raise ArgumentError("settings", unknown[0], f"one of {', '.join(allowed)}")
+    several = {name: given[name] for name in ("k", "tokens", "sublayers") if given.get(name) is not None}
+    tuples = {
+        name: value if value == "all" else (value,) if isinstance(value, (int, float, str)) else tuple(value)
+        for name, value in several.items()
+    }
+    return Settings(**{**given, **tuples})
+
+
+def _encoded(prompt: Any, tokenizer: Any | None) -> Any:
     """A string as token ids, by a tokenizer that was given; anything else as it is."""
-    if not isinstance(prompt, str) or tokenizer is None:
-        return prompt
-    return tokenizer(prompt)["input_ids"]
+    return prompt if tokenizer is None or not isinstance(prompt, str) else tokenizer(prompt)["input_ids"]
 
 
-def _values(runs: ManyAnalyses) -> dict[str, dict[str, float]]:
-    """Of each prompt that was measured, the mean over its tokens of every number, by name."""
-    found = {}
-    for index in runs.prompt.unique().tolist():
-        rows = runs.prompt == index
-
-        def mean(values: Tensor, rows: Tensor = rows) -> Any:
-            return values[rows].double().mean(0).tolist()
-
-        values: dict[str, float] = {}
-        for name in ("coupling", "null", "excess"):
-            for sublayer, by_k in zip(runs.sublayers, mean(getattr(runs, name)), strict=True):
-                values |= {f"{name}/{sublayer}/k{k}": value for k, value in zip(runs.ks, by_k, strict=True)}
-        values |= {f"lss/{path}": value for path, value in zip(runs.paths, mean(runs.lss), strict=True)}
-        values |= {"expodistance": mean(runs.expodistance), "rate": mean(runs.rate)}
-        found[runs.names[index]] = values
-    return found
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over prompts by name; of prompts where a number is undefined, NaN."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        names = {f"{name}/{row['sublayer']}/k{row['k_asked']}": name for name in ("coupling", "null", "excess")}
+        names |= {f"lss/{row['sublayer']}": "lss", "ed": "ed", "rate": "rate"}
+        for name, column in names.items():
+            values.setdefault(name, []).append(row[column])
+    return {name: sum(found) / len(found) for name, found in values.items()}

@@ -176,9 +176,9 @@ def _per_model(table: pandas.DataFrame, which: list[str]) -> tuple[pandas.DataFr
     if rows.empty:
         raise ArgumentError("table", f"{len(table)} rows", "measurements of trained models; there is none")
     _require_one_kind(rows, which)
-    columns, nulls = [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False).first()], {}
+    columns, nulls = [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False, sort=False).first()], {}
     for labels, part in _parts(rows):
-        grouped = part.groupby(which, dropna=False)
+        grouped = part.groupby(which, dropna=False, sort=False)
         for quantity in OF_COUPLING:
             if quantity in part.columns:
                 columns.append(grouped[quantity].mean().rename(" ".join([quantity, *labels])))
@@ -186,7 +186,7 @@ def _per_model(table: pandas.DataFrame, which: list[str]) -> tuple[pandas.DataFr
         if "lss" in part.columns:
             columns.append(grouped["lss"].mean().rename(" ".join(["LSS", *labels[:1]])))
     if "ed" in rows.columns:
-        columns.append(rows.groupby(which, dropna=False)["ed"].mean().rename("ED"))
+        columns.append(rows.groupby(which, dropna=False, sort=False)["ed"].mean().rename("ED"))
     import pandas as pd
 
     whole = pd.concat(columns, axis=1)
@@ -209,12 +209,12 @@ def _require_one_kind(rows: pandas.DataFrame, which: list[str]) -> None:
     """Refuse to average over what the scores do not tell apart, and say where prompts differ."""
     for name in _WHICH[1:]:
         if name not in which and name in rows.columns:
-            several = rows.groupby("model")[name].nunique(dropna=False)
+            several = rows.groupby(which, dropna=False, sort=False)[name].nunique(dropna=False)
             if (several > 1).any():
                 raise ArgumentError(
                     "scores",
                     which,
-                    f"a column {name!r} besides, since {several.idxmax()!r} is measured at {several.max()} of them",
+                    f"a column {name!r} besides: {several.idxmax()!r} is measured at {several.max()} of them",
                 )
     if "settings" in rows.columns and rows["settings"].nunique() > 1:
         raise ArgumentError(
@@ -222,7 +222,7 @@ def _require_one_kind(rows: pandas.DataFrame, which: list[str]) -> None:
             f"{rows['settings'].nunique()} different settings",
             "measurements of one kind: choose the rows with one value of the column 'settings' and give these",
         )
-    if "prompt_id" in rows.columns and rows.groupby(which, dropna=False)["prompt_id"].agg(frozenset).nunique() > 1:
+    if "prompt_id" in rows.columns and rows.groupby(which, dropna=False, sort=False)["prompt_id"].agg(frozenset).nunique() > 1:
         warnings.warn("not all models are measured on the same prompts, and their means are over different ones", stacklevel=2)
 
 

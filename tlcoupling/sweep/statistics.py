@@ -177,7 +177,7 @@ def correlate(
         ),
         **columns,
         values=torch.from_numpy(np.stack(list(joined.predictors.values()))),
-        scores=torch.from_numpy(joined.scores),
+        scores=torch.tensor(joined.scores),
         predictors=tuple(joined.predictors),
         models=joined.models,
         family=joined.families,
