@@ -80,9 +80,11 @@ def _print(found: Correlations, table: str | None) -> None:
 
 
 def summary(found: Correlations) -> list[str]:
-    """What the numbers say of coupling and excess, in words."""
+    """What the numbers say of the blocks' coupling and excess, in words."""
     lines = []
     for name in found.predictors:
+        if " " in name and " block " not in name:
+            continue
         of = found.of(name)
         if name.startswith("coupling") and not math.isnan(of["by_null"]):
             lines.append(
@@ -114,23 +116,22 @@ def _fixed(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
             "–" if math.isnan(r := of[f"partial given {each}"]) else f"{r:+.2f} ({_p(of[f'partial_p given {each}'])})"
             for each in found.given
         ]
-        rows.append([name, *held, _share(of["by_null"]), _share(of["by_width"])])
-    heading = (
-        "What is left, r and (p), when something is held fixed; shares of the predictor's own\n"
-        "variance that its null and width explain"
-    )
-    return heading, ["predictor", *found.given, "by null", "by width"], rows
+        rows.append([name, *held])
+    return "What is left of r (and p) when something is held fixed", ["predictor", *found.given], rows
 
 
 def _without(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for name, by_family in zip(found.predictors, found.r_without.square(), strict=True):
         known = [(float(value), family) for value, family in zip(by_family, found.families, strict=True) if value == value]
-        if not known:
-            continue
-        (low, without), (high, but) = min(known), max(known)
-        rows.append([name, _number(low), without, _number(high), but])
-    return "R² with one family left out: lowest and highest", ["predictor", "R²", "without", "R² ", "without "], rows
+        ends = [part for r, family in (min(known), max(known)) for part in (_number(r), family)] if known else ["–"] * 4
+        of = found.of(name)
+        rows.append([name, _share(of["by_null"]), _share(of["by_width"]), *ends])
+    heading = (
+        "The share of its own variance that a predictor's null explains, and width in any form;\n"
+        "and R² with one family of models left out, at its lowest and highest"
+    )
+    return heading, ["predictor", "null", "width", "low", "without", "high", "without "], rows
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> Any:
@@ -138,7 +139,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(columns):
         words = index == 0 or name.startswith("without")
         table.add_column(name, justify="left" if words else "right", header_style="dim", overflow="fold")
