@@ -56,9 +56,9 @@ class Setting:
 
     widths: tuple[int, ...] = (64, 96)
     depths: tuple[int, ...] = (4, 8)
-    sentences: tuple[int, ...] = (128, 512, 8192)
-    steps: int = 400
-    checkpoints: tuple[int, ...] = (0, 25, 50, 100, 200, 400)
+    sentences: tuple[int, ...] = (512, 2048, 8192)
+    steps: int = 300
+    checkpoints: tuple[int, ...] = (0, 20, 50, 100, 200, 300)
     prompts: int = 4
     k: int = 10
 
@@ -342,7 +342,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="models too small to mean anything, in about a minute")
-    parser.add_argument("--steps", type=int, help="of training; by default 400")
+    parser.add_argument("--steps", type=int, help="of training; by default 300")
     parser.add_argument("--out", type=Path, default=Path("out/zoo"), help="folder for everything")
     options = parser.parse_args()
     setting = QUICK if options.quick else Setting()

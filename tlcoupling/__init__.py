@@ -38,7 +38,7 @@ from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
-from tlcoupling.sweep import SweepStore
+from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
 from tlcoupling.sweep.statistics import Correlations, correlate
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
@@ -61,7 +61,10 @@ __all__ = [
     "Linearity",
     "LinearizationGap",
     "ManyAnalyses",
+    "Plan",
     "SingularValueProfile",
+    "SlurmExecutor",
+    "SweepReport",
     "SweepStore",
     "TLCouplingError",
     "TokenCoupling",
@@ -96,6 +99,7 @@ __all__ = [
     "read_directions",
     "residual_jacobian",
     "singular_value_profile",
+    "sweep",
     "token_coupling",
     "trace",
     "trajectory_components",

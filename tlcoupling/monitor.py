@@ -314,12 +314,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
     allowed = [each.name for each in fields(Settings)]
     if unknown := [name for name in given if name not in allowed]:
         raise ArgumentError("settings", unknown[0], f"one of {', '.join(allowed)}")
-    several = {name: given[name] for name in ("k", "tokens", "sublayers") if given.get(name) is not None}
-    tuples = {
-        name: value if value == "all" else (value,) if isinstance(value, (int, float, str)) else tuple(value)
-        for name, value in several.items()
-    }
-    return Settings(**{**given, **tuples})
+    return Settings.of(**given)
 
 
 def _encoded(prompt: Any, tokenizer: Any | None) -> Any:

@@ -123,7 +123,9 @@ def _fixed(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
 def _without(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for name, by_family in zip(found.predictors, found.r_without.square(), strict=True):
-        known = [(float(value), family) for value, family in zip(by_family, found.families, strict=True) if value == value]
+        known = [
+            (float(value), family) for value, family in zip(by_family, found.families, strict=True) if value == value
+        ]
         ends = [part for r, family in (min(known), max(known)) for part in (_number(r), family)] if known else ["–"] * 4
         of = found.of(name)
         rows.append([name, _share(of["by_null"]), _share(of["by_width"]), *ends])

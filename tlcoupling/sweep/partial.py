@@ -22,9 +22,10 @@ class Partial(NamedTuple):
     """A correlation with others held fixed.
 
     Attributes:
-        r: Pearson's correlation of the residuals; NaN where the others determine one of the two.
-        p: two-sided, by Student's t with ``freedom`` degrees; NaN with none.
-        freedom: n - 2 - (rank of what is held fixed).
+        r: Pearson's correlation of the residuals; NaN where the others determine one of the two, or where no degree of
+            freedom is left, as of two models, which always lie on a line.
+        p: two-sided, by Student's t; NaN with r.
+        freedom: degrees of it, n - 2 - (rank of what is held fixed), 0 at least.
     """
 
     r: float
@@ -55,6 +56,8 @@ def partial_correlation(
     size = len(columns[0])
     if any(len(column) != size for column in columns) or (within is not None and len(within) != size):
         raise ArgumentError("given", [len(column) for column in columns], "as many values in each variable as in x")
+    if size < 3:
+        return Partial(np.nan, np.nan, 0)
     held = [np.ones(size), *columns[2:]]
     if within is not None:
         names = list(dict.fromkeys(within))
@@ -62,7 +65,7 @@ def partial_correlation(
     basis = _orthonormal(np.stack(held, 1))
     left = [_left_over(column, basis) for column in columns[:2]]
     freedom = size - basis.shape[1] - 1
-    if freedom < 0 or any(each is None for each in left):
+    if freedom < 1 or any(each is None for each in left):
         return Partial(np.nan, np.nan, max(freedom, 0))
     r = float(np.clip(left[0] @ left[1], -1.0, 1.0))  # type: ignore[operator]
     return Partial(r, _p_value(r, freedom), freedom)
@@ -85,8 +88,6 @@ def r_squared_of_groups(x: ArrayLike, within: Sequence[object]) -> float:
 def _p_value(r: float, freedom: int) -> float:
     from scipy.stats import t
 
-    if freedom < 1:
-        return float("nan")
     if abs(r) == 1.0:
         return 0.0
     return float(2 * t.sf(abs(r) * np.sqrt(freedom / (1 - r * r)), freedom))

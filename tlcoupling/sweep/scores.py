@@ -95,7 +95,9 @@ def read_table(source: Any, argument: str) -> pandas.DataFrame:
     try:
         return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError, ImportError) as error:  # of CSV and parquet files that are none, too
-        raise ArgumentError(argument, str(path), f"a store, a CSV or a parquet file that can be read ({error})") from error
+        raise ArgumentError(
+            argument, str(path), f"a store, a CSV or a parquet file that can be read ({error})"
+        ) from error
 
 
 def join(table: pandas.DataFrame, scores: Any | None, score: str | None, missing: Missing) -> Joined:
@@ -149,7 +151,9 @@ def _scores(scores: Any, score: str | None) -> tuple[pandas.DataFrame, list[str]
         numeric = [name for name in others if pd.api.types.is_numeric_dtype(given[name])]
         score = "score" if "score" in columns else (numeric or others or [None])[0]
         if score is None or (score != "score" and len(numeric or others) > 1):
-            raise ArgumentError("score", None, f"the name of the column of scores, one of {', '.join(numeric or others)}")
+            raise ArgumentError(
+                "score", None, f"the name of the column of scores, one of {', '.join(numeric or others)}"
+            )
     elif score not in columns:
         raise ArgumentError("score", score, f"one of the columns {', '.join(columns)}{_nearest(score, columns)}")
     which = [name for name in _WHICH if name in columns and given[name].notna().any()]
@@ -176,7 +180,10 @@ def _per_model(table: pandas.DataFrame, which: list[str]) -> tuple[pandas.DataFr
     if rows.empty:
         raise ArgumentError("table", f"{len(table)} rows", "measurements of trained models; there is none")
     _require_one_kind(rows, which)
-    columns, nulls = [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False, sort=False).first()], {}
+    columns, nulls = (
+        [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False, sort=False).first()],
+        {},
+    )
     for labels, part in _parts(rows):
         grouped = part.groupby(which, dropna=False, sort=False)
         for quantity in OF_COUPLING:
@@ -222,8 +229,13 @@ def _require_one_kind(rows: pandas.DataFrame, which: list[str]) -> None:
             f"{rows['settings'].nunique()} different settings",
             "measurements of one kind: choose the rows with one value of the column 'settings' and give these",
         )
-    if "prompt_id" in rows.columns and rows.groupby(which, dropna=False, sort=False)["prompt_id"].agg(frozenset).nunique() > 1:
-        warnings.warn("not all models are measured on the same prompts, and their means are over different ones", stacklevel=2)
+    if (
+        "prompt_id" in rows.columns
+        and rows.groupby(which, dropna=False, sort=False)["prompt_id"].agg(frozenset).nunique() > 1
+    ):
+        warnings.warn(
+            "not all models are measured on the same prompts, and their means are over different ones", stacklevel=2
+        )
 
 
 def _matched(
@@ -251,10 +263,14 @@ def _matched(
     blank = ~unknown & ~np.isfinite(found["score"])
     if blank.any():
         which_blank = ", ".join("@".join(map(str, row)) for row in found.loc[blank, which].itertuples(index=False))
-        warnings.warn(f"{int(blank.sum())} models have no number as a score and are left out: {which_blank}", stacklevel=2)
+        warnings.warn(
+            f"{int(blank.sum())} models have no number as a score and are left out: {which_blank}", stacklevel=2
+        )
     kept = found[~unknown & ~blank].drop(columns="_merge")
     if len(kept) < 3:
-        raise ArgumentError("scores", f"{len(kept)} measured models with a score", "three or more: two always lie on a line")
+        raise ArgumentError(
+            "scores", f"{len(kept)} measured models with a score", "three or more: two always lie on a line"
+        )
     if kept["score"].nunique() == 1:
         raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; this one is every model's")
     return kept

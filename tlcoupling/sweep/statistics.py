@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from tlcoupling.intervals import bca, check_bootstrap
 from tlcoupling.results import Provenance, Result
 from tlcoupling.sweep.partial import partial_correlation, r_squared_of_groups
 from tlcoupling.sweep.scores import Joined, Missing, join, published, read_table
+
+if TYPE_CHECKING:
+    import pandas
 
 GIVEN = ("null", "same width", "parameters", "depth")
 
@@ -114,6 +117,13 @@ class Correlations(Result):
             row = getattr(self, name)[index].tolist()
             found |= {f"{name} given {held}": value for held, value in zip(self.given, row, strict=True)}
         return found
+
+    def by_model(self) -> pandas.DataFrame:
+        """What was compared: one row per model, with ``model``, ``family``, ``score`` and a column per predictor."""
+        import pandas as pd
+
+        columns = dict(zip(self.predictors, self.values.tolist(), strict=True))
+        return pd.DataFrame({"model": self.models, "family": self.family, "score": self.scores.tolist(), **columns})
 
     def _coords(self) -> dict[str, Sequence[Any]]:
         return {
@@ -241,7 +251,7 @@ def _held_fixed(
     return found.r, found.p
 
 
-def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
     """Pearson's r along an axis; 0 of a resample in which one of the two does not vary, where no line is to be seen."""
     x, y = (each - each.mean(axis=axis, keepdims=True) for each in (x, y))
     size = np.sqrt(np.square(x).sum(axis) * np.square(y).sum(axis))
