@@ -1,13 +1,13 @@
 """A zoo of small transformers on a synthetic language: does coupling go with validation loss at a fixed width?
 
-    python benchmarks/zoo.py            # trains, sweeps, reports; out/zoo has it all, and a second run only what is missing
-    python benchmarks/zoo.py --quick    # the same in about a minute, of models too small to mean anything
+    python benchmarks/zoo.py            # trains, sweeps and reports into out/zoo; a second run does what is missing
+    python benchmarks/zoo.py --quick --out out/zoo-quick    # in about a minute, of models too small to mean anything
 
 The language has 64 words. A sentence follows one of four grammars, each a sparse Markov chain (every word has eight
 successors, with Zipf's probabilities); which one, the first words tell. Between, the word 0 announces that a span of
-earlier words is repeated, so that induction pays. Models are Llamas; at each width they differ in depth, in the number of
-sentences they are trained on (fewer: more passes over each), and in their seed. Each keeps checkpoints, as HuggingFace
-folders named by step.
+earlier words is repeated, so that induction pays. Models are Llamas; at each width they differ in depth, in the number
+of sentences they are trained on (fewer: more passes over each), and in their seed. Each keeps checkpoints, as
+HuggingFace folders named by step.
 
 The report sets measurements against validation loss, at the end of training and along it, with width held fixed:
 correlations within groups of equal width, with p-values from permuting the losses within these groups.
@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -292,22 +292,23 @@ def write_report(table: pd.DataFrame, setting: Setting, models: list[Model], sec
     key = end[(end["sublayer"] == "block") & end["measurement"].isin(["coupling", "excess"])]
     sentences = [
         f"{row['measurement']}: r = {row['r']:+.2f} over all models, {row['r at equal width']:+.2f} at equal width "
-        f"(permutation p = {row['p']:.3f}), {row['and equal depth']:+.2f} at equal width and depth (p = {row['p ']:.3f})"
+        f"(permutation p = {row['p']:.3f}), {row['and equal depth']:+.2f} at equal width and depth "
+        f"(p = {row['p ']:.3f})"
         for _, row in key.iterrows()
     ]
     text = "\n\n".join(
         [
             "# The zoo: coupling against validation loss at a fixed width",
             f"{len(models)} models, {setting.steps} steps of {BATCH} sentences of {LENGTH} words, K = {setting.k}, "
-            f"{setting.prompts} prompts, 2 tokens each; {torch.get_num_threads()} thread(s), {seconds:.0f} s in this run. "
-            "A negative correlation means: the larger the measurement, the lower the loss.",
+            f"{setting.prompts} prompts, 2 tokens each; {torch.get_num_threads()} thread(s), {seconds:.0f} s in this "
+            "run. A negative correlation means: the larger the measurement, the lower the loss.",
             "Blocks, at the end of training, against validation loss:\n\n- " + "\n- ".join(sentences),
             "## The trained models (blocks)",
             _markdown(last[[name for name in columns if name in last]].reset_index()),
             "## Correlation with validation loss at the end of training",
             _markdown(end),
             "## Along training: rank correlation with validation loss over each model's own checkpoints",
-            f"Checkpoints at steps {', '.join(map(str, setting.checkpoints))}; mean over models with its 95 % interval.",
+            f"At steps {', '.join(map(str, setting.checkpoints))}; mean over models with its 95 % interval.",
             _markdown(along_training(table)),
         ]
     )
@@ -342,13 +343,17 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="models too small to mean anything, in about a minute")
-    parser.add_argument("--steps", type=int, help="of training; by default 300")
+    for field in fields(Setting):
+        kind = {"type": int} if isinstance(field.default, int) else {"type": int, "nargs": "+"}
+        parser.add_argument(f"--{field.name}", **kind, metavar="N", help=f"by default {field.default}")
     parser.add_argument("--out", type=Path, default=Path("out/zoo"), help="folder for everything")
     options = parser.parse_args()
     setting = QUICK if options.quick else Setting()
-    if options.steps is not None:
-        kept = sorted({round(options.steps * step / setting.steps) for step in setting.checkpoints})
-        setting = replace(setting, steps=options.steps, checkpoints=tuple(kept))
+    given = {field.name: getattr(options, field.name) for field in fields(Setting)}
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
+    setting = replace(setting, **changes)
+    if setting.steps not in setting.checkpoints:
+        parser.error(f"--checkpoints must end with the last step, {setting.steps}")
     transformers.utils.logging.disable_progress_bar()
     run(setting, options.out)
 

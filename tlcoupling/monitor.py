@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis import analyze
 from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
+from tlcoupling.generators import generators_kept
 from tlcoupling.hooked import model_name_of
 from tlcoupling.in_training import evaluated, unwrapped
 from tlcoupling.prompt import named_prompts, to_tokens
@@ -58,8 +59,8 @@ class TrainingMonitor:
             ``add_scalar(name, value, step)`` (TensorBoard's ``SummaryWriter``).
         tokenizer: a HuggingFace tokenizer for strings, where the model has none.
         verbose: print a line for each measurement, with what it cost, on stderr.
-        **settings: what is measured, as in ``tlc.analyze``: ``k``, ``tokens``, ``sublayers``, ``normalizer``, ``bases``,
-            ``absolute``, ``prepend_bos``, ``engine``, ``solver``.
+        **settings: what is measured, as in ``tlc.analyze``: ``k``, ``tokens``, ``sublayers``, ``normalizer``,
+            ``bases``, ``absolute``, ``prepend_bos``, ``engine``, ``solver``.
 
     Attributes:
         calls: number of steps measured.
@@ -147,7 +148,12 @@ class TrainingMonitor:
         Warns:
             A prompt could not be measured, the store not be written to, or a logger failed.
         """
-        step, started = _checked_step(step), time.perf_counter()
+        step = _checked_step(step)
+        with generators_kept():  # loggers draw from them too
+            return self._measured(step)
+
+    def _measured(self, step: int) -> dict[str, float]:
+        started = time.perf_counter()
         rows: list[dict[str, Any]] = []
         failed = 0
         try:
@@ -158,7 +164,7 @@ class TrainingMonitor:
         except (ArgumentError, UnsupportedModelError):
             raise
         except Exception as error:  # training is worth more than its measurement
-            warnings.warn(f"step {step} could not be measured: {describe(error)}", stacklevel=2)
+            warnings.warn(f"step {step} could not be measured: {describe(error)}", stacklevel=3)
             failed = len(self._prompts)
         seconds = time.perf_counter() - started
         self.seconds, self.calls = self.seconds + seconds, self.calls + 1

@@ -88,9 +88,9 @@ def summary(found: Correlations) -> list[str]:
         of = found.of(name)
         if name.startswith("coupling") and not math.isnan(of["by_null"]):
             lines.append(
-                f"{name} goes with the score at R² = {of['r_squared']:.2f}. Its null explains {of['by_null']:.0%} of its "
-                f"variance over these models, and width in any form {of['by_width']:.0%}; with the null held fixed, "
-                f"r = {of['partial given null']:+.2f} (p = {_p(of['partial_p given null'])}) is left."
+                f"{name} goes with the score at R² = {of['r_squared']:.2f}. Its null explains {of['by_null']:.0%} of "
+                f"its variance over these models, and width in any form {of['by_width']:.0%}; with the null held "
+                f"fixed, r = {of['partial given null']:+.2f} (p = {_p(of['partial_p given null'])}) is left."
             )
         if name.startswith("excess"):
             lines.append(f"{name}, coupling above its null, goes with the score at R² = {of['r_squared']:.2f}.")
@@ -130,8 +130,8 @@ def _without(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
         of = found.of(name)
         rows.append([name, _share(of["by_null"]), _share(of["by_width"]), *ends])
     heading = (
-        "The share of its own variance that a predictor's null explains, and width in any form;\n"
-        "and R² with one family of models left out, at its lowest and highest"
+        "Share of a predictor's own variance that its null explains, and width in any\n"
+        "form; R² with one family of models left out, at its lowest and highest"
     )
     return heading, ["predictor", "null", "width", "low", "without", "high", "without "], rows
 
