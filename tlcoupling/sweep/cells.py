@@ -118,7 +118,7 @@ class Cell:
     revision: str | None = None
     step: int | None = None
     weights: str | None = None
-    load: Mapping[str, Any] = field(default_factory=dict)
+    load: Mapping[str, Any] = field(default_factory=dict, hash=False)
     random_seed: int | None = None
 
     @cached_property

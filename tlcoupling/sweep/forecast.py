@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +59,12 @@ class Forecast:
     @property
     def flops(self) -> float:
         """Of all groups whose cost is known."""
-        return sum(group.flops or 0.0 for group in self.groups)
+        return math.fsum(group.flops or 0.0 for group in self.groups)
 
     @property
     def file_bytes(self) -> float:
         """Of all groups whose cost is known."""
-        return sum(group.file_bytes or 0.0 for group in self.groups)
+        return math.fsum(group.file_bytes or 0.0 for group in self.groups)
 
 
 def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = None) -> Forecast:
@@ -106,7 +107,7 @@ def _group(group: Group, kept: set[str], name: str) -> GroupForecast:
         name=str(group.source),
         n_cells=len(group.cells),
         n_kept=done,
-        flops=sum(cost.flops for cost in costs),
-        file_bytes=sum(cost.file_bytes for cost in costs),
+        flops=math.fsum(cost.flops for cost in costs),
+        file_bytes=math.fsum(cost.file_bytes for cost in costs),
         memory_bytes=max((cost.memory_bytes for cost in costs), default=0.0),
     )

@@ -55,10 +55,10 @@ class Reader:
         for index, entry in enumerate(models):
             spec = {"name": entry} if isinstance(entry, str) else self._table(entry, f"models[{index}]")
             for group in self._groups(spec, f"models[{index}]", content, local, prompts, settings):
-                cells = tuple(cell for cell in group.cells if cell.key not in seen)
-                seen |= {cell.key for cell in cells}
+                cells = {cell.key: cell for cell in group.cells if cell.key not in seen}
+                seen |= set(cells)
                 if cells:
-                    groups.append(replace(group, cells=cells))
+                    groups.append(replace(group, cells=tuple(cells.values())))
         per_job = content.get("cells_per_job")
         if per_job is not None and (type(per_job) is not int or per_job < 1):
             raise self._wrong("cells_per_job", per_job, "an int from 1 on")
