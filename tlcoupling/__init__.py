@@ -36,9 +36,12 @@ from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.models import load_model
+from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
+from tlcoupling.sweep.statistics import Correlations, correlate
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -47,6 +50,7 @@ __all__ = [
     "CausalEffect",
     "Check",
     "ContextCoupling",
+    "Correlations",
     "DepthCoupling",
     "DirectionReadout",
     "Estimate",
@@ -59,11 +63,16 @@ __all__ = [
     "Linearity",
     "LinearizationGap",
     "ManyAnalyses",
+    "Plan",
     "ProjectedJacobians",
     "SingularValueProfile",
+    "SlurmExecutor",
+    "SweepReport",
+    "SweepStore",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
+    "TrainingMonitor",
     "TrajectoryComponents",
     "TrajectoryRecorder",
     "Triplets",
@@ -72,6 +81,7 @@ __all__ = [
     "causal_effect",
     "check",
     "context_coupling",
+    "correlate",
     "coupling_loss",
     "depth_coupling",
     "estimate",
@@ -93,6 +103,7 @@ __all__ = [
     "read_directions",
     "residual_jacobian",
     "singular_value_profile",
+    "sweep",
     "token_coupling",
     "trace",
     "trajectory_components",

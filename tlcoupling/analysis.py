@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tlcoupling.coupling import DepthCoupling, depth_coupling
 from tlcoupling.coupling.arguments import KSpec
+from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName, check_index
 from tlcoupling.results import Result
+from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import PATTERN, Trace, trace
 from tlcoupling.trajectory import Growth, Linearity, growth, linearity
 from tlcoupling.user_hooks import FwdHooks
@@ -28,7 +30,8 @@ class Analysis(Result):
         coupling: depth-wise coupling.
         linearity: how straight the token trajectories are.
         growth: how residual norms grow.
-        attention: attention pattern of one layer, ``[head, dest, src]``; None where the model has no hook_pattern.
+        attention: attention pattern of one layer, ``[head, dest, src]``; None where the model has no
+            hook_pattern, or where it was not wanted.
         attention_layer: that layer.
         tokens: the tokens as text.
         trace: the trace it was measured on; None in an analysis that was loaded from a file.
@@ -74,10 +77,16 @@ def analyze(
     *,
     k: KSpec = 10,
     tokens: int | Sequence[int] | Literal["all"] = -1,
+    sublayers: str | Sequence[str] | None = None,
+    normalizer: Normalizer = "frobenius",
+    bases: Bases = "uv",
+    absolute: bool = True,
+    attention: bool = True,
     attention_layer: int | None = None,
     fwd_hooks: FwdHooks = (),
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
+    solver: SolverName = "auto",
     progress: bool = False,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
@@ -87,10 +96,16 @@ def analyze(
         prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
         k: as in ``depth_coupling``.
         tokens: positions whose depth-wise coupling is measured; the trajectories of all tokens always are.
-        attention_layer: the layer whose attention pattern is kept; by default the middle one.
+        sublayers: as in ``depth_coupling``.
+        normalizer: as in ``depth_coupling``.
+        bases: as in ``depth_coupling``.
+        absolute: as in ``depth_coupling``.
+        attention: whether an attention pattern is kept; its size grows with the square of the prompt's length.
+        attention_layer: the layer whose pattern that is; by default the middle one.
         fwd_hooks: hooks as in ``model.run_with_hooks``; forward pass and Jacobians see them, as in ``trace``.
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
+        solver: as in ``depth_coupling``.
         progress: show a progress bar.
 
     Raises:
@@ -106,9 +121,22 @@ def analyze(
     layer = check_index(
         "attention_layer", traced.n_layers // 2 if attention_layer is None else attention_layer, traced.n_layers
     )
-    coupling = depth_coupling(traced, k, tokens=tokens, engine=engine, progress=progress)
-    attention = _pattern(traced, layer)
-    if attention is None and attention_layer is not None:
+    if attention_layer is not None and not attention:
+        raise ArgumentError("attention_layer", attention_layer, "None where attention=False keeps no pattern")
+    coupling = depth_coupling(
+        traced,
+        k,
+        tokens=tokens,
+        sublayers=sublayers,
+        normalizer=normalizer,
+        bases=bases,
+        absolute=absolute,
+        engine=engine,
+        solver=solver,
+        progress=progress,
+    )
+    pattern = _pattern(traced, layer) if attention else None
+    if pattern is None and attention_layer is not None:
         raise ArgumentError("attention_layer", attention_layer, f"None: this model has no {PATTERN}")
     straight, grown = linearity(traced), growth(traced)
     settings = {"coupling": dict(coupling.provenance.settings), "attention_layer": layer}
@@ -119,7 +147,7 @@ def analyze(
         coupling=coupling,
         linearity=straight,
         growth=grown,
-        attention=attention,
+        attention=pattern,
         attention_layer=layer,
         tokens=traced.str_tokens,
         trace=traced,
