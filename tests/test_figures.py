@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, make_analysis
@@ -412,6 +413,35 @@ def test_names_cover_neither_each_other_nor_points():
     assert not any(((points > box.min) & (points < box.max)).all(1).any() for box in boxes)
 
 
+def monitored(model: str = "m") -> pd.DataFrame:
+    """A table as ``TrainingMonitor`` gives it, of numbers made by hand."""
+    generator = np.random.default_rng(0)
+    cells = itertools.product((0, 50, 100), range(4), ("block", "attn", "mlp"), (3, 5))
+    rows = [
+        dict(zip(("step", "prompt_id", "sublayer", "k"), cell, strict=True), model=model, null=0.1, ed=2.0 + cell[1])
+        for cell in cells
+    ]
+    return pd.DataFrame(rows).assign(coupling=generator.random(len(rows)), lss=1 + generator.random(len(rows)))
+
+
+def test_training_draws_means_over_prompts_beside_the_null():
+    rows = monitored()
+    loss = {0: 3.0, 60: 1.0, 100: 0.5}
+    figure = figures.training(rows, loss, k=5)
+    shown = {axes.get_ylabel(): axes for axes in figure.axes}
+    for index, sublayer in enumerate(("block", "attn", "mlp")):
+        part = rows[(rows.sublayer == sublayer) & (rows.k == 5)]
+        coupling, null = shown["coupling c, K = 5"].lines[2 * index : 2 * index + 2]
+        np.testing.assert_allclose(coupling.get_ydata(), part.groupby("step").coupling.mean())
+        np.testing.assert_allclose(null.get_ydata(), [0.1] * 3)
+        line = shown["line-shape score (1: straight)"].lines[index]
+        np.testing.assert_allclose(line.get_ydata(), part.groupby("step").lss.mean())
+        np.testing.assert_array_equal(line.get_xdata(), [0, 50, 100])
+    np.testing.assert_allclose(shown["expodistance (0: exponential)"].lines[0].get_ydata(), [3.5] * 3)
+    np.testing.assert_allclose(shown["loss"].lines[0].get_xydata(), [[0, 3.0], [60, 1.0], [100, 0.5]])
+    assert len(figures.training(rows).axes) == 3
+
+
 # text, size, colour
 
 
@@ -542,6 +572,9 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path):
         (lambda a: figures.projected_jacobians(projected_by_hand(2), sublayer="mlp"), "sublayer='mlp'"),
         (lambda a: figures.distributions({}), "one analysis or more"),
         (lambda a: figures.distributions({"a": a}, path="head"), "path='head'"),
+        (lambda a: figures.training(monitored().drop(columns="step")), "one with columns step too"),
+        (lambda a: figures.training(pd.concat([monitored(), monitored("n")])), r"table=\['m', 'n'\]"),
+        (lambda a: figures.training(monitored(), k=10), "k=10 is not allowed; allowed: one that was measured: 3, 5"),
         (lambda a: figures.coupling_against_score(table(2)), "three models or more"),
         (lambda a: figures.coupling_against_score(table(), score="mmlu"), "score='mmlu' .* a column of the table"),
         (lambda a: figures.coupling_against_score(table(null=[1.0])), "columns of one length"),

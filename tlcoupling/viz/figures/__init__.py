@@ -6,7 +6,7 @@ and PDF, the latter two with text as text. Colours are told apart with any colou
 figure and stated; chance stands beside coupling.
 
 ``matrices`` has layer by layer matrices, ``depth`` curves against depth and distance, ``clouds`` points with names,
-``distributions`` histograms; ``style`` is how all of them look.
+``distributions`` histograms, ``training`` curves along it; ``style`` is how all of them look.
 """
 
 from tlcoupling.viz.figures.clouds import coupling_against_score, trajectories
@@ -14,6 +14,7 @@ from tlcoupling.viz.figures.depth import coupling_by_distance, singular_values
 from tlcoupling.viz.figures.distributions import distributions
 from tlcoupling.viz.figures.matrices import depth_coupling, projected_jacobians
 from tlcoupling.viz.figures.style import save, style
+from tlcoupling.viz.figures.training import training
 
 __all__ = [
     "coupling_against_score",
@@ -24,5 +25,6 @@ __all__ = [
     "save",
     "singular_values",
     "style",
+    "training",
     "trajectories",
 ]
