@@ -13,6 +13,7 @@ from itertools import product
 
 import torch
 from einops import einsum, rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import Options
@@ -85,6 +86,14 @@ def decompose(
         raise ArgumentError(error.name, error.value, f"{error.allowed} ({sublayer} of {place})") from error
 
 
+def project(
+    one: Spectrum, left: Float[Tensor, "column d K"], all_right: Float[Tensor, "d columnK"]
+) -> Float[Tensor, "column K K"]:
+    """A Jacobian between the bases of others, U2^T J1 V2 for each column; ``all_right`` has the V2 side by side."""
+    moved = one.multiply(all_right.to(one.triplets.u.device)).to(left.device)
+    return left.mT @ rearrange(moved, "d (column i) -> column d i", column=len(left))
+
+
 def _compare(rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Options) -> dict[str, Tensor]:
     """All that is measured on a group, by field name: each row's Jacobian in each column's bases."""
     device = rows[0].frobenius.device
@@ -99,8 +108,7 @@ def _compare(rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Opt
     all_right = rearrange(right, "column d i -> d (column i)")
     found: dict[str, list[Tensor]] = {name: [] for name in ("values", "overlap_u", "overlap_v")}
     for row, one in enumerate(rows):  # a row at a time: all pairs' K x K matrices would be the largest thing held
-        moved = one.multiply(all_right.to(one.triplets.u.device)).to(device)
-        projected = left.mT @ rearrange(moved, "d (column i) -> column d i", column=count)
+        projected = project(one, left, all_right)
         found["values"].append(
             torch.stack(
                 [coupling(projected[:, :k, :k], s[row, :k], options.normalizer, options.absolute) for k in options.k]
