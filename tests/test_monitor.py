@@ -374,7 +374,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path: Path, monkeypatch: pyte
     def full(*args: Any) -> None:
         raise StoreError("no space left on device")
 
-    monkeypatch.setattr("tlcoupling.sweep.store.SweepStore.save", full)
+    monkeypatch.setattr(tlc.SweepStore, "save", full)
     with pytest.warns(UserWarning, match="step 0: prompt 'one' is not in the store: no space left"):
         means = monitor(0)
     assert "excess/block/k4" in means
@@ -397,6 +397,7 @@ def test_wrong_arguments_are_refused_before_training(changes: dict[str, Any], me
         tlc.TrainingMonitor(**{"model": fresh(), "prompts": PROMPTS, "verbose": False, **changes})
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_setting_that_the_model_does_not_allow_ends_the_first_call():
     monitor = tlc.TrainingMonitor(fresh(), PROMPTS, k=1000, verbose=False)
     with pytest.raises(ArgumentError, match="k"):

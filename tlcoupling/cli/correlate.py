@@ -176,7 +176,23 @@ def _write(found: Correlations, folder: Path) -> None:
     except OSError as error:
         raise ResultFileError(f"cannot write to {str(folder)!r}: {error}") from error
     typer.echo(f"table   {folder / 'correlations.csv'}\nnumbers {folder / 'correlations.json'}")
+    for name in found.predictors:
+        if name.startswith("coupling") and (" " not in name or " block " in name):
+            typer.echo(_figure(found, name, folder / f"{name.replace(' ', '-').replace('=', '')}.png"))
 
 
-def _plain(value: float) -> float | None:
+def _figure(found: Correlations, coupling: str, path: Path) -> str:
+    """Draw a coupling against the score, beside its null, and say where; or why not."""
+    try:
+        import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        return "figure  none: it needs matplotlib, pip install 'tlcoupling[figures]'"
+    from tlcoupling.viz import figures
+
+    null = coupling.replace("coupling", "null", 1)
+    figure = figures.coupling_against_score(found.by_model(), coupling=coupling, null=null, width="width")
+    return f"figure  {figures.save(figure, path)}"
+
+
+def _plain(value: float | int) -> float | int | None:
     return None if math.isnan(value) else value

@@ -252,7 +252,9 @@ def _matched(
     names = ["@".join(map(str, row)) for row in found.loc[unknown, which].itertuples(index=False)]
     known = ["@".join(map(str, row)) for row in scored[which].itertuples(index=False)]
     if names and missing == "error":
-        shown = "; ".join(f"{name!r}{_nearest(name, known)}" for name in names[:5])
+        taken = {"@".join(map(str, row)) for row in measured[which].itertuples(index=False)}
+        free = [name for name in known if name not in taken]  # what is measured under that very name is no misspelling
+        shown = "; ".join(f"{name!r}{_nearest(name, free)}" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ArgumentError(
             "scores",
