@@ -10,12 +10,14 @@ from tlcoupling.coupling import (
     DepthCoupling,
     HeadAlignment,
     HeadCoupling,
+    ProjectedJacobians,
     TokenCoupling,
     context_coupling,
     coupling_loss,
     depth_coupling,
     head_alignment,
     head_coupling,
+    projected_jacobians,
     token_coupling,
 )
 from tlcoupling.dynamics import (
@@ -34,10 +36,12 @@ from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.models import load_model
+from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
+from tlcoupling.sweep.statistics import Correlations, correlate
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -46,6 +50,7 @@ __all__ = [
     "CausalEffect",
     "Check",
     "ContextCoupling",
+    "Correlations",
     "DepthCoupling",
     "DirectionReadout",
     "Estimate",
@@ -59,6 +64,7 @@ __all__ = [
     "LinearizationGap",
     "ManyAnalyses",
     "Plan",
+    "ProjectedJacobians",
     "SingularValueProfile",
     "SlurmExecutor",
     "SweepReport",
@@ -66,6 +72,7 @@ __all__ = [
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
+    "TrainingMonitor",
     "TrajectoryComponents",
     "TrajectoryRecorder",
     "Triplets",
@@ -74,6 +81,7 @@ __all__ = [
     "causal_effect",
     "check",
     "context_coupling",
+    "correlate",
     "coupling_loss",
     "depth_coupling",
     "estimate",
@@ -89,6 +97,7 @@ __all__ = [
     "load_model",
     "parity",
     "project_out",
+    "projected_jacobians",
     "random_baseline",
     "random_directions",
     "read_directions",

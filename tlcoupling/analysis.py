@@ -42,8 +42,8 @@ class Analysis(Result):
         coupling: depth-wise coupling.
         linearity: how straight the token trajectories are.
         growth: how residual norms grow.
-        attention: attention patterns of ``attention_layers``; None where the model has no hook_pattern, or where none were
-            wanted.
+        attention: attention patterns of ``attention_layers``; None where the model has no hook_pattern, or where they
+            were not wanted.
         attention_layers: those layers: all, unless the prompt is too long for that (see ``analyze``).
         tokens: the tokens as text.
         token_coupling: token-wise coupling of the ``token_layers`` that were asked for; None without.

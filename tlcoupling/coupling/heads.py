@@ -14,9 +14,8 @@ from torch import Tensor
 from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer, projector_moments
-from tlcoupling.coupling.pairs import decomposition
+from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.result import Coupling, measure
-from tlcoupling.coupling.spectra import spectra_of
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.results import Result
 from tlcoupling.svd.auto import SolverName
@@ -202,8 +201,7 @@ def head_alignment(
     jacobians = JacobianEngine(trace, engine, (pos,))
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
-        part = decomposition(jacobians, of, Place(layer, pos, pos), options, 1, keep=True)
-        top = spectra_of([part], max(options.k), solver)[0].triplets
+        top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets
         heads = [
             _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, _d_head(trace))
             for head in range(trace.model.cfg.n_heads)

@@ -101,6 +101,26 @@ def decomposition(
     return Decomposition(operator, make, way.name, f"{sublayer} of {place}")
 
 
+def decompose(
+    jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, keep: bool
+) -> Spectrum:
+    """The top triplets of one Jacobian, as a matrix where that is cheaper and fits.
+
+    Raises:
+        ArgumentError: K above its rank.
+    """
+    part = decomposition(jacobians, sublayer, place, options, columns, keep)
+    return spectra_of([part], max(options.k), options.solver)[0]
+
+
+def project(
+    one: Spectrum, left: Float[Tensor, "column d K"], all_right: Float[Tensor, "d columnK"]
+) -> Float[Tensor, "column K K"]:
+    """A Jacobian between the bases of others, U2^T J1 V2 for each column; ``all_right`` has the V2 side by side."""
+    moved = one.multiply(all_right.to(one.triplets.u.device)).to(left.device)
+    return left.mT @ rearrange(moved, "d (column i) -> column d i", column=len(left))
+
+
 def _compare(
     rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Options, workers: Workers
 ) -> dict[str, Tensor]:
@@ -136,9 +156,7 @@ def _in_bases(
     """Coupling and overlaps of one Jacobian with the bases of each column."""
     device, triplets = u2.device, row.triplets
     left, right = (u2, v2) if options.bases == "uv" else (v2, u2)
-    all_right = rearrange(right, "column d i -> d (column i)")
-    moved = row.multiply(all_right.to(triplets.u.device)).to(device)
-    projected = left.mT @ rearrange(moved, "d (column i) -> column d i", column=len(u2))
+    projected = project(row, left, rearrange(right, "column d i -> d (column i)"))
     s = triplets.s.to(device)
     found = {"values": [coupling(projected[:, :k, :k], s[:k], options.normalizer, options.absolute) for k in options.k]}
     for name, basis1, basis2 in (("overlap_u", triplets.u, u2), ("overlap_v", triplets.v, v2)):

@@ -5,7 +5,8 @@
 - ``store``: a folder of measured cells, and merging;
 - ``table``: all of them as one table;
 - ``run``: what is missing is measured, in this process or by one of ``executors``;
-- ``cost``: what that would take, before anything is loaded.
+- ``cost``: what that would take, before anything is loaded;
+- ``statistics``: measurements against scores of the models, with ``scores`` and ``partial``.
 """
 
 from tlcoupling.sweep.cells import Cell, ModelFacts, Settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +71,24 @@ def schema() -> pyarrow.Schema:
     )
 
 
-def to_arrow(store: SweepStore) -> pyarrow.Table:
-    """The table of a store."""
+def to_arrow(rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
+    """Rows as a table."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist(list(rows(store)), schema=schema())
+    return pa.Table.from_pylist(list(rows), schema=schema())
 
 
-def to_pandas(store: SweepStore) -> pandas.DataFrame:
+def frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     """The same for pandas; whole numbers that may be missing are ``Int64``."""
     import pandas as pd
     import pyarrow as pa
 
-    return to_arrow(store).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+
+def to_pandas(store: SweepStore) -> pandas.DataFrame:
+    """The table of a store."""
+    return frame(rows(store))
 
 
 def write_parquet(store: SweepStore, path: Path) -> Path:
@@ -94,7 +99,7 @@ def write_parquet(store: SweepStore, path: Path) -> Path:
     """
     import pyarrow.parquet as pq
 
-    table = to_arrow(store)
+    table = to_arrow(rows(store))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -108,7 +113,7 @@ def rows(store: SweepStore) -> Iterator[dict[str, Any]]:
     """The rows: those of measured cells in the order of their keys, then one for each that failed."""
     for key in sorted(store.keys()):
         try:
-            yield from _measured(*store.read(key))
+            yield from rows_of_cell(*store.read(key))
         except ResultFileError as error:
             yield {"key": key, "status": "damaged", "error": str(error)}
     for failure in store.failures():
@@ -132,7 +137,8 @@ def _described(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _measured(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[dict[str, Any]]:
+def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[dict[str, Any]]:
+    """The rows of one measured cell."""
     coupling, straight, growth = analysis.coupling, analysis.linearity, analysis.growth
     at = list(coupling.positions)
     shared = {
