@@ -390,6 +390,15 @@ def test_coupling_against_score_draws_points_nulls_and_the_line():
     assert {text.get_text() for text in axes.texts} == {f"model-{index}" for index in range(9) if index != 4}
 
 
+def test_the_published_points_have_the_published_fit():
+    """The paper's figure states R^2 = 0.80; its points have no null, and their width shows."""
+    points = pd.read_csv(Path(tlc.__file__).parent / "data" / "published_coupling.csv")
+    figure = figures.coupling_against_score(points, score="leaderboard_score")
+    below = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "28 models" in below and "R² = 0.80" in below and "no null" in below
+    np.testing.assert_allclose(figure.axes[0].collections[0].get_array(), points["d_model"])
+
+
 def test_a_table_without_nulls_says_so():
     given = {name: column for name, column in table().items() if name not in ("null", "d_model")}
     figure = figures.coupling_against_score(given)
@@ -459,7 +468,7 @@ def test_any_text_becomes_a_label_that_can_be_drawn(text: str):
 def test_hostile_tokens_are_drawn_as_they_are(tmp_path: Path):
     """No mathtext, no TeX, no markup: the very characters, in the figure and in the SVG."""
     for token in HOSTILE:
-        coupling = make_analysis((token, " b"), n_layers=3, positions=(0,)).coupling
+        coupling = make_analysis((token, " b"), n_layers=2, positions=(0,), sublayers=("block",)).coupling
         figure = figures.depth_coupling({token: coupling})
         figure.draw_without_rendering()
         shown = [text for text in texts_of(figure) if label(token, 24) in text.get_text()]

@@ -39,7 +39,7 @@ def training(
     missing = [column for column in _NEEDED if column not in table]
     if missing:
         raise ArgumentError("table", list(table), f"one with columns {', '.join(missing)} too")
-    rows = table[table["step"].notna() & table["coupling"].notna()]
+    rows: Any = table[table["step"].notna() & table["coupling"].notna()]
     names = sorted(set(rows["model"]))
     if len(names) != 1:
         raise ArgumentError("table", names, "measured steps of one model")
@@ -78,9 +78,9 @@ def training(
     return figure
 
 
-def _line(axes: Axes, rows: pandas.DataFrame, column: str, color: str, line: Any, name: str) -> None:
+def _line(axes: Axes, rows: Any, column: str, color: str, line: Any, name: str) -> None:
     """The mean over prompts at each step, with the middle half of the prompts."""
-    steps = rows.groupby("step")[column]
+    steps: Any = rows.groupby("step")[column]
     x = np.asarray(list(steps.groups), dtype=float)
     axes.plot(x, steps.mean().to_numpy(), color=color, linestyle=line, label=name or "_", linewidth=1.2)
     if column != "null":
