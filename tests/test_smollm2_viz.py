@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "desktop-light": {},
     "desktop-dark": {"color_scheme": "dark"},
     "phone": {"viewport": {"width": 375, "height": 812}, "device_scale_factor": 2, "is_mobile": True},
-    "print": {"viewport": {"width": 720, "height": 1000}},  # A4 without its margins
+    "print": {"viewport": {"width": 1000, "height": 1400}},
 }
 
 
