@@ -49,10 +49,9 @@ def test_the_published_points_are_the_default(tmp_path: Path):
     assert numbers["coupling"]["r_squared"] == found.of("coupling")["r_squared"] == pytest.approx(0.7998, abs=1e-4)
     assert numbers["coupling"]["by_null"] == pytest.approx(0.9307, abs=1e-4)
     assert numbers["parameters"]["partial given null"] is None
-    pd.testing.assert_frame_equal(
-        pd.read_csv(out / "correlations.csv", dtype=object).fillna(""),
-        found.to_dataframe().astype(object).fillna("").map(str),
-    )
+    written, table = pd.read_csv(out / "correlations.csv"), found.to_dataframe()
+    assert list(written["quantity"]) == list(table["quantity"])
+    assert written["value"].to_list() == pytest.approx(table["value"].to_list(), nan_ok=True)
     assert (out / "coupling.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -238,8 +238,8 @@ class TrainingMonitor:
         """
         if self._store is None:
             return frame(self._rows)
-        table = self._store.table()
-        return table[table["model"] == self.name].sort_values(["step", "prompt_id"], ignore_index=True)
+        table = self._store.table().sort_values(["step", "prompt_id"])
+        return table.loc[table["model"] == self.name].reset_index(drop=True)
 
     def as_trainer_callback(self) -> TrainerCallback:
         """A callback for a HuggingFace ``Trainer``; in distributed training its first process measures."""

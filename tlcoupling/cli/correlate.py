@@ -71,7 +71,8 @@ def _print(found: Correlations, table: str | None) -> None:
 
     console = Console(highlight=False)
     title = "The published points" if table is None else table
-    console.print(Text(f"{title}: {len(found.models)} models, {len(found.families)} families", style="bold"))
+    console.print(Text(title, style="bold"))
+    console.print(f"{len(found.models)} models, {len(found.families)} families")
     for heading, columns, rows in (_against(found), _fixed(found), _without(found)):
         console.print(f"\n{heading}")
         console.print(_table(columns, rows))

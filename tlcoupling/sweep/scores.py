@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tlcoupling.errors import ArgumentError
 
-if TYPE_CHECKING:
-    import pandas
-
 Missing = Literal["error", "drop"]
+# A pandas.DataFrame. What its own types say of a column or a group (a Series, an array or a frame) cannot be checked.
+Frame = Any
 
 OF_COUPLING = ("coupling", "excess", "null")
 _SHAPE = {"parameters": "n_params", "depth": "n_layers", "width": "d_model"}
@@ -47,7 +46,7 @@ class Joined:
     nulls: Mapping[str, str]
 
 
-def published() -> pandas.DataFrame:
+def published() -> Frame:
     """The points of the paper's figure, with a null made of width alone.
 
     28 models, read off the last figure of the paper's project page (coupling to about 0.0005, the average of the Open
@@ -58,7 +57,7 @@ def published() -> pandas.DataFrame:
     Returns:
         A table with ``model``, ``coupling``, ``null``, ``excess``, ``score``, ``d_model``, ``n_layers``, ``n_params``.
     """
-    import pandas as pd
+    pd = _pandas()
 
     with resources.as_file(resources.files("tlcoupling") / "data" / "published_coupling.csv") as path:
         table = pd.read_csv(path)
@@ -68,7 +67,7 @@ def published() -> pandas.DataFrame:
     return table.rename(columns={"leaderboard_score": "score"})
 
 
-def read_table(source: Any, argument: str) -> pandas.DataFrame:
+def read_table(source: Any, argument: str) -> Frame:
     """A table of whatever kind it is given as.
 
     Args:
@@ -79,7 +78,7 @@ def read_table(source: Any, argument: str) -> pandas.DataFrame:
         ArgumentError: none of these, or one that cannot be read.
         StoreError, ResultFileError: a damaged store.
     """
-    import pandas as pd
+    pd = _pandas()
 
     if isinstance(source, pd.DataFrame):
         return source
@@ -100,7 +99,7 @@ def read_table(source: Any, argument: str) -> pandas.DataFrame:
         ) from error
 
 
-def join(table: pandas.DataFrame, scores: Any | None, score: str | None, missing: Missing) -> Joined:
+def join(table: Frame, scores: Any | None, score: str | None, missing: Missing) -> Joined:
     """Bring measurements and scores together, one row per model; see ``correlate``."""
     if missing not in ("error", "drop"):
         raise ArgumentError("missing", missing, "'error' or 'drop'")
@@ -136,9 +135,9 @@ def family_of(model: str) -> str:
     return (found.group() if found else name).lower()
 
 
-def _scores(scores: Any, score: str | None) -> tuple[pandas.DataFrame, list[str]]:
+def _scores(scores: Any, score: str | None) -> tuple[Frame, list[str]]:
     """A table of ``model`` (and revision or step), ``score`` and perhaps ``family``; and what names a model in it."""
-    import pandas as pd
+    pd = _pandas()
 
     if isinstance(scores, Mapping):
         scores = pd.DataFrame({"model": list(scores), "score": list(scores.values())})
@@ -168,7 +167,7 @@ def _scores(scores: Any, score: str | None) -> tuple[pandas.DataFrame, list[str]
     return kept, which
 
 
-def _per_model(table: pandas.DataFrame, which: list[str]) -> tuple[pandas.DataFrame, dict[str, str]]:
+def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
     """Means over prompts: one row per model, one column per measurement, sublayer and K."""
     if absent := [name for name in which if name not in table.columns]:
         raise ArgumentError("scores", which, f"columns that the table of measurements has too; it has no {absent[0]!r}")
@@ -194,13 +193,13 @@ def _per_model(table: pandas.DataFrame, which: list[str]) -> tuple[pandas.DataFr
             columns.append(grouped["lss"].mean().rename(" ".join(["LSS", *labels[:1]])))
     if "ed" in rows.columns:
         columns.append(rows.groupby(which, dropna=False, sort=False)["ed"].mean().rename("ED"))
-    import pandas as pd
+    pd = _pandas()
 
     whole = pd.concat(columns, axis=1)
     return whole.loc[:, ~whole.columns.duplicated()].reset_index(), nulls
 
 
-def _parts(rows: pandas.DataFrame) -> list[tuple[list[str], pandas.DataFrame]]:
+def _parts(rows: Frame) -> list[tuple[list[str], Frame]]:
     """The rows of each sublayer and K, with their names; all rows where the table does not tell these apart."""
     by = [name for name in ("sublayer", "k_asked") if name in rows.columns and rows[name].notna().any()]
     if not by:
@@ -208,11 +207,11 @@ def _parts(rows: pandas.DataFrame) -> list[tuple[list[str], pandas.DataFrame]]:
     return [([key[0], *(f"K={k}" for k in key[1:])], part) for key, part in rows.groupby(by, sort=False)]
 
 
-def _of_models(rows: pandas.DataFrame) -> list[str]:
+def _of_models(rows: Frame) -> list[str]:
     return [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
 
 
-def _require_one_kind(rows: pandas.DataFrame, which: list[str]) -> None:
+def _require_one_kind(rows: Frame, which: list[str]) -> None:
     """Refuse to average over what the scores do not tell apart, and say where prompts differ."""
     for name in _WHICH[1:]:
         if name not in which and name in rows.columns:
@@ -238,9 +237,7 @@ def _require_one_kind(rows: pandas.DataFrame, which: list[str]) -> None:
         )
 
 
-def _matched(
-    measured: pandas.DataFrame, scored: pandas.DataFrame, which: list[str], missing: Missing
-) -> pandas.DataFrame:
+def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing) -> Frame:
     """Measured models beside their scores.
 
     Raises:
@@ -281,3 +278,10 @@ def _matched(
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (nearest: {near[0]!r})" if near else ""
+
+
+def _pandas() -> Any:
+    """The library, imported where it is used."""
+    import pandas
+
+    return pandas
