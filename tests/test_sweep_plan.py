@@ -236,8 +236,8 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    (big,) = (line.split() for line in lines if line.startswith("nowhere/big "))
-    (other,) = (line.split() for line in lines if line.startswith("nowhere/other "))
+    (big,) = (line.split() for line in lines if line.startswith("big "))
+    (other,) = (line.split() for line in lines if line.startswith("other "))
     assert big[1:3] == other[1:3] == ["2", "0"] and other[3:] == ["?"] * 4 and float(big[3]) > 0
     assert "such as nowhere/other" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
