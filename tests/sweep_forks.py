@@ -25,7 +25,7 @@ from tlcoupling import files
 from tlcoupling.sweep.run import measure_group
 from tlcoupling.sweep.source import Source
 
-SLOWEST_KILL = 0.4  # seconds; a cell takes about 0.03
+SLOWEST_KILL = 0.3  # seconds, of a few cells
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -48,8 +48,8 @@ def finished(child: int) -> None:
 
 
 def kills(models: Path, folder: Path, count: int) -> None:
-    # many cells, so that 50 rounds do not finish them
-    plan, rounds = plan_of(models, ["one"], 12 * count), random.Random(0)
+    # enough cells, so that the rounds do not finish them
+    plan, rounds = plan_of(models, ["one"], 4 * count), random.Random(0)
     finished(forked(lambda: tlc.sweep(plan, folder / "undisturbed")))
     slow_disk()
     known: set[str] = set()
@@ -81,7 +81,7 @@ def slow_disk() -> None:
 
 
 def two(models: Path, folder: Path) -> None:
-    plan = plan_of(models, ["one"], 60)
+    plan = plan_of(models, ["one"], 30)
     finished(forked(lambda: tlc.sweep(plan, folder / "undisturbed")))
     for child in [forked(lambda: tlc.sweep(plan, folder / "both")) for _ in range(2)]:
         finished(child)

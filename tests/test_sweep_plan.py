@@ -236,8 +236,22 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    (big,) = (line.split() for line in lines if line.startswith("nowhere/big "))
-    (other,) = (line.split() for line in lines if line.startswith("nowhere/other "))
+    (big,) = (line.split() for line in lines if line.startswith("big "))
+    (other,) = (line.split() for line in lines if line.startswith("other "))
     assert big[1:3] == other[1:3] == ["2", "0"] and other[3:] == ["?"] * 4 and float(big[3]) > 0
     assert "such as nowhere/other" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+def test_the_plans_of_the_demos_are_plans():
+    """Each is read without a hub, and the cost of every model in it is known."""
+    folder = Path(__file__).parent.parent / "demos" / "plans"
+    plans = {path.stem: tlc.Plan.read(path) for path in sorted(folder.glob("*.toml"))}
+    assert {name: len(plan.cells) for name, plan in plans.items()} == {
+        "paper_models": 28 * 12,
+        "pythia_series": (24 + 12 + 11 + 11 + 4) * 12,
+        "trained_untrained": 5 * 4 * 12,
+    }
+    assert all(group.shape is not None for plan in plans.values() for group in plan.groups)
+    # 12 layers of 12 d^2, as GPT-2's are counted
+    assert plans["paper_models"].groups[0].shape.weights == 12 * 12 * 768**2

@@ -106,21 +106,22 @@ def test_fresh_weights_are_measured_beside_the_last_revision(models: Path, loade
 
 
 def test_what_fails_is_kept_and_tried_again(models: Path, loaded, opened: list[str], tmp_path: Path):
-    text = ["w1 w2 w3", " ".join(["w1"] * 65), "w4 w5"]  # the second is longer than the context
-    plan = plan_of(models, ["one", "EleutherAI/nowhere"], prompts={"text": text})
+    text = ["w1 w2 w3 w4 w5 w6", "w1", "w6 w5 w4 w3 w2 w1"]  # the second has no token 4
+    settings = {"k": 2, "tokens": 4}
+    plan = plan_of(models, ["one", "EleutherAI/nowhere"], prompts={"text": text}, settings=settings)
     report = tlc.sweep(plan, tmp_path / "store")
     assert (report.n_measured, len(report.failed), report.unfinished, report.complete) == (2, 4, (), False)
     errors = {(cell.model, cell.prompt): error for cell, error in report.failed.items()}
-    assert "ArgumentError: prompt='65 tokens'" in errors["one", text[1]]
+    assert "ArgumentError: tokens=4 is not allowed" in errors["one", text[1]]
     assert all("ModelLoadError: no EleutherAI/nowhere" in errors["EleutherAI/nowhere", prompt] for prompt in text)
-    assert report.store.table()["status"].value_counts().to_dict() == {"failed": 4, "measured": 2}
+    assert report.store.table()["status"].value_counts().to_dict() == {"failed": 4, "measured": 2 * 3}
     assert all("Traceback" in one.trace for one in report.store.failures())
     loaded["EleutherAI/nowhere"] = loaded[str((models / "one").resolve())]
     try:
         again = tlc.sweep(plan, tmp_path / "store")
     finally:
         del loaded["EleutherAI/nowhere"]
-    assert (again.n_kept, again.n_measured, len(again.failed)) == (2, 3 - 1, 2)
+    assert (again.n_kept, again.n_measured, len(again.failed)) == (2, 2, 2)
     assert {cell.prompt for cell in again.failed} == {text[1]}
 
 
@@ -285,12 +286,12 @@ def test_the_command_sweeps_goes_on_and_merges(models: Path, loaded, opened: lis
         shutil.copytree(models / name, tmp_path / name)
         loaded[str((tmp_path / name).resolve())] = loaded[str((models / name).resolve())]
         (tmp_path / f"{name}.toml").write_text(
-            f'models = ["{name}"]\nprompts = {{ text = ["w1 w2 w3", "{"w1 " * 65}"] }}\nsettings = {{ k = 2 }}\n'
+            f'models = ["{name}"]\nprompts.text = ["w1 w2 w3 w4 w5", "w1"]\nsettings = {{ k = 2, tokens = 4 }}\n'
         )
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "one.toml")], env={"COLUMNS": "80"})
     assert result.exit_code == 1
     assert "2 cells: 1 measured in" in result.stdout and "1 failed" in result.stdout
-    assert "1 x ArgumentError: prompt='65 tokens' is not allowed" in result.stdout
+    assert "1 x ArgumentError: tokens=4 is not allowed" in result.stdout
     CliRunner().invoke(app, ["sweep", str(tmp_path / "two.toml"), "--store", str(tmp_path / "other")])
     arguments = [str(tmp_path / "one.store"), str(tmp_path / "other"), "--into", str(tmp_path / "all")]
     result = CliRunner().invoke(app, ["merge", *arguments, "--table", str(tmp_path / "all.parquet")])

@@ -7,6 +7,7 @@ so a new kind of result writes none of them.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import tempfile
@@ -32,7 +33,8 @@ FORMAT = "tlcoupling-2"
 ResultT = TypeVar("ResultT", bound="Result")
 
 
-def _versions() -> dict[str, str]:
+@functools.cache  # each look-up reads a package's metadata from the disk
+def _versions() -> Mapping[str, str]:
     """Versions of the packages that the numbers depend on."""
     packages = ("tlcoupling", "torch", "transformer-lens", "transformers")
     found = {}

@@ -10,18 +10,19 @@ import torch
 
 from tlcoupling.errors import ArgumentError, PlanError, StoreError
 from tlcoupling.estimate import matmul_rate
-from tlcoupling.sweep.cost import cell_costs
+from tlcoupling.sweep.cost import CellCost, cell_costs
 from tlcoupling.sweep.plan import Plan
 from tlcoupling.sweep.source import Group
 from tlcoupling.sweep.store import SweepStore
 
 
 @dataclass(frozen=True)
-class GroupForecast:
-    """What is to be measured of one model and revision.
+class ModelForecast:
+    """What is to be measured of one model.
 
     Attributes:
-        name: the model and its revision.
+        model: the model.
+        n_revisions: how many of its revisions.
         n_cells: cells of the plan.
         n_kept: of these, measured already.
         flops: floating-point operations of what is left; None where the model's shape is not known here.
@@ -29,7 +30,8 @@ class GroupForecast:
         memory_bytes: beyond the model, at most, of one cell; None likewise.
     """
 
-    name: str
+    model: str
+    n_revisions: int
     n_cells: int
     n_kept: int
     flops: float | None
@@ -42,17 +44,17 @@ class Forecast:
     """What a plan would measure and cost.
 
     Attributes:
-        groups: by model and revision.
+        groups: by model.
         rate: floating-point operations per second of matrix products.
         measured: whether the rate is this machine's, measured; otherwise it was given.
     """
 
-    groups: tuple[GroupForecast, ...]
+    groups: tuple[ModelForecast, ...]
     rate: float
     measured: bool
 
     @property
-    def known(self) -> list[GroupForecast]:
+    def known(self) -> list[ModelForecast]:
         """Those whose cost is known."""
         return [group for group in self.groups if group.flops is not None]
 
@@ -90,23 +92,31 @@ def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = N
         except StoreError:
             pass  # nothing is measured yet
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    groups = tuple(_group(group, kept, plan.name) for group in plan.groups)
+    by_model: dict[str, list[Group]] = {}
+    for group in plan.groups:
+        by_model.setdefault(group.source.model, []).append(group)
+    groups = tuple(_of_model(model, found, kept, plan.name) for model, found in by_model.items())
     return Forecast(groups, matmul_rate(device) if rate is None else rate, rate is None)
 
 
-def _group(group: Group, kept: set[str], name: str) -> GroupForecast:
-    left = [cell for cell in group.cells if cell.key not in kept]
-    done = len(group.cells) - len(left)
-    if group.shape is None:
-        return GroupForecast(str(group.source), len(group.cells), done, None, None, None)
-    try:
-        costs = cell_costs(group.shape, left)
-    except ArgumentError as error:
-        raise PlanError(f"{name}: {group.source}: {error}") from error
-    return GroupForecast(
-        name=str(group.source),
-        n_cells=len(group.cells),
-        n_kept=done,
+def _of_model(model: str, groups: list[Group], kept: set[str], plan: str) -> ModelForecast:
+    cells = [cell for group in groups for cell in group.cells]
+    counts = {
+        "model": model,
+        "n_revisions": len({group.source.revision for group in groups}),
+        "n_cells": len(cells),
+        "n_kept": sum(cell.key in kept for cell in cells),
+    }
+    costs: list[CellCost] = []
+    for group in groups:
+        if group.shape is None:
+            return ModelForecast(**counts, flops=None, file_bytes=None, memory_bytes=None)
+        try:
+            costs += cell_costs(group.shape, [cell for cell in group.cells if cell.key not in kept])
+        except ArgumentError as error:
+            raise PlanError(f"{plan}: {model}: {error}") from error
+    return ModelForecast(
+        **counts,
         flops=math.fsum(cost.flops for cost in costs),
         file_bytes=math.fsum(cost.file_bytes for cost in costs),
         memory_bytes=max((cost.memory_bytes for cost in costs), default=0.0),

@@ -13,7 +13,7 @@ from rich.text import Text
 from tlcoupling.sweep.forecast import Forecast
 from tlcoupling.sweep.run import SweepReport
 
-_SHOWN = 12  # models and revisions; a training series has hundreds
+_SHOWN = 40  # models
 _ERRORS = 5
 # of the rate of matrix products, what measured calls reach (``Estimate.seconds``)
 _REACHED = (0.1, 0.25)
@@ -23,19 +23,22 @@ def print_forecast(found: Forecast) -> None:
     """Print what a plan would measure and cost."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("model", header_style="dim", overflow="fold")
+    table.add_column("model", header_style="dim", no_wrap=True, max_width=20)
     for name in ("cells", "done", "TFLOP", "files", "memory", "time"):
         table.add_column(name, justify="right", header_style="dim", no_wrap=True)
     for group in found.groups[:_SHOWN]:
         costs = ("?",) * 4
         if group.flops is not None:
             costs = (
-                f"{group.flops / 1e12:.3g}",
+                _number(group.flops / 1e12),
                 decimal(int(group.file_bytes or 0)),
                 decimal(int(group.memory_bytes or 0)),
                 _span(group.flops, found.rate),
             )
-        table.add_row(Text(group.name), str(group.n_cells), str(group.n_kept), *costs)
+        name = group.model.rpartition("/")[2]
+        if group.n_revisions > 1:
+            name += f" x {group.n_revisions}"
+        table.add_row(Text(name), str(group.n_cells), str(group.n_kept), *costs)
     hidden = len(found.groups) - _SHOWN
     if hidden > 0:
         table.add_row(Text(f"... and {hidden} more", style="dim"))
@@ -44,7 +47,7 @@ def print_forecast(found: Forecast) -> None:
     table.add_row(
         "all" if len(found.known) == len(found.groups) else "what is known",
         *total,
-        f"{found.flops / 1e12:.3g}",
+        _number(found.flops / 1e12),
         decimal(int(found.file_bytes)),
         "",
         _span(found.flops, found.rate),
@@ -52,7 +55,7 @@ def print_forecast(found: Forecast) -> None:
     )
     console.print(table)
     whose = "this machine's, measured" if found.measured else "as given"
-    some = next((group.name for group in found.groups if group.flops is None), "")
+    some = next((group.model for group in found.groups if group.flops is None), "")
     console.print(
         f"\nTime at a quarter to a tenth of {found.rate / 1e12:.3g} TFLOP/s of matrix products\n"
         f"({whose}), as measured calls reach. Loading comes on top.\n"
@@ -91,14 +94,12 @@ def print_report(report: SweepReport) -> None:
 
 
 def _span(flops: float, rate: float) -> str:
-    """The times that a quarter and a tenth of the rate give."""
-    low, high = (_time(flops / (rate * share)) for share in reversed(_REACHED))
-    same = low.split()[1] == high.split()[1]
-    return f"{low.split()[0] if same else low} to {high}"
+    """The times that a quarter and a tenth of the rate give, in one unit."""
+    low, high = (flops / (rate * share) for share in reversed(_REACHED))
+    sizes = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+    size, name = next(((size, name) for size, name in sizes if high >= size), (1e-3, "ms"))
+    return f"{_number(low / size)} to {_number(high / size)} {name}"
 
 
-def _time(seconds: float) -> str:
-    for size, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s")):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {name}"
-    return f"{1e3 * seconds:.2g} ms"
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
