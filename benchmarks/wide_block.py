@@ -18,7 +18,7 @@ from measure import Row, alternating, measured
 from published import block_calls, block_jacobian
 
 import tlcoupling as tlc
-from tlcoupling.coupling.spectra import cheapest, spectrum_of
+from tlcoupling.coupling.spectra import Decomposition, cheapest, spectra_of
 from tlcoupling.jacobian import JacobianEngine
 from tlcoupling.smollm2 import smollm2_huggingface
 
@@ -93,7 +93,7 @@ def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
 
     operator = make()
     way = cheapest(operator, WIDTH, K, LAYERS, "auto", keep=True)
-    spectrum = spectrum_of(operator, make, K, "auto", way.name)
+    (spectrum,) = spectra_of([Decomposition(operator, make, way.name, "block")], K, "auto")
     spectrum.multiply(torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device))
     return spectrum, way.flops
 

@@ -53,6 +53,28 @@ def test_depth_coupling_is_the_formula(case: Case, normalizer: str, bases: str, 
                     assert abs(float(found.values[s, 1, i, row, column]) - truth) < 1e3 * case.tolerance
 
 
+@pytest.mark.parametrize("stacked", [1, 2**22], ids=["one at a time", "stacks"])
+@pytest.mark.parametrize("case", FEW[:4], ids=str)
+def test_workers_change_no_number(case: Case, stacked: int, monkeypatch: pytest.MonkeyPatch):
+    """1e-7: a residual of 1e-10 moves a vector by that over its gap, which is above 1e-3."""
+    trace = tlc.trace(case.model(), TOKENS)
+
+    def measured() -> list[torch.Tensor]:
+        depth = tlc.depth_coupling(trace, 2, tokens="all", solver="krylov")
+        return [depth.values, depth.overlap_u, tlc.token_coupling(trace, 2).values]
+
+    alone = measured()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("tlcoupling.coupling.plan._most_workers", lambda *_: 3)
+    monkeypatch.setattr("tlcoupling.coupling.plan.STACKED", stacked)
+    for found, expected in zip(measured(), alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ArgumentError, match=r"k=33 "):
+        tlc.depth_coupling(trace, 33)
+    assert torch.get_num_threads() == threads
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), d=st.integers(8, 40), fraction=st.floats(0.05, 1.0))
 def test_properties_of_the_metric(seed: int, d: int, fraction: float):

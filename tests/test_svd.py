@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.maps import Projection
-from tlcoupling.svd.auto import TOLERANCE
+from tlcoupling.svd.auto import TOLERANCE, truncated_svds
 
 
 def with_spectrum(s: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -52,6 +52,24 @@ def test_residuals_are_those_of_the_operator(solver: str, dtype: torch.dtype):
     truth = right.maximum(left) / found.s[0]
     # both are rounding errors or Krylov remainders near the tolerance
     torch.testing.assert_close(found.residual, truth, rtol=0.1, atol=10 * torch.finfo(dtype).eps)
+
+
+def test_a_stack_gives_what_each_gives_alone():
+    """Ranks, scales and convergence differ within a stack; 1e-9: residuals are at most 1e-10, gaps above 0.1 of s_1."""
+    torch.manual_seed(0)
+    decays = [torch.arange(1, 101, dtype=torch.float64) ** -p for p in (0.5, 1.0, 2.0)]
+    spectra = [*decays, 1e6 * decays[1], torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)]
+    operators = [Projection(with_spectrum(s, 120, 100)) for s in spectra]
+    together = truncated_svds(operators, 3, "krylov")
+    for operator, found in zip(operators, together, strict=True):
+        alone = tlc.truncated_svd(operator, 3, "krylov")
+        torch.testing.assert_close(found.s, alone.s, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            (found.u * found.s) @ found.v.mT, (alone.u * alone.s) @ alone.v.mT, rtol=0, atol=1e-9 * float(alone.s[0])
+        )
+        assert found.residual.max() <= TOLERANCE[torch.float64]
+    with pytest.raises(ArgumentError, match=r"k=4 .*at most 3"):
+        truncated_svds(operators, 4, "krylov")
 
 
 def test_equal_input_gives_equal_output():

@@ -10,12 +10,14 @@ from tlcoupling.coupling import (
     DepthCoupling,
     HeadAlignment,
     HeadCoupling,
+    ProjectedJacobians,
     TokenCoupling,
     context_coupling,
     coupling_loss,
     depth_coupling,
     head_alignment,
     head_coupling,
+    projected_jacobians,
     token_coupling,
 )
 from tlcoupling.dynamics import (
@@ -34,9 +36,12 @@ from tlcoupling.intervention import keep_only, project_out, random_directions
 from tlcoupling.jacobian import JacobianOperator, residual_jacobian
 from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.models import load_model
+from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
 from tlcoupling.results import load
 from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
+from tlcoupling.sweep.statistics import Correlations, correlate
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
 
@@ -45,6 +50,7 @@ __all__ = [
     "CausalEffect",
     "Check",
     "ContextCoupling",
+    "Correlations",
     "DepthCoupling",
     "DirectionReadout",
     "Estimate",
@@ -57,10 +63,16 @@ __all__ = [
     "Linearity",
     "LinearizationGap",
     "ManyAnalyses",
+    "Plan",
+    "ProjectedJacobians",
     "SingularValueProfile",
+    "SlurmExecutor",
+    "SweepReport",
+    "SweepStore",
     "TLCouplingError",
     "TokenCoupling",
     "Trace",
+    "TrainingMonitor",
     "TrajectoryComponents",
     "TrajectoryRecorder",
     "Triplets",
@@ -69,6 +81,7 @@ __all__ = [
     "causal_effect",
     "check",
     "context_coupling",
+    "correlate",
     "coupling_loss",
     "depth_coupling",
     "estimate",
@@ -84,11 +97,13 @@ __all__ = [
     "load_model",
     "parity",
     "project_out",
+    "projected_jacobians",
     "random_baseline",
     "random_directions",
     "read_directions",
     "residual_jacobian",
     "singular_value_profile",
+    "sweep",
     "token_coupling",
     "trace",
     "trajectory_components",

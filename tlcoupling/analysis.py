@@ -21,9 +21,11 @@ from tlcoupling.coupling import (
     token_coupling,
 )
 from tlcoupling.coupling.arguments import Indices, KSpec, resolve_indices
+from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.results import Result
+from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import PATTERN, Trace, trace
 from tlcoupling.trajectory import Growth, Linearity, growth, linearity
 from tlcoupling.user_hooks import FwdHooks
@@ -40,7 +42,8 @@ class Analysis(Result):
         coupling: depth-wise coupling.
         linearity: how straight the token trajectories are.
         growth: how residual norms grow.
-        attention: attention patterns of ``attention_layers``; None where the model has no hook_pattern.
+        attention: attention patterns of ``attention_layers``; None where the model has no hook_pattern, or where they
+            were not wanted.
         attention_layers: those layers: all, unless the prompt is too long for that (see ``analyze``).
         tokens: the tokens as text.
         token_coupling: token-wise coupling of the ``token_layers`` that were asked for; None without.
@@ -99,9 +102,15 @@ def analyze(
     k: KSpec = 10,
     tokens: Indices = -1,
     token_layers: Indices | None = None,
+    sublayers: str | Sequence[str] | None = None,
+    normalizer: Normalizer = "frobenius",
+    bases: Bases = "uv",
+    absolute: bool = True,
+    attention: bool = True,
     fwd_hooks: FwdHooks = (),
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
+    solver: SolverName = "auto",
     progress: bool = False,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
@@ -114,9 +123,15 @@ def analyze(
         token_layers: layers whose tokens are compared with each other, ``"all"``, an int or several: token-wise
             coupling, and context coupling from the first token and to the last; by default none. A layer of
             SmolLM2-135M at 28 tokens takes about four seconds on two cores, and the square of that at twice the length.
+        sublayers: as in ``depth_coupling``.
+        normalizer: as in ``depth_coupling``.
+        bases: as in ``depth_coupling``.
+        absolute: as in ``depth_coupling``.
+        attention: whether attention patterns are kept; their size grows with the square of the prompt's length.
         fwd_hooks: hooks as in ``model.run_with_hooks``; forward pass and Jacobians see them, as in ``trace``.
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
+        solver: as in ``depth_coupling``.
         progress: show a progress bar.
 
     Attention patterns are kept of all layers, unless they are more than 64 million numbers (a prompt of 512 tokens at
@@ -135,14 +150,23 @@ def analyze(
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, traced.n_layers)
     if compared and traced.n_tokens < 2:
         raise ArgumentError("token_layers", token_layers, "None: the one token of this prompt has none to compare with")
-    coupling = depth_coupling(traced, k, tokens=tokens, engine=engine, progress=progress)
+    shared: dict[str, Any] = {
+        "k": k,
+        "normalizer": normalizer,
+        "bases": bases,
+        "absolute": absolute,
+        "engine": engine,
+        "solver": solver,
+        "progress": progress,
+    }
+    coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **shared)
     pairs: dict[str, Any] = {}
     if compared:
-        shared: dict[str, Any] = {"k": k, "layers": compared, "engine": engine, "progress": progress}
-        pairs["token_coupling"] = token_coupling(traced, **shared)
-        pairs["context_src"] = _context(traced, "src", shared)
-        pairs["context_dest"] = _context(traced, "dest", shared)
-    attention_layers = _attention_layers(traced, compared)
+        pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **shared)
+        reach = tuple(name for name in coupling.sublayers if name != "mlp")  # an MLP reaches no other token
+        for fixed in ("src", "dest") if reach else ():
+            pairs[f"context_{fixed}"] = _context(traced, fixed, {**shared, "sublayers": reach, "layers": compared})
+    attention_layers = _attention_layers(traced, compared) if attention else ()
     straight, grown = linearity(traced), growth(traced)
     settings = {"coupling": dict(coupling.provenance.settings), "token_layers": list(compared)}
     return Analysis(

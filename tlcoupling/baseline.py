@@ -7,17 +7,14 @@ weights' outliers and norms, which are themselves a result of training.
 from __future__ import annotations
 
 import copy
-import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.generators import generators_kept
 from tlcoupling.hooked import norms_are_folded, require_supported
 from tlcoupling.offline import answered_locally, offline
 
@@ -67,7 +64,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             "by hand, as the model was built"
         )
     original = getattr(model, "original_model", None)
-    with _generators_kept(), warnings.catch_warnings():
+    with generators_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the loaders say of the model, they said when it was loaded
         torch.manual_seed(seed)
         if original is None:
@@ -88,19 +85,6 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             stacklevel=2,
         )
     return fresh.eval()
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Put the random generators back as they were: TransformerLens seeds Python's and NumPy's too."""
-    python, arrays = random.getstate(), np.random.get_state()
-    # torch.manual_seed seeds every device, whichever the model is on
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
 
 
 def _hooked(model: Any, seed: int, like: Tensor) -> Any:

@@ -79,3 +79,11 @@ class EveryPromptFailedError(TLCouplingError):
 
 class ResultFileError(TLCouplingError):
     """A result file is damaged, foreign or of an unknown version."""
+
+
+class PlanError(TLCouplingError, ValueError):
+    """The plan of a sweep is not as it has to be; the message names the file, the key and what is allowed."""
+
+
+class StoreError(TLCouplingError):
+    """A store of sweep results cannot be read, written or merged."""

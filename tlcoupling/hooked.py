@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -211,6 +212,9 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
 @contextmanager
 def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
     """Hold each part of a block (norm, attention, MLP) in float32 while it is called, one at a time."""
+    if not _has_half(block):
+        yield
+        return
     # a bridge's wrapped block is made of the same parts
     parts = [part for name, part in block.named_children() if name != "_original_component"]
     # modules with weights that are called although their part is not (OPT's MLP); a second lift finds nothing to do
@@ -293,9 +297,13 @@ def record_forward(
     return ForwardRecord(activations, before, calls)
 
 
+def _has_half(module: nn.Module) -> bool:
+    return any(tensor.dtype in _HALF for tensor in chain(module.parameters(), module.buffers()))
+
+
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:
     """Lift a module whenever it is called, while the stack is open."""
-    if all(tensor.dtype not in _HALF for tensor in (*module.parameters(), *module.buffers())):
+    if not _has_half(module):
         return
     lift: list[Any] = []
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
@@ -88,12 +89,7 @@ def bootstrap_mean(
     Warns:
         UserWarning: units without a value; fewer than two units, or units that are all equal: then the ends are NaN.
     """
-    from scipy.stats import bootstrap
-
-    if not 0 < confidence < 1:
-        raise ArgumentError("confidence", confidence, "a number between 0 and 1")
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
-        raise ArgumentError("resamples", resamples, "an int from 100 on")
+    check_bootstrap(confidence, resamples)
     cells = values.double().flatten(1).T.numpy()
     found = np.full((5, len(cells)), np.nan)
     reasons = set()
@@ -109,18 +105,52 @@ def bootstrap_mean(
         elif np.ptp(present) <= EQUAL * np.abs(present).max():
             reasons.add(f"all {len(present)} {unit}s are equal, so that resampling shows no spread: the ends are NaN")
         else:
-            result = bootstrap(
-                (present,),
-                np.mean,
-                n_resamples=resamples,
-                batch=max(1, BATCH // len(present)),
-                confidence_level=confidence,
-                method="BCa",
-                random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]  # rng, from 1.15 on
-            )
-            found[1:4, index] = *result.confidence_interval, result.standard_error
+            found[1:4, index] = bca((present,), np.mean, confidence, resamples, seed)
     for reason in sorted(reasons):
         warnings.warn(f"interval of {quantity}: {reason}", stacklevel=3)
     tensors = torch.from_numpy(found).unflatten(1, values.shape[1:])
     names = ("estimate", "low", "high", "standard_error")
     return {**dict(zip(names, tensors, strict=False)), "units": tensors[4].long()}
+
+
+def check_bootstrap(confidence: float, resamples: int) -> None:
+    """Check what every bootstrap here takes.
+
+    Raises:
+        ArgumentError: an argument out of range.
+    """
+    if not 0 < confidence < 1:
+        raise ArgumentError("confidence", confidence, "a number between 0 and 1")
+    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
+        raise ArgumentError("resamples", resamples, "an int from 100 on")
+
+
+def bca(
+    samples: tuple[NDArray[np.float64], ...],
+    statistic: Callable[..., Any],
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float, float]:
+    """Low end, high end and standard error of a statistic by ``scipy.stats.bootstrap``, BCa (Efron 1987).
+
+    Args:
+        samples: one array, or several whose entries belong together and are drawn together.
+        statistic: of the arrays, along ``axis``.
+        confidence: level of the interval.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+    """
+    from scipy.stats import bootstrap
+
+    result = bootstrap(
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        n_resamples=resamples,
+        batch=max(1, BATCH // len(samples[0])),
+        confidence_level=confidence,
+        method="BCa",
+        random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]  # rng, from 1.15 on
+    )
+    return (*result.confidence_interval, result.standard_error)

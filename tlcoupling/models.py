@@ -72,8 +72,7 @@ def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs:
             f"name={name!r} with hooked=True: HookedTransformer has no loader for a folder; leave hooked away to get "
             "a TransformerBridge"
         )
-    if hooked is None:
-        hooked = folder is None and _transformer_bridge() is None
+    hooked = loads_hooked(folder is not None, hooked)
     model_class = _require_hooked(name) if hooked else _require_bridge(name)
     if name == smollm2.NAME:
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(model_class, **kwargs)
@@ -85,6 +84,16 @@ def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs:
         raise ModelLoadError(
             f"TransformerLens could not load name={name!r} ({type(error).__name__}: {reason}); allowed: {_ALLOWED}"
         ) from error
+
+
+def loads_hooked(is_folder: bool, hooked: bool | None = None) -> bool:
+    """Whether ``load_model`` gives a ``HookedTransformer`` rather than a ``TransformerBridge``.
+
+    Args:
+        is_folder: whether the model is a folder's.
+        hooked: as ``load_model`` takes it.
+    """
+    return not is_folder and _transformer_bridge() is None if hooked is None else hooked
 
 
 def _as_folder(name: str) -> str | None:

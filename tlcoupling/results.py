@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, ResultFileError
+from tlcoupling.files import replacing
 
 if TYPE_CHECKING:
     import pandas
@@ -138,21 +139,33 @@ class Result:
         Raises:
             ResultFileError: the file cannot be written; the message says why.
         """
-        path = Path(path)
-        tensors, header = _flatten(self)
-        try:
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            os.close(handle)
-            try:
-                save_file(tensors, partial, metadata={FORMAT: json.dumps(header)})
-                os.chmod(partial, 0o644)
-                os.replace(partial, path)
-            except BaseException:
-                os.unlink(partial)
-                raise
-        except (OSError, SafetensorError) as error:
-            raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
-        return path
+        return write_result(self, path)
+
+
+def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
+    """What ``Result.save`` does, with a note in the header that ``read_note`` gives back.
+
+    Equal results with equal notes give equal bytes: the header is a single entry, since safetensors orders several
+    anew in each process.
+
+    Args:
+        result: the result.
+        path: the file to write; its folder must exist.
+        note: what else is known of the result, of JSON's types.
+
+    Raises:
+        ResultFileError: the file cannot be written; the message says why.
+    """
+    path = Path(path)
+    tensors, header = _flatten(result)
+    if note is not None:
+        header["note"] = note
+    try:
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={FORMAT: json.dumps(header)})
+    except (OSError, SafetensorError) as error:
+        raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
+    return path
 
 
 def load(path: str | Path) -> Any:
@@ -161,24 +174,69 @@ def load(path: str | Path) -> Any:
     Raises:
         ResultFileError: no such file, a damaged file, or a file that is no tlcoupling result.
     """
+    return read_result(path)[0]
+
+
+def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
+    """A result and the note that was written with it.
+
+    Raises:
+        ResultFileError: as ``load``.
+    """
+    with _opened(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _unflatten(header, tensors, prefix=""), header.get("note", {})
+
+
+def read_note(path: str | Path) -> Mapping[str, Any]:
+    """The note of a result file; no tensor is read, but a file that has lost its end is found.
+
+    Raises:
+        ResultFileError: as ``load``.
+    """
+    with _opened(path) as (_, header):
+        return header.get("note", {})
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A result file and its header; what goes wrong with them is a ``ResultFileError``."""
     path = Path(path)
     if not path.is_file():
         raise ResultFileError(f"no result file at {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if FORMAT not in metadata:
+                raise ResultFileError(
+                    f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
+                    f"(its header lacks {FORMAT!r})"
+                )
+            yield file, json.loads(metadata[FORMAT])
     except (SafetensorError, OSError) as error:
         raise ResultFileError(f"{str(path)!r} is damaged or is no safetensors file: {error}") from error
-    if FORMAT not in metadata:
-        raise ResultFileError(
-            f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
-            f"(its header lacks {FORMAT!r})"
-        )
-    try:
-        return _unflatten(json.loads(metadata[FORMAT]), tensors, prefix="")
     except (KeyError, TypeError, ValueError) as error:
         raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
+
+
+def contents_apart_from_times(path: str | Path) -> tuple[Any, bytes]:
+    """All of a result file but the seconds that its measurements took: equal for results that are equal to the bit.
+
+    Raises:
+        ResultFileError: as ``load``.
+    """
+    read_note(path)  # so that a damaged file is refused, rather than compared
+    content = Path(path).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"][FORMAT] = _without_seconds(json.loads(header["__metadata__"][FORMAT]))
+    return header, content[8 + size :]
+
+
+def _without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
+    return [_without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,7 +4,7 @@ Mistyped options and a folder that cannot be written to are found before any mod
 needs is imported by that command.
 """
 
-from tlcoupling.cli import check, report
+from tlcoupling.cli import check, correlate, report, sweep
 from tlcoupling.cli.app import app
 
-__all__ = ["app", "check", "report"]
+__all__ = ["app", "check", "correlate", "report", "sweep"]

@@ -13,14 +13,15 @@ from itertools import product
 
 import torch
 from einops import einsum, rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Place, schedule
 from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
 from tlcoupling.coupling.plan import Plan
-from tlcoupling.coupling.spectra import Spectrum, cheapest, spectrum_of
-from tlcoupling.errors import ArgumentError
+from tlcoupling.coupling.spectra import Decomposition, Spectrum, cheapest, spectra_of
+from tlcoupling.coupling.workers import Workers
 from tlcoupling.jacobian.engine import JacobianEngine
 
 
@@ -37,31 +38,48 @@ def compare_groups(
         ArgumentError: K above the rank of a Jacobian.
     """
     schedules = [schedule(batch) for batch in plan.batches]
-    ticks = _ticks(len(sublayers) * sum(map(len, schedules)), progress)
+    ticks = _ticks(sum(map(len, schedules)), progress)
     columns = max(len(group.columns) for batch in plan.batches for group in batch)
     cells: list[dict[str, dict[str, Tensor]]] = []
-    for batch, steps in zip(plan.batches, schedules, strict=True):
-        held: dict[str, dict[Place, Spectrum]] = {name: {} for name in sublayers}
-        compared: dict[int, dict[str, dict[str, Tensor]]] = {}
-        for step in steps:
-            for name in sublayers:
-                next(ticks)
-                held[name][step.place] = decompose(jacobians, name, step.place, options, columns, plan.keep)
-            for index in step.finished:
-                group = batch[index]
-                compared[index] = {
-                    name: _compare([known[p] for p in group.rows], [known[p] for p in group.columns], options)
-                    for name, known in held.items()
-                }
-            for name, place in product(sublayers, step.dropped):
-                del held[name][place]
-        cells += [compared[index] for index in range(len(batch))]
+    with Workers(plan.workers) as workers:
+        for batch, steps in zip(plan.batches, schedules, strict=True):
+            held: dict[str, dict[Place, Spectrum]] = {name: {} for name in sublayers}
+            compared: dict[int, dict[str, dict[str, Tensor]]] = {}
+            waiting: list[Place] = []
+            for step in steps:
+                waiting.append(step.place)
+                if len(waiting) == plan.workers * plan.stack or step.finished:
+                    wanted = list(product(waiting, sublayers))  # a place's sublayers in a row: they share matrices
+                    made = [decomposition(jacobians, name, p, options, columns, plan.keep) for p, name in wanted]
+                    for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
+                        held[name][place] = spectrum
+                    for _ in waiting:
+                        next(ticks)
+                    waiting = []
+                for index in step.finished:
+                    rows, columns_of = batch[index].rows, batch[index].columns
+                    compared[index] = {
+                        name: _compare([known[p] for p in rows], [known[p] for p in columns_of], options, workers)
+                        for name, known in held.items()
+                    }
+                for name, place in product(sublayers, step.dropped):
+                    del held[name][place]
+            cells += [compared[index] for index in range(len(batch))]
     next(ticks, None)
     # a group of each layer lies on that layer's device, so they meet on the CPU
     return {
         field: torch.stack([torch.stack([cell[name][field].cpu() for cell in cells]) for name in sublayers])
         for field in cells[0][sublayers[0]]
     }
+
+
+def _decomposed(made: Sequence[Decomposition], options: Options, workers: Workers) -> list[Spectrum]:
+    """Their spectra, in order, each worker's share in one stack."""
+    share = -(-len(made) // workers.count)
+    shares = [made[start : start + share] for start in range(0, len(made), share)]
+    at_once = all(one.operator.concurrent for one in made)
+    found = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
+    return [spectrum for spectra in found for spectrum in spectra]
 
 
 def _ticks(total: int, progress: bool) -> Iterator[int]:
@@ -73,43 +91,49 @@ def _ticks(total: int, progress: bool) -> Iterator[int]:
     return iter(tqdm(range(total), desc="coupling", leave=False))
 
 
+def decomposition(
+    jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, keep: bool
+) -> Decomposition:
+    """How one Jacobian is decomposed: as a matrix where that is cheaper and fits."""
+    make = partial(jacobians.operator, place.layer, sublayer, place.src, place.dest, place.head)
+    operator = make()
+    way = cheapest(operator, operator.shape[0], max(options.k), columns, options.solver, keep)
+    return Decomposition(operator, make, way.name, f"{sublayer} of {place}")
+
+
 def decompose(
     jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, keep: bool
 ) -> Spectrum:
-    """The top triplets of one Jacobian, as a matrix where that is cheaper and fits."""
-    make = partial(jacobians.operator, place.layer, sublayer, place.src, place.dest, place.head)
-    operator, k = make(), max(options.k)
-    way = cheapest(operator, operator.shape[0], k, columns, options.solver, keep)
-    try:
-        return spectrum_of(operator, make, k, options.solver, way.name)
-    except ArgumentError as error:
-        raise ArgumentError(error.name, error.value, f"{error.allowed} ({sublayer} of {place})") from error
+    """The top triplets of one Jacobian, as a matrix where that is cheaper and fits.
+
+    Raises:
+        ArgumentError: K above its rank.
+    """
+    part = decomposition(jacobians, sublayer, place, options, columns, keep)
+    return spectra_of([part], max(options.k), options.solver)[0]
 
 
-def _compare(rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Options) -> dict[str, Tensor]:
+def project(
+    one: Spectrum, left: Float[Tensor, "column d K"], all_right: Float[Tensor, "d columnK"]
+) -> Float[Tensor, "column K K"]:
+    """A Jacobian between the bases of others, U2^T J1 V2 for each column; ``all_right`` has the V2 side by side."""
+    moved = one.multiply(all_right.to(one.triplets.u.device)).to(left.device)
+    return left.mT @ rearrange(moved, "d (column i) -> column d i", column=len(left))
+
+
+def _compare(
+    rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Options, workers: Workers
+) -> dict[str, Tensor]:
     """All that is measured on a group, by field name: each row's Jacobian in each column's bases."""
     device = rows[0].frobenius.device
 
     def stacked(spectra: Sequence[Spectrum], name: str) -> Tensor:
         return torch.stack([getattr(one.triplets, name).to(device) for one in spectra])
 
-    (u1, v1), (u2, v2) = ((stacked(spectra, "u"), stacked(spectra, "v")) for spectra in (rows, columns))
+    u2, v2 = stacked(columns, "u"), stacked(columns, "v")
     s, frobenius = stacked(rows, "s"), torch.stack([one.frobenius.to(device) for one in rows])
     count, width = u2.shape[:2]
-    left, right = (u2, v2) if options.bases == "uv" else (v2, u2)
-    all_right = rearrange(right, "column d i -> d (column i)")
-    found: dict[str, list[Tensor]] = {name: [] for name in ("values", "overlap_u", "overlap_v")}
-    for row, one in enumerate(rows):  # a row at a time: all pairs' K x K matrices would be the largest thing held
-        moved = one.multiply(all_right.to(one.triplets.u.device)).to(device)
-        projected = left.mT @ rearrange(moved, "d (column i) -> column d i", column=count)
-        found["values"].append(
-            torch.stack(
-                [coupling(projected[:, :k, :k], s[row, :k], options.normalizer, options.absolute) for k in options.k]
-            )
-        )
-        for name, basis1, basis2 in (("overlap_u", u1[row], u2), ("overlap_v", v1[row], v2)):
-            inner = einsum(basis1, basis2, "d i, column d j -> column i j")
-            found[name].append(torch.stack([subspace_overlap(inner[:, :k, :k]) for k in options.k]))
+    compared = workers.map(partial(_in_bases, u2=u2, v2=v2, options=options), rows, all(row.kept for row in rows))
     chance = {
         name: torch.stack(
             [function(s[:, :k], frobenius, width, options.normalizer, options.absolute) for k in options.k]
@@ -117,10 +141,25 @@ def _compare(rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Opt
         for name, function in (("null", null_coupling), ("null_std", null_std))
     }
     return {
-        **{name: torch.stack(cells, dim=1) for name, cells in found.items()},
+        **{name: torch.stack([row[name] for row in compared], dim=1) for name in compared[0]},
         **{name: each[..., None].expand(-1, -1, count) for name, each in chance.items()},
         "singular_values": s,
         "frobenius": frobenius,
         "frobenius_error": torch.stack([one.frobenius_error.to(device) for one in rows]),
         "residual": stacked(rows, "residual").amax(-1),
     }
+
+
+def _in_bases(
+    row: Spectrum, u2: Float[Tensor, "column d rank"], v2: Float[Tensor, "column d rank"], options: Options
+) -> dict[str, Float[Tensor, "k column"]]:
+    """Coupling and overlaps of one Jacobian with the bases of each column."""
+    device, triplets = u2.device, row.triplets
+    left, right = (u2, v2) if options.bases == "uv" else (v2, u2)
+    projected = project(row, left, rearrange(right, "column d i -> d (column i)"))
+    s = triplets.s.to(device)
+    found = {"values": [coupling(projected[:, :k, :k], s[:k], options.normalizer, options.absolute) for k in options.k]}
+    for name, basis1, basis2 in (("overlap_u", triplets.u, u2), ("overlap_v", triplets.v, v2)):
+        inner = einsum(basis1.to(device), basis2, "d i, column d j -> column i j")
+        found[name] = [subspace_overlap(inner[:, :k, :k]) for k in options.k]
+    return {name: torch.stack(cells) for name, cells in found.items()}

@@ -21,6 +21,7 @@ from tlcoupling.jacobian.autograd import vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.memory import free_memory
 
+STACKED = 2**22  # numbers in the matrices that a worker decomposes together
 KEPT_SHARE = 0.5  # of what is free, at most, for matrices that are kept
 
 
@@ -69,6 +70,8 @@ class Plan:
     Attributes:
         batches: groups that are worked on together.
         keep: whether matrices may be kept.
+        workers: threads that decompose Jacobians side by side.
+        stack: places whose Jacobians each of them decomposes together.
         ways: by sublayer, the way of its Jacobians and how many there are.
         run_flops: floating-point operations of running the model's own blocks.
         peak_bytes: memory needed beyond the model, at most.
@@ -77,6 +80,8 @@ class Plan:
 
     batches: list[Sequence[Group]]
     keep: bool
+    workers: int
+    stack: int
     ways: dict[str, tuple[Way, int]]
     run_flops: float
     peak_bytes: float
@@ -95,12 +100,18 @@ def make_plan(job: Job, free: float | None = None) -> Plan:
     """
     free = min(free_memory(device) for device in job.devices) if free is None else free
     costs = layer_costs(job.model, job.layers, job.topology, job.n_tokens, job.options.engine)
+    workers = _most_workers(job, costs.values())
     size = len(job.groups)
     while (kept := _kept_bytes(job, job.groups[:size])) > KEPT_SHARE * free and size > 1:
         size = (size + 1) // 2
     keep = kept <= KEPT_SHARE * free
-    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep, free)) > free and (keep or size > 1):
-        keep, size = keep and size > 1, (size + 1) // 2
+    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep, workers, free)) > free:
+        if workers > 1:
+            workers //= 2
+        elif keep or size > 1:
+            keep, size = keep and size > 1, (size + 1) // 2
+        else:
+            break
     if peak > free:
         raise InsufficientMemoryError(_refusal(job, costs.values(), peak, free))
     batches = [job.groups[start : start + size] for start in range(0, len(job.groups), size)]
@@ -112,6 +123,8 @@ def make_plan(job: Job, free: float | None = None) -> Plan:
     return Plan(
         batches,
         keep,
+        workers,
+        _stack(job),
         ways,
         len(batches) * sum(max(by_name[name].run_flops for name in job.sublayers) for by_name in costs.values()),
         peak,
@@ -121,6 +134,19 @@ def make_plan(job: Job, free: float | None = None) -> Plan:
 
 def _way(job: Job, cost: Cost, keep: bool) -> Way:
     return cheapest(cost, job.model.cfg.d_model, max(job.options.k), job.columns, job.options.solver, keep)
+
+
+def _most_workers(job: Job, costs: Iterable[dict[str, Cost]]) -> int:
+    """Jacobians that can be worked on at once: one a core, where they are closed forms on the CPU."""
+    by_autograd = any(cost.engine == "autograd" for by_name in costs for cost in by_name.values())
+    if by_autograd or any(device.type != "cpu" for device in job.devices):
+        return 1
+    return min(torch.get_num_threads(), max(len(group.places) for group in job.groups))
+
+
+def _stack(job: Job) -> int:
+    """Places whose Jacobians a worker decomposes together: enough for long steps, few enough for its caches."""
+    return max(1, STACKED // (len(job.sublayers) * job.model.cfg.d_model**2))
 
 
 def _held(groups: Sequence[Group]) -> int:
@@ -137,7 +163,9 @@ def _kept_bytes(job: Job, groups: Sequence[Group]) -> float:
     return float(_held(groups) * len(job.sublayers) * job.model.cfg.d_model**2 * job.dtype.itemsize)
 
 
-def _peak_bytes(job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool, free: float) -> float:
+def _peak_bytes(
+    job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool, workers: int, free: float
+) -> float:
     """All that is held at once, at most."""
     d, k, item = job.model.cfg.d_model, max(job.options.k), job.dtype.itemsize
     bases = 2.0 * _held(groups) * len(job.sublayers) * d * k * item
@@ -149,10 +177,13 @@ def _peak_bytes(job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Gro
         by_autograd = cost.engine == "autograd"
         at_once = min(COLUMNS, max(PROBES, job.columns * k))
         products = cost.column_bytes * (vectors_at_once(cost.column_bytes, free) if by_autograd else at_once)
-        forming = cost.dense_bytes + 5.0 * item * d**2 + (products if by_autograd else 0.0)  # and its decomposition
+        stacked = max(1, _stack(job) * len(job.sublayers))
+        # with their decomposition
+        forming = cost.dense_bytes + 5.0 * stacked * item * d**2 + (products if by_autograd else 0.0)
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[way]
         at_work = max(at_work, cost.run_bytes + needed)
-    return (_kept_bytes(job, groups) if keep else 0.0) + bases + comparison + item * results + at_work
+    kept = _kept_bytes(job, groups) if keep else 0.0
+    return kept + bases + item * results + workers * (comparison + at_work)
 
 
 def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: float) -> str:
@@ -161,7 +192,7 @@ def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: floa
     advice = []
     for k in range(max(job.options.k) - 1, 0, -1):
         smaller = replace(job, options=replace(job.options, k=(k,)))
-        if _peak_bytes(smaller, costs, job.groups[:1], False, free) <= free:
+        if _peak_bytes(smaller, costs, job.groups[:1], False, 1, free) <= free:
             advice.append(f"K up to {k}")
             break
     if job.options.engine == "autograd":

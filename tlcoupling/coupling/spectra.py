@@ -7,7 +7,7 @@ and drop it, and make products anew for the comparison; or take products alone, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.maps import Projection
 from tlcoupling.jacobian.operator import JacobianOperator
-from tlcoupling.svd import Triplets, truncated_svd
+from tlcoupling.svd import Triplets, truncated_svds
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.svd.krylov import OVERSAMPLING
 
@@ -36,33 +37,76 @@ class Spectrum:
         frobenius: ||J||_F.
         frobenius_error: relative standard error of that; 0 where it is exact.
         multiply: X -> J X.
+        kept: whether that is a product with a matrix that is there, not with a Jacobian made anew.
     """
 
     triplets: Triplets
     frobenius: Float[Tensor, ""]
     frobenius_error: Float[Tensor, ""]
     multiply: Callable[[Float[Tensor, "d n"]], Float[Tensor, "d n"]]
+    kept: bool
 
 
-def spectrum_of(
-    operator: JacobianOperator, make: Callable[[], JacobianOperator], k: int, solver: SolverName, way: str
-) -> Spectrum:
-    """Decompose a Jacobian.
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """A Jacobian that is there, and how it is to be decomposed.
 
-    Args:
+    Attributes:
         operator: the Jacobian.
         make: makes it anew for later products, where its matrix is not kept.
+        way: name of a ``Way``.
+        where: which it is, as an error names it.
+    """
+
+    operator: JacobianOperator
+    make: Callable[[], JacobianOperator]
+    way: str
+    where: str
+
+
+def spectra_of(parts: Sequence[Decomposition], k: int, solver: SolverName) -> list[Spectrum]:
+    """Decompose Jacobians of one shape, those whose matrices are formed together.
+
+    Args:
+        parts: the Jacobians.
         k: number of triplets.
         solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
-        way: name of a ``Way``.
+
+    Raises:
+        ArgumentError: K above the rank of one of them; the message says which.
     """
-    if way == "products":
-        triplets = truncated_svd(operator, k, solver)
-        return Spectrum(triplets, *estimate_frobenius(operator, triplets), multiply=_products(make))
-    matrix = operator.dense()
-    triplets = truncated_svd(Projection(matrix), k, solver)
-    multiply = matrix.__matmul__ if way == "matrix kept" else _products(make)
-    return Spectrum(triplets, matrix.norm(), matrix.new_zeros(()), multiply)
+    formed = {index: part.operator.dense() for index, part in enumerate(parts) if part.way != "products"}
+    found: dict[int, Triplets] = {}
+    for device in {matrix.device for matrix in formed.values()}:
+        here = [index for index, matrix in formed.items() if matrix.device == device]
+        triplets = _triplets([Projection(formed[i]) for i in here], [parts[i] for i in here], k, solver)
+        found.update(zip(here, triplets, strict=True))
+    spectra = []
+    for index, part in enumerate(parts):
+        kept = part.way == "matrix kept"
+        if index in formed:
+            matrix = formed[index]
+            multiply = matrix.__matmul__ if kept else _products(part.make)
+            spectra.append(Spectrum(found[index], matrix.norm(), matrix.new_zeros(()), multiply, kept))
+        else:
+            (triplets,) = _triplets([part.operator], [part], k, solver)
+            norm = estimate_frobenius(part.operator, triplets)
+            spectra.append(Spectrum(triplets, *norm, _products(part.make), kept))
+    return spectra
+
+
+def _triplets(
+    operators: Sequence[JacobianOperator], parts: Sequence[Decomposition], k: int, solver: SolverName
+) -> list[Triplets]:
+    """Top triplets; an error names the Jacobian that it is about."""
+    try:
+        return truncated_svds(operators, k, solver)
+    except ArgumentError as error:
+        if len(operators) > 1:  # which of them?
+            return [
+                _triplets([operator], [part], k, solver)[0] for operator, part in zip(operators, parts, strict=True)
+            ]
+        raise ArgumentError(error.name, error.value, f"{error.allowed} ({parts[0].where})") from error
 
 
 def _products(make: Callable[[], JacobianOperator]) -> Callable[[Float[Tensor, "d n"]], Float[Tensor, "d n"]]:

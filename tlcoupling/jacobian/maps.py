@@ -8,6 +8,7 @@ per-head block): a composition applies it to the matrix of its neighbour instead
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ class LinearMap(JacobianOperator):
     """A map that composes."""
 
     light = False
+    concurrent = True
 
     def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
         """Take dtype and device from a tensor."""
@@ -270,6 +272,7 @@ class Shared(LinearMap):
         self.inner = inner
         self.product_flops, self.dense_flops = inner.product_flops, inner.dense_flops
         self._matrix: Tensor | None = None
+        self._forming = Lock()
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """J X."""
@@ -281,8 +284,9 @@ class Shared(LinearMap):
 
     def dense(self) -> Float[Tensor, "m n"]:
         """The matrix itself."""
-        if self._matrix is None:
-            self._matrix = self.inner.dense()
+        with self._forming:
+            if self._matrix is None:
+                self._matrix = self.inner.dense()
         return self._matrix
 
 

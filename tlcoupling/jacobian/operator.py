@@ -18,6 +18,8 @@ class JacobianOperator(ABC):
         device: where its products are computed.
         product_flops: floating-point operations of one product with one vector, J x or J^T y.
         dense_flops: floating-point operations of ``dense()``.
+        concurrent: whether several threads may take its products and those of others at once: not where they run the
+            modules of the model.
     """
 
     shape: tuple[int, int]
@@ -25,6 +27,7 @@ class JacobianOperator(ABC):
     device: torch.device
     product_flops: float
     dense_flops: float
+    concurrent: bool
 
     @abstractmethod
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:

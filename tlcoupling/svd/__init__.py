@@ -4,7 +4,7 @@ Solvers know operators only by their products: ``dense`` decomposes the matrix, 
 and J^T. ``truncated_svd`` chooses between them by cost and checks what it returns.
 """
 
-from tlcoupling.svd.auto import truncated_svd
+from tlcoupling.svd.auto import truncated_svd, truncated_svds
 from tlcoupling.svd.triplets import Triplets
 
-__all__ = ["Triplets", "truncated_svd"]
+__all__ = ["Triplets", "truncated_svd", "truncated_svds"]

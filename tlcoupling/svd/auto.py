@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -38,30 +39,44 @@ def truncated_svd(
     Raises:
         ArgumentError: k below 1 or above the numerical rank, an unknown solver, or a tolerance not above 0.
     """
-    size = min(operator.shape)
+    return truncated_svds([operator], k, solver, tolerance)[0]
+
+
+def truncated_svds(
+    operators: Sequence[JacobianOperator], k: int, solver: SolverName = "auto", tolerance: float | None = None
+) -> list[Triplets]:
+    """The top k singular triplets of each of several operators of one shape, as ``truncated_svd`` gives them.
+
+    Together they take less time than one by one.
+    """
+    first = operators[0]
+    size = min(first.shape)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
         raise ArgumentError("k", k, f"an int from 1 to {size}, the size of the Jacobian")
     if solver not in get_args(SolverName):
         raise ArgumentError("solver", solver, f"one of {', '.join(get_args(SolverName))}")
     if tolerance is None:
-        tolerance = TOLERANCE[operator.dtype]
+        tolerance = TOLERANCE[first.dtype]
     if not tolerance > 0:
         raise ArgumentError("tolerance", tolerance, "a number above 0")
-    if solver == "dense" or (solver == "auto" and _dense_is_cheaper(operator, k)):
-        found = dense_svd(operator, k)
+    if solver == "dense" or (solver == "auto" and all(_dense_is_cheaper(one, k) for one in operators)):
+        found = [dense_svd(one, k) for one in operators]
     else:
-        found = krylov_svd(operator, k, tolerance)
-        reached = float(found.residual.max())
-        if not reached <= tolerance:
+        found = krylov_svd(operators, k, tolerance)
+        for index, one in enumerate(operators):
+            reached = float(found[index].residual.max())
+            if reached <= tolerance:
+                continue
             if solver == "auto":
-                found = dense_svd(operator, k)
+                found[index] = dense_svd(one, k)
             else:
                 warnings.warn(
                     f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: a gap in the singular "
                     "values is too small for it; solver='dense' is exact",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-    _require_rank(operator, found)
+    for one, triplets in zip(operators, found, strict=True):
+        _require_rank(one, triplets)
     return found
 
 

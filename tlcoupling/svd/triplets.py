@@ -32,12 +32,13 @@ class Triplets:
 
 
 def residuals(
-    jv: Float[Tensor, "m K"],
-    jtu: Float[Tensor, "n K"],
-    u: Float[Tensor, "m K"],
-    s: Float[Tensor, " K"],
-    v: Float[Tensor, "n K"],
-) -> Float[Tensor, " K"]:
+    jv: Float[Tensor, "*stack m K"],
+    jtu: Float[Tensor, "*stack n K"],
+    u: Float[Tensor, "*stack m K"],
+    s: Float[Tensor, "*stack K"],
+    v: Float[Tensor, "*stack n K"],
+) -> Float[Tensor, "*stack K"]:
     """max(||J v - s u||, ||J^T u - s v||) / s_1 of each triplet."""
-    right, left = (jv - u * s).norm(dim=0), (jtu - v * s).norm(dim=0)
-    return right.maximum(left) / s[0]
+    across = s[..., None, :]
+    right, left = (jv - u * across).norm(dim=-2), (jtu - v * across).norm(dim=-2)
+    return right.maximum(left) / s[..., :1]

@@ -7,6 +7,7 @@ tlc.sections.tokens = (section, data) => {
     attn_share: { label: "attention’s share of growth", digits: 4, log: false },
     mlp_share: { label: "MLP’s share of growth", digits: 4, log: false },
   };
+  tlc.part(section, "shares").hidden = !data.attn_share;
   for (const name of Object.keys(numbers)) if (!data[name]) delete numbers[name];
   const value = (name, i) => tlc.number(data[name][i], numbers[name]?.digits ?? 4);
   const describe = (i) =>

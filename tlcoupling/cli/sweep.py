@@ -1,0 +1,112 @@
+"""``tlcoupling sweep`` and ``tlcoupling merge``: many models and prompts, and the stores of several machines."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tlcoupling.cli.app import app, errors_as_one_line
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from tlcoupling.sweep.plan import Plan
+
+
+class Where(str, Enum):
+    """What runs the cells."""
+
+    here = "here"
+    slurm = "slurm"
+
+
+@app.command()
+def sweep(
+    plan: Annotated[Path, typer.Argument(help="A TOML file of models, prompts and settings (demos/plans has some).")],
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; made if missing.", show_default="PLAN.store, beside the plan"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print cells, bytes and estimated time, and measure nothing.")
+    ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="With --dry-run: TFLOP/s of matrix products of the machine that will run it.",
+            show_default="this machine's, measured",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of this machine.", show_default="this process alone")
+    ] = None,
+    executor: Annotated[Where, typer.Option(help="What runs the cells; 'slurm' submits job arrays.")] = Where.here,
+    logs: Annotated[
+        Path | None, typer.Option(help="Folder for Slurm's logs.", show_default="'slurm' in the store")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Write all results of the store to this parquet file afterwards.")
+    ] = None,
+) -> None:
+    """Measure what a plan has and its store has not; run it again to go on. Exit code 1 if cells are missing."""
+    if workers is not None and executor is not Where.here:
+        raise typer.BadParameter("give it with --executor here", param_hint="--workers")
+    with errors_as_one_line():
+        from tlcoupling.sweep.plan import Plan
+
+        read = Plan.read(plan)
+        folder = read.default_store if store is None else store
+        if dry_run:
+            return _dry_run(read, folder, None if rate is None else 1e12 * rate)
+
+        from tlcoupling.sweep.run import sweep as run
+        from tlcoupling.sweep.store import SweepStore
+        from tlcoupling.sweep.terminal import print_report
+
+        kept = SweepStore(folder, create=True)
+        with ExitStack() as stack:
+            chosen: Executor | None = None
+            if executor is Where.slurm:
+                from tlcoupling.sweep.executors import SlurmExecutor
+
+                chosen = stack.enter_context(SlurmExecutor(logs or folder / "slurm"))
+            report = run(read, kept, executor=chosen, workers=workers, progress=sys.stderr.isatty())
+        print_report(report)
+        if table is not None:
+            typer.echo(f"table   {kept.write_table(table)}")
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+def _dry_run(plan: Plan, folder: Path, rate: float | None) -> None:
+    """Print what the plan would measure and what that would cost."""
+    from tlcoupling.sweep.forecast import forecast
+    from tlcoupling.sweep.terminal import print_forecast
+
+    print_forecast(forecast(plan, folder, rate))
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores of sweep results.")],
+    into: Annotated[Path, typer.Option(help="The store that gets all of their cells; made if missing.")],
+    table: Annotated[
+        Path | None, typer.Option(help="Write all results of that store to this parquet file afterwards.")
+    ] = None,
+) -> None:
+    """Join the stores of several machines. Two results of one cell must agree in all but their times."""
+    with errors_as_one_line():
+        from tlcoupling.sweep.store import SweepStore
+
+        sources = [SweepStore(path) for path in stores]
+        target = SweepStore(into, create=True)
+        for source in sources:
+            typer.echo(f"{source.folder}: {target.add(source)} of {len(source.keys())} cells are new")
+        typer.echo(f"store   {into}: {len(target.keys())} cells, {len(target.failed_keys())} failed")
+        if table is not None:
+            typer.echo(f"table   {target.write_table(table)}")

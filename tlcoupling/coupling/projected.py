@@ -1,0 +1,167 @@
+"""One layer's Jacobian in another's bases: the matrices that coupling reduces to a number."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.depth import depth_groups
+from tlcoupling.coupling.metric import Bases, coupling, null_coupling
+from tlcoupling.coupling.pairs import decompose, project
+from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.errors import ArgumentError
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.results import Result
+from tlcoupling.svd.auto import SolverName
+from tlcoupling.trace import Trace
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class ProjectedJacobians(Result):
+    r"""U2^T J1 V2 of all ordered pairs of some layers, at one token.
+
+    Where the two layers are the same it is the diagonal matrix of the singular values. Two layers that share their top
+    singular vectors leave a diagonal too; unrelated bases leave entries that are nearly normal with standard deviation
+    ||J1||_F / d_model. Singular vectors are known up to the sign of a pair (u, v), so the sign of an entry off the
+    diagonal means nothing, while that of a diagonal entry does.
+
+    Attributes:
+        values: U2^T J1 V2, ``[sublayer, layer, basis_layer, left, right]``: layer gives J1, basis_layer the bases.
+        singular_values: the top K of each J1, ``[sublayer, layer, rank]``.
+        frobenius: ||J1||_F, ``[sublayer, layer]``.
+        sublayers: ``block``, ``attn``, ``mlp``.
+        layers: the layers.
+        position: the token's position.
+        token: its text.
+        d_model: the width.
+        bases: ``"uv"``, or ``"vu"``: V2^T J1 U2.
+    """
+
+    values: Float[Tensor, "sublayer layer layer K K"]
+    singular_values: Float[Tensor, "sublayer layer K"]
+    frobenius: Float[Tensor, "sublayer layer"]
+    sublayers: tuple[str, ...]
+    layers: tuple[int, ...]
+    position: int
+    token: str
+    d_model: int
+    bases: str
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "values": ("sublayer", "layer", "basis_layer", "left", "right"),
+        "singular_values": ("sublayer", "layer", "rank"),
+        "frobenius": ("sublayer", "layer"),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "coupling": ("sublayer", "layer", "basis_layer"),
+        "null": ("sublayer", "layer"),
+        "null_entry": ("sublayer", "layer"),
+    }
+
+    def __repr__(self) -> str:
+        """One line."""
+        layers = ", ".join(map(str, self.layers))
+        return f"ProjectedJacobians({', '.join(self.sublayers)} of layers {layers}, K={self.singular_values.shape[-1]})"
+
+    @property
+    def coupling(self) -> Float[Tensor, "sublayer layer layer"]:
+        """c_K of each pair, as ``depth_coupling`` measures it by default: Frobenius normaliser, absolute values."""
+        return coupling(self.values, self.singular_values[:, :, None])
+
+    @property
+    def null(self) -> Float[Tensor, "sublayer layer"]:
+        """What independent random bases would give for that; it depends on J1 alone."""
+        return null_coupling(self.singular_values, self.frobenius, self.d_model)
+
+    @property
+    def null_entry(self) -> Float[Tensor, "sublayer layer"]:
+        """The mean of one entry's absolute value under independent random bases, sqrt(2 / pi) ||J1||_F / d_model."""
+        return math.sqrt(2 / math.pi) * self.frobenius / self.d_model
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        rank = range(self.singular_values.shape[-1])
+        layers = {"layer": self.layers, "basis_layer": self.layers}
+        return {"sublayer": self.sublayers, **layers, "left": rank, "right": rank, "rank": rank}
+
+
+def projected_jacobians(
+    trace: Trace,
+    layers: Sequence[int],
+    k: int | float = 10,
+    *,
+    sublayers: str | Sequence[str] | None = None,
+    token: int = -1,
+    bases: Bases = "uv",
+    engine: EngineName = "auto",
+    solver: SolverName = "auto",
+) -> ProjectedJacobians:
+    r"""U2^T J1 V2 of all ordered pairs of some layers: what ``depth_coupling`` takes c_K of.
+
+    Source: arXiv 2407.07810, section 3 (the matrices of its figures).
+
+    Args:
+        trace: a trace of the model.
+        layers: block indices.
+        k: number of singular vectors, or a fraction of d_model.
+        sublayers: as in ``depth_coupling``.
+        token: a position.
+        bases: as in ``depth_coupling``.
+        engine: as in ``depth_coupling``.
+        solver: as in ``depth_coupling``.
+
+    Raises:
+        ArgumentError: an argument out of range (K above the rank of a Jacobian, a token or layer that is not there).
+        InsufficientMemoryError: more memory is needed than is free; nothing was begun.
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Example:
+        >>> projected = tlc.projected_jacobians(trace, layers=[8, 12, 16], k=10)  # doctest: +SKIP
+        >>> tlc.viz.figures.projected_jacobians(projected)  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    names = resolve_sublayers(trace, sublayers)
+    options = Options.resolve(trace, k, "frobenius", bases, True, engine, solver)
+    if len(options.k) > 1:
+        raise ArgumentError("k", k, "one number")
+    position = check_index("token", token, trace.n_tokens)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
+    groups = depth_groups(chosen, [position])
+    plan = make_plan(Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options))
+    jacobians = JacobianEngine(trace, engine, {position})
+    spectra = {
+        (name, place): decompose(jacobians, name, place, options, len(chosen), plan.keep)
+        for place in sorted(groups[0].places)
+        for name in names
+    }
+    values, s, frobenius = [], [], []
+    for name in names:
+        rows = [spectra[name, place] for place in groups[0].rows]
+        device = rows[0].frobenius.device
+        u, v = (torch.stack([getattr(one.triplets, side).to(device) for one in rows]) for side in "uv")
+        left, right = (u, v) if bases == "uv" else (v, u)
+        all_right = rearrange(right, "column d i -> d (column i)")
+        values.append(torch.stack([project(one, left, all_right) for one in rows]).cpu())
+        s.append(torch.stack([one.triplets.s.cpu() for one in rows]))
+        frobenius.append(torch.stack([one.frobenius.cpu() for one in rows]))
+    settings = {"layers": list(chosen), "token": position, "sublayers": list(names), **options.settings()}
+    return ProjectedJacobians(
+        provenance=trace.provenance(settings=settings, seconds=time.perf_counter() - started, engine=jacobians.used),
+        values=torch.stack(values),
+        singular_values=torch.stack(s),
+        frobenius=torch.stack(frobenius),
+        sublayers=names,
+        layers=chosen,
+        position=position,
+        token=trace.str_tokens[position],
+        d_model=trace.d_model,
+        bases=bases,
+    )

@@ -1,0 +1,231 @@
+"""Where groups of cells are measured: processes of this machine, or jobs of a Slurm cluster.
+
+Both have the interface of ``concurrent.futures.Executor``, and ``tlc.sweep`` asks for nothing else.
+"""
+
+from __future__ import annotations
+
+import getpass
+import multiprocessing
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlcoupling.errors import ArgumentError, StoreError, TLCouplingError
+
+_GATHER_SECONDS = 0.2  # what is submitted within this time becomes one array
+_GRACE_SECONDS = 10.0  # from a job's leaving the queue until its result must have reached this machine
+_SHOWN = 300
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of this machine that share its threads: each is a new interpreter, since a fork breaks CUDA."""
+    threads = max(1, torch.get_num_threads() // workers)
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_limit_threads,
+        initargs=(threads,),
+    )
+
+
+def _limit_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+class JobLostError(TLCouplingError):
+    """A job of a cluster ended without a result: it was killed, or ran out of memory or of time."""
+
+
+class Requeued:
+    """A function that a cluster's job begins again when its time is over or it gives way to another.
+
+    What the function has finished it must find by itself; a group of cells does.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self.function(*args, **kwargs)
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """What submitit puts into the queue again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *args, **kwargs)
+
+
+class SlurmExecutor(Executor):
+    """Jobs of a Slurm cluster through submitit: what is submitted together becomes one job array.
+
+    A call whose first argument has ``resources`` (a group of cells has the plan's) asks for these on top of the
+    executor's own; each set of resources is an array of its own. A job that reaches its time limit or is preempted
+    goes back into the queue and takes up what is missing.
+
+    Args:
+        folder: for submitit's scripts and logs, on a file system that the nodes share.
+        requeues: how often a job may reach its time limit before it is given up.
+        poll_seconds: between two looks at the queue.
+        **resources: as ``submitit.AutoExecutor.update_parameters`` takes them: ``timeout_min``, ``mem_gb``,
+            ``cpus_per_task``, ``gpus_per_node``, ``slurm_partition``, ``slurm_array_parallelism``, ...
+
+    Raises:
+        StoreError: submitit is not installed, or this is no machine that Slurm jobs are submitted from.
+
+    Example:
+        >>> with SlurmExecutor("logs", timeout_min=60, gpus_per_node=1) as executor:  # doctest: +SKIP
+        ...     tlc.sweep("plan.toml", "results", executor=executor)
+    """
+
+    def __init__(self, folder: str | Path, *, requeues: int = 3, poll_seconds: float = 5.0, **resources: Any) -> None:
+        self._folder, self._requeues, self._resources = folder, requeues, resources
+        self._poll_seconds = poll_seconds
+        self._array(resources)
+        self._lock = threading.Condition()
+        self._waiting: list[tuple[Future[Any], Callable[[Any], Any], dict[str, Any]]] = []
+        self._jobs: dict[Future[Any], _Job] = {}
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def _array(self, resources: Mapping[str, Any]) -> Any:
+        """What submits jobs that all ask for the same."""
+        try:
+            import submitit
+        except ImportError as error:
+            raise StoreError("sweeping through Slurm needs submitit: pip install 'tlcoupling[slurm]'") from error
+        try:
+            found = submitit.AutoExecutor(folder=self._folder, cluster="slurm", slurm_max_num_timeout=self._requeues)
+        except (RuntimeError, OSError) as error:
+            raise StoreError(f"sweeping through Slurm is not possible here: {error}") from error
+        try:
+            found.update_parameters(**resources)
+        except (AssertionError, NameError, TypeError, ValueError) as error:
+            raise ArgumentError("resources", dict(resources), f"what submitit takes ({error})") from error
+        return found
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Put a call into the queue; it is submitted with those that come within the next moment."""
+        future: Future[Any] = Future()
+        resources = {**self._resources, **(getattr(args[0], "resources", {}) if args else {})}
+        call = partial(_submit, Requeued(fn), args, kwargs)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._waiting.append((future, call, resources))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="slurm-jobs", daemon=True)
+                self._thread.start()
+            self._lock.notify()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; wait for the jobs, or cancel them."""
+        with self._lock:
+            self._closed = True
+            if cancel_futures:
+                for future in (*self._jobs, *(future for future, _, _ in self._waiting)):
+                    future.cancel()
+            self._lock.notify()
+        if wait and self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        """Submit what has come, and look after what was submitted, until there is no more of either."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    if self._closed and not self._jobs:
+                        return
+                    self._lock.wait(self._poll_seconds if self._jobs else None)
+            time.sleep(_GATHER_SECONDS)
+            with self._lock:
+                waiting, self._waiting = self._waiting, []
+            try:
+                self._send(waiting)
+                self._look()
+            except Exception as error:  # of whatever kind: nobody waits for this thread, but for its futures
+                for future in (*self._jobs, *(future for future, _, _ in waiting)):
+                    _settle(future, error=error)
+                self._jobs = {}
+
+    def _send(self, waiting: list[tuple[Future[Any], Callable[[Any], Any], dict[str, Any]]]) -> None:
+        """Submit calls, those with equal resources as one array."""
+        arrays: dict[str, list[tuple[Future[Any], Callable[[Any], Any], dict[str, Any]]]] = {}
+        for one in waiting:
+            arrays.setdefault(repr(sorted(one[2].items())), []).append(one)
+        for calls in arrays.values():
+            array = self._array(calls[0][2])
+            with array.batch():
+                jobs = [call(array) for _, call, _ in calls]
+            self._jobs |= {future: _Job(job) for (future, _, _), job in zip(calls, jobs, strict=True)}
+
+    def _look(self) -> None:
+        """Settle the futures of jobs that have ended, and cancel the jobs of futures that were cancelled."""
+        queue, now = _queue(), time.monotonic()
+        for future, job in list(self._jobs.items()):
+            if future.cancelled():
+                job.job.cancel(check=False)
+                future.set_running_or_notify_cancel()
+            elif job.job.paths.result_pickle.exists():
+                _settle_by(future, job.job)
+            elif queue is None or job.job.job_id in queue:
+                job.last_seen = now
+                continue
+            elif now - job.last_seen < _GRACE_SECONDS:
+                continue
+            else:
+                end = " ".join((job.job.stderr() or "nothing on its stderr").split())[-_SHOWN:]
+                _settle(future, error=JobLostError(f"Slurm job {job.job.job_id} ended without a result: {end}"))
+            del self._jobs[future]
+
+
+@dataclass
+class _Job:
+    """A job and when it was last seen in the queue."""
+
+    job: Any
+    last_seen: float = field(default_factory=time.monotonic)
+
+
+def _submit(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], array: Any) -> Any:
+    return array.submit(function, *args, **kwargs)
+
+
+def _settle_by(future: Future[Any], job: Any) -> None:
+    """Give a future what its job came to."""
+    try:
+        _settle(future, result=job.result())
+    except Exception as error:  # whatever the call raised
+        _settle(future, error=error)
+
+
+def _settle(future: Future[Any], result: Any = None, error: Exception | None = None) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _queue() -> set[str] | None:
+    """Ids of this user's jobs that wait or run, as ``12_0`` in an array; None where Slurm gives no answer.
+
+    Not ``sacct``, which submitit would ask: many clusters keep no accounts.
+    """
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(found.stdout.split())

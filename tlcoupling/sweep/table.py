@@ -1,0 +1,173 @@
+"""The table of a store: one row per cell, sublayer and K, with a schema that says what each column is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tlcoupling.analysis import Analysis
+from tlcoupling.errors import ResultFileError
+from tlcoupling.files import replacing
+from tlcoupling.results import off_diagonal_mean
+from tlcoupling.sweep.cells import Cell, ModelFacts
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+    from tlcoupling.sweep.store import SweepStore
+
+_MEAN = "mean over the ordered pairs of different layers, and over the tokens measured"
+COLUMNS: dict[str, tuple[str, str]] = {
+    "key": ("string", "the cell's key; its file is cells/KEY.safetensors"),
+    "model": ("string", "the model's name in the plan"),
+    "revision": ("string", "of the model; missing for the default one"),
+    "step": ("int64", "training step, where it is known"),
+    "random_seed": ("int64", "of fresh weights (tlc.random_baseline); missing for the model itself"),
+    "prompt_id": ("string", "12 hexadecimal digits of the prompt's digest"),
+    "prompt": ("string", "the prompt's text, or its token ids as a JSON list"),
+    "n_tokens": ("int64", "length of the prompt"),
+    "n_measured": ("int64", "tokens measured"),
+    "d_model": ("int64", "the model's width"),
+    "n_layers": ("int64", "the model's depth"),
+    "n_heads": ("int64", "attention heads of a layer"),
+    "n_params": ("int64", "parameters of the model"),
+    "settings": ("string", "how it was measured, as JSON"),
+    "k": ("int64", "number of singular vectors compared"),
+    "k_asked": ("string", "the same as the plan has it: a number, or a fraction of d_model"),
+    "sublayer": ("string", "block, attn or mlp"),
+    "coupling": ("double", f"coupling c_K, {_MEAN}"),
+    "null": ("double", f"what independent random bases would give, {_MEAN}"),
+    "null_std": ("double", f"standard deviation of that for a single pair, {_MEAN}"),
+    "excess": ("double", "coupling - null"),
+    "overlap_u": ("double", f"overlap of the spaces written to, {_MEAN}"),
+    "overlap_v": ("double", f"overlap of the spaces read from, {_MEAN}"),
+    "overlap_null": ("double", "chance of either, K / d_model"),
+    "lss": ("double", "line-shape score of the sublayer's path, mean over the tokens measured"),
+    "straightness": ("double", "distance over length of that path, mean over the tokens measured"),
+    "ed": ("double", "expodistance of the block's path, median over the tokens measured"),
+    "cv": ("double", "its root, median over the tokens measured"),
+    "rate": ("double", "growth of the log-norm per layer, mean over the tokens measured"),
+    "r_squared": ("double", "of the log-norm's line over layers, mean over the tokens measured"),
+    "status": ("string", "measured, failed (see error), or damaged (its file; see error)"),
+    "error": ("string", "why it failed"),
+    "seconds": ("double", "wall-clock time of the measurement"),
+    "commit": ("string", "of the hub's repository that the model came from, where it is known"),
+    "versions": ("string", "of the packages that the numbers depend on, as JSON"),
+}
+
+
+def schema() -> pyarrow.Schema:
+    """The columns as parquet has them, each with its description."""
+    import pyarrow as pa
+
+    kinds = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64()}
+    return pa.schema(
+        [pa.field(name, kinds[kind], metadata={"description": text}) for name, (kind, text) in COLUMNS.items()]
+    )
+
+
+def to_arrow(rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
+    """Rows as a table."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(list(rows), schema=schema())
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    """The same for pandas; whole numbers that may be missing are ``Int64``."""
+    import pandas as pd
+    import pyarrow as pa
+
+    return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+
+def to_pandas(store: SweepStore) -> pandas.DataFrame:
+    """The table of a store."""
+    return frame(rows(store))
+
+
+def write_parquet(store: SweepStore, path: Path) -> Path:
+    """The same as one parquet file, written whole or not at all.
+
+    Raises:
+        ResultFileError: it cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    table = to_arrow(rows(store))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            pq.write_table(table, partial)
+    except OSError as error:
+        raise ResultFileError(f"cannot write the table to {str(path)!r}: {error}") from error
+    return path
+
+
+def rows(store: SweepStore) -> Iterator[dict[str, Any]]:
+    """The rows: those of measured cells in the order of their keys, then one for each that failed."""
+    for key in sorted(store.keys()):
+        try:
+            yield from rows_of_cell(*store.read(key))
+        except ResultFileError as error:
+            yield {"key": key, "status": "damaged", "error": str(error)}
+    for failure in store.failures():
+        yield {
+            **_described(failure.cell),
+            "status": "failed",
+            "error": failure.error,
+            "seconds": failure.seconds,
+        }
+
+
+def _described(cell: Cell) -> dict[str, Any]:
+    found = cell.to_json()
+    prompt = found["prompt"]
+    return {
+        "key": cell.key,
+        **{name: found[name] for name in ("model", "revision", "step", "random_seed")},
+        "prompt_id": cell.prompt_id,
+        "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
+        "settings": json.dumps(found["settings"], sort_keys=True),
+    }
+
+
+def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[dict[str, Any]]:
+    """The rows of one measured cell."""
+    coupling, straight, growth = analysis.coupling, analysis.linearity, analysis.growth
+    at = list(coupling.positions)
+    shared = {
+        **_described(cell),
+        "n_tokens": len(analysis.tokens),
+        "n_measured": len(at),
+        **vars(facts),
+        "ed": growth.expodistance[at].nanmedian().item(),
+        "cv": growth.cv[at].nanmedian().item(),
+        "rate": growth.rate[at].nanmean().item(),
+        "r_squared": growth.r_squared[at].nanmean().item(),
+        "status": "measured",
+        "seconds": analysis.provenance.seconds,
+        "versions": json.dumps(dict(analysis.provenance.versions), sort_keys=True),
+    }
+    names = {"coupling": "values", **{name: name for name in ("null", "null_std", "overlap_u", "overlap_v")}}
+    means = {column: off_diagonal_mean(getattr(coupling, name)).double() for column, name in names.items()}
+    means["excess"] = means["coupling"] - means["null"]
+    means = {column: torch.nanmean(value, dim=1) for column, value in means.items()}  # [sublayer, k]
+    for i, sublayer in enumerate(coupling.sublayers):
+        path = straight.paths.index(sublayer)
+        for j, (k, asked) in enumerate(zip(coupling.ks, cell.settings.k, strict=True)):
+            yield {
+                **shared,
+                "k": k,
+                "k_asked": str(asked),
+                "sublayer": sublayer,
+                **{column: value[i, j].item() for column, value in means.items()},
+                "overlap_null": coupling.overlap_null[j].item(),
+                "lss": straight.lss[path, at].nanmean().item(),
+                "straightness": straight.straightness[path, at].nanmean().item(),
+            }

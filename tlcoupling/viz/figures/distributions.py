@@ -1,0 +1,129 @@
+"""Distributions over tokens: line-shape score and expodistance, trained against random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from tlcoupling.analysis import Analysis
+from tlcoupling.errors import ArgumentError
+from tlcoupling.many import ManyAnalyses
+from tlcoupling.viz.figures.select import index_of, measured_on
+from tlcoupling.viz.figures.style import (
+    NULL,
+    RANDOM,
+    TRAINED,
+    WIDTH,
+    heading,
+    label,
+    new_figure,
+    plain_log,
+    settle,
+    style,
+)
+
+Runs: TypeAlias = ManyAnalyses | Mapping[str, Analysis | Sequence[Analysis]]
+_BINS = 24
+_OTHERS = (TRAINED, RANDOM, "#009E73", "#CC79A7", "#000000")  # Okabe and Ito's
+
+
+def distributions(result: Runs, *, path: str = "block") -> Figure:
+    """Histograms of the tokens' line-shape scores and expodistances, of a model beside others.
+
+    All models share the bins of a panel, and each model's bars add up to 100 % of its tokens; dashed lines are medians.
+    Tokens whose number is not defined (NaN) are left out and counted in the legend.
+
+    Args:
+        result: of ``tlc.analyze_many``, whose ``baseline`` is drawn as "random"; or analyses of one or several prompts
+            by the name of the model: ``{"trained": [...], "random": [...]}``. The latter have all tokens of a prompt,
+            whichever tokens the coupling was measured at.
+        path: the path whose score is shown.
+
+    Raises:
+        ArgumentError: an unknown path, no analysis, or more than five models.
+    """
+    scores, distances, steps, model = _gathered(result, path)
+    if len(scores) > len(_OTHERS):
+        raise ArgumentError("result", list(scores), f"at most {len(_OTHERS)} models")
+    with style():
+        figure = new_figure(WIDTH, 2.9)
+        left, right = figure.subplots(1, 2)
+        _histogram(left, scores, logarithmic=False)
+        if steps is not None:
+            _mark_random_steps(left, steps)
+        left.set_xlabel(f"line-shape score of the {path} path (1: straight)")
+        left.set_ylabel("share of tokens")
+        logarithmic = all((values[np.isfinite(values)] > 0).all() for values in distances.values())
+        _histogram(right, distances, logarithmic)
+        right.set_xlabel("expodistance (0: exactly exponential growth)")
+        heading(figure, "How straight trajectories run, and how evenly norms grow", f"{model} · over tokens")
+        settle(figure)
+    return figure
+
+
+def _mark_random_steps(axes: Axes, steps: int) -> None:
+    """The score that independent random steps give, about sqrt(n)."""
+    axes.axvline(math.sqrt(steps), color=NULL, linestyle=":", linewidth=1.0)
+    axes.annotate(
+        f"√{steps}: random steps",
+        (math.sqrt(steps), 1.0),
+        xycoords=("data", "axes fraction"),
+        fontsize=6.5,
+        color=NULL,
+        va="bottom",
+        ha="center",
+    )
+
+
+def _gathered(result: Runs, path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int | None, str]:
+    """Scores and expodistances by model, the path's number of steps where it is known, and the model's name."""
+    if isinstance(result, ManyAnalyses):
+        both = {"trained": result} if result.baseline is None else {"trained": result, "random": result.baseline}
+        index = index_of("path", path, result.paths)
+        scores = {name: one.lss[:, index].double().numpy() for name, one in both.items()}
+        distances = {name: one.expodistance.double().numpy() for name, one in both.items()}
+        return scores, distances, None, measured_on(result)
+    lists: dict[str, list[Analysis]] = {
+        str(name): [given] if isinstance(given, Analysis) else list(given) for name, given in result.items()
+    }
+    if not lists or not all(lists.values()):
+        raise ArgumentError("result", result, "one analysis or more of each model")
+    first = next(iter(lists.values()))[0]
+    index = index_of("path", path, first.linearity.paths)
+    scores = {
+        name: np.concatenate([one.linearity.lss[index].double().numpy() for one in many])
+        for name, many in lists.items()
+    }
+    distances = {
+        name: np.concatenate([one.growth.expodistance.double().numpy() for one in many]) for name, many in lists.items()
+    }
+    return scores, distances, first.linearity.steps[index], measured_on(first)
+
+
+def _histogram(axes: Axes, values: Mapping[str, np.ndarray], logarithmic: bool) -> None:
+    """Shares of the tokens by model, in bins that all share."""
+    finite = {name: each[np.isfinite(each)] for name, each in values.items()}
+    cloud = np.concatenate(list(finite.values()))
+    low, high = (cloud.min(), cloud.max()) if len(cloud) else (0.5, 1.5)
+    low, high = (low, high) if high > low else (low * 0.9, high * 1.1 or 1.0)
+    edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
+    for (name, each), color in zip(finite.items(), _OTHERS, strict=False):
+        missing = len(values[name]) - len(each)
+        text = f"{label(name)}, {len(each)} tokens" + (f" ({missing} undefined)" if missing else "")
+        weights = np.full(len(each), 1 / max(len(each), 1))
+        axes.hist(each, list(edges), weights=weights, color=color, alpha=0.45, label=text)
+        axes.hist(each, list(edges), weights=weights, color=color, histtype="step", linewidth=1.0)
+        if len(each):
+            axes.axvline(float(np.median(each)), color=color, linestyle=(0, (4, 2)), linewidth=1.2)
+    if logarithmic:
+        axes.set_xscale("log")
+        plain_log(axes.xaxis)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper right")

@@ -1,0 +1,208 @@
+"""Layer x layer matrices: depth coupling beside its null, and the projected Jacobians that it is taken of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from tlcoupling.analysis import Analysis
+from tlcoupling.coupling import DepthCoupling, ProjectedJacobians
+from tlcoupling.errors import ArgumentError
+from tlcoupling.viz.figures.select import chosen_k, formula, index_of, measured_on, named
+from tlcoupling.viz.figures.style import (
+    EXCESS,
+    WIDTH,
+    heading,
+    label,
+    matrix_colors,
+    new_figure,
+    settle,
+    style,
+    token_label,
+)
+
+MOST_LAYERS = 12  # panels of chosen layers: more are too small to read
+_TICKS = 7
+
+
+def depth_coupling(
+    result: DepthCoupling | Analysis | Mapping[str, DepthCoupling | Analysis],
+    *,
+    token: int | None = None,
+    k: int | None = None,
+) -> Figure:
+    """Coupling, null and excess of all pairs of layers, one row per sublayer, on shared scales.
+
+    Coupling and null share one scale, from the least to the largest of all values off the diagonal; the excess has a
+    diverging one around 0. With the ``"uv"`` bases the diagonal is 1 by definition: it is left grey, and sets no scale.
+    So is a pair without a number (NaN).
+
+    Args:
+        result: a depth coupling, or several by name (such as trained and random), whose rows stand below each other
+            on the same scales.
+        token: a position measured; by default the mean over all of them.
+        k: one of the K measured; by default the first.
+
+    Raises:
+        ArgumentError: a token or K that was not measured, fewer than two layers, or results that differ in what was
+            measured.
+    """
+    results = {
+        name: one.coupling if isinstance(one, Analysis) else one for name, one in named("result", result).items()
+    }
+    first = next(iter(results.values()))
+    if len(first.layers) < 2:
+        raise ArgumentError("result", first, "a coupling of two layers or more")
+    for one in results.values():
+        if (one.sublayers, one.bases, one.absolute, one.normalizer) != (
+            first.sublayers,
+            first.bases,
+            first.absolute,
+            first.normalizer,
+        ):
+            raise ArgumentError("result", one, f"the sublayers and the metric of {first!r}")
+    rows = [
+        (f"{sublayer} · {label(name)}" if name else sublayer, one, _panes(one, index, token, chosen_k(one, k)))
+        for index, sublayer in enumerate(first.sublayers)
+        for name, one in results.items()
+    ]
+    shared = np.concatenate([pane.compressed() for _, _, panes in rows for pane in panes[:2]])
+    most = max([abs(panes[2]).max() for _, _, panes in rows if panes[2].count()], default=0.0)
+    norm = Normalize(*(shared.min(), shared.max()) if len(shared) else (0, 1))
+    around = Normalize(-(most or 1), most or 1)
+    with style():
+        figure = new_figure(WIDTH, 1.05 + 2.22 * len(rows))
+        grid: Any = figure.subplots(len(rows), 3, squeeze=False)
+        images: list[AxesImage] = []
+        for axes, (name, one, panes) in zip(grid, rows, strict=True):
+            means = [pane.mean() for pane in panes]
+            for pane, each, mean, what in zip(axes, panes, means, ("coupling", "null", "excess"), strict=True):
+                colors = EXCESS if what == "excess" else "viridis"
+                images.append(_show(pane, each, around if what == "excess" else norm, colors))
+                pane.set_title(f"{what}, mean {round(float(mean), 4) + 0.0:.4f}" if each.count() else what)
+                _layer_ticks(pane, one.layers)
+            axes[0].set_ylabel(f"{name}\nlayer of the Jacobian")
+        for pane in grid[-1]:
+            pane.set_xlabel("layer of the bases")
+        symbol = f"coupling c and null, K = {chosen_k(first, k)[1]}"
+        figure.colorbar(images[0], ax=grid[:, :2], location="bottom", shrink=0.6, aspect=40, pad=0.02, label=symbol)
+        figure.colorbar(
+            images[2], ax=grid[:, 2], location="bottom", shrink=0.9, aspect=28, pad=0.02, label="excess, c − null"
+        )
+        heading(figure, "Coupling of residual Jacobians across depth", _described(results, token))
+        settle(figure)
+    return figure
+
+
+def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = None) -> Figure:
+    """The matrices |U2^T J1 V2| of all pairs of layers, relative to the largest singular value of J1.
+
+    All panels share one logarithmic scale, which begins at a third of what chance gives; the mark on the colour bar is
+    the mean of an entry under independent random bases. Each panel carries its coupling, with the null in brackets.
+
+    Args:
+        result: of ``tlc.projected_jacobians``.
+        sublayer: one of those measured; by default the first.
+
+    Raises:
+        ArgumentError: a sublayer that was not measured, or more than twelve layers.
+    """
+    which = index_of("sublayer", sublayer, result.sublayers)
+    n, k = len(result.layers), result.values.shape[-1]
+    if n > MOST_LAYERS:
+        raise ArgumentError("result", result, f"one of at most {MOST_LAYERS} layers, or the panels are too small")
+    largest = result.singular_values[which, :, 0].double()
+    shown = (result.values[which].double().abs() / largest[:, None, None, None]).numpy()
+    chance = (result.null_entry[which].double() / largest).numpy()
+    norm = LogNorm(10 ** math.floor(math.log10(chance.min() / 2)), 1.0, clip=True)
+    couplings, null = result.coupling[which], result.null[which]
+    with style():
+        size = min(1.6, max(0.8, 6.0 / n))
+        figure = new_figure(n * size + 1.3, n * (size + 0.1) + 0.7)
+        grid: Any = figure.subplots(n, n, squeeze=False)
+        for row, layer in enumerate(result.layers):
+            for column, other in enumerate(result.layers):
+                pane = grid[row, column]
+                image = _show(pane, np.ma.masked_invalid(shown[row, column]), norm, "magma")
+                pane.set_xticks([])
+                pane.set_yticks([])
+                text = f"{couplings[row, column]:.2f} ({null[row]:.2f})"
+                pane.set_title("S₁" if row == column else text, fontsize=7, pad=2, loc="center")
+                if row == n - 1:
+                    pane.set_xlabel(f"bases of {other}")
+                if column == 0:
+                    pane.set_ylabel(f"J of layer {layer}")
+        projected = "|uᵀ J₁ v|" if result.bases == "uv" else "|vᵀ J₁ u|"
+        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3.0 / (n * size)), aspect=30)
+        bar.set_label(f"{projected} / s₁(J₁)")
+        ticks = 10.0 ** np.arange(round(math.log10(norm.vmin or 1)), 1)
+        bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])
+        bar.ax.minorticks_off()
+        mean = float(np.exp(np.log(chance).mean()))
+        bar.ax.axhline(mean, color="white", linewidth=1.5)
+        bar.ax.annotate(
+            "chance",
+            (0, mean),
+            (-2, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+            xycoords=("axes fraction", "data"),
+        )
+        heading(
+            figure,
+            f"One layer's Jacobian in another's singular vectors: {result.sublayers[which]}",
+            f"{measured_on(result)} · {token_label(result.position, result.token)} · K = {k} · above each panel: "
+            "coupling (null)",
+        )
+        settle(figure)
+    return figure
+
+
+def _panes(
+    result: DepthCoupling, sublayer: int, token: int | None, k: tuple[int, int]
+) -> tuple[np.ma.MaskedArray, np.ma.MaskedArray, np.ma.MaskedArray]:
+    """Coupling, null and excess; what has no number, and a diagonal that is 1 by definition, is masked."""
+    chosen = slice(None) if token is None else index_of("token", token, result.positions)
+
+    def pane(matrix: Tensor) -> np.ma.MaskedArray:
+        cells = matrix[sublayer, :, k[0]][chosen].double().numpy()
+        mean = cells.mean(0) if cells.ndim == 3 else cells
+        hidden = np.eye(len(mean), dtype=bool) if result.bases == "uv" else np.zeros(mean.shape, dtype=bool)
+        return np.ma.masked_array(mean, hidden | ~np.isfinite(mean))
+
+    return pane(result.values), pane(result.null), pane(result.excess)
+
+
+def _described(results: Mapping[str, DepthCoupling], token: int | None) -> str:
+    first = next(iter(results.values()))
+    models = " and ".join(dict.fromkeys(measured_on(one) for one in results.values()))
+    if token is None and len(first.positions) > 1:
+        where = f"mean over {len(first.positions)} tokens"
+    else:
+        index = 0 if token is None else index_of("token", token, first.positions)
+        where = token_label(first.positions[index], first.tokens[index])
+    return f"{models} · {where} · {formula(first)}" + (" · diagonal: 1" if first.bases == "uv" else "")
+
+
+def _show(axes: Axes, matrix: np.ndarray, norm: Normalize, colors: str) -> AxesImage:
+    axes.spines[:].set_visible(False)
+    return axes.imshow(matrix, norm=norm, cmap=matrix_colors(colors), interpolation="nearest", aspect="equal")
+
+
+def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
+    """A few layers by their own numbers."""
+    step = next(size for size in (1, 2, 5, 10, 20, 50, 100, 200) if len(layers) <= _TICKS * size)
+    ticks = range(0, len(layers), step)
+    names = [str(layers[index]) for index in ticks]
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(ticks, names)

@@ -1,0 +1,206 @@
+"""How figures look, hold foreign text, and are saved.
+
+The style is in force while a figure is made and while it is saved; matplotlib's global settings stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+from matplotlib import colormaps
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from tlcoupling.errors import ArgumentError, ResultFileError
+from tlcoupling.viz.payload import visible
+
+WIDTH = 7.0  # inches: the text width of a page
+FORMATS = ("png", "svg", "pdf")
+# Okabe and Ito's colours, told apart with any colour vision; the null is grey and dashed everywhere.
+SUBLAYER_COLORS = {"block": "#000000", "attn": "#0072B2", "mlp": "#D55E00"}
+TRAINED, RANDOM, NULL, FAINT = "#0072B2", "#E69F00", "#707070", "#B0B0B0"
+FIT = SUBLAYER_COLORS["mlp"]
+EXCESS = "RdBu_r"
+NO_VALUE = "#DCDCDC"
+_FONT = "DejaVu Sans"  # comes with matplotlib, so that a figure is the same everywhere
+_GENERIC = {"serif", "sans-serif", "sans", "monospace", "cursive", "fantasy"}
+_MISSING = "□"
+_STYLE: dict[str, Any] = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.0,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.0,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#404040",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "legend.fontsize": 7.0,
+    "legend.facecolor": "white",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "figure.dpi": 110.0,
+    "savefig.dpi": 300.0,
+    "text.parse_math": False,  # a token may hold dollar signs
+    "svg.fonttype": "none",  # text stays text
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "tlcoupling",  # equal figures, equal files
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The library's matplotlib settings, for as long as the context lasts."""
+    # from matplotlib's own defaults on: a dark style of the user's would leave white text on white
+    with matplotlib.style.context(["default", {**_STYLE, "font.family": list(_families())}]):
+        yield
+
+
+class TextFigure(Figure):
+    """A figure of ours: it shows itself in a notebook, and keeps its text as text when it is saved."""
+
+    def savefig(self, fname: Any, **kwargs: Any) -> None:
+        """As ``matplotlib.figure.Figure.savefig``, in the style that the figure was made in."""
+        with style():
+            super().savefig(fname, **kwargs)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=self.dpi)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> TextFigure:
+    """An empty figure, of a size in inches, apart from pyplot and its state."""
+    figure = TextFigure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure to a file: PNG at 300 dots per inch, or SVG or PDF with text as text.
+
+    Equal figures give equal files: no date is written.
+
+    Args:
+        figure: a figure of this module, or any of matplotlib's.
+        path: the file to write; its ending tells the format.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ArgumentError: another ending.
+        ResultFileError: the file cannot be written; the message says why.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise ArgumentError("path", str(path), f"a name that ends in {', '.join('.' + name for name in FORMATS)}")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
+    try:
+        with style():
+            figure.savefig(path, format=kind, metadata=undated)
+    except OSError as error:
+        raise ResultFileError(f"cannot write the figure to {str(path)!r}: {error}") from error
+    return path
+
+
+def label(text: str, longest: int = 40) -> str:
+    """Foreign text as a figure can draw it.
+
+    Line breaks and invisible characters become signs, as on the report page; characters that no font in use has become
+    an empty box. The fonts in use are those that ``matplotlib.rcParams["font.family"]`` names (unless it has a generic
+    name, as by default) and DejaVu Sans, which comes with matplotlib: name a font there for scripts that it lacks.
+    """
+    known = _known(_families())
+    shown = "".join(char if ord(char) in known else _MISSING for char in visible(text))
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+
+
+def token_label(pos: int, text: str, longest: int = 24) -> str:
+    """A token as titles name it."""
+    return f"token {pos} “{label(text, longest)}”"
+
+
+def depth_colors() -> Colormap:
+    """Perceptually uniform, without the end that is too light for lines on white."""
+    return ListedColormap(colormaps["viridis"](range(236)), "viridis, dark part")
+
+
+def matrix_colors(name: str) -> Colormap:
+    """A colour map whose cells without a value are grey."""
+    return colormaps[name].with_extremes(bad=NO_VALUE)
+
+
+def plain_log(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def heading(figure: Figure, title: str, below: str) -> None:
+    """A title, and below it in small what was measured; both above everything else."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(below, round(20 * width))
+    left, top, space = 0.06 / width, 1 - 0.06 / height, 0.24 + 0.14 * len(lines)
+    figure.text(left, top, title, va="top", fontsize=9, fontweight="bold", in_layout=False)
+    figure.text(
+        left,
+        top - 0.18 / height,
+        "\n".join(lines),
+        va="top",
+        fontsize=7,
+        color="#404040",
+        linespacing=1.4,
+        in_layout=False,
+    )
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, 0, 1, 1 - space / height))
+
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out, once: what is saved at any resolution is what was placed, and quickly."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+@functools.cache
+def _known(families: tuple[str, ...]) -> frozenset[int]:
+    """Code points that the fonts have between them."""
+    return frozenset().union(*(get_font(findfont(FontProperties(family=name))).get_charmap() for name in families))
+
+
+def _families() -> tuple[str, ...]:
+    """The user's own fonts that are installed, and ours."""
+    named = [name for name in matplotlib.rcParams["font.family"] if name not in _GENERIC and name != _FONT]
+    return (*filter(_installed, named), _FONT)
+
+
+@functools.cache
+def _installed(name: str) -> bool:
+    try:
+        findfont(FontProperties(family=name), fallback_to_default=False)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""Measurements along training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tlcoupling.errors import ArgumentError
+from tlcoupling.viz.figures.select import index_of
+from tlcoupling.viz.figures.style import NULL, SUBLAYER_COLORS, WIDTH, heading, label, new_figure, settle, style
+
+if TYPE_CHECKING:
+    import pandas
+
+_NEEDED = ("step", "sublayer", "k", "coupling", "null", "lss", "ed", "model")
+
+
+def training(
+    table: pandas.DataFrame, loss: Mapping[int, float] | None = None, *, k: int | None = None, loss_label: str = "loss"
+) -> Figure:
+    """Coupling beside its null, line-shape score and expodistance over the steps of training.
+
+    Lines are means over prompts, bands the middle half of the prompts. The null is dashed, in its sublayer's colour.
+
+    Args:
+        table: of ``tlc.TrainingMonitor.table()``, or of a sweep over the checkpoints of one model.
+        loss: the loss by step, for a panel of its own.
+        k: one of the K measured; by default the smallest.
+        loss_label: what that panel is of.
+
+    Raises:
+        ArgumentError: a table without those columns or without steps, of several models, or a K that was not measured.
+    """
+    missing = [column for column in _NEEDED if column not in table]
+    if missing:
+        raise ArgumentError("table", list(table), f"one with columns {', '.join(missing)} too")
+    rows: Any = table[table["step"].notna() & table["coupling"].notna()]
+    names = sorted(set(rows["model"]))
+    if len(names) != 1:
+        raise ArgumentError("table", names, "measured steps of one model")
+    ks = sorted({int(value) for value in rows["k"]})
+    rows = rows[rows["k"] == ks[index_of("k", k, ks)]]
+    sublayers = [name for name in SUBLAYER_COLORS if name in set(rows["sublayer"])]
+    with style():
+        figure = new_figure(WIDTH, 2.7 if loss is None else 4.5)
+        panels: Any = figure.subplots(1, 3) if loss is None else figure.subplots(2, 2).ravel()[[1, 2, 3, 0]]
+        coupling, linearity, growth = panels[:3]
+        for name in sublayers:
+            part, color = rows[rows["sublayer"] == name], SUBLAYER_COLORS[name]
+            _line(coupling, part, "coupling", color, "-", name)
+            _line(coupling, part, "null", color, (0, (3, 2)), "")
+            _line(linearity, part, "lss", color, "-", name)
+        coupling.plot([], [], color=NULL, linestyle=(0, (3, 2)), label="null")
+        coupling.legend(loc="best")
+        linearity.legend(loc="best")
+        coupling.set_ylabel(f"coupling c, K = {ks[index_of('k', k, ks)]}")
+        linearity.set_ylabel("line-shape score (1: straight)")
+        _line(growth, rows[rows["sublayer"] == sublayers[0]], "ed", "#000000", "-", "")
+        growth.set_ylabel("expodistance (0: exponential)")
+        if loss is not None:
+            panels[3].plot(list(loss), list(loss.values()), color="#000000", linewidth=1.0)
+            panels[3].set_ylabel(label(loss_label))
+        for axes in panels:
+            axes.set_xlabel("training step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        prompts = rows.groupby("step").size() / len(sublayers)
+        heading(
+            figure,
+            "Coupling, linearity and growth along training",
+            f"{label(names[0].rpartition('/')[2])} · mean over {int(prompts.max())} prompts · band: their middle half",
+        )
+        settle(figure)
+    return figure
+
+
+def _line(axes: Axes, rows: Any, column: str, color: str, line: Any, name: str) -> None:
+    """The mean over prompts at each step, with the middle half of the prompts."""
+    steps: Any = rows.groupby("step")[column]
+    x = np.asarray(list(steps.groups), dtype=float)
+    axes.plot(x, steps.mean().to_numpy(), color=color, linestyle=line, label=name or "_", linewidth=1.2)
+    if column != "null":
+        low, high = (steps.quantile(share).to_numpy() for share in (0.25, 0.75))
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
