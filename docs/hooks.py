@@ -13,6 +13,8 @@ from mkdocs.structure.files import File, Files
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
+_REMOTE_IMAGE = re.compile(r'<img [^>]*?src="https?://[^>]*?>')
+
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: Any) -> Files:
@@ -25,10 +27,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Put MathML in place of the LaTeX that ``pymdownx.arithmatex`` marks."""
+    """Put MathML in place of the LaTeX that ``pymdownx.arithmatex`` marks, and text in place of remote images."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2]).strip(), display=display)
 
+    # the badges of the notebooks lie on another server: a page shows their text
+    content = _REMOTE_IMAGE.sub(lambda image: "".join(re.findall(r'alt="([^"]*)"', image[0])[:1]), content)
     return _FORMULA.sub(formula, content)
