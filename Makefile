@@ -55,7 +55,7 @@ notebooks: setup-dev
 ifeq ($(NOTEBOOKS),)
 	@echo "No notebooks in demos/."
 else
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
 endif
 
 clean:
