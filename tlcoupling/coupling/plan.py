@@ -105,8 +105,11 @@ def make_plan(job: Job, free: float | None = None) -> Plan:
     while (kept := _kept_bytes(job, job.groups[:size])) > KEPT_SHARE * free and size > 1:
         size = (size + 1) // 2
     keep = kept <= KEPT_SHARE * free
-    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep, workers, free)) > free:
-        if workers > 1:
+    stack = _longest_stack(job)
+    while (peak := _peak_bytes(job, costs.values(), job.groups[:size], keep, workers * stack, free)) > free:
+        if stack > 1:
+            stack //= 2
+        elif workers > 1:
             workers //= 2
         elif keep or size > 1:
             keep, size = keep and size > 1, (size + 1) // 2
@@ -124,7 +127,7 @@ def make_plan(job: Job, free: float | None = None) -> Plan:
         batches,
         keep,
         workers,
-        _stack(job),
+        stack,
         ways,
         len(batches) * sum(max(by_name[name].run_flops for name in job.sublayers) for by_name in costs.values()),
         peak,
@@ -144,9 +147,10 @@ def _most_workers(job: Job, costs: Iterable[dict[str, Cost]]) -> int:
     return min(torch.get_num_threads(), max(len(group.places) for group in job.groups))
 
 
-def _stack(job: Job) -> int:
+def _longest_stack(job: Job) -> int:
     """Places whose Jacobians a worker decomposes together: enough for long steps, few enough for its caches."""
-    return max(1, STACKED // (len(job.sublayers) * job.model.cfg.d_model**2))
+    most = max(len(group.places) for group in job.groups)
+    return max(1, min(most, STACKED // (len(job.sublayers) * job.model.cfg.d_model**2)))
 
 
 def _held(groups: Sequence[Group]) -> int:
@@ -164,9 +168,9 @@ def _kept_bytes(job: Job, groups: Sequence[Group]) -> float:
 
 
 def _peak_bytes(
-    job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool, workers: int, free: float
+    job: Job, costs: Iterable[dict[str, Cost]], groups: Sequence[Group], keep: bool, places: int, free: float
 ) -> float:
-    """All that is held at once, at most."""
+    """All that is held at once, at most, with as many ``places`` at work."""
     d, k, item = job.model.cfg.d_model, max(job.options.k), job.dtype.itemsize
     bases = 2.0 * _held(groups) * len(job.sublayers) * d * k * item
     comparison = item * job.columns * k * (2.0 * d + 3.0 * k)
@@ -177,13 +181,12 @@ def _peak_bytes(
         by_autograd = cost.engine == "autograd"
         at_once = min(COLUMNS, max(PROBES, job.columns * k))
         products = cost.column_bytes * (vectors_at_once(cost.column_bytes, free) if by_autograd else at_once)
-        stacked = max(1, _stack(job) * len(job.sublayers))
-        # with their decomposition
-        forming = cost.dense_bytes + 5.0 * stacked * item * d**2 + (products if by_autograd else 0.0)
+        forming = cost.dense_bytes + 5.0 * len(job.sublayers) * item * d**2  # and the decomposition of a place's
+        forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[way]
         at_work = max(at_work, cost.run_bytes + needed)
     kept = _kept_bytes(job, groups) if keep else 0.0
-    return kept + bases + item * results + workers * (comparison + at_work)
+    return kept + bases + item * results + places * (comparison + at_work)
 
 
 def _refusal(job: Job, costs: Iterable[dict[str, Cost]], peak: float, free: float) -> str:
