@@ -49,7 +49,7 @@ def finished(child: int) -> None:
 
 def kills(models: Path, folder: Path, count: int) -> None:
     # enough cells, so that the rounds do not finish them
-    plan, rounds = plan_of(models, ["one"], 4 * count), random.Random(0)
+    plan, rounds = plan_of(models, ["one"], 3 * count), random.Random(0)
     finished(forked(lambda: tlc.sweep(plan, folder / "undisturbed")))
     slow_disk()
     known: set[str] = set()

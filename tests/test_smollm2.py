@@ -21,7 +21,7 @@ def trace(smollm2: torch.nn.Module, prompts: dict[str, str]) -> tlc.Trace:
     return tlc.trace(smollm2, prompts["landmarks"])
 
 
-@pytest.mark.parametrize("solver", ["auto", "dense", "krylov"])
+@pytest.mark.parametrize("solver", ["auto", "dense"])
 def test_parity_with_the_published_procedure(trace: tlc.Trace, solver: str):
     """Misalignment of blocks 0 .. 28 within 1e-4 (block 29 of the published procedure has the final norm in it)."""
     assert trace.n_tokens == 28
