@@ -96,7 +96,7 @@ def test_foreign_and_damaged_files_are_refused(analysis: tlc.Analysis, tmp_path)
     with pytest.raises(ResultFileError, match="damaged"):
         tlc.load(path)
     for header in ("{", json.dumps({"kind": "Nonsense"}), json.dumps({"kind": "Growth", "plain": {}, "nested": {}})):
-        save_file({"x": torch.zeros(2)}, path, metadata={"tlcoupling-2": header})
+        save_file({"x": torch.zeros(2)}, path, metadata={"tlcoupling-3": header})
         with pytest.raises(ResultFileError, match="header .* is damaged"):
             tlc.load(path)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-FORMAT = "tlcoupling-2"
+FORMAT = "tlcoupling-3"
 ResultT = TypeVar("ResultT", bound="Result")
 
 
