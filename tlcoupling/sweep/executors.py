@@ -92,8 +92,8 @@ class SlurmExecutor(Executor):
         self._poll_seconds = poll_seconds
         self._array(resources)
         self._lock = threading.Condition()
-        self._waiting: list[tuple[Future[Any], Callable[[Any], Any], dict[str, Any]]] = []
-        self._jobs: dict[Future[Any], _Job] = {}
+        self._waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]] = []
+        self._jobs: dict[Future, _Job] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -113,9 +113,9 @@ class SlurmExecutor(Executor):
             raise ArgumentError("resources", dict(resources), f"what submitit takes ({error})") from error
         return found
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Put a call into the queue; it is submitted with those that come within the next moment."""
-        future: Future[Any] = Future()
+        future: Future = Future()
         resources = {**self._resources, **(getattr(args[0], "resources", {}) if args else {})}
         call = partial(_submit, Requeued(fn), args, kwargs)
         with self._lock:
@@ -158,9 +158,9 @@ class SlurmExecutor(Executor):
                     _settle(future, error=error)
                 self._jobs = {}
 
-    def _send(self, waiting: list[tuple[Future[Any], Callable[[Any], Any], dict[str, Any]]]) -> None:
+    def _send(self, waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]) -> None:
         """Submit calls, those with equal resources as one array."""
-        arrays: dict[str, list[tuple[Future[Any], Callable[[Any], Any], dict[str, Any]]]] = {}
+        arrays: dict[str, list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]] = {}
         for one in waiting:
             arrays.setdefault(repr(sorted(one[2].items())), []).append(one)
         for calls in arrays.values():
@@ -201,7 +201,7 @@ def _submit(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     return array.submit(function, *args, **kwargs)
 
 
-def _settle_by(future: Future[Any], job: Any) -> None:
+def _settle_by(future: Future, job: Any) -> None:
     """Give a future what its job came to."""
     try:
         _settle(future, result=job.result())
@@ -209,7 +209,7 @@ def _settle_by(future: Future[Any], job: Any) -> None:
         _settle(future, error=error)
 
 
-def _settle(future: Future[Any], result: Any = None, error: Exception | None = None) -> None:
+def _settle(future: Future, result: Any = None, error: Exception | None = None) -> None:
     if not future.set_running_or_notify_cancel():
         return
     if error is None:
