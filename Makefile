@@ -21,7 +21,7 @@ CONSTRAINTS ?= constraints.txt
 LANE ?= 2.18
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LANE_TESTS := $(patsubst %,tests/test_%.py,\
 	jacobian trace processing models hooks recorder baseline readout checking smollm2)
 NOTEBOOKS := $(wildcard demos/*.ipynb)
