@@ -146,7 +146,7 @@ class TrainingMonitor:
             ArgumentError: no step, or a setting that the model does not allow.
 
         Warns:
-            A prompt could not be measured, the store not be written to, or a logger failed.
+            UserWarning: a prompt could not be measured, the store not be written to, or a logger failed.
         """
         step = _checked_step(step)
         with generators_kept():  # loggers draw from them too
@@ -273,7 +273,7 @@ class TrainingMonitor:
             start: number of steps that the model has been trained for.
 
         Warns:
-            No such optimiser has made a step.
+            UserWarning: no such optimiser has made a step.
         """
         from torch.optim.optimizer import register_optimizer_step_post_hook
 

@@ -166,7 +166,8 @@ def correlate(
             than three models, scores that are all equal.
 
     Warns:
-        Scores that are no numbers, a measurement that is the same for all models, models measured on different prompts.
+        UserWarning: scores that are no numbers, a measurement that is the same for all models, models measured on
+            different prompts.
 
     Example:
         >>> found = tlc.correlate()  # the paper's own points  # doctest: +SKIP
