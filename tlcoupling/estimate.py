@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
-from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.plan import Job, Plan, make_plan
+from tlcoupling.coupling.token import token_groups
 from tlcoupling.hooked import Topology, model_name_of, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.prompt import to_tokens
@@ -183,17 +185,11 @@ def _pairs_of_tokens(
     """What ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
     if not layers:
         return {}
-    ends = {
-        "token-wise": lambda pos: (pos, pos),
-        "fixed src": lambda pos: (pos, 0),
-        "fixed dest": lambda pos: (n_tokens - 1, pos),
-    }
+    positions, reach = range(n_tokens), tuple(name for name in sublayers if name != "mlp")
     return {
-        kind: (
-            tuple(name for name in sublayers if name != "mlp" or kind == "token-wise"),
-            [Group.of([Place(layer, *place(pos)) for pos in range(n_tokens)]) for layer in layers],
-        )
-        for kind, place in ends.items()
+        "token-wise": (tuple(sublayers), token_groups(layers, layers, positions)),
+        "fixed src": (reach, context_groups(layers, "src", 0, positions)),
+        "fixed dest": (reach, context_groups(layers, "dest", n_tokens - 1, positions)),
     }
 
 

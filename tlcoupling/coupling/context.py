@@ -110,15 +110,11 @@ def context_coupling(
     held = check_index("position", default if position is None else position, trace.n_tokens)
     positions = _reached(trace, fixed, held, tokens)
     chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
-    groups = [
-        Group.of([Place(layer, pos, held) if fixed == "src" else Place(layer, held, pos) for pos in positions])
-        for layer in chosen
-    ]
     return measure(
         ContextCoupling,
         trace,
         names,
-        groups,
+        context_groups(chosen, fixed, held, positions),
         options,
         {"fixed": fixed, "position": held, "tokens": list(positions), "layers": list(chosen)},
         progress,
@@ -128,6 +124,14 @@ def context_coupling(
         tokens=tuple(trace.str_tokens[pos] for pos in positions),
         layers=chosen,
     )
+
+
+def context_groups(layers: Sequence[int], fixed: Fixed, held: int, positions: Sequence[int]) -> list[Group]:
+    """What is compared: in each layer, the Jacobians from one position to all others, or from all to one."""
+    return [
+        Group.of([Place(layer, pos, held) if fixed == "src" else Place(layer, held, pos) for pos in positions])
+        for layer in layers
+    ]
 
 
 def _reached(trace: Trace, fixed: Fixed, held: int, tokens: Indices) -> tuple[int, ...]:

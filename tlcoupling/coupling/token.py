@@ -102,15 +102,11 @@ def token_coupling(
     if len(others) != len(chosen):
         raise ArgumentError("basis_layers", basis_layers, f"one layer, or one for each of the {len(chosen)} layers")
     others = tuple(check_index("basis_layers", layer, trace.n_layers) for layer in others)
-    groups = [
-        Group(*(tuple(Place(which, pos, pos) for pos in positions) for which in pair))
-        for pair in zip(chosen, others, strict=True)
-    ]
     return measure(
         TokenCoupling,
         trace,
         names,
-        groups,
+        token_groups(chosen, others, positions),
         options,
         {"tokens": list(positions), "layers": list(chosen), "basis_layers": list(others)},
         progress,
@@ -119,3 +115,11 @@ def token_coupling(
         layers=chosen,
         basis_layers=others,
     )
+
+
+def token_groups(layers: Sequence[int], basis_layers: Sequence[int], positions: Sequence[int]) -> list[Group]:
+    """What is compared: in each layer, the Jacobians of all positions, with the bases of another layer or the same."""
+    return [
+        Group(*(tuple(Place(which, pos, pos) for pos in positions) for which in pair))
+        for pair in zip(layers, basis_layers, strict=True)
+    ]
