@@ -10,7 +10,7 @@ import torch
 
 from tlcoupling.analysis import Analysis
 from tlcoupling.coupling import ContextCoupling, DepthCoupling, TokenCoupling
-from tlcoupling.viz.plain import label, packed, rounded, visible
+from tlcoupling.viz.plain import formula, label, packed, rounded, visible
 
 # Cells that the attention component draws without a noticeable wait: all heads, and the zoomed one once more.
 ATTENTION_CELLS = 40_000
@@ -121,9 +121,7 @@ def _lower_triangle(patterns: torch.Tensor) -> torch.Tensor:
 
 def _metric(result: DepthCoupling | TokenCoupling | ContextCoupling) -> dict[str, Any]:
     """The coupling as it was measured."""
-    projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
-    size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
     return {
-        "formula": f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}",
+        "formula": formula(result),
         "diagonal_is_one": result.bases == "uv",
     }

@@ -1,4 +1,4 @@
-"""Numbers and tokens as plain data for a page: NaN and infinity as None, large arrays packed, all characters shown."""
+"""What a page or a figure says: numbers (NaN and infinity as None, large arrays packed), tokens, and the metric."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tlcoupling.coupling.result import Coupling
 
 _SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\xa0": "⍽"}
 _JOINERS = "\u200c\u200d"  # invisible, but they shape the letters and emoji around them
@@ -57,3 +59,10 @@ def label(text: str, longest: int = 16) -> str:
     """A token short enough for an axis."""
     text = visible(text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def formula(result: Coupling) -> str:
+    """The coupling as it was measured."""
+    projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
+    size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
+    return f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}"

@@ -17,7 +17,7 @@ from tlcoupling.coupling import DepthCoupling
 from tlcoupling.dynamics import SingularValueProfile
 from tlcoupling.errors import ArgumentError
 from tlcoupling.intervals import bootstrap_mean
-from tlcoupling.viz.figures.select import chosen_k, formula, index_of, measured_on
+from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on
 from tlcoupling.viz.figures.style import (
     FIT,
     NULL,
@@ -32,6 +32,7 @@ from tlcoupling.viz.figures.style import (
     style,
     token_label,
 )
+from tlcoupling.viz.plain import formula
 
 Couplings: TypeAlias = DepthCoupling | Sequence[DepthCoupling] | Mapping[str, DepthCoupling]
 _RESAMPLES = 1999

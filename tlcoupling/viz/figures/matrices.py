@@ -16,7 +16,7 @@ from torch import Tensor
 from tlcoupling.analysis import Analysis
 from tlcoupling.coupling import DepthCoupling, ProjectedJacobians
 from tlcoupling.errors import ArgumentError
-from tlcoupling.viz.figures.select import chosen_k, formula, index_of, measured_on, named
+from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on, named
 from tlcoupling.viz.figures.style import (
     EXCESS,
     WIDTH,
@@ -28,6 +28,7 @@ from tlcoupling.viz.figures.style import (
     style,
     token_label,
 )
+from tlcoupling.viz.plain import formula
 
 MOST_LAYERS = 12  # panels of chosen layers: more are too small to read
 _TICKS = 7

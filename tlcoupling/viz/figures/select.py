@@ -52,10 +52,3 @@ def chosen_k(result: Coupling, k: int | None) -> tuple[int, int]:
 def measured_on(result: Result) -> str:
     """The model's own name, without the account that publishes it."""
     return label(result.provenance.model_name.rpartition("/")[2])
-
-
-def formula(result: Coupling) -> str:
-    """The coupling as it was measured."""
-    projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
-    size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
-    return f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}"
