@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.maps import Projection
+from tlcoupling.svd import krylov
 from tlcoupling.svd.auto import TOLERANCE, truncated_svds
 
 
@@ -86,6 +89,15 @@ def test_a_spectrum_without_a_gap_is_said_or_solved_exactly():
         tlc.truncated_svd(Projection(matrix), 3, solver="krylov", tolerance=1e-15)
     found = tlc.truncated_svd(Projection(matrix), 3, tolerance=1e-15)
     assert found.solver == "dense"
+
+
+def test_inexact_products_come_to_an_end_and_are_not_trusted(monkeypatch: pytest.MonkeyPatch):
+    """Products of ten bits (TF32) leave vectors less orthogonal than asked: no number of projections mends that."""
+    projected_out, qr = krylov._projected_out, torch.linalg.qr
+    monkeypatch.setattr(krylov, "_projected_out", lambda *args: projected_out(*args).bfloat16().float())
+    monkeypatch.setattr(torch.linalg, "qr", lambda x: SimpleNamespace(Q=qr(x).Q.bfloat16().float()))
+    operator = Projection(with_spectrum(torch.arange(1, 301) ** -1.0, 300, 300))
+    assert tlc.truncated_svd(operator, 3).solver == "dense"
 
 
 @pytest.mark.parametrize("solver", ["auto", "dense", "krylov"])

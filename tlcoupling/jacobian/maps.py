@@ -149,21 +149,18 @@ class NormMap(LinearMap):
         self.normalized, self.scale, self.gain, self.centered = normalized, scale, gain, centered
         self.product_flops, self.dense_flops = 8.0 * size, 8.0 * size * size
 
-    def _inner(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """The symmetric part (C - x_hat x_hat^T / d) / r; C x_hat = x_hat."""
-        along = self.normalized @ x / self.shape[0]
-        x = torch.addmm(x, self.normalized[:, None], along[None], alpha=-1)
-        if self.centered:
-            x = x - x.mean(0)
-        return x / self.scale
+    def _inner_(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """C - x_hat x_hat^T / d of X, in its place; symmetric, since C x_hat = x_hat."""
+        x.addmm_(self.normalized[:, None], (self.normalized @ x)[None], alpha=-1 / self.shape[0])
+        return x.sub_(x.mean(0)) if self.centered else x
 
     def mm(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """J X."""
-        return self.gain[:, None] * self._inner(x)
+        return self._inner_(x.clone()).mul_((self.gain / self.scale)[:, None])
 
     def rmm(self, y: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """J^T Y."""
-        return self._inner(self.gain[:, None] * y)
+        return self._inner_((self.gain / self.scale)[:, None] * y)
 
     def dense(self) -> Float[Tensor, "d d"]:
         """The matrix itself."""

@@ -11,7 +11,7 @@ import torch
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.svd.dense import dense_svd
-from tlcoupling.svd.krylov import FIRST_CHECK, OVERSAMPLING, krylov_svd
+from tlcoupling.svd.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
 from tlcoupling.svd.triplets import Triplets
 
 SolverName = Literal["auto", "dense", "krylov"]
@@ -81,9 +81,9 @@ def truncated_svds(
 
 
 def _dense_is_cheaper(operator: JacobianOperator, k: int) -> bool:
-    """Whether the whole SVD costs less than the Krylov steps that it usually takes, twice the first check."""
+    """Whether the whole SVD costs less than the Krylov steps that it usually takes."""
     size = min(operator.shape)
-    vectors = (k + OVERSAMPLING) * 2 * FIRST_CHECK
+    vectors = (k + OVERSAMPLING) * USUAL_STEPS
     if vectors >= size // 2:
         return True
     whole = operator.dense_flops + 20.0 * size**3

@@ -18,8 +18,10 @@ from tlcoupling.svd.stack import Stack
 from tlcoupling.svd.triplets import Triplets, residuals
 
 OVERSAMPLING = 6  # columns of a block beyond k
-FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 5, 4, 40
-DECAY = 6.0  # by which a step usually lowers the residual; it tells when to look again
+FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
+USUAL_STEPS = 10
+DECAY = 5.0  # by which a step lowers the residual, at least as a rule; it tells when to look again
+ROUNDS = 4  # of orthogonalisation, at most: where products are inexact, no more of them help
 
 
 def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) -> list[Triplets]:
@@ -40,27 +42,50 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(columns, width, generator=generator, dtype=stack.dtype).to(stack.device)
     new_v = torch.linalg.qr(start).Q.expand(len(operators), -1, -1)
-    v, u, jtu = new_v, start.new_zeros(len(operators), rows, 0), start.new_zeros(len(operators), columns, 0)
+    v, u, jtu = (Columns(len(operators), size, width * USUAL_STEPS, start) for size in (columns, rows, columns))
+    v.append(new_v)
     check = FIRST_CHECK
     for step in range(1, MAX_STEPS + 1):
-        new_u = _orthogonalise(stack.mm(new_v)[..., : rows - u.shape[-1]], u)
-        u = torch.cat([u, new_u], dim=-1)
+        new_u = _orthogonalise(stack.mm(new_v)[..., : rows - u.count], u.all)
+        u.append(new_u)
         pulled = stack.rmm(new_u)
-        jtu = torch.cat([jtu, pulled], dim=-1)
-        last = u.shape[-1] == rows or v.shape[-1] == columns or step == MAX_STEPS
+        jtu.append(pulled)
+        last = u.count == rows or v.count == columns or step == MAX_STEPS
         if not last and step == check:
-            found = _ritz(u, v, jtu, k)
+            found = _ritz(u.all, v.all, jtu.all, k)
             reached = max(float(one.residual.nan_to_num(0.0).max()) for one in found)  # NaN: J is zero
             if reached <= tolerance:
                 return found
             due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
             check = step + min(max(due, 1), LONGEST_WAIT)
-        if not last or (u.shape[-1] == rows and v.shape[-1] < columns):
-            new_v = _orthogonalise(pulled[..., : columns - v.shape[-1]], v)
-            v = torch.cat([v, new_v], dim=-1)
+        if not last or (u.count == rows and v.count < columns):
+            new_v = _orthogonalise(pulled[..., : columns - v.count], v.all)
+            v.append(new_v)
         if last:
             break
-    return _ritz(u, v, jtu, k)
+    return _ritz(u.all, v.all, jtu.all, k)
+
+
+class Columns:
+    """Columns that grow in number, of each matrix of a stack, without a copy of those that are there already."""
+
+    def __init__(self, stack: int, size: int, expected: int, like: Tensor) -> None:
+        """Room for as many as are expected; more make more."""
+        self.count = 0
+        self._rows = like.new_empty(stack, min(expected, size), size)  # each column in one piece, as LAPACK has it
+
+    @property
+    def all(self) -> Float[Tensor, "stack size count"]:
+        """Those that are there."""
+        return self._rows[:, : self.count].mT
+
+    def append(self, block: Float[Tensor, "stack size w"]) -> None:
+        """Put a block beside them."""
+        end = self.count + block.shape[-1]
+        if end > self._rows.shape[1]:
+            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)], dim=1)
+        self._rows[:, self.count : end] = block.mT
+        self.count = end
 
 
 def _ritz(
@@ -72,7 +97,9 @@ def _ritz(
     left, s, right = left[..., :k], s[..., :k], right[..., :k, :].mT
     jv = u @ (inner @ right)  # J V lies in the space of U, by construction
     top_u, top_v = u @ left, v @ right
-    gaps = residuals(jv, jtu @ left, top_u, s, top_v)
+    # J V is as good as the vectors of U are orthonormal, so that what these miss is a residual too
+    skew = (top_u.mT @ top_u - torch.eye(top_u.shape[-1]).to(top_u)).norm(dim=-1)
+    gaps = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew)
     return [Triplets(*one, "krylov") for one in zip(top_u, s, top_v, gaps, strict=True)]
 
 
@@ -91,7 +118,9 @@ def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stac
         block = block.where(kept[:, None, None], random)
     block = torch.linalg.qr(block).Q
     allowed = 1e3 * torch.finfo(block.dtype).eps * block.shape[-1]
-    while ((basis.mT @ block).abs().sum((1, 2)) > allowed).any():
+    for _ in range(ROUNDS):
+        if not ((basis.mT @ block).abs().sum((1, 2)) > allowed).any():
+            break
         block = torch.linalg.qr(_projected_out(block, basis)).Q
     return block
 

@@ -33,5 +33,5 @@ class Stack:
     def rmm(self, y: Float[Tensor, "stack m k"]) -> Float[Tensor, "stack n k"]:
         """J^T Y of each."""
         if self._matrices is not None:
-            return self._matrices.mT @ y
+            return (y.mT @ self._matrices).mT  # the matrices as they lie in memory: half the time
         return torch.stack([one.rmm(part) for one, part in zip(self.operators, y, strict=True)])
