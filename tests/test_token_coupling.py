@@ -164,6 +164,22 @@ def test_a_random_model_has_no_excess_across_layers_and_much_within_one():
     assert (within > 10 * across.abs().amax(dim=(0, 2))[:, None]).all()
 
 
+def test_within_a_layer_a_random_model_has_no_excess_over_the_random_baseline():
+    """Chance with shared weights is what the baseline gives: within three standard errors, in each kind."""
+
+    def means(model: Any) -> torch.Tensor:
+        trace = tlc.trace(model, TOKENS[:5])
+        found = [
+            tlc.token_coupling(trace, 5, layers=[1]),
+            tlc.context_coupling(trace, "src", k=5, layers=[1], sublayers="attn"),
+            tlc.context_coupling(trace, "dest", k=5, layers=[1], sublayers="attn"),
+        ]
+        return torch.cat([each.mean("excess").flatten() for each in found])
+
+    gaps = torch.stack([means(fresh(seed)) - means(tlc.random_baseline(fresh(0), 100 + seed)) for seed in range(8)])
+    assert (gaps.mean(0).abs() < 3 * gaps.std(0) / math.sqrt(len(gaps))).all()
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),
