@@ -15,6 +15,7 @@ from measure import Row, alternating, measured
 from published import block_calls, block_jacobian, depth_misalignment
 
 import tlcoupling as tlc
+from tlcoupling.coupling.workers import Workers
 from tlcoupling.jacobian import JacobianEngine
 from tlcoupling.smollm2 import smollm2_huggingface
 
@@ -78,7 +79,9 @@ def _jacobian_stage(hf_model: Any, model: Any, ids: torch.Tensor, device: torch.
 
 
 def _dense(operators: list[tlc.JacobianOperator]) -> list[torch.Tensor]:
-    return [one.dense() for one in operators]
+    """All matrices, one a thread on a CPU, as the coupling makes them."""
+    with Workers(torch.get_num_threads() if operators[0].device.type == "cpu" else 1) as workers:
+        return workers.map(lambda one: one.dense(), operators, at_once=True)
 
 
 def _certificate_share(model: Any, ids: torch.Tensor, device: torch.device) -> float:
