@@ -27,7 +27,13 @@ class Where(str, Enum):
 
 @app.command()
 def sweep(
-    plan: Annotated[Path, typer.Argument(help="A TOML file: models = [...], prompts = {...}; settings, if you like.")],
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file of models, prompts and settings. The smallest has two lines: models = ['gpt2'] and "
+            "prompts.text = 'Once upon a time'."
+        ),
+    ],
     store: Annotated[
         Path | None,
         typer.Option(help="Folder of the results; made if missing.", show_default="PLAN.store, beside the plan"),
@@ -47,7 +53,8 @@ def sweep(
     ] = None,
     executor: Annotated[Where, typer.Option(help="What runs the cells; 'slurm' submits job arrays.")] = Where.here,
     logs: Annotated[
-        Path | None, typer.Option(help="Folder for Slurm's logs.", show_default="'slurm' in the store")
+        Path | None,
+        typer.Option(help="With --executor slurm: folder for its logs.", show_default="'slurm' in the store"),
     ] = None,
     table: Annotated[
         Path | None, typer.Option(help="Write all results of the store to this parquet file afterwards.")
