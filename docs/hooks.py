@@ -1,4 +1,4 @@
-"""What the site needs beyond its plugins: notebooks of ``demos/`` as pages, MathML for formulas, tables from the code."""
+"""What the site needs beyond its plugins: demos as pages, formulas as MathML, tables from the code."""
 
 from __future__ import annotations
 
