@@ -23,7 +23,12 @@ LANE ?= 2.18
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LANE_TESTS := $(patsubst %,tests/test_%.py,\
-	jacobian trace processing models hooks recorder baseline readout checking smollm2)
+	jacobian trace processing models hooks recorder baseline readout checking smollm2 cli_sweep monitor)
+# What says the same on every generation, and takes its time.
+LANE_SKIPS := $(patsubst %,--deselect tests/test_monitor.py::test_%,\
+	nothing_of_a_measurement_stays_in_memory \
+	wrappers_of_training_are_seen_through_and_autocast_and_no_grad_do_not_act \
+	a_trainer_runs_as_without_the_callback)
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
 .DELETE_ON_ERROR:
@@ -38,7 +43,7 @@ test: setup-dev
 
 test-lane:
 	$(MAKE) setup-test VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
-	OMP_NUM_THREADS=1 $(VENV)-$(LANE)/bin/python -m pytest $(WORKERS) $(LANE_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-$(LANE)/bin/python -m pytest $(WORKERS) $(LANE_TESTS) $(LANE_SKIPS) $(PYTEST_ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

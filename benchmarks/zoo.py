@@ -1,6 +1,7 @@
 """A zoo of small transformers on a synthetic language: does coupling go with validation loss at a fixed width?
 
     python benchmarks/zoo.py            # trains, sweeps and reports into out/zoo; a second run does what is missing
+    python benchmarks/zoo.py --k 20 --out ~/zoo             # elsewhere: `make clean` removes out/
     python benchmarks/zoo.py --quick --out out/zoo-quick    # in about a minute, of models too small to mean anything
 
 The language has 64 words. A sentence follows one of four grammars, each a sparse Markov chain (every word has eight
@@ -30,9 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from llamas import llama, save, word_tokenizer
 
 import tlcoupling as tlc
 from tlcoupling.sweep.partial import partial_correlation
@@ -124,30 +123,21 @@ class Language:
         return words[:LENGTH]
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Of the words w0 .. w63."""
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "w0")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
-
-
 def train(model: Model, setting: Setting, language: Language, folder: Path) -> None:
     """Train one model, keep its checkpoints, and last of all its losses: with these it is done."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(model.seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=model.width,
-        intermediate_size=3 * model.width,
-        num_hidden_layers=model.depth,
-        num_attention_heads=model.width // 16,
+    network = llama(
+        model.width,
+        model.depth,
+        heads=model.width // 16,
+        vocabulary=VOCABULARY,
         max_position_embeddings=LENGTH,
         attn_implementation="eager",
         bos_token_id=COPY,
         eos_token_id=COPY,
     )
-    network = transformers.LlamaForCausalLM(config)
+    tokenizer = word_tokenizer(VOCABULARY, end=f"w{COPY}", bos_token=f"w{COPY}")
     optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.1)
     warm = max(1, setting.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -159,8 +149,7 @@ def train(model: Model, setting: Setting, language: Language, folder: Path) -> N
     for step in range(setting.steps + 1):
         if step in setting.checkpoints:
             losses[step] = _validation(network, held_out)
-            network.save_pretrained(folder / f"step{step}")
-            tokenizer().save_pretrained(folder / f"step{step}")
+            save(network, tokenizer, folder / f"step{step}")
         if step == setting.steps:
             break
         ids = next(batches)
@@ -170,7 +159,7 @@ def train(model: Model, setting: Setting, language: Language, folder: Path) -> N
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-    (folder / "losses.json").write_text(json.dumps({"setting": repr(setting), "losses": losses}))
+    (folder / "losses.json").write_text(json.dumps({"losses": losses}))
 
 
 def _batches(data: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
@@ -189,12 +178,25 @@ def _validation(network: Any, held_out: torch.Tensor) -> float:
 
 
 def losses_of(folder: Path, setting: Setting) -> dict[int, float] | None:
-    """Validation loss by step; None of a model that is not trained, or was with another setting."""
+    """Validation loss by step; None of a model that is not trained to its end.
+
+    Of a setting, training depends on the number of steps alone, and what can be measured on the checkpoints.
+
+    Raises:
+        SystemExit: it is trained for another number of steps, or lacks a checkpoint.
+    """
     try:
         found = json.loads((folder / "losses.json").read_text())
     except (OSError, ValueError):
         return None
-    return {int(step): loss for step, loss in found["losses"].items()} if found["setting"] == repr(setting) else None
+    losses = {int(step): loss for step, loss in found["losses"].items()}
+    if max(losses) != setting.steps or not losses.keys() >= set(setting.checkpoints):
+        kept = ", ".join(map(str, losses))
+        raise SystemExit(
+            f"{folder} holds a model trained for {max(losses)} steps with the checkpoints {kept}, which is not "
+            f"replaced; allowed: --steps {max(losses)} and --checkpoints of these, or another --out"
+        )
+    return losses
 
 
 def measure(models: list[Model], setting: Setting, language: Language, out: Path) -> pd.DataFrame:
@@ -203,7 +205,11 @@ def measure(models: list[Model], setting: Setting, language: Language, out: Path
     plan = tlc.Plan.of(
         {
             "models": [
-                {"name": str((out / "models" / one.name).resolve()), "label": one.name, "checkpoints": "all"}
+                {
+                    "name": str((out / "models" / one.name).resolve()),
+                    "label": one.name,
+                    "checkpoints": list(setting.checkpoints),
+                }
                 for one in models
             ],
             "prompts": {"text": prompts},

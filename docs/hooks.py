@@ -1,8 +1,9 @@
-"""What the site needs beyond its plugins: the notebooks of ``demos/`` as pages, formulas without JavaScript."""
+"""What the site needs beyond its plugins: demos as pages, formulas as MathML, tables from the code."""
 
 from __future__ import annotations
 
 import html
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+_TABLE = re.compile(r"<!-- table of (\S+)\.(\w+) -->")
 
 _REMOTE_IMAGE = re.compile(r'<img [^>]*?src="https?://[^>]*?>')
 
@@ -24,6 +27,17 @@ def on_files(files: Files, config: Any) -> Files:
         path = notebook.relative_to(root).as_posix()
         files.append(File(path, str(root), config.site_dir, config.use_directory_urls))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put a table in place of ``<!-- table of module.NAME -->``, where NAME is a dictionary of columns."""
+
+    def table(match: re.Match[str]) -> str:
+        columns = getattr(importlib.import_module(match[1]), match[2])
+        rows = [f"| `{name}` | {kind} | {text} |" for name, (kind, text) in columns.items()]
+        return "\n".join(["| column | type | what it is |", "|---|---|---|", *rows])
+
+    return _TABLE.sub(table, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

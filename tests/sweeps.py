@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from cases import tiny_tokenizer
 from families import VOCABULARY
 
 import tlcoupling as tlc
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from llamas import llama, save, word_tokenizer
 
 WIDTH, LAYERS = 16, 2
 
@@ -24,20 +26,7 @@ def needs_folders() -> None:
 def save_model(folder: Path, seed: int = 0) -> Path:
     """A random Llama of width 16 and its tokenizer of words like w5."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=VOCABULARY - 1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save(llama(WIDTH, LAYERS, 2, VOCABULARY), word_tokenizer(VOCABULARY - 1), folder)
 
 
 def words(count: int, start: int = 0) -> list[str]:

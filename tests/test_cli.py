@@ -23,10 +23,8 @@ PROMPT = "w5 w7 w9 w11 w13"
 Report = Callable[..., Any]
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes every model name load a tiny model that reads words like w5, others as 1; keeps the names asked for."""
-    model, names = CASES[0].model(torch.float32), []
+def words_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model, for a while with a tokenizer of words like w5; of others it makes 1."""
     if model.tokenizer is None:
         monkeypatch.setattr(model, "tokenizer", tiny_tokenizer())
     monkeypatch.setattr(
@@ -35,6 +33,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         lambda text: torch.tensor([[int(word[1:]) if word[1:].isdigit() else 1 for word in text.split()]]),
     )
     monkeypatch.setattr(model, "to_str_tokens", lambda tokens: [f" w{token}" for token in tokens.tolist()])
+    return model
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes every model name load a tiny model that reads words like w5, others as 1; keeps the names asked for."""
+    model, names = words_read(CASES[0].model(torch.float32), monkeypatch), []
 
     def load_model(name: str) -> Any:
         names.append(name)
@@ -182,13 +187,23 @@ def test_arguments_that_do_not_fit_the_model(report: Report, options: list[str],
     assert_refused(report(*options), *parts)
 
 
-def test_an_estimate_measures_and_writes_nothing(report: Report, tmp_path: Path) -> None:
-    result = report("--estimate", "--k", "4", "--tokens", "all")
-    assert result.exit_code == 0
+def test_an_estimate_measures_and_writes_nothing(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def estimate(*options: str) -> Any:
+        return CliRunner().invoke(app, ["report", "tiny", "--prompt", PROMPT, "--k", "4", "--estimate", *options])
+
+    result = estimate("--tokens", "all")
+    assert result.exit_code == 0, result.output
     assert "block: Jacobians" in result.stdout
     assert "Memory beyond the model: at most" in result.stdout
     assert not list(tmp_path.iterdir())
-    assert report("--estimate", "--tokens", "99").exit_code == 1
+    assert estimate("--tokens", "99").exit_code == 1
+    for option in (["--output", "out"], ["--open"]):
+        refused = estimate(*option)
+        assert refused.exit_code == 2 and option[0] in refused.stderr and "an estimate writes nothing" in refused.stderr
 
 
 def test_empty_prompt(report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 
 import tlcoupling as tlc
+from tlcoupling.sweep import prompts, reading
+from tlcoupling.sweep.cells import Settings
+from tlcoupling.sweep.cost import Shape
+from tlcoupling.sweep.table import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -38,6 +43,17 @@ def test_the_table_of_defects_is_whole():
     assert [name for name in rows if name not in ("k", "normalizer")] == [each.name for each in tlc.parity.DEFECTS]
 
 
+def test_the_page_on_sweeps_has_every_key_of_a_plan():
+    page = (DOCS / "howto" / "sweeps.md").read_text(encoding="utf-8")
+    keys = {*reading._TOP, *reading._OF_MODEL, *reading._RESOURCES, *prompts.KEYS}
+    keys |= {field.name for kind in (Settings, Shape) for field in dataclasses.fields(kind)}
+    named = set(re.findall(r"`(\w+)`", page)) | set(re.findall(r"^(\w+) = ", page, re.MULTILINE))
+    assert keys - named == set()
+    options = page[page.index("Prompts come from") : page.index("Settings are")]
+    beside = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", options, re.M)}
+    assert beside == {kind: list(keys) for kind, keys in prompts._BESIDE.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, _TOOLS)), reason="needs the extra 'docs'")
 def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path: Path):
@@ -51,6 +67,8 @@ def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path: Path):
         text = page.read_text(encoding="utf-8")
         assert loaded.findall(text) == [], page
         assert 'class="arithmatex"' not in text, f"a formula of {page} was not drawn"
+    columns = (tmp_path / "site" / "howto" / "sweeps" / "index.html").read_text(encoding="utf-8")
+    assert all(f"<td><code>{name}</code></td>" in columns for name in COLUMNS)
     formulas = (tmp_path / "site" / "concepts" / "coupling" / "index.html").read_text(encoding="utf-8")
     assert formulas.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"') >= 4
     for sheet in (tmp_path / "site").rglob("*.css"):

@@ -20,6 +20,7 @@ import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, StoreError, UnsupportedModelError
 from tlcoupling.in_training import evaluated
 from tlcoupling.models import _hooked_transformer, _transformer_bridge
+from tlcoupling.sweep.cells import Cell
 
 
 # The type checker of the test suite picks the items that it looks at by Python's random generator.
@@ -166,7 +167,7 @@ def test_modes_gradients_generators_and_weights_are_left_as_they_were(make: Call
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
-@pytest.mark.parametrize("make", HUGGINGFACE)
+@pytest.mark.parametrize("make", [*HUGGINGFACE[::2], *OWN])  # llama; neox, whose bridge copies weights
 def test_what_is_recorded_of_a_step_is_what_analyze_measures_of_those_weights(make: Callable[[], Any]):
     def watch(model: Any) -> Callable[[int], None]:
         monitor = monitored(every=8)(model)
@@ -301,8 +302,8 @@ def test_another_models_optimiser_is_not_counted():
 
 
 def fresh() -> Any:
-    """A model of this generation that is watched as it is."""
-    return hooked() if _transformer_bridge() is None else bridge()
+    """A model that is watched as it is: a HookedTransformer where there are such, so that older lanes watch one."""
+    return bridge() if _hooked_transformer() is None else hooked()
 
 
 def test_the_store_is_a_sweeps_and_goes_on(tmp_path: Path):
@@ -317,11 +318,84 @@ def test_the_store_is_a_sweeps_and_goes_on(tmp_path: Path):
         each.sort_values(columns[:3])[columns].reset_index(drop=True) for each in (table, in_memory.table())
     )
     assert kept.equals(direct)
-    later = monitored(every=4, store=tmp_path / "run", name="run")(fresh())
+    later = monitored(every=4, store=tmp_path / "run", name="run", resume=True)(fresh())
+    later.measure(8)  # once more, after a checkpoint
+    again = later.table().query("step == 8").reset_index(drop=True)
+    assert len(again) == 6 and not again["coupling"].equals(table.query("step == 8")["coupling"].reset_index(drop=True))
     later.measure(12)
     assert later.table()["step"].drop_duplicates().tolist() == [0, 4, 8, 12]
     scores = table[["model", "step"]].drop_duplicates().assign(score=[3.0, 2.0, 2.5])
     assert tlc.correlate(table, scores, resamples=100).of("excess block K=4")["n"] == 3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_run_does_not_begin_where_another_of_its_name_is(tmp_path: Path):
+    """Whatever the other has measured: another prompt, or nothing but failures."""
+    first = tlc.TrainingMonitor(fresh(), {"one": PROMPTS["one"]}, k=4, store=tmp_path, verbose=False)
+    first.measure(200)
+    name = first.name
+    refusal = rf"has a run named '{name}' already, steps 200 to 200; allowed: another name=, or resume=True"
+    with pytest.raises(StoreError, match=refusal):
+        tlc.TrainingMonitor(fresh(), {"two": PROMPTS["two"]}, store=tmp_path, verbose=False)
+    tlc.TrainingMonitor(fresh(), PROMPTS, store=tmp_path, name="another", verbose=False)
+    (path,) = (tmp_path / "cells").iterdir()
+    path.rename(tmp_path / "failed" / path.name)
+    store = tlc.SweepStore(tmp_path)
+    store.fail(Cell(name, (1, 2), step=7), ValueError("no"))
+    with pytest.raises(StoreError, match="steps 7 to 7"):
+        tlc.TrainingMonitor(fresh(), PROMPTS, store=tmp_path, verbose=False)
+
+
+def test_of_two_runs_at_once_the_second_replaces_nothing_of_the_first(tmp_path: Path):
+    first, second = (
+        tlc.TrainingMonitor(fresh(), {"one": PROMPTS["one"]}, k=4, store=tmp_path, verbose=False) for _ in range(2)
+    )
+    with torch.no_grad():
+        second.model.blocks[0].mlp.W_out.mul_(2.0)
+    first(0)
+    (path,) = (tmp_path / "cells").iterdir()
+    whole = path.read_bytes()
+    with pytest.warns(
+        UserWarning, match=f"another run named '{first.name}' has written it to .*allowed: another name="
+    ):
+        second(0)
+    assert path.read_bytes() == whole
+    first(0)  # its own it may replace
+    assert path.read_bytes() != whole
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_prompt_that_fails_after_one_that_does_not_is_counted_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: bool
+):
+    def analyze(model: Any, prompt: torch.Tensor, **options: Any) -> Any:
+        if prompt.tolist() == PROMPTS["two"]:
+            raise MemoryError("no room")
+        return tlc.analyze(model, prompt, **options)
+
+    monkeypatch.setattr("tlcoupling.monitor.analyze", analyze)
+    monitor = tlc.TrainingMonitor(fresh(), PROMPTS, k=4, store=tmp_path if kept else None)
+    with pytest.warns(UserWarning, match="step 0: prompt 'two' could not be measured: MemoryError: no room"):
+        means = monitor(0)
+    assert "1 of 2 prompts failed" in capsys.readouterr().err
+    table = monitor.table()
+    assert table["status"].value_counts().to_dict() == {"measured": 3, "failed": 1}
+    (failed,) = table.query("status == 'failed'").to_dict("records")
+    assert (failed["prompt"], failed["step"], failed["error"]) == ("[3, 3, 4, 5, 6]", 0, "MemoryError: no room")
+    (row,) = table.query("sublayer == 'mlp'").to_dict("records")
+    assert means["excess/mlp/k4"] == row["excess"]
+
+
+def test_a_step_that_cannot_be_measured_at_all_is_a_failure_of_every_prompt(monkeypatch: pytest.MonkeyPatch):
+    monitor = tlc.TrainingMonitor(fresh(), PROMPTS, k=4, verbose=False)
+
+    def gone(model: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("tlcoupling.monitor.evaluated", gone)
+    with pytest.warns(UserWarning, match="step 0 could not be measured: RuntimeError: the device is gone"):
+        assert set(monitor(0)) == {"seconds"}
+    assert monitor.table()["error"].tolist() == ["RuntimeError: the device is gone"] * 2
 
 
 def test_numbers_go_to_loggers_and_the_cost_is_printed(capsys: pytest.CaptureFixture[str]):
@@ -356,9 +430,7 @@ def test_a_run_that_diverges_is_recorded_and_goes_on(tmp_path: Path, capsys: pyt
     model = fresh().train()
     monitor = tlc.TrainingMonitor(model, PROMPTS, k=4, store=tmp_path, name="run")
     with torch.no_grad():
-        model.blocks[1].mlp.W_out.fill_(torch.nan) if _transformer_bridge() is None else model.blocks[
-            1
-        ].mlp.out.weight.fill_(torch.nan)
+        model.blocks[1].mlp.W_out.fill_(torch.nan)
     with pytest.warns(UserWarning, match="step 100: prompt 'two' could not be measured: NonFinite"):
         means = monitor.measure(100)
     assert set(means) == {"seconds"} and model.training
@@ -435,7 +507,7 @@ def test_nothing_of_a_measurement_stays_in_memory(tmp_path: Path):
     """60 calls: no tensor is left beyond the model's own, and the process does not grow."""
     import psutil
 
-    model = fresh().train() if _transformer_bridge() is None else gpt2().train()
+    model = (hooked if _transformer_bridge() is None else gpt2)().train()
     monitor = tlc.TrainingMonitor(
         model, {"one": PROMPTS["one"]}, every=1, k=2, sublayers="mlp", store=tmp_path, verbose=False
     )

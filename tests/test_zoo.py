@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -54,6 +56,36 @@ def test_permutation_p_is_the_share_of_permutations_within_groups(zoo):
     assert same < 0.01 and zoo.permutation_p(x, x + 100 * np.array([*[0] * 4, *[1] * 5]), groups) == same
     assert zoo.permutation_p(x, y, groups) > 0.05
     assert np.isnan(zoo.permutation_p(np.ones(9), y, groups))
+
+
+def test_finished_training_is_neither_repeated_nor_replaced(zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is measured afterwards is no matter of training; what is, ends the run before anything is removed."""
+    monkeypatch.setattr(zoo, "train", lambda *args: pytest.fail("it was trained again"))
+    monkeypatch.setattr(zoo, "measure", lambda *args: pd.DataFrame())
+    monkeypatch.setattr(zoo, "write_report", lambda *args: "")
+    setting = dataclasses.replace(zoo.QUICK, checkpoints=(0, 5, 20))
+    for model in zoo.zoo(setting):
+        folder = tmp_path / "models" / model.name
+        folder.mkdir(parents=True)
+        (folder / "losses.json").write_text(json.dumps({"losses": {0: 4.0, 5: 3.0, 20: 2.0}}))
+    for change in ({}, {"k": 2, "prompts": 3}, {"checkpoints": (0, 20)}):
+        zoo.run(dataclasses.replace(setting, **change), tmp_path)
+    for change in ({"steps": 30, "checkpoints": (0, 30)}, {"checkpoints": (0, 10, 20)}):
+        with pytest.raises(
+            SystemExit, match="trained for 20 steps with the checkpoints 0, 5, 20, which is not replaced"
+        ):
+            zoo.run(dataclasses.replace(setting, **change), tmp_path)
+    assert all((tmp_path / "models" / model.name / "losses.json").is_file() for model in zoo.zoo(setting))
+
+
+def test_the_benchmark_of_sweeps_says_whether_two_processes_do_what_is_expected(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the script sets it, for whatever comes after
+    import sweep
+
+    assert sweep.verdict(10.0, 16.0) == ("best: 10.00 and 16.00 cells/s, ratio 1.60: at least the 1.6 expected", True)
+    assert sweep.verdict(10.0, 15.0) == ("best: 10.00 and 15.00 cells/s, ratio 1.50: below the 1.6 expected", False)
+    sys.modules.pop("sweep")
 
 
 @pytest.mark.slow

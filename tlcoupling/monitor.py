@@ -19,15 +19,17 @@ from tlcoupling.analysis import analyze
 from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
 from tlcoupling.generators import generators_kept
 from tlcoupling.hooked import model_name_of
-from tlcoupling.in_training import evaluated, unwrapped
+from tlcoupling.in_training import evaluated
 from tlcoupling.prompt import named_prompts, to_tokens
 from tlcoupling.sweep.cells import Cell, ModelFacts, Settings
-from tlcoupling.sweep.store import SweepStore, as_store, describe
-from tlcoupling.sweep.table import frame, rows_of_cell
+from tlcoupling.sweep.store import SweepStore, describe
+from tlcoupling.sweep.table import rows_of_cell
+from tlcoupling.training_loops import steps_counted, trainer_callback
+from tlcoupling.training_means import check_loggers, line_of, log_to, means_of
+from tlcoupling.training_record import TrainingRecord
 
 if TYPE_CHECKING:
     import pandas
-    from torch.optim import Optimizer
     from transformers import TrainerCallback
 
     from tlcoupling.analysis import Analysis
@@ -53,8 +55,9 @@ class TrainingMonitor:
         store: a ``SweepStore``, or its folder, made where it is missing; each prompt at each step is a cell of it, with
             its ``step``, so that ``tlcoupling.correlate`` and the table of a sweep read it. None keeps the numbers in
             memory.
-        name: of the run in the store; runs of different weights in one store need different names. By default the
-            model's.
+        name: of the run in the store, where each run needs a name of its own. By default the model's.
+        resume: the run goes on with what the store has under its name, after a checkpoint: what it measures again takes
+            the place of what was there. Where there is nothing yet it begins.
         loggers: where means over prompts go besides: anything with ``log(dict, step=...)`` (a Weights & Biases run) or
             ``add_scalar(name, value, step)`` (TensorBoard's ``SummaryWriter``).
         tokenizer: a HuggingFace tokenizer for strings, where the model has none.
@@ -69,7 +72,7 @@ class TrainingMonitor:
     Raises:
         ArgumentError: an argument out of range; of settings that the model does not allow, at the first measurement.
         UnsupportedModelError: a model that cannot be measured.
-        StoreError: the store cannot be written to.
+        StoreError: the store cannot be written to, or has a run of that name and this one does not ``resume`` it.
 
     Example:
         >>> monitor = tlc.TrainingMonitor(model, prompts, every=100, store="run", k=10)  # doctest: +SKIP
@@ -87,6 +90,7 @@ class TrainingMonitor:
         every: int = 100,
         store: SweepStore | str | Path | None = None,
         name: str | None = None,
+        resume: bool = False,
         loggers: Sequence[Any] = (),
         tokenizer: Any | None = None,
         verbose: bool = True,
@@ -94,9 +98,7 @@ class TrainingMonitor:
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError("every", every, "an int from 1")
-        for logger in loggers:
-            if not (hasattr(logger, "add_scalar") or hasattr(logger, "log")):
-                raise ArgumentError("loggers", logger, "objects with log(dict, step=) or add_scalar(name, value, step)")
+        check_loggers(loggers)
         self.model, self.every, self.verbose = model, every, verbose
         self.calls, self.seconds = 0, 0.0
         self._loggers, self._settings = tuple(loggers), _settings(settings)
@@ -107,8 +109,7 @@ class TrainingMonitor:
             self._prompts = {
                 key: to_tokens(measured, prompt, self._settings.prepend_bos)[0].cpu() for key, prompt in encoded.items()
             }
-        self._store = None if store is None else as_store(store, create=True)
-        self._rows: list[dict[str, Any]] = []  # without a store
+        self._record = TrainingRecord(self.name, store, resume)
         self._started = time.perf_counter()
 
     def __repr__(self) -> str:
@@ -154,113 +155,67 @@ class TrainingMonitor:
 
     def _measured(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
-        rows: list[dict[str, Any]] = []
-        failed = 0
+        left, rows, measured = dict(self._prompts), [], 0
         try:
-            with evaluated(self.model) as measured:
-                for key, tokens in self._prompts.items():
-                    rows += self._prompt(measured, key, tokens, step)
-                    failed += not rows or rows[-1]["status"] != "measured"
+            with evaluated(self.model) as model:
+                for key in self._prompts:
+                    found = self._prompt(model, key, step)
+                    rows += found
+                    measured += bool(found)
+                    del left[key]
         except (ArgumentError, UnsupportedModelError):
             raise
         except Exception as error:  # training is worth more than its measurement
             warnings.warn(f"step {step} could not be measured: {describe(error)}", stacklevel=3)
-            failed = len(self._prompts)
+            for key in left:
+                self._keep(key, step, error, 0.0)
         seconds = time.perf_counter() - started
         self.seconds, self.calls = self.seconds + seconds, self.calls + 1
-        means = {**_means(rows), "seconds": seconds}
-        self._log(step, means)
+        means = {**means_of(rows), "seconds": seconds}
+        log_to(self._loggers, step, means)
         if self.verbose:
-            self._print(step, means, failed)
+            from tqdm.auto import tqdm
+
+            share = self.seconds / (time.perf_counter() - self._started)
+            failed = len(self._prompts) - measured
+            tqdm.write(line_of(step, means, share, failed, len(self._prompts)), file=sys.stderr)
         return means
 
-    def _prompt(self, model: Any, key: str, tokens: Any, step: int) -> list[dict[str, Any]]:
-        """Measure one prompt, keep the result or the error, and give its rows."""
-        ids = tuple(tokens.tolist())
-        cell = Cell(self.name, ids, self._settings, revision=f"step{step}", step=step)
+    def _prompt(self, model: Any, key: str, step: int) -> list[dict[str, Any]]:
+        """Measure one prompt, keep the result or the error, and give the result's rows: none where it failed."""
         started = time.perf_counter()
         try:
-            analysis: Analysis | Exception = analyze(
-                model, tokens, **{**self._settings.arguments(), "prepend_bos": None}, attention=False
+            outcome: Analysis | Exception = analyze(
+                model, self._prompts[key], **{**self._settings.arguments(), "prepend_bos": None}, attention=False
             )
         except (ArgumentError, UnsupportedModelError):
             raise
         except Exception as error:  # a run that diverges, or one that leaves no memory
-            analysis = error
+            outcome = error
             warnings.warn(f"step {step}: prompt {key!r} could not be measured: {describe(error)}", stacklevel=4)
-        failed = isinstance(analysis, Exception)
-        rows = [] if failed else list(rows_of_cell(cell, analysis, self._facts))
+        cell = self._keep(key, step, outcome, time.perf_counter() - started)
+        return [] if isinstance(outcome, Exception) else list(rows_of_cell(cell, outcome, self._facts))
+
+    def _keep(self, key: str, step: int, outcome: Analysis | Exception, seconds: float) -> Cell:
+        """Keep what became of a prompt at a step, and give the cell that it is kept as."""
+        tokens = tuple(self._prompts[key].tolist())
+        cell = Cell(self.name, tokens, self._settings, revision=f"step{step}", step=step)
         try:
-            if self._store is None:
-                self._rows += rows
-            elif failed:
-                self._store.fail(cell, analysis, time.perf_counter() - started)
-            else:
-                self._store.save(cell, analysis, self._facts)
+            self._record.keep(cell, outcome, self._facts, seconds)
         except TLCouplingError as error:
-            warnings.warn(f"step {step}: prompt {key!r} is not in the store: {error}", stacklevel=4)
-        return rows
-
-    def _log(self, step: int, means: Mapping[str, float]) -> None:
-        """Hand numbers to the loggers; a training run does not end for the failure of one."""
-        shown = {f"tlcoupling/{name}": value for name, value in means.items()}
-        for logger in self._loggers:
-            try:
-                if hasattr(logger, "add_scalar"):
-                    for name, value in shown.items():
-                        logger.add_scalar(name, value, step)
-                else:
-                    logger.log(shown, step=step)
-            except Exception as error:  # of whatever kind a logger has
-                warnings.warn(f"step {step} is not in {type(logger).__name__}: {describe(error)}", stacklevel=4)
-
-    def _print(self, step: int, means: Mapping[str, float], failed: int) -> None:
-        """One line for a person: coupling with its null and excess, linearity, growth, and the cost."""
-        from tqdm.auto import tqdm
-
-        shown = [
-            f"{what} {value:.4f} (null {means[f'null/{what}']:.4f}, excess {means[f'excess/{what}']:+.4f})"
-            for name, value in means.items()
-            for quantity, _, what in [name.partition("/")]
-            if quantity == "coupling"
-        ]
-        shown += [f"{label} {means[name]:.3g}" for label, name in (("LSS", "lss/block"), ("ED", "ed")) if name in means]
-        if failed:
-            shown.append(f"{failed} of {len(self._prompts)} prompts failed")
-        share = self.seconds / (time.perf_counter() - self._started)
-        cost = f"{means['seconds']:.2f} s, {share:.1%} of the run so far"
-        tqdm.write(f"step {step}: {', '.join(shown)}; {cost}", file=sys.stderr)
+            warnings.warn(f"step {step}: prompt {key!r} is not in the store: {error}", stacklevel=5)
+        return cell
 
     def table(self) -> pandas.DataFrame:
         """All that is measured of this run, as the table of a sweep: one row per step, prompt, sublayer and K.
 
-        With a store, steps of earlier calls under the same name are in it.
+        What could not be measured is in it, with its error; with a store, what a resumed run had before as well.
         """
-        if self._store is None:
-            return frame(self._rows)
-        table = self._store.table().sort_values(["step", "prompt_id"])
-        return table.loc[table["model"] == self.name].reset_index(drop=True)
+        return self._record.table()
 
     def as_trainer_callback(self) -> TrainerCallback:
         """A callback for a HuggingFace ``Trainer``; in distributed training its first process measures."""
-        from transformers import TrainerCallback
-
-        monitor = self
-
-        class MonitorCallback(TrainerCallback):
-            """Calls the monitor at the beginning and after every optimiser step."""
-
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                trained = unwrapped(kwargs.get("model", monitor.model))
-                if trained is not unwrapped(monitor.model):
-                    raise ArgumentError("model", type(trained).__name__, "the model that the Trainer trains")
-                self.on_step_end(args, state, control)
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.is_world_process_zero:
-                    monitor(state.global_step)
-
-        return MonitorCallback()
+        return trainer_callback(self.model, self)
 
     @contextmanager
     def attached(self, start: int = 0) -> Iterator[TrainingMonitor]:
@@ -275,25 +230,8 @@ class TrainingMonitor:
         Warns:
             UserWarning: no such optimiser has made a step.
         """
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
-        step = start
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            nonlocal step
-            own = {id(parameter) for parameter in unwrapped(self.model).parameters()}
-            if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-                step += 1
-                self(step)
-
-        self(start)
-        handle = register_optimizer_step_post_hook(after)
-        try:
+        with steps_counted(self.model, self, start):
             yield self
-        finally:
-            handle.remove()
-        if step == start:
-            warnings.warn("no optimiser of the monitored model's parameters made a step", stacklevel=3)
 
 
 def _checked_step(step: Any) -> int:
@@ -326,14 +264,3 @@ def _settings(given: Mapping[str, Any]) -> Settings:
 def _encoded(prompt: Any, tokenizer: Any | None) -> Any:
     """A string as token ids, by a tokenizer that was given; anything else as it is."""
     return prompt if tokenizer is None or not isinstance(prompt, str) else tokenizer(prompt)["input_ids"]
-
-
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over prompts by name; of prompts where a number is undefined, NaN."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        names = {f"{name}/{row['sublayer']}/k{row['k_asked']}": name for name in ("coupling", "null", "excess")}
-        names |= {f"lss/{row['sublayer']}": "lss", "ed": "ed", "rate": "rate"}
-        for name, column in names.items():
-            values.setdefault(name, []).append(row[column])
-    return {name: sum(found) / len(found) for name, found in values.items()}

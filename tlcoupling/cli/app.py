@@ -6,7 +6,7 @@ import importlib.metadata
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Annotated, Any
@@ -66,6 +66,18 @@ def prompt_or_default(given: str | None) -> str:
         return given
     prompts = resources.files("tlcoupling") / "data" / "prompts.json"
     return json.loads(prompts.read_text(encoding="utf-8"))[DEFAULT_PROMPT]
+
+
+def refuse(given: Mapping[str, bool], allowed: str) -> None:
+    """End with exit code 2 where an option is given that would do nothing.
+
+    Args:
+        given: options as they are typed, and whether each was.
+        allowed: where they are, as the end of the sentence "Invalid value for --option: ...".
+    """
+    for option, present in given.items():
+        if present:
+            raise typer.BadParameter(allowed, param_hint=option)
 
 
 @contextmanager

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tlcoupling.cli.app import DEFAULT_MODEL, DEFAULT_PROMPT, app, errors_as_one_line, load, prompt_or_default
+from tlcoupling.cli.app import DEFAULT_MODEL, DEFAULT_PROMPT, app, errors_as_one_line, load, prompt_or_default, refuse
 from tlcoupling.errors import ResultFileError
 
 if TYPE_CHECKING:
     from tlcoupling.analysis import Analysis
 
+FOLDER = "tlcoupling-report"
 # The longest prompt whose tokens are compared in some layers without being asked for: the work grows with its square.
 SHORT = 64
 
@@ -74,7 +75,9 @@ def report(
     prompt: Annotated[
         str | None, typer.Option(help="What to measure on.", show_default=f"the prompt {DEFAULT_PROMPT!r}")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path("tlcoupling-report"),
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files; made if missing.", show_default=FOLDER)
+    ] = None,
     k: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,12 +102,15 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Measure coupling, linearity and growth of a model on a prompt; print tables, save numbers and a web page."""
+    if estimate:
+        refuse({"--output": output is not None, "--open": open_page}, "an estimate writes nothing")
+    folder = Path(FOLDER) if output is None else output
     ks, positions, compared = [_k(text) for text in k or ["10"]], _tokens(tokens), _token_layers(token_layers)
     with errors_as_one_line():
         if not estimate:
             from tlcoupling.results import check_writable
 
-            check_writable(output, "output")
+            check_writable(folder, "output")
         loaded, text = load(model), prompt_or_default(prompt)
         options: dict[str, Any] = {
             "k": ks,
@@ -123,7 +129,7 @@ def report(
 
         analysis = analyze(loaded, text, **options, progress=sys.stderr.isatty())
         print_analysis(analysis)
-        page = _save(analysis, output)
+        page = _save(analysis, folder)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
 

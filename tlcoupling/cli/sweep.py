@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tlcoupling.cli.app import app, errors_as_one_line
+from tlcoupling.cli.app import app, errors_as_one_line, refuse
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -27,7 +27,13 @@ class Where(str, Enum):
 
 @app.command()
 def sweep(
-    plan: Annotated[Path, typer.Argument(help="A TOML file of models, prompts and settings (demos/plans has some).")],
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file of models, prompts and settings. The smallest has two lines: models = ['gpt2'] and "
+            "prompts.text = 'Once upon a time'."
+        ),
+    ],
     store: Annotated[
         Path | None,
         typer.Option(help="Folder of the results; made if missing.", show_default="PLAN.store, beside the plan"),
@@ -47,15 +53,24 @@ def sweep(
     ] = None,
     executor: Annotated[Where, typer.Option(help="What runs the cells; 'slurm' submits job arrays.")] = Where.here,
     logs: Annotated[
-        Path | None, typer.Option(help="Folder for Slurm's logs.", show_default="'slurm' in the store")
+        Path | None,
+        typer.Option(help="With --executor slurm: folder for its logs.", show_default="'slurm' in the store"),
     ] = None,
     table: Annotated[
         Path | None, typer.Option(help="Write all results of the store to this parquet file afterwards.")
     ] = None,
 ) -> None:
     """Measure what a plan has and its store has not; run it again to go on. Exit code 1 if cells are missing."""
-    if workers is not None and executor is not Where.here:
-        raise typer.BadParameter("give it with --executor here", param_hint="--workers")
+    if dry_run:
+        measuring = {"--workers": workers, "--logs": logs, "--table": table}
+        refuse({option: value is not None for option, value in measuring.items()}, "a dry run measures nothing")
+        refuse({"--executor": executor is not Where.here}, "a dry run measures nothing")
+    else:
+        refuse({"--rate": rate is not None}, "give it with --dry-run")
+    if executor is Where.slurm:
+        refuse({"--workers": workers is not None}, "give it with --executor here")
+    else:
+        refuse({"--logs": logs is not None}, "give it with --executor slurm")
     with errors_as_one_line():
         from tlcoupling.sweep.plan import Plan
 

@@ -12,7 +12,9 @@ from typing import Any
 from tlcoupling.errors import PlanError
 from tlcoupling.offline import offline
 
-KEYS = ("text", "file", "dataset", "config", "split", "field", "limit")
+# What each source of prompts goes with.
+_BESIDE = {"text": ("limit",), "file": ("field", "limit"), "dataset": ("config", "split", "field", "limit")}
+KEYS = (*_BESIDE, "config", "split", "field", "limit")
 
 
 def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_only: bool) -> list[str]:
@@ -25,11 +27,15 @@ def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_on
         local_files_only: whether a dataset may come from this machine only.
 
     Raises:
-        PlanError: a file that is not there, is empty or is no JSONL; a dataset or a field that is not there.
+        PlanError: a key that does not go with the source; a file that is not there, is empty or is no JSONL; a dataset
+            or a field that is not there.
     """
-    kinds = [kind for kind in ("text", "file", "dataset") if kind in spec]
+    kinds = [kind for kind in _BESIDE if kind in spec]
     if len(kinds) != 1:
         raise PlanError(f"{where}: it has {' and '.join(kinds) or 'no source'}; allowed: one of text, file, dataset")
+    if unused := [key for key in spec if key not in (kinds[0], *_BESIDE[kinds[0]])]:
+        allowed = ", ".join(_BESIDE[kinds[0]])
+        raise PlanError(f"{where}: {unused[0]} = {spec[unused[0]]!r} says nothing of {kinds[0]}; allowed: {allowed}")
     limit = spec.get("limit")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise PlanError(f"{where}: limit = {limit!r} is not allowed; allowed: an int from 1 on")
