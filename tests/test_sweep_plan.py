@@ -92,6 +92,10 @@ def test_what_is_pending_is_split_and_loses_nothing(tmp_path: Path):
         ("cells_per_job = 0\n" + GOOD, ["line 1", "cells_per_job = 0"]),
         (GOOD + "[resources]\nmemory = 4", ["line 6", "'memory'", "mem_gb"]),
         ("models = [", ["plan.toml", "cannot be read"]),
+        (
+            GOOD.replace('["gpt2"]', '["gpt2", { name = "gpt2-medium", label = "gpt2" }]'),
+            ["line 1", "'gpt2' and 'gpt2-medium' are both called 'gpt2'", "a label of its own"],
+        ),
     ],
 )
 def test_a_wrong_plan_says_where_and_what_is_allowed(tmp_path: Path, text: str, parts: list[str], unchecked):
@@ -122,6 +126,18 @@ def test_prompts_of_files(tmp_path: Path):
         """,
     )
     assert [cell.prompt for cell in plan.cells] == ["one", "two", "row 0", "row 1", "row 2"]
+
+
+def test_a_prompt_keeps_all_of_its_characters(tmp_path: Path):
+    """A line of a file ends at its line feed alone; a byte order mark is no part of the first."""
+    odd = [f"a{char}b" for char in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "lines.txt").write_text("\n".join(["first", *odd]) + "\n", encoding=encoding)
+        rows = [json.dumps({"text": text}, ensure_ascii=False) for text in ("first", *odd)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding=encoding)
+        for name in ("lines.txt", "rows.jsonl"):
+            plan = tlc.Plan.of({"models": ["gpt2"], "prompts": {"file": name}}, base=tmp_path)
+            assert [cell.prompt for cell in plan.cells] == ["first", *odd]
 
 
 def test_prompts_of_a_dataset(tmp_path: Path):
@@ -188,6 +204,19 @@ def test_a_folder_is_known_by_its_weights(tmp_path: Path):
     save_model(tmp_path / "run" / "checkpoint-10", 7)
     now = plan_of(tmp_path, [{"name": "run", "checkpoints": "all", "label": "mine"}], 1)
     assert [a.key == b.key for a, b in zip(plan.cells, now.cells, strict=True)] == [True, False, True]
+
+
+def test_a_hubs_model_is_known_by_its_name_whatever_it_is_called(tmp_path: Path):
+    """What is measured under a label is not taken for what another name gives under it."""
+    names = ("nowhere/one", "nowhere/two")
+    keys = [
+        [cell.key for cell in read(tmp_path, GOOD.replace('"gpt2"', f'{{ name = "{name}", label = "mine" }}')).cells]
+        for name in names
+    ]
+    assert not set(keys[0]) & set(keys[1])
+    # several revisions of one model may be entries of their own
+    entries = [{"name": names[0], "label": "mine", "revisions": [one]} for one in ("a", "b")]
+    assert len(tlc.Plan.of({"models": entries, "prompts": {"text": "x"}}).cells) == 2
 
 
 def test_a_cost_is_that_of_the_model_itself():

@@ -90,8 +90,9 @@ class SweepStore:
         return self._names(self._cells, _SUFFIX)
 
     def failed_keys(self) -> set[str]:
-        """Keys of the cells that failed and have no result since."""
-        return self._names(self._failed, ".json") - self.keys()
+        """Keys of the cells that failed and have no whole result since."""
+        failed = self._names(self._failed, ".json")
+        return failed - {key for key in failed & self.keys() if self._is_whole(key)}
 
     def _names(self, folder: Path, suffix: str) -> set[str]:
         try:
@@ -111,6 +112,13 @@ class SweepStore:
             return read_note(self.path(cell.key)).get("cell") == cell.to_json()
         except ResultFileError:
             return False
+
+    def _is_whole(self, key: str) -> bool:
+        try:
+            read_note(self.path(key))
+        except ResultFileError:
+            return False
+        return True
 
     def save(self, cell: Cell, analysis: Analysis, facts: ModelFacts) -> Path:
         """Write a cell's result, whole or not at all, and forget that it failed before.
@@ -175,12 +183,14 @@ class SweepStore:
             yield Cell.from_json(read_note(self.path(key))["cell"])
 
     def failures(self) -> list[Failure]:
-        """The cells that failed, in the order of their keys."""
+        """The cells that failed, in the order of their keys; not those of another version of the measurement."""
         found = []
         for key in sorted(self.failed_keys()):
             try:
                 content = json.loads((self._failed / f"{key}.json").read_text(encoding="utf-8"))
-                found.append(Failure(**{**content, "cell": Cell.from_json(content["cell"])}))
+                cell = Cell.from_json(content["cell"])
+                if cell.key == key:
+                    found.append(Failure(**{**content, "cell": cell}))
             except FileNotFoundError:
                 continue  # measured meanwhile, by another process
             except (OSError, KeyError, TypeError, ValueError) as error:
