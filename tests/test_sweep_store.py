@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cases import CASES, TOKENS
+from sweeps import contents_apart_from_times
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.results import contents_apart_from_times
 from tlcoupling.sweep import Cell, ModelFacts, Settings, cells
 from tlcoupling.sweep.table import COLUMNS, rows, to_arrow
 
@@ -214,9 +216,42 @@ def test_stores_that_disagree_are_not_joined(tmp_path: Path):
     ours.save(cell, analysis, facts)
     theirs.save(cell, measured(only)[0], facts)
     theirs.save(only, *measured(only))
-    with pytest.raises(StoreError, match=cell.key):
+    files = f"remove the one that is wrong: '{ours.path(cell.key)}' or '{theirs.path(cell.key)}'"
+    with pytest.raises(StoreError, match=f"{cell.key}.*result.*{re.escape(files)}"):
         ours.add(theirs)
     assert ours.keys() == {cell.key}
+
+
+@pytest.mark.parametrize(
+    ("scale", "facts", "named"),
+    [
+        (1 + 1e-5, {"commit": "an older one"}, ()),  # rounding, and what is the machine's own
+        (1.01, {}, ("result.coupling.values (by 0.01 of its size)", "result.coupling.null (by 0.01 of its size)")),
+        (1.0, {"n_params": 7}, ("note.model.n_params",)),
+    ],
+)
+def test_stores_of_two_machines_may_differ_by_rounding_and_versions(
+    tmp_path: Path, scale: float, facts: dict[str, Any], named: tuple[str, ...]
+):
+    ours, theirs = (tlc.SweepStore(tmp_path / name, create=True) for name in "ab")
+    cell, (analysis, about) = cell_of(), measured(cell_of())
+    ours.save(cell, analysis, about)
+    coupling = analysis.coupling
+    changed = {name: getattr(coupling, name) * scale for name in ("values", "null")}
+    moved = dataclasses.replace(
+        coupling,
+        provenance=dataclasses.replace(coupling.provenance, engine={"block": "autograd"}, versions={"torch": "2.6"}),
+        residual=10 * coupling.residual,
+        **changed,
+    )
+    later = dataclasses.replace(analysis.provenance, seconds=7.0)
+    other = dataclasses.replace(analysis, coupling=moved, provenance=later)
+    theirs.save(cell, other, dataclasses.replace(about, **facts))
+    if not named:
+        assert ours.add(theirs) == theirs.add(ours) == 0
+        return
+    with pytest.raises(StoreError, match=re.escape(f"{', '.join(named)} differ by more than rounding")):
+        ours.add(theirs)
 
 
 def test_no_store_is_an_error(tmp_path: Path):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tlcoupling.analysis import Analysis
 from tlcoupling.errors import ResultFileError, StoreError, TLCouplingError
 from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.results import contents_apart_from_times, read_note, read_result, write_result
+from tlcoupling.results import read_note, read_result, write_result
+from tlcoupling.sweep.agreement import differences
 from tlcoupling.sweep.cells import Cell, ModelFacts
 
 if TYPE_CHECKING:
@@ -219,17 +220,18 @@ class SweepStore:
         Failures come along too, of cells that have no result in either.
 
         Raises:
-            StoreError: both have a cell, and the two differ in more than their times. It is found before anything is
-                copied.
+            StoreError: both have a cell, and the two results differ in more than times, versions and rounding
+                (``tlcoupling.sweep.agreement``). It is found before anything is copied.
             ResultFileError: a result file is damaged, or cannot be written.
         """
         ours, theirs = self.keys(), other.keys()
         for key in sorted(ours & theirs):
-            if contents_apart_from_times(self.path(key)) != contents_apart_from_times(other.path(key)):
-                cell = other.read(key)[0]
+            if found := differences(self.path(key), other.path(key)):
+                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
                 raise StoreError(
-                    f"{str(self.folder)!r} and {str(other.folder)!r} disagree on the cell {cell}: its two results "
-                    "differ in more than their times; remove the one that is wrong"
+                    f"two stores disagree on the cell {other.read(key)[0]}: {', '.join(found[:3])}{more} differ by "
+                    f"more than rounding; remove the one that is wrong: {str(self.path(key))!r} or "
+                    f"{str(other.path(key))!r}"
                 )
         for key in sorted(theirs - ours):
             read_note(other.path(key))
