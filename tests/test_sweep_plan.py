@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -284,3 +285,24 @@ def test_the_plans_of_the_demos_are_plans():
     assert all(group.shape is not None for plan in plans.values() for group in plan.groups)
     # 12 layers of 12 d^2, as GPT-2's are counted
     assert plans["paper_models"].groups[0].shape.weights == 12 * 12 * 768**2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trained_untrained", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pythia_series", "paper_models"))],
+)
+def test_the_demos_say_what_their_dry_run_says(name: str):
+    """Of the comment at a plan's head: cells, work, size of the results and time, at the rate that it names."""
+    path = Path(__file__).parent.parent / "demos" / "plans" / f"{name}.toml"
+    head = path.read_text(encoding="utf-8").split("\n\n", 3)
+    said = " ".join(line.lstrip("# ") for part in head for line in part.splitlines() if line.startswith("#"))
+    rate = 1e12 * float(re.search(r"--rate (\d+)", said)[1])
+    found = forecast(tlc.Plan.read(path), rate=rate)
+    cells, flops, size = re.search(r"([\d,]+) cells, ([\d,]+) TFLOP, (\d+) MB of results", said).groups()
+    assert int(cells) == sum(group.n_cells for group in found.groups)
+    assert float(flops.replace(",", "")) == pytest.approx(found.flops / 1e12, rel=0.005)  # three digits
+    assert int(size) == round(found.file_bytes / 1e6)
+    low, high, unit = re.search(r"([\d.]+) to ([\d.]+) (minutes|hours)", said).groups()
+    seconds, half = {"minutes": (60, 0.5), "hours": (3600, 0.05)}[unit]  # half of the last digit
+    for text, share in ((low, 0.25), (high, 0.1)):
+        assert float(text) == pytest.approx(found.flops / (rate * share) / seconds, abs=half)

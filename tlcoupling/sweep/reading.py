@@ -15,6 +15,7 @@ from tlcoupling.sweep import prompts as prompt_tables
 from tlcoupling.sweep.cells import Cell, Settings
 from tlcoupling.sweep.checkpoints import pick_steps, published_steps, steps_in_folder
 from tlcoupling.sweep.cost import Shape, shape_at_hand
+from tlcoupling.sweep.executors import check_resources
 from tlcoupling.sweep.source import Group, Source, digest_of_folder
 
 _TOP = ("models", "prompts", "settings", "random_baseline", "local_files_only", "resources", "cells_per_job")
@@ -231,6 +232,10 @@ class Reader:
     def _resources(self, content: Mapping[str, Any]) -> dict[str, Any]:
         table = self._table(content.get("resources", {}), "resources")
         self._known({key: 0 for key in table if not key.startswith("slurm_")}, (*_RESOURCES, "slurm_*"), "resources")
+        try:
+            check_resources(table)
+        except ArgumentError as error:
+            raise PlanError(f"{self._at(error.name)}: resources: {error}") from error
         return dict(table)
 
     def _shape(self, spec: Mapping[str, Any], where: str) -> Shape | None:
