@@ -85,7 +85,8 @@ def training(
         heading(
             figure,
             "Coupling, linearity and growth along training",
-            f"{label(names[0].rpartition('/')[2])} · mean over {int(prompts.max())} prompts · band: their middle half",
+            f"{label(names[0].rpartition('/')[2])} · mean over {int(prompts.max())} prompts · band: their middle half"
+            + (" · dotted: random weights" if len(fresh) else ""),
         )
         settle(figure)
     return figure
