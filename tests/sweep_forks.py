@@ -53,6 +53,7 @@ def kills(models: Path, folder: Path, count: int) -> None:
     finished(forked(lambda: tlc.sweep(plan, folder / "undisturbed")))
     slow_disk()
     known: set[str] = set()
+    half: set[Path] = set()
     in_mid_sweep = in_mid_write = 0
     store = tlc.SweepStore(folder / "killed", create=True)
     for _ in range(count):
@@ -61,10 +62,13 @@ def kills(models: Path, folder: Path, count: int) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         in_mid_sweep += os.WIFSIGNALED(status)
-        in_mid_write += any((store.folder / "cells").glob(".*"))
+        in_mid_write += not half.issuperset((store.folder / "cells").glob(".*"))
+        half |= set((store.folder / "cells").glob(".*"))
         for key in store.keys() - known:
             store.load(key)  # raises where it is not whole
             known.add(key)
+    for path in half:
+        os.utime(path, (0, 0))  # long ago, so that what killed processes left is known to be that
     finished(forked(lambda: tlc.sweep(plan, folder / "killed")))
     show(kills=count, in_mid_sweep=in_mid_sweep, in_mid_write=in_mid_write, measured_before_the_last=len(known))
 

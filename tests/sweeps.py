@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from families import VOCABULARY
 
 import tlcoupling as tlc
+from tlcoupling.results import FORMAT, read_note
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from llamas import llama, save, word_tokenizer
@@ -44,3 +46,23 @@ def plan_of(folder: Path, models: list[Any], count: int = 3, **more: Any) -> tlc
         **more,
     }
     return tlc.Plan.of(content, base=folder)
+
+
+def contents_apart_from_times(path: str | Path) -> tuple[Any, bytes]:
+    """All of a result file but the seconds that its measurements took: equal for results that are equal to the bit.
+
+    Raises:
+        ResultFileError: as ``load``.
+    """
+    read_note(path)  # so that a damaged file is refused, rather than compared
+    content = Path(path).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"][FORMAT] = _without_seconds(json.loads(header["__metadata__"][FORMAT]))
+    return header, content[8 + size :]
+
+
+def _without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
+    return [_without_seconds(item) for item in value] if isinstance(value, list) else value

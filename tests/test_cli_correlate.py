@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from cases import CASES, TOKENS
 from test_cli import assert_refused
 from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
+from tlcoupling.sweep import Cell, ModelFacts, Settings
 
 pytest.importorskip("matplotlib")
 
@@ -65,6 +69,24 @@ def test_a_table_and_scores_of_ones_own(files: tuple[str, str], tmp_path: Path):
     assert line.split()[1:3] == ["6", f"{of['r_squared']:.2f}"]
     assert f"{of['low']:+.2f} to {of['high']:+.2f}" in line
     assert "6 models, 3 families" in result.stdout
+
+
+def test_a_store_is_a_table(tmp_path: Path):
+    """The folder of a sweep's results, whose outdated and failed cells are no measurements."""
+    case, store = CASES[0], tlc.SweepStore(tmp_path / "store", create=True)
+    model = case.model(torch.float32)
+    analysis, settings = tlc.analyze(model, TOKENS.tolist(), k=2, attention=False), Settings(k=(2,))
+    for index, name in enumerate(("a-1", "a-2", "b-1", "b-2")):
+        values = analysis.coupling.values * (1 + index**2)
+        changed = dataclasses.replace(analysis, coupling=dataclasses.replace(analysis.coupling, values=values))
+        store.save(Cell(name, tuple(TOKENS.tolist()), settings), changed, ModelFacts.of(model))
+    store.fail(Cell("c-1", (1, 2), settings), ValueError("no"))
+    (tmp_path / "scores.csv").write_text("model,score\na-1,1\na-2,2\nb-1,5\nb-2,10\n")
+    result = run(tmp_path / "out", str(store.folder), "--scores", str(tmp_path / "scores.csv"))
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((tmp_path / "out" / "correlations.json").read_text())
+    assert numbers["coupling block K=2"]["n"] == 4 and numbers["coupling block K=2"]["r"] == pytest.approx(1.0)
+    assert "4 models, 2 families" in result.stdout
 
 
 def test_a_model_without_a_score_is_named_with_the_nearest(files: tuple[str, str], tmp_path: Path):

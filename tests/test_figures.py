@@ -451,6 +451,25 @@ def test_training_draws_means_over_prompts_beside_the_null():
     assert len(figures.training(rows).axes) == 3
 
 
+def test_fresh_weights_are_a_line_of_their_own_beside_training():
+    """A sweep measures them beside the last checkpoint; they move none of its means."""
+    rows = monitored()
+    fresh = rows[rows.step == 100].assign(random_seed=0, coupling=0.25, lss=5.0, ed=9.0)
+    both = pd.concat([rows.assign(random_seed=np.nan), fresh, fresh.assign(random_seed=1, coupling=0.35)])
+    figure = figures.training(both, k=5)
+    assert "mean over 4 prompts" in " ".join(text.get_text() for text in texts_of(figure))
+    coupling, linearity, growth = figure.axes
+    for axes, column, level in ((coupling, "coupling", 0.3), (linearity, "lss", 5.0), (growth, "ed", 9.0)):
+        dotted = [line for line in axes.lines if line.get_linestyle() == ":" and len(line.get_xdata())]
+        assert len(dotted) == (1 if column == "ed" else 3)
+        assert all(np.asarray(line.get_ydata()) == pytest.approx(level) for line in dotted)
+        solid = [line for line in axes.lines if line.get_linestyle() == "-"]
+        for line, sublayer in zip(solid, ("block", "attn", "mlp"), strict=False):
+            part = rows[(rows.sublayer == sublayer) & (rows.k == 5)]
+            np.testing.assert_allclose(line.get_ydata(), part.groupby("step")[column].mean())
+    assert [text.get_text() for text in coupling.get_legend().get_texts()] == ["block", "attn", "mlp", "null", "random"]
+
+
 # text, size, colour
 
 
@@ -582,6 +601,14 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path):
         (lambda a: figures.distributions({"a": a}, path="head"), "path='head'"),
         (lambda a: figures.training(monitored().drop(columns="step")), "one with columns step too"),
         (lambda a: figures.training(pd.concat([monitored(), monitored("n")])), r"table=\['m', 'n'\]"),
+        (
+            lambda a: figures.training(pd.concat([monitored().assign(settings=name) for name in "ab"])),
+            "table='2 different settings'",
+        ),
+        (
+            lambda a: figures.training(pd.concat([monitored().assign(weights=name) for name in "ab"])),
+            "table='2 different weights of m@0'",
+        ),
         (lambda a: figures.training(monitored(), k=10), "k=10 is not allowed; allowed: one that was measured: 3, 5"),
         (lambda a: figures.coupling_against_score(table(2)), "three models or more"),
         (lambda a: figures.coupling_against_score(table(), score="mmlu"), "score='mmlu' .* a column of the table"),

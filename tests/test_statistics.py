@@ -251,6 +251,22 @@ def test_a_measurement_that_is_everywhere_the_same_has_no_correlation():
     assert all(np.isnan(of[name]) for name in ("r", "p", "low", "rho", "by_width"))
 
 
+def test_what_is_not_known_of_every_model_explains_nothing():
+    """A width or a null that is blank makes no group of its own, and no error of an argument that nobody gave."""
+    table = models(8).astype({"d_model": float})
+    table.loc[[1, 4], "d_model"] = np.nan
+    with pytest.warns(UserWarning, match="width is not known of every model that has coupling"):
+        found = tlc.correlate(table, **QUICK)
+    assert np.isnan(found.of("coupling")["by_width"]) and np.isnan(found.of("coupling")["partial given same width"])
+    assert found.of("width")["by_width"] == 1.0 and not np.isnan(found.of("coupling")["by_null"])
+    table = models(8)
+    table.loc[2, "null"] = np.nan
+    with pytest.warns(UserWarning, match="null is not known of every model that has coupling"):
+        of = tlc.correlate(table, **QUICK).of("coupling")
+    assert of["n"] == 8 and np.isnan(of["by_null"]) and np.isnan(of["partial given null"])
+    assert of["by_width"] == pytest.approx(r_squared_of_groups(table["coupling"], table["d_model"].tolist()))
+
+
 def test_a_linear_function_of_what_is_held_fixed_leaves_nothing():
     x = RNG.normal(size=9)
     assert np.isnan(partial_correlation(3 * x - 1e3, RNG.normal(size=9), [x]).r)

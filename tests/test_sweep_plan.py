@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,6 +93,10 @@ def test_what_is_pending_is_split_and_loses_nothing(tmp_path: Path):
         ("cells_per_job = 0\n" + GOOD, ["line 1", "cells_per_job = 0"]),
         (GOOD + "[resources]\nmemory = 4", ["line 6", "'memory'", "mem_gb"]),
         ("models = [", ["plan.toml", "cannot be read"]),
+        (
+            GOOD.replace('["gpt2"]', '["gpt2", { name = "gpt2-medium", label = "gpt2" }]'),
+            ["line 1", "'gpt2' and 'gpt2-medium' are both called 'gpt2'", "a label of its own"],
+        ),
     ],
 )
 def test_a_wrong_plan_says_where_and_what_is_allowed(tmp_path: Path, text: str, parts: list[str], unchecked):
@@ -122,6 +127,18 @@ def test_prompts_of_files(tmp_path: Path):
         """,
     )
     assert [cell.prompt for cell in plan.cells] == ["one", "two", "row 0", "row 1", "row 2"]
+
+
+def test_a_prompt_keeps_all_of_its_characters(tmp_path: Path):
+    """A line of a file ends at its line feed alone; a byte order mark is no part of the first."""
+    odd = [f"a{char}b" for char in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "lines.txt").write_text("\n".join(["first", *odd]) + "\n", encoding=encoding)
+        rows = [json.dumps({"text": text}, ensure_ascii=False) for text in ("first", *odd)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding=encoding)
+        for name in ("lines.txt", "rows.jsonl"):
+            plan = tlc.Plan.of({"models": ["gpt2"], "prompts": {"file": name}}, base=tmp_path)
+            assert [cell.prompt for cell in plan.cells] == ["first", *odd]
 
 
 def test_prompts_of_a_dataset(tmp_path: Path):
@@ -190,6 +207,19 @@ def test_a_folder_is_known_by_its_weights(tmp_path: Path):
     assert [a.key == b.key for a, b in zip(plan.cells, now.cells, strict=True)] == [True, False, True]
 
 
+def test_a_hubs_model_is_known_by_its_name_whatever_it_is_called(tmp_path: Path):
+    """What is measured under a label is not taken for what another name gives under it."""
+    names = ("nowhere/one", "nowhere/two")
+    keys = [
+        [cell.key for cell in read(tmp_path, GOOD.replace('"gpt2"', f'{{ name = "{name}", label = "mine" }}')).cells]
+        for name in names
+    ]
+    assert not set(keys[0]) & set(keys[1])
+    # several revisions of one model may be entries of their own
+    entries = [{"name": names[0], "label": "mine", "revisions": [one]} for one in ("a", "b")]
+    assert len(tlc.Plan.of({"models": entries, "prompts": {"text": "x"}}).cells) == 2
+
+
 def test_a_cost_is_that_of_the_model_itself():
     """A stand-in of the shape alone costs what ``tlc.estimate`` says of the model with its weights."""
     case = next(case for case in CASES if case.name in ("bridge-llama", "hooked-gated"))
@@ -255,3 +285,24 @@ def test_the_plans_of_the_demos_are_plans():
     assert all(group.shape is not None for plan in plans.values() for group in plan.groups)
     # 12 layers of 12 d^2, as GPT-2's are counted
     assert plans["paper_models"].groups[0].shape.weights == 12 * 12 * 768**2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trained_untrained", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pythia_series", "paper_models"))],
+)
+def test_the_demos_say_what_their_dry_run_says(name: str):
+    """Of the comment at a plan's head: cells, work, size of the results and time, at the rate that it names."""
+    path = Path(__file__).parent.parent / "demos" / "plans" / f"{name}.toml"
+    head = path.read_text(encoding="utf-8").split("\n\n", 3)
+    said = " ".join(line.lstrip("# ") for part in head for line in part.splitlines() if line.startswith("#"))
+    rate = 1e12 * float(re.search(r"--rate (\d+)", said)[1])
+    found = forecast(tlc.Plan.read(path), rate=rate)
+    cells, flops, size = re.search(r"([\d,]+) cells, ([\d,]+) TFLOP, (\d+) MB of results", said).groups()
+    assert int(cells) == sum(group.n_cells for group in found.groups)
+    assert float(flops.replace(",", "")) == pytest.approx(found.flops / 1e12, rel=0.005)  # three digits
+    assert int(size) == round(found.file_bytes / 1e6)
+    low, high, unit = re.search(r"([\d.]+) to ([\d.]+) (minutes|hours)", said).groups()
+    seconds, half = {"minutes": (60, 0.5), "hours": (3600, 0.05)}[unit]  # half of the last digit
+    for text, share in ((low, 0.25), (high, 0.1)):
+        assert float(text) == pytest.approx(found.flops / (rate * share) / seconds, abs=half)

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from sweeps import needs_folders, plan_of, save_model, words
+from sweeps import contents_apart_from_times, needs_folders, plan_of, save_model, words
 from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
 from tlcoupling.errors import ArgumentError, ModelLoadError, ResultFileError, StoreError
-from tlcoupling.results import contents_apart_from_times
 from tlcoupling.sweep.run import measure_group
 from tlcoupling.sweep.source import Source
 
@@ -123,6 +122,15 @@ def test_what_fails_is_kept_and_tried_again(models: Path, loaded, opened: list[s
         del loaded["EleutherAI/nowhere"]
     assert (again.n_kept, again.n_measured, len(again.failed)) == (2, 2, 2)
     assert {cell.prompt for cell in again.failed} == {text[1]}
+
+
+def test_a_model_that_is_not_on_this_machine_is_told_of_and_the_sweep_goes_on(models: Path, tmp_path: Path):
+    """With local_files_only, the loader's own error: nothing is patched here."""
+    report = tlc.sweep(plan_of(models, ["nowhere/missing", "one"], 2), tmp_path / "store")
+    assert (report.n_measured, len(report.failed), report.unfinished) == (2, 2, ())
+    for cell, error in report.failed.items():
+        assert cell.model == "nowhere/missing"
+        assert error.startswith("ModelLoadError: TransformerLens could not load name='nowhere/missing'"), error
 
 
 def test_a_file_that_lost_its_end_is_measured_again(models: Path, opened: list[str], tmp_path: Path):

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweeps import needs_folders, plan_of, save_model
+from sweeps import contents_apart_from_times, needs_folders, plan_of, save_model
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results import contents_apart_from_times
 
 HERE = Path(__file__).parent
 CLUSTER = HERE / "slurm_cluster.sh"

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, TOKENS
+from sweeps import contents_apart_from_times
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.results import contents_apart_from_times
-from tlcoupling.sweep import Cell, ModelFacts, Settings
-from tlcoupling.sweep.table import COLUMNS
+from tlcoupling.sweep import Cell, ModelFacts, Settings, cells
+from tlcoupling.sweep.table import COLUMNS, rows, to_arrow
 
-SETTINGS = Settings(k=(2, 0.25), tokens=(0, -1))
+SETTINGS = Settings(k=(2, 0.25), tokens=(0, -1))  # of an even number of tokens, a median is the mean of the middle two
 
 
 def cell_of(prompt: tuple[int, ...] = tuple(TOKENS.tolist()), **more) -> Cell:
@@ -92,6 +96,16 @@ def test_what_is_saved_comes_back(store: tlc.SweepStore):
     assert list(store.cells()) == [cell]
 
 
+def test_a_new_failure_of_a_cell_whose_result_is_damaged_is_told(store: tlc.SweepStore):
+    cell = cell_of()
+    path = store.save(cell, *measured(cell))
+    path.write_bytes(path.read_bytes()[:-10])
+    assert not store.failed_keys()
+    store.fail(cell, ValueError("no"))
+    assert store.failed_keys() == {cell.key} and [one.error for one in store.failures()] == ["ValueError: no"]
+    assert store.table()[["key", "status", "error"]].to_numpy().tolist() == [[cell.key, "failed", "ValueError: no"]]
+
+
 def test_equal_cells_are_equal_files_apart_from_their_times(tmp_path: Path):
     cell = cell_of()
     stores = [tlc.SweepStore(tmp_path / name, create=True) for name in "ab"]
@@ -128,7 +142,7 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
     assert schema.names == list(COLUMNS)
     assert all(schema.field(name).metadata[b"description"].decode() == text for name, (_, text) in COLUMNS.items())
     table = store.table()
-    assert pq.read_table(path).to_pylist() == pq.read_table(path, schema=schema).to_pylist()
+    assert pq.read_table(path).to_pylist() == to_arrow(rows(store)).to_pylist()
     assert table.columns.tolist() == list(COLUMNS)
     assert len(table) == 6 + 1
     row = table.query("sublayer == 'mlp' and k_asked == '0.25'").iloc[0]
@@ -148,9 +162,37 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
         assert row[column] == pytest.approx(float(expected), rel=1e-6)
     assert row["excess"] == pytest.approx(row["coupling"] - row["null"])
     assert row["lss"] == pytest.approx(float(analysis.linearity.path("mlp")[[0, -1]].mean()))
+    distances = analysis.growth.expodistance[[0, -1]].double().numpy()
+    assert row["ed"] == pytest.approx(np.median(distances)) and row["cv"] == pytest.approx(np.median(distances**0.5))
+    assert distances.min() < 0.99 * row["ed"]
     failed = table.query("status == 'failed'").iloc[0]
     assert failed["error"] == "RuntimeError: lost" and failed["key"] == lost.key
     assert json.loads(failed["prompt"]) == [1, 2]
+
+
+def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepStore, monkeypatch: pytest.MonkeyPatch):
+    """Cells that differ in these alone are rows that differ, and no mean is taken over them."""
+    analysis, facts = measured(cell_of())
+    for weights, dtype in (("a", None), ("b", None), ("b", "bfloat16")):
+        store.save(cell_of(weights=weights, load={"dtype": dtype}), analysis, facts)
+    table = store.table()
+    assert set(zip(table["weights"], table["load"], strict=True)) == {
+        ("a", '{"dtype": null}'), ("b", '{"dtype": null}'), ("b", '{"dtype": "bfloat16"}')
+    }  # fmt: skip
+    with pytest.raises(ArgumentError, match="table='2 different weights of tiny'"):
+        tlc.correlate(table, {"tiny": 1.0})
+    with pytest.raises(ArgumentError, match="table='2 different load of tiny'"):
+        tlc.correlate(table[table["weights"] == "b"], {"tiny": 1.0})
+    import pandas as pd
+
+    once = table[table["weights"] == "a"]
+    with pytest.raises(ArgumentError, match="table='6 rows twice, such as tiny'"):
+        tlc.correlate(pd.concat([once, once]), {"tiny": 1.0})
+
+    monkeypatch.setattr(cells, "MEASUREMENT", 0)
+    outdated = store.table()
+    assert set(outdated["status"]) == {"outdated"} and set(outdated["key"]) == store.keys()
+    assert outdated["coupling"].isna().all() and set(outdated["weights"]) == {"a", "b"}
 
 
 def test_stores_are_joined(tmp_path: Path):
@@ -174,9 +216,42 @@ def test_stores_that_disagree_are_not_joined(tmp_path: Path):
     ours.save(cell, analysis, facts)
     theirs.save(cell, measured(only)[0], facts)
     theirs.save(only, *measured(only))
-    with pytest.raises(StoreError, match=cell.key):
+    files = f"remove the one that is wrong: '{ours.path(cell.key)}' or '{theirs.path(cell.key)}'"
+    with pytest.raises(StoreError, match=f"{cell.key}.*result.*{re.escape(files)}"):
         ours.add(theirs)
     assert ours.keys() == {cell.key}
+
+
+@pytest.mark.parametrize(
+    ("scale", "facts", "named"),
+    [
+        (1 + 1e-5, {"commit": "an older one"}, ()),  # rounding, and what is the machine's own
+        (1.01, {}, ("result.coupling.values (by 0.01 of its size)", "result.coupling.null (by 0.01 of its size)")),
+        (1.0, {"n_params": 7}, ("note.model.n_params",)),
+    ],
+)
+def test_stores_of_two_machines_may_differ_by_rounding_and_versions(
+    tmp_path: Path, scale: float, facts: dict[str, Any], named: tuple[str, ...]
+):
+    ours, theirs = (tlc.SweepStore(tmp_path / name, create=True) for name in "ab")
+    cell, (analysis, about) = cell_of(), measured(cell_of())
+    ours.save(cell, analysis, about)
+    coupling = analysis.coupling
+    changed = {name: getattr(coupling, name) * scale for name in ("values", "null")}
+    moved = dataclasses.replace(
+        coupling,
+        provenance=dataclasses.replace(coupling.provenance, engine={"block": "autograd"}, versions={"torch": "2.6"}),
+        residual=10 * coupling.residual,
+        **changed,
+    )
+    later = dataclasses.replace(analysis.provenance, seconds=7.0)
+    other = dataclasses.replace(analysis, coupling=moved, provenance=later)
+    theirs.save(cell, other, dataclasses.replace(about, **facts))
+    if not named:
+        assert ours.add(theirs) == theirs.add(ours) == 0
+        return
+    with pytest.raises(StoreError, match=re.escape(f"{', '.join(named)} differ by more than rounding")):
+        ours.add(theirs)
 
 
 def test_no_store_is_an_error(tmp_path: Path):
@@ -209,9 +284,14 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path):
     (left,) = tmp_path.iterdir()
     elsewhere = tmp_path / left.name.replace("@", "@elsewhere.")
     elsewhere.write_text("another host's")
+    hour = time.time() - 3700
     with replacing(tmp_path / "mine") as partial:
+        for path in (partial, elsewhere):
+            os.utime(path, (hour, hour))
+        assert remove_abandoned(tmp_path) == 0, "a container of this host's name may still write what is new"
+        os.utime(left, (hour, hour))
         assert remove_abandoned(tmp_path) == 1
         assert set(tmp_path.iterdir()) == {partial, elsewhere}
-    os.utime(elsewhere, (0, 0))
+    os.utime(elsewhere, (hour - 24 * 3600, hour - 24 * 3600))
     assert remove_abandoned(tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -11,7 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".part"
-_ABANDONED_SECONDS = 24 * 3600.0
+# No file is written for as long. Of a host's own processes it can be asked whether they live, but containers may share
+# a host's name and not its processes.
+_ABANDONED_SECONDS, _ABANDONED_HERE_SECONDS = 24 * 3600.0, 3600.0
 
 
 @contextmanager
@@ -48,17 +50,18 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> int:
     """Remove what killed processes left in a folder, and say how many files that was.
 
-    A file of this host goes when its process is gone; one of another host when it is a day old.
+    A file of this host goes when its process is gone and it is an hour old; one of another host when it is a day old.
     """
     removed, here = 0, socket.gethostname()
     for partial in folder.glob(f".*{PARTIAL}"):
         owner = partial.name.rpartition("@")[2].rpartition("-")[0]
         host, _, process = owner.rpartition("-")
         try:
+            age = time.time() - partial.stat().st_mtime
             if host == here and process.isdigit():
-                gone = not _is_alive(int(process))
+                gone = age > _ABANDONED_HERE_SECONDS and not _is_alive(int(process))
             else:
-                gone = time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS
+                gone = age > _ABANDONED_SECONDS
             if gone:
                 partial.unlink()
                 removed += 1

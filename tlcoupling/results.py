@@ -221,26 +221,6 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
 
 
-def contents_apart_from_times(path: str | Path) -> tuple[Any, bytes]:
-    """All of a result file but the seconds that its measurements took: equal for results that are equal to the bit.
-
-    Raises:
-        ResultFileError: as ``load``.
-    """
-    read_note(path)  # so that a damaged file is refused, rather than compared
-    content = Path(path).read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"][FORMAT] = _without_seconds(json.loads(header["__metadata__"][FORMAT]))
-    return header, content[8 + size :]
-
-
-def _without_seconds(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
-    return [_without_seconds(item) for item in value] if isinstance(value, list) else value
-
-
 def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split a result into tensors and a JSON header; results inside it are flattened under their field's name."""
     tensors: dict[str, Tensor] = {}

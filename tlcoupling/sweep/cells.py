@@ -14,8 +14,9 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.svd.auto import SolverName
 
-# Raised when a change of the library changes the numbers of a cell: older results are then measured anew.
-MEASUREMENT = 1
+# Raised when a change of the library changes the numbers of a cell, or what it says of its model: older results are
+# then outdated, and measured anew.
+MEASUREMENT = 2
 _SUBLAYERS = ("block", "attn", "mlp")
 
 
@@ -107,7 +108,8 @@ class Cell:
         settings: how it is measured.
         revision: of the model, such as ``"step1000"``; None for the default one.
         step: the training step that this is, where it is known.
-        weights: digest of the files of a local model; None where name and revision say which weights they are.
+        weights: which weights these are: the digest of a local model's files, or the name that a hub has them under,
+            whatever the plan calls the model; None of a training run's own, which nothing else can be loaded as.
         load: what the model was loaded with (``dtype``, ``hooked``), as far as it changes numbers.
         random_seed: of the fresh weights of ``tlc.random_baseline``; None for the model itself.
     """

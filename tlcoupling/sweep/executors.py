@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +42,25 @@ def _limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def check_resources(resources: Mapping[str, Any]) -> None:
+    """Find out before anything is submitted whether submitit knows what is asked for, where it is installed.
+
+    Raises:
+        ArgumentError: it does not; ``name`` is what is wrong.
+    """
+    try:
+        import submitit
+    except ImportError:
+        return  # and no executor here that would ask for anything
+    # of whatever cluster: it checks the names of each
+    executor = submitit.AutoExecutor(folder=".", cluster="debug")
+    for name, value in resources.items():
+        try:
+            executor.update_parameters(**{name: value})
+        except (AssertionError, NameError, TypeError, ValueError) as error:
+            raise ArgumentError(name, value, f"what submitit takes ({str(error).splitlines()[0]})") from error
+
+
 class JobLostError(TLCouplingError):
     """A job of a cluster ended without a result: it was killed, or ran out of memory or of time."""
 
@@ -49,20 +69,41 @@ class Requeued:
     """A function that a cluster's job begins again when its time is over or it gives way to another.
 
     What the function has finished it must find by itself; a group of cells does.
+
+    Attributes:
+        job_ends: whether the job that is this process was told to end. What is raised from then on is the end of the
+            job, which submitit raises in whatever runs at that moment, and no error of what runs.
     """
+
+    job_ends: ClassVar[bool] = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        return self.function(*args, **kwargs)
+        """Run it; an error of ours comes back as a value, since submitit hands on the text of its traceback alone."""
+        try:
+            return self.function(*args, **kwargs)
+        except TLCouplingError as error:
+            return _Raised(error)
+        except Exception as error:
+            if not Requeued.job_ends:
+                raise
+            return _Raised(JobLostError(f"the job ended before its work: {error}"))
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """What submitit puts into the queue again."""
+        """What submitit puts into the queue again, or would if the job had not been there too often."""
         from submitit.helpers import DelayedSubmission
 
+        Requeued.job_ends = True
         return DelayedSubmission(self, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """An error, handed from one process to another."""
+
+    error: TLCouplingError
 
 
 class SlurmExecutor(Executor):
@@ -150,24 +191,31 @@ class SlurmExecutor(Executor):
             time.sleep(_GATHER_SECONDS)
             with self._lock:
                 waiting, self._waiting = self._waiting, []
+            self._send(waiting)
             try:
-                self._send(waiting)
                 self._look()
             except Exception as error:  # of whatever kind: nobody waits for this thread, but for its futures
-                for future in (*self._jobs, *(future for future, _, _ in waiting)):
+                for future, job in self._jobs.items():
+                    with suppress(OSError):
+                        job.job.cancel(check=False)  # what nobody looks after must not run on beside a re-run
                     _settle(future, error=error)
                 self._jobs = {}
 
     def _send(self, waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]) -> None:
-        """Submit calls, those with equal resources as one array."""
+        """Submit calls, those with equal resources as one array; one that is not taken is its own calls' error."""
         arrays: dict[str, list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]] = {}
         for one in waiting:
             arrays.setdefault(repr(sorted(one[2].items())), []).append(one)
         for calls in arrays.values():
-            array = self._array(calls[0][2])
-            with array.batch():
-                jobs = [call(array) for _, call, _ in calls]
-            self._jobs |= {future: _Job(job) for (future, _, _), job in zip(calls, jobs, strict=True)}
+            try:
+                array = self._array(calls[0][2])
+                with array.batch():
+                    jobs = [call(array) for _, call, _ in calls]
+            except Exception as error:  # of whatever kind: the other arrays are worth having
+                for future, _, _ in calls:
+                    _settle(future, error=error)
+            else:
+                self._jobs |= {future: _Job(job) for (future, _, _), job in zip(calls, jobs, strict=True)}
 
     def _look(self) -> None:
         """Settle the futures of jobs that have ended, and cancel the jobs of futures that were cancelled."""
@@ -204,9 +252,11 @@ def _submit(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 def _settle_by(future: Future, job: Any) -> None:
     """Give a future what its job came to."""
     try:
-        _settle(future, result=job.result())
+        result = job.result()
     except Exception as error:  # whatever the call raised
         _settle(future, error=error)
+    else:
+        _settle(future, error=result.error) if isinstance(result, _Raised) else _settle(future, result=result)
 
 
 def _settle(future: Future, result: Any = None, error: Exception | None = None) -> None:

@@ -58,7 +58,8 @@ def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_on
 
 def _of_file(path: Path, field: str | None, name: str) -> Iterable[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # a line ends where editors end it: a separator such as U+2028 is part of a prompt, a byte order mark of none
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{name} cannot be read: {error}") from error
     if path.suffix not in (".jsonl", ".ndjson"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tlcoupling.sweep import prompts as prompt_tables
 from tlcoupling.sweep.cells import Cell, Settings
 from tlcoupling.sweep.checkpoints import pick_steps, published_steps, steps_in_folder
 from tlcoupling.sweep.cost import Shape, shape_at_hand
+from tlcoupling.sweep.executors import check_resources
 from tlcoupling.sweep.source import Group, Source, digest_of_folder
 
 _TOP = ("models", "prompts", "settings", "random_baseline", "local_files_only", "resources", "cells_per_job")
@@ -38,6 +39,7 @@ class Reader:
     base: Path
     name: str
     text: str
+    _loaded: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # by label
 
     def read(self, content: Mapping[str, Any]) -> tuple[tuple[Group, ...], int | None]:
         """All groups, each cell in one of them, and the most cells of a unit of work.
@@ -123,9 +125,14 @@ class Reader:
             arguments={"device": spec["device"]} if "device" in spec else {},
             local_files_only=local,
         )
+        if (other := self._loaded.setdefault(label, plain.name)) != plain.name:
+            raise PlanError(
+                f"{self._at(label)}: {other!r} and {plain.name!r} are both called {label!r}; allowed: a label of its "
+                "own for each model, by which results are told apart"
+            )
         if is_folder:
             return self._in_folder(plain, folder, spec, name)
-        return self._on_hub(plain, spec, name)
+        return self._on_hub(replace(plain, weights=name), spec, name)
 
     def _in_folder(self, plain: Source, folder: Path, spec: Mapping[str, Any], name: str) -> list[Source]:
         """A folder of a model, or of a training run with a folder for each step."""
@@ -225,6 +232,10 @@ class Reader:
     def _resources(self, content: Mapping[str, Any]) -> dict[str, Any]:
         table = self._table(content.get("resources", {}), "resources")
         self._known({key: 0 for key in table if not key.startswith("slurm_")}, (*_RESOURCES, "slurm_*"), "resources")
+        try:
+            check_resources(table)
+        except ArgumentError as error:
+            raise PlanError(f"{self._at(error.name)}: resources: {error}") from error
         return dict(table)
 
     def _shape(self, spec: Mapping[str, Any], where: str) -> Shape | None:
@@ -271,7 +282,7 @@ class Reader:
 
     def _at(self, word: str) -> str:
         """The plan's name, with the line where a word first stands in it."""
-        for number, line in enumerate(self.text.splitlines(), 1):
+        for number, line in enumerate(self.text.split("\n"), 1):
             if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", line.partition("#")[0]):
                 return f"{self.name}, line {number}"
         return self.name

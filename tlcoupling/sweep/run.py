@@ -15,7 +15,7 @@ from tlcoupling.analysis import analyze
 from tlcoupling.baseline import random_baseline
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.sweep.cells import Cell, ModelFacts
-from tlcoupling.sweep.executors import process_pool
+from tlcoupling.sweep.executors import Requeued, process_pool
 from tlcoupling.sweep.plan import Plan
 from tlcoupling.sweep.source import Group
 from tlcoupling.sweep.store import SweepStore, as_store, describe
@@ -157,6 +157,8 @@ def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> l
             on_cell(cell, error)
 
     def refuse(cells: Sequence[Cell], error: Exception, began: float) -> None:
+        if Requeued.job_ends:
+            raise error  # which is no cell's
         for cell in cells:
             store.fail(cell, error, time.perf_counter() - began)
             note(cell, describe(error))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.sweep.table import require_one_kind
 
 Missing = Literal["error", "drop"]
 # A pandas.DataFrame. What its own types say of a column or a group (a Series, an array or a frame) cannot be checked.
@@ -178,7 +179,7 @@ def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
         rows = rows[rows["random_seed"].isna()]
     if rows.empty:
         raise ArgumentError("table", f"{len(table)} rows", "measurements of trained models; there is none")
-    _require_one_kind(rows, which)
+    _require_comparable(rows, which)
     columns, nulls = (
         [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False, sort=False).first()],
         {},
@@ -211,7 +212,7 @@ def _of_models(rows: Frame) -> list[str]:
     return [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
 
 
-def _require_one_kind(rows: Frame, which: list[str]) -> None:
+def _require_comparable(rows: Frame, which: list[str]) -> None:
     """Refuse to average over what the scores do not tell apart, and say where prompts differ."""
     for name in _WHICH[1:]:
         if name not in which and name in rows.columns:
@@ -222,12 +223,7 @@ def _require_one_kind(rows: Frame, which: list[str]) -> None:
                     which,
                     f"a column {name!r} besides: {several.idxmax()!r} is measured at {several.max()} of them",
                 )
-    if "settings" in rows.columns and rows["settings"].nunique() > 1:
-        raise ArgumentError(
-            "table",
-            f"{rows['settings'].nunique()} different settings",
-            "measurements of one kind: choose the rows with one value of the column 'settings' and give these",
-        )
+    require_one_kind(rows, which)
     if (
         "prompt_id" in rows.columns
         and rows.groupby(which, dropna=False, sort=False)["prompt_id"].agg(frozenset).nunique() > 1

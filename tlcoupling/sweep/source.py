@@ -28,7 +28,7 @@ class Source:
         model: what its cells call it.
         revision: of a hub's model, or the folder's name in a series.
         step: training step, where it is known.
-        weights: digest of a folder's files.
+        weights: digest of a folder's files, or the name of a hub's model.
         load: what it is loaded with, as far as it changes numbers: ``dtype``, ``hooked``.
         arguments: everything else that ``tlc.load_model`` is given, such as ``device`` and ``revision``.
         local_files_only: ask nothing of a hub.

@@ -42,9 +42,9 @@ class Correlations(Result):
         rho_p: its two-sided p-value. Same axis.
         n: number of models with this measurement. Same axis.
         by_null: the share of the measurement's variance that its null explains, a function of width, K and spectrum
-            alone; NaN of what has no null. Same axis.
+            alone; NaN of what has no null, or where one of the models has none. Same axis.
         by_width: the share of its variance that lies between models of different width: the most that any function of
-            width explains. Same axis.
+            width explains; NaN where the width of one of the models is not known. Same axis.
         partial: correlation with the score while something is held fixed: the measurement's own ``null``, the exact
             width (within groups of the ``same width``), ``parameters`` (their logarithm) or ``depth``; NaN where that
             determines one of the two. ``[predictor, given]``.
@@ -167,7 +167,7 @@ def correlate(
 
     Warns:
         UserWarning: scores that are no numbers, a measurement that is the same for all models, models measured on
-            different prompts.
+            different prompts, models whose width, size or null is not known.
 
     Example:
         >>> found = tlc.correlate()  # the paper's own points  # doctest: +SKIP
@@ -214,41 +214,44 @@ def _row(
         row["rho"], row["rho_p"] = spearmanr(x, y)
     else:
         warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=3)
-    given = [_given(held, name, joined) for held in GIVEN]
-    partial = [_held_fixed(x, y, name, held, values, present) for held, values in zip(GIVEN, given, strict=True)]
+    given = {held: _given(held, name, joined, present) for held in GIVEN}
+    partial = [_held_fixed(x, y, held, values) for held, values in given.items()]
     row["partial"], row["partial_p"] = [r for r, _ in partial], [p for _, p in partial]
-    null, widths = given[0], joined.predictors.get("width")
-    row["by_null"] = np.nan if null is None else partial_correlation(x, null[present]).r ** 2
-    row["by_width"] = np.nan if widths is None else r_squared_of_groups(x, widths[present].tolist())
+    null, widths = given["null"], x if name == "width" else given["same width"]
+    row["by_null"] = np.nan if null is None else partial_correlation(x, null).r ** 2
+    row["by_width"] = np.nan if widths is None else r_squared_of_groups(x, widths.tolist())
     of = np.array(joined.families)[present]
     row["r_without"] = [partial_correlation(x[of != one], y[of != one]).r for one in families]
     return row
 
 
-def _given(held: str, name: str, joined: Joined) -> NDArray[np.float64] | None:
-    """The values of what is held fixed; None where this predictor has none, or is it."""
+def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> NDArray[np.float64] | None:
+    """What is held fixed, of the models that have a predictor.
+
+    None where this predictor has none, or is it; and where one of these models has none, with a warning.
+    """
     source = {"null": joined.nulls.get(name), "same width": "width"}.get(held, held)
-    return None if source in (None, name) else joined.predictors.get(str(source))
+    values = None if source in (None, name) else joined.predictors.get(str(source))
+    if values is None or np.isfinite(values[present]).all():
+        return None if values is None else values[present]
+    warnings.warn(
+        f"{source} is not known of every model that has {name}: nothing is said of {name} with it held fixed, nor of "
+        "what it explains",
+        stacklevel=4,
+    )
+    return None
 
 
 def _held_fixed(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    name: str,
-    held: str,
-    values: NDArray[np.float64] | None,
-    present: NDArray[np.bool_],
+    x: NDArray[np.float64], y: NDArray[np.float64], held: str, values: NDArray[np.float64] | None
 ) -> tuple[float, float]:
     """Partial correlation and p-value; NaN where there is nothing to hold fixed."""
     if values is None:
         return np.nan, np.nan
-    if not np.isfinite(values[present]).all():
-        warnings.warn(f"{held} is not known of every model that has {name}: no partial correlation", stacklevel=4)
-        return np.nan, np.nan
     if held == "same width":
-        found = partial_correlation(x, y, within=values[present].tolist())
+        found = partial_correlation(x, y, within=values.tolist())
     else:
-        found = partial_correlation(x, y, [values[present]])
+        found = partial_correlation(x, y, [values])
     return found.r, found.p
 
 

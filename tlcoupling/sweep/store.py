@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tlcoupling.analysis import Analysis
 from tlcoupling.errors import ResultFileError, StoreError, TLCouplingError
 from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.results import contents_apart_from_times, read_note, read_result, write_result
+from tlcoupling.results import read_note, read_result, write_result
+from tlcoupling.sweep.agreement import differences
 from tlcoupling.sweep.cells import Cell, ModelFacts
 
 if TYPE_CHECKING:
@@ -90,8 +91,9 @@ class SweepStore:
         return self._names(self._cells, _SUFFIX)
 
     def failed_keys(self) -> set[str]:
-        """Keys of the cells that failed and have no result since."""
-        return self._names(self._failed, ".json") - self.keys()
+        """Keys of the cells that failed and have no whole result since."""
+        failed = self._names(self._failed, ".json")
+        return failed - {key for key in failed & self.keys() if self._is_whole(key)}
 
     def _names(self, folder: Path, suffix: str) -> set[str]:
         try:
@@ -111,6 +113,13 @@ class SweepStore:
             return read_note(self.path(cell.key)).get("cell") == cell.to_json()
         except ResultFileError:
             return False
+
+    def _is_whole(self, key: str) -> bool:
+        try:
+            read_note(self.path(key))
+        except ResultFileError:
+            return False
+        return True
 
     def save(self, cell: Cell, analysis: Analysis, facts: ModelFacts) -> Path:
         """Write a cell's result, whole or not at all, and forget that it failed before.
@@ -175,12 +184,14 @@ class SweepStore:
             yield Cell.from_json(read_note(self.path(key))["cell"])
 
     def failures(self) -> list[Failure]:
-        """The cells that failed, in the order of their keys."""
+        """The cells that failed, in the order of their keys; not those of another version of the measurement."""
         found = []
         for key in sorted(self.failed_keys()):
             try:
                 content = json.loads((self._failed / f"{key}.json").read_text(encoding="utf-8"))
-                found.append(Failure(**{**content, "cell": Cell.from_json(content["cell"])}))
+                cell = Cell.from_json(content["cell"])
+                if cell.key == key:
+                    found.append(Failure(**{**content, "cell": cell}))
             except FileNotFoundError:
                 continue  # measured meanwhile, by another process
             except (OSError, KeyError, TypeError, ValueError) as error:
@@ -209,17 +220,18 @@ class SweepStore:
         Failures come along too, of cells that have no result in either.
 
         Raises:
-            StoreError: both have a cell, and the two differ in more than their times. It is found before anything is
-                copied.
+            StoreError: both have a cell, and the two results differ in more than times, versions and rounding
+                (``tlcoupling.sweep.agreement``). It is found before anything is copied.
             ResultFileError: a result file is damaged, or cannot be written.
         """
         ours, theirs = self.keys(), other.keys()
         for key in sorted(ours & theirs):
-            if contents_apart_from_times(self.path(key)) != contents_apart_from_times(other.path(key)):
-                cell = other.read(key)[0]
+            if found := differences(self.path(key), other.path(key)):
+                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
                 raise StoreError(
-                    f"{str(self.folder)!r} and {str(other.folder)!r} disagree on the cell {cell}: its two results "
-                    "differ in more than their times; remove the one that is wrong"
+                    f"two stores disagree on the cell {other.read(key)[0]}: {', '.join(found[:3])}{more} differ by "
+                    f"more than rounding; remove the one that is wrong: {str(self.path(key))!r} or "
+                    f"{str(other.path(key))!r}"
                 )
         for key in sorted(theirs - ours):
             read_note(other.path(key))

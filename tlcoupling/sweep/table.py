@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tlcoupling.analysis import Analysis
-from tlcoupling.errors import ResultFileError
+from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.files import replacing
-from tlcoupling.results import off_diagonal_mean
 from tlcoupling.sweep.cells import Cell, ModelFacts
+from tlcoupling.viz.summary import coupling_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -21,12 +20,16 @@ if TYPE_CHECKING:
 
     from tlcoupling.sweep.store import SweepStore
 
+_OUTDATED = "measured in the way of another version of tlcoupling; a sweep measures it anew"
+_ONE_ROW = ("model", "revision", "step", "settings", "prompt_id", "sublayer", "k", "k_asked")
 _MEAN = "mean over the ordered pairs of different layers, and over the tokens measured"
 COLUMNS: dict[str, tuple[str, str]] = {
     "key": ("string", "the cell's key; its file is cells/KEY.safetensors"),
     "model": ("string", "the model's name in the plan"),
     "revision": ("string", "of the model; missing for the default one"),
     "step": ("int64", "training step, where it is known"),
+    "weights": ("string", "which weights: digest of a folder's files, or a hub's name; missing for a training run"),
+    "load": ("string", "what the model was loaded with (dtype, hooked), as JSON"),
     "random_seed": ("int64", "of fresh weights (tlc.random_baseline); missing for the model itself"),
     "prompt_id": ("string", "12 hexadecimal digits of the prompt's digest"),
     "prompt": ("string", "the prompt's text, or its token ids as a JSON list"),
@@ -53,8 +56,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "cv": ("double", "its root, median over the tokens measured"),
     "rate": ("double", "growth of the log-norm per layer, mean over the tokens measured"),
     "r_squared": ("double", "of the log-norm's line over layers, mean over the tokens measured"),
-    "status": ("string", "measured, failed (see error), or damaged (its file; see error)"),
-    "error": ("string", "why it failed"),
+    "status": ("string", "measured; or without numbers (see error): failed, damaged (its file), outdated"),
+    "error": ("string", "why it failed, or has no numbers here"),
     "seconds": ("double", "wall-clock time of the measurement"),
     "commit": ("string", "of the hub's repository that the model came from, where it is known"),
     "versions": ("string", "of the packages that the numbers depend on, as JSON"),
@@ -110,12 +113,17 @@ def write_parquet(store: SweepStore, path: Path) -> Path:
 
 
 def rows(store: SweepStore) -> Iterator[dict[str, Any]]:
-    """The rows: those of measured cells in the order of their keys, then one for each that failed."""
-    for key in sorted(store.keys()):
+    """The rows: those of cells with a result in the order of their keys, then one for each that failed."""
+    for key in sorted(store.keys() - store.failed_keys()):
         try:
-            yield from rows_of_cell(*store.read(key))
+            cell, analysis, facts = store.read(key)
         except ResultFileError as error:
             yield {"key": key, "status": "damaged", "error": str(error)}
+            continue
+        if cell.key == key:
+            yield from rows_of_cell(cell, analysis, facts)
+        else:
+            yield {**_described(cell), "key": key, "status": "outdated", "error": _OUTDATED}
     for failure in store.failures():
         yield {
             **_described(failure.cell),
@@ -130,7 +138,8 @@ def _described(cell: Cell) -> dict[str, Any]:
     prompt = found["prompt"]
     return {
         "key": cell.key,
-        **{name: found[name] for name in ("model", "revision", "step", "random_seed")},
+        **{name: found[name] for name in ("model", "revision", "step", "weights", "random_seed")},
+        "load": json.dumps(found["load"], sort_keys=True),
         "prompt_id": cell.prompt_id,
         "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
         "settings": json.dumps(found["settings"], sort_keys=True),
@@ -146,28 +155,54 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[
         "n_tokens": len(analysis.tokens),
         "n_measured": len(at),
         **vars(facts),
-        "ed": growth.expodistance[at].nanmedian().item(),
-        "cv": growth.cv[at].nanmedian().item(),
+        "ed": growth.expodistance[at].nanquantile(0.5).item(),
+        "cv": growth.cv[at].nanquantile(0.5).item(),
         "rate": growth.rate[at].nanmean().item(),
         "r_squared": growth.r_squared[at].nanmean().item(),
         "status": "measured",
         "seconds": analysis.provenance.seconds,
         "versions": json.dumps(dict(analysis.provenance.versions), sort_keys=True),
     }
-    names = {"coupling": "values", **{name: name for name in ("null", "null_std", "overlap_u", "overlap_v")}}
-    means = {column: off_diagonal_mean(getattr(coupling, name)).double() for column, name in names.items()}
-    means["excess"] = means["coupling"] - means["null"]
-    means = {column: torch.nanmean(value, dim=1) for column, value in means.items()}  # [sublayer, k]
-    for i, sublayer in enumerate(coupling.sublayers):
-        path = straight.paths.index(sublayer)
-        for j, (k, asked) in enumerate(zip(coupling.ks, cell.settings.k, strict=True)):
-            yield {
-                **shared,
-                "k": k,
-                "k_asked": str(asked),
-                "sublayer": sublayer,
-                **{column: value[i, j].item() for column, value in means.items()},
-                "overlap_null": coupling.overlap_null[j].item(),
-                "lss": straight.lss[path, at].nanmean().item(),
-                "straightness": straight.straightness[path, at].nanmean().item(),
-            }
+    asked = [str(k) for k in cell.settings.k for _ in coupling.sublayers]
+    for row, k in zip(coupling_rows(coupling), asked, strict=True):
+        path = straight.paths.index(row.sublayer)
+        yield {
+            **shared,
+            **asdict(row),
+            "k_asked": k,
+            "lss": straight.lss[path, at].nanmean().item(),
+            "straightness": straight.straightness[path, at].nanmean().item(),
+        }
+
+
+def require_one_kind(table: Any, by: Sequence[str]) -> None:
+    """Refuse measurements that no mean may be taken over; columns that the table lacks are not looked at.
+
+    Args:
+        table: a DataFrame of measured rows.
+        by: the columns that tell apart what is averaged, such as model and step.
+
+    Raises:
+        ArgumentError: several settings; one model of several weights or ways of loading; a measurement that is there
+            twice.
+    """
+    if "settings" in table.columns and table["settings"].nunique() > 1:
+        raise ArgumentError("table", f"{table['settings'].nunique()} different settings", _one_of("settings"))
+    for name in ("weights", "load"):
+        if name in table.columns:
+            several = table.groupby(list(by), dropna=False, sort=False)[name].nunique(dropna=False)
+            if (several > 1).any():
+                found = f"{several.max()} different {name} of {_named(several.idxmax())}"
+                raise ArgumentError("table", found, _one_of(name))
+    same = [name for name in _ONE_ROW if name in table.columns]
+    if "prompt_id" in same and (twice := table[table.duplicated(same)])[same].size:
+        found = f"{len(twice)} rows twice, such as {_named(tuple(twice.iloc[0][list(by)]))}"
+        raise ArgumentError("table", found, "each measurement once")
+
+
+def _one_of(column: str) -> str:
+    return f"measurements of one kind: choose the rows with one value of the column {column!r} and give these"
+
+
+def _named(model: Any) -> str:
+    return "@".join(map(str, model)) if isinstance(model, tuple) else str(model)

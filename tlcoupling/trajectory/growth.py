@@ -66,7 +66,7 @@ class Growth(Result):
         """One line."""
         return (
             f"Growth({len(self.tokens)} tokens, {len(self.alpha)} layers: median ED "
-            f"{self.expodistance.nanmedian():.3f}, mean rate {self.rate.mean():.4f} per layer)"
+            f"{self.expodistance.nanquantile(0.5):.3f}, mean rate {self.rate.mean():.4f} per layer)"
         )
 
     @property
@@ -98,7 +98,7 @@ def growth(source: Any) -> Growth:
             ``Trace.from_cache``.
 
     Example:
-        >>> tlc.growth(trace).expodistance.median()  # doctest: +SKIP
+        >>> tlc.growth(trace).expodistance.nanquantile(0.5)  # doctest: +SKIP
     """
     started = time.perf_counter()
     stream = stream_of(source)

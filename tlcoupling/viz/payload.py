@@ -126,7 +126,7 @@ def growth(analysis: Analysis) -> dict[str, Any]:
     return {
         "tokens": [visible(token) for token in analysis.tokens],
         "log_norms": rounded(log_norms.T, 3),
-        "median": rounded(log_norms.nanmedian(1).values, 3),
+        "median": rounded(log_norms.nanquantile(0.5, dim=1), 3),
         "alpha": rounded(result.alpha.nanmean(1)),
         "shares": {name: rounded(share.nanmean(1)) for name, share in shares.items() if share is not None},
     }

@@ -1,4 +1,4 @@
-"""The few numbers that stand for an analysis, for the terminal and the head of the page."""
+"""The few numbers that stand for an analysis: for the terminal, the head of the page and the table of a sweep."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling import DepthCoupling
+from tlcoupling.results import off_diagonal_mean
 from tlcoupling.trajectory import Growth, Linearity
 
 
@@ -21,6 +22,7 @@ class CouplingRow:
         k: number of singular vectors compared.
         coupling: c_K.
         null: what independent random bases would give.
+        null_std: standard deviation of that for a single pair.
         excess: coupling minus null.
         overlap_u: overlap of the spaces that two layers write.
         overlap_v: overlap of the spaces that two layers read.
@@ -31,6 +33,7 @@ class CouplingRow:
     k: int
     coupling: float
     null: float
+    null_std: float
     excess: float
     overlap_u: float
     overlap_v: float
@@ -65,9 +68,10 @@ class GrowthSummary:
 
 
 def coupling_rows(coupling: DepthCoupling) -> list[CouplingRow]:
-    """One row per sublayer and K."""
+    """One row per sublayer and K, all sublayers of the first K before the second."""
     means = {
-        name: coupling.mean(name).nanmean(1) for name in ("values", "null", "excess", "overlap_u", "overlap_v")
+        name: off_diagonal_mean(getattr(coupling, name)).double().nanmean(1)
+        for name in ("values", "null", "null_std", "excess", "overlap_u", "overlap_v")
     }  # [sublayer, k] each
     return [
         CouplingRow(
@@ -95,7 +99,7 @@ def growth_summary(growth: Growth) -> GrowthSummary:
     """Median or mean over tokens, leaving out those for which a number is not defined."""
     attn, mlp = growth.attn_share, growth.mlp_share
     return GrowthSummary(
-        median_expodistance=growth.expodistance.nanmedian().item(),
+        median_expodistance=growth.expodistance.nanquantile(0.5).item(),
         mean_rate=growth.rate.nanmean().item(),
         attn_share=None if attn is None else attn.nanmean().item(),
         mlp_share=None if mlp is None else mlp.nanmean().item(),

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.sweep.table import require_one_kind
 from tlcoupling.viz.figures.select import index_of
 from tlcoupling.viz.figures.style import NULL, SUBLAYER_COLORS, WIDTH, heading, label, new_figure, settle, style
 
@@ -26,6 +27,7 @@ def training(
     """Coupling beside its null, line-shape score and expodistance over the steps of training.
 
     Lines are means over prompts, bands the middle half of the prompts. The null is dashed, in its sublayer's colour.
+    Fresh weights (a plan's ``random_baseline``) are at no step: their mean is a dotted line across each panel.
 
     Args:
         table: of ``tlc.TrainingMonitor.table()``, or of a sweep over the checkpoints of one model.
@@ -34,17 +36,22 @@ def training(
         loss_label: what that panel is of.
 
     Raises:
-        ArgumentError: a table without those columns or without steps, of several models, or a K that was not measured.
+        ArgumentError: a table without those columns or without steps, of several models, of several settings or
+            weights at one step, or a K that was not measured.
     """
     missing = [column for column in _NEEDED if column not in table]
     if missing:
         raise ArgumentError("table", list(table), f"one with columns {', '.join(missing)} too")
     rows: Any = table[table["step"].notna() & table["coupling"].notna()]
+    is_fresh = rows["random_seed"].notna() if "random_seed" in rows else rows["step"].isna()
+    rows, fresh = rows[~is_fresh], rows[is_fresh]
     names = sorted(set(rows["model"]))
     if len(names) != 1:
         raise ArgumentError("table", names, "measured steps of one model")
+    require_one_kind(rows, ["model", "step"])
     ks = sorted({int(value) for value in rows["k"]})
-    rows = rows[rows["k"] == ks[index_of("k", k, ks)]]
+    shown = ks[index_of("k", k, ks)]
+    rows, fresh = rows[rows["k"] == shown], fresh[(fresh["k"] == shown) & (fresh["model"] == names[0])]
     sublayers = [name for name in SUBLAYER_COLORS if name in set(rows["sublayer"])]
     with style():
         figure = new_figure(WIDTH, 2.7 if loss is None else 4.5)
@@ -52,14 +59,20 @@ def training(
         coupling, linearity, growth = panels[:3]
         for name in sublayers:
             part, color = rows[rows["sublayer"] == name], SUBLAYER_COLORS[name]
+            untrained = fresh[fresh["sublayer"] == name]
+            _level(coupling, untrained, "coupling", color)
+            _level(linearity, untrained, "lss", color)
             _line(coupling, part, "coupling", color, "-", name)
             _line(coupling, part, "null", color, (0, (3, 2)), "")
             _line(linearity, part, "lss", color, "-", name)
         coupling.plot([], [], color=NULL, linestyle=(0, (3, 2)), label="null")
+        if len(fresh):
+            coupling.plot([], [], color=NULL, linestyle=":", label="random")
         coupling.legend(loc="best")
         linearity.legend(loc="best")
-        coupling.set_ylabel(f"coupling c, K = {ks[index_of('k', k, ks)]}")
+        coupling.set_ylabel(f"coupling c, K = {shown}")
         linearity.set_ylabel("line-shape score (1: straight)")
+        _level(growth, fresh[fresh["sublayer"] == sublayers[0]], "ed", "#000000")
         _line(growth, rows[rows["sublayer"] == sublayers[0]], "ed", "#000000", "-", "")
         growth.set_ylabel("expodistance (0: exponential)")
         if loss is not None:
@@ -72,10 +85,17 @@ def training(
         heading(
             figure,
             "Coupling, linearity and growth along training",
-            f"{label(names[0].rpartition('/')[2])} · mean over {int(prompts.max())} prompts · band: their middle half",
+            f"{label(names[0].rpartition('/')[2])} · mean over {int(prompts.max())} prompts · band: their middle half"
+            + (" · dotted: random weights" if len(fresh) else ""),
         )
         settle(figure)
     return figure
+
+
+def _level(axes: Axes, rows: Any, column: str, color: str) -> None:
+    """The mean of fresh weights, where there are some: the same at every step."""
+    if len(rows):
+        axes.axhline(rows[column].mean(), color=color, linestyle=":", linewidth=1.0)
 
 
 def _line(axes: Axes, rows: Any, column: str, color: str, line: Any, name: str) -> None:
