@@ -11,7 +11,7 @@ from tlcoupling.errors import ResultFileError, StoreError
 from tlcoupling.results import read_note
 from tlcoupling.sweep.cells import Cell, ModelFacts
 from tlcoupling.sweep.store import SweepStore, as_store, describe
-from tlcoupling.sweep.table import _described, frame, rows_of_cell
+from tlcoupling.sweep.table import frame, row_of_failure, rows_of_cell
 
 if TYPE_CHECKING:
     import pandas
@@ -94,7 +94,3 @@ def _cells(store: SweepStore) -> Iterator[Cell]:
         except ResultFileError:
             continue
     yield from (failure.cell for failure in store.failures())
-
-
-def _failure(cell: Cell, error: Exception, seconds: float) -> dict[str, Any]:
-    return {**_described(cell), "status": "failed", "error": describe(error), "seconds": seconds}

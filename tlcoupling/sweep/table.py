@@ -123,17 +123,18 @@ def rows(store: SweepStore) -> Iterator[dict[str, Any]]:
         if cell.key == key:
             yield from rows_of_cell(cell, analysis, facts)
         else:
-            yield {**_described(cell), "key": key, "status": "outdated", "error": _OUTDATED}
+            yield {**cell_columns(cell), "key": key, "status": "outdated", "error": _OUTDATED}
     for failure in store.failures():
-        yield {
-            **_described(failure.cell),
-            "status": "failed",
-            "error": failure.error,
-            "seconds": failure.seconds,
-        }
+        yield row_of_failure(failure.cell, failure.error, failure.seconds)
 
 
-def _described(cell: Cell) -> dict[str, Any]:
+def row_of_failure(cell: Cell, error: str, seconds: float) -> dict[str, Any]:
+    """The row of a cell that could not be measured."""
+    return {**cell_columns(cell), "status": "failed", "error": error, "seconds": seconds}
+
+
+def cell_columns(cell: Cell) -> dict[str, Any]:
+    """The columns that say which cell a row is of."""
     found = cell.to_json()
     prompt = found["prompt"]
     return {
@@ -151,7 +152,7 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[
     coupling, straight, growth = analysis.coupling, analysis.linearity, analysis.growth
     at = list(coupling.positions)
     shared = {
-        **_described(cell),
+        **cell_columns(cell),
         "n_tokens": len(analysis.tokens),
         "n_measured": len(at),
         **vars(facts),
