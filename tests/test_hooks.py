@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FEW, TOKENS, Case, relative_error
+from cases import CASES, FEW, OF_EACH_CLASS, TOKENS, Case, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, HookError, ResidualIdentityError, StaleTraceError
 from tlcoupling.jacobian.engine import JacobianEngine
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
-# one of each of TransformerLens's classes that is there
-KINDS_OF_MODEL = sorted({case.name.partition("-")[0] for case in FEW} & {"bridge", "hooked"})
-of_each_class = pytest.mark.parametrize(
-    "case", [next(each for each in FEW if each.name.startswith(kind)) for kind in KINDS_OF_MODEL], ids=str
-)
+of_each_class = pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
 
 WIDTH = CASES[0].model().cfg.d_model

@@ -7,7 +7,7 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -133,6 +133,21 @@ class Trace(Stream):
     def layers_hooked_now(self) -> frozenset[int]:
         """The blocks in whose Jacobians hooks act that are attached now, apart from those that the trace keeps."""
         return hooked_layers(self._points, self.n_layers)
+
+    @contextlib.contextmanager
+    def hooks_attached(self) -> Iterator[None]:
+        """Attach the hooks that the trace keeps, for a run of the whole model, in which each has to be called.
+
+        Raises:
+            ArgumentError: one was not, so that it would be left out without a word.
+        """
+        with self._hooks.attached():
+            yield
+        self._hooks.require_fired("")
+
+    def hooked_outside_blocks(self) -> bool:
+        """Whether hooks of the user's are attached to points outside the blocks: embeddings, final norm, logits."""
+        return has_user_hooks([point for name, point in self._points.items() if not name.startswith("blocks.")])
 
     def point(self, layer: int, name: str) -> Any | None:
         """The hook point ``blocks.{layer}.{name}``, None where the model has none."""

@@ -122,14 +122,17 @@ class UserHooks:
         finally:
             context.__exit__(None, None, None)
 
-    def require_fired(self) -> None:
-        """Check that each hook on a named point of the blocks was called in the forward pass.
+    def require_fired(self, prefix: str = "blocks.") -> None:
+        """Check that each hook on a named point was called in a forward pass.
+
+        Args:
+            prefix: of the names that the pass reached; a trace's ends with the blocks.
 
         Raises:
             ArgumentError: one was not, so it would be left out without a word.
         """
         for name, _ in self.hooks:
-            if isinstance(name, str) and name.startswith("blocks.") and name not in self._fired:
+            if isinstance(name, str) and name.startswith(prefix) and name not in self._fired:
                 allowed = "hook points that the forward pass of this model calls; this one is switched off (a model's "
                 raise ArgumentError("fwd_hooks", name, allowed + "set_use_...(True) switches some on) or unused")
 
