@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -366,6 +367,68 @@ def test_a_propagation_through_a_patched_stream_ends_there(case: Case):
     trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.2.hook_resid_pre", patch)])
     found = tlc.linearized(trace, torch.ones(WIDTH, dtype=torch.float64), pos=3, tokens="all")
     assert (found[:2].norm(dim=(1, 2)) > 0).all() and (found[2:] == 0).all()
+
+
+def triple_last(module: Any, args: Any, output: Any) -> Any:
+    """A hook of PyTorch's own, on the last position alone."""
+    whole = output[0] if isinstance(output, tuple) else output
+    scaled = torch.cat([whole[:, :-1], 3 * whole[:, -1:]], 1)
+    return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+
+@contextmanager
+def registered(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(function)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@of_each_class
+@pytest.mark.parametrize("part", ["mlp", "attn"])
+def test_hooks_registered_on_modules_are_followed(case: Case, part: str):
+    """Where only the last position is edited, the closed form holds at all others."""
+    model = case.model()
+    clean = tlc.trace(model, TOKENS)
+    assert clean.hooked_layers == frozenset()
+    before = {pos: tlc.residual_jacobian(clean, 1, part, pos, pos).dense() for pos in (0, 6)}
+    module = getattr(model.blocks[1], part)
+    if case.name.startswith("bridge"):  # whose own output is behind the hook point of the write
+        with (
+            registered(module, triple_last),
+            pytest.raises(ResidualIdentityError, match="registered on a module behind its hook point"),
+        ):
+            tlc.trace(model, TOKENS)
+        module = module.out if part == "mlp" else module.o
+    with registered(module, triple_last):
+        trace = tlc.trace(model, TOKENS)
+        assert trace.hooked_layers == {1}
+        engine = JacobianEngine(trace)
+        for pos, factor in ((0, 1.0), (6, 3.0)):
+            found = engine.operator(1, part, pos, pos).dense()
+            assert relative_error(found, factor * before[pos]) < case.tolerance, pos
+        _, truth = brute_force(model, [], 1, 6, 6)
+        found = engine.operator(1, "block", 6, 6).dense()
+        assert relative_error(found, truth - torch.eye(WIDTH, dtype=torch.float64)) < case.tolerance
+        assert engine.used == {part: "autograd", "block": "autograd"}
+    with pytest.raises(StaleTraceError):
+        tlc.residual_jacobian(trace, 1, part)
+    assert tlc.trace(model, TOKENS).hooked_layers == frozenset()
+
+
+@of_each_class
+def test_a_hook_registered_on_a_hook_point_acts_where_the_point_is(case: Case):
+    model = case.model()
+    point = model.hook_dict["blocks.2.hook_resid_pre"]
+    with registered(point, lambda module, args, output: torch.tanh(output)):
+        trace = tlc.trace(model, TOKENS)
+        assert trace.hooked_layers == {1}
+        assert trace.edits is not None and trace.edits[1].norm() > 0
+        out, truth = brute_force(model, [], 1, 6, 6)
+        assert relative_error(trace.resid[2, 6], out) < case.tolerance
+        found = tlc.residual_jacobian(trace, 1, "block").dense()
+        assert relative_error(found, truth - torch.eye(WIDTH, dtype=torch.float64)) < case.tolerance
 
 
 def test_a_hook_that_is_not_smooth_is_said_to_be_once():

@@ -178,14 +178,14 @@ class Stream:
         worst = self._identity_gaps()
         if (worst <= tolerance).all():
             return
-        layer = int((worst > tolerance).nonzero()[0])
+        layer = int((~(worst <= tolerance)).nonzero()[0])
         raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.mlp_out is not None)
 
     def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
         gap = relative_gap(self.resid_mid, hooked).amax(-1)
         if (gap <= tolerance).all():
             return
-        layer = int((gap > tolerance).nonzero()[0])
+        layer = int((~(gap <= tolerance)).nonzero()[0])
         raise mid_is_another(layer, float(gap[layer]), tolerance)
 
 
@@ -211,8 +211,9 @@ def writes_do_not_add_up(layer: int, gap: float, tolerance: float, has_mlp: bool
         f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
         "add to the stream and a split by sublayer would be wrong. An architecture that rescales or reorders its "
-        "writes does this, and so do hooks that edit hook_resid_mid (edit hook_attn_out instead) or, in a cache, "
-        "hook_resid_post or hook_resid_pre (a trace with fwd_hooks= tells their share apart)"
+        "writes does this, and so do hooks that edit hook_resid_mid (edit hook_attn_out instead), hooks registered on "
+        "a module behind its hook point, or, in a cache, hooks that edit hook_resid_post or hook_resid_pre (a trace "
+        "with fwd_hooks= tells their share apart)"
     )
 
 

@@ -34,7 +34,7 @@ from tlcoupling.hooked import (
 from tlcoupling.prompt import to_str_tokens, to_tokens
 from tlcoupling.results import Provenance
 from tlcoupling.stream import IDENTITY_TOLERANCE, Stream, plain, relative_gap
-from tlcoupling.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers
+from tlcoupling.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 
 PATTERN = "attn.hook_pattern"
 
@@ -47,8 +47,8 @@ class Trace(Stream):
         model: the model, as it was given.
         tokens: token ids, ``[pos]``.
         str_tokens: the tokens as text.
-        hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``
-            and those attached by ``model.hooks(...)``.
+        hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``,
+            those attached by ``model.hooks(...)`` and those registered on modules.
     """
 
     model: Any
@@ -132,7 +132,7 @@ class Trace(Stream):
 
     def layers_hooked_now(self) -> frozenset[int]:
         """The blocks in whose Jacobians hooks act that are attached now, apart from those that the trace keeps."""
-        return hooked_layers(self._points, self.n_layers)
+        return hooked_layers(self._points, self.model.blocks)
 
     @contextlib.contextmanager
     def hooks_attached(self) -> Iterator[None]:
@@ -146,8 +146,8 @@ class Trace(Stream):
         self._hooks.require_fired("")
 
     def hooked_outside_blocks(self) -> bool:
-        """Whether hooks of the user's are attached to points outside the blocks: embeddings, final norm, logits."""
-        return has_user_hooks([point for name, point in self._points.items() if not name.startswith("blocks.")])
+        """Whether hooks of the user's act outside the blocks now: on embeddings, final norm or logits."""
+        return hooked_outside_blocks(self.model, self._points)
 
     def point(self, layer: int, name: str) -> Any | None:
         """The hook point ``blocks.{layer}.{name}``, None where the model has none."""
@@ -281,10 +281,12 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
     """Run a model once on a prompt and keep its residual stream.
 
     Hooks act on the forward pass and on every Jacobian that is taken from the trace: those of ``fwd_hooks``, which the
-    trace keeps, and those attached by ``with model.hooks(...)``, which have to stay attached as long as it is used. The
-    Jacobian of block l is that of x^{l+1} with respect to x^l, each as a block reads it: it sees hooks within the
-    block, on its ``hook_resid_post`` and on the next ``hook_resid_pre``, while its own ``hook_resid_pre`` makes x^l.
-    An activation that a hook replaces by constants passes no derivative on.
+    trace keeps, and those attached by ``with model.hooks(...)`` or registered on modules (``register_forward_hook``),
+    which have to stay as long as it is used. The Jacobian of block l is that of x^{l+1} with respect to x^l, each as a
+    block reads it: it sees hooks within the block, on its ``hook_resid_post`` and on the next ``hook_resid_pre``, while
+    its own ``hook_resid_pre`` makes x^l. An activation that a hook replaces by constants passes no derivative on. A
+    module whose ``forward`` was replaced counts as the model's own: ``engine="autograd"`` follows it wherever it goes,
+    while a closed form is held against it at the first position that is asked for.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
@@ -311,7 +313,7 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
     topology = topology_of_model(model)
     user_hooks = UserHooks.of(model, points, fwd_hooks)
     with user_hooks.attached():
-        hooked = hooked_layers(points, n_layers)
+        hooked = hooked_layers(points, model.blocks)
         outputs = [block_hook(layer, "hook_resid_post") for layer in range(n_layers)]
         between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, n_layers)]
         edited = has_user_hooks([*between, *(points[name] for name in outputs)])
