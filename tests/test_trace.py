@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from cases import CASES, TOKENS, Case, tiny_tokenizer
+from cases import CASES, OF_EACH_CLASS, TOKENS, Case, tiny_tokenizer
 
 import tlcoupling as tlc
 from tlcoupling.errors import (
@@ -78,6 +78,56 @@ def test_a_cache_of_other_tokens_is_refused(model: torch.nn.Module):
         tlc.Trace.from_cache(model, cache, TOKENS.flip(0))
     with pytest.raises(ArgumentError, match=r"tokens='6 tokens' .*the 7 tokens of the cache"):
         tlc.Trace.from_cache(model, cache, TOKENS[:6])
+
+
+def massive_first(size: float) -> list:
+    """Hooks that lengthen the first token's stream, as trained models do."""
+
+    def lengthen(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x = x.clone()
+        x[:, 0] *= size
+        return x
+
+    return [("blocks.0.hook_resid_pre", lengthen)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
+def test_a_cache_is_held_against_the_model_at_each_position(case: Case, dtype: torch.dtype):
+    """The first token's norm, thousands of times the others', hides no other last token."""
+    model, hooks = case.model(dtype), massive_first(5000.0)
+    with model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(TOKENS[None])
+        _, other = model.run_with_cache(torch.cat([TOKENS[:-1], TOKENS[:1]])[None])
+    streams = [
+        torch.stack([each[f"blocks.{layer}.hook_resid_pre"][0].float() for layer in range(3)])
+        for each in (cache, other)
+    ]
+    # all that one norm over all positions sees: within half precision's tolerance
+    assert (streams[0] - streams[1]).norm() < 2e-2 * streams[0].norm()
+    trace = tlc.Trace.from_cache(model, cache, TOKENS, fwd_hooks=hooks)
+    assert trace.resid.dtype == torch.float32
+    with pytest.raises(StaleTraceError, match="position 6: .* off"):
+        tlc.Trace.from_cache(model, other, TOKENS, fwd_hooks=hooks)
+
+
+@pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
+def test_a_model_that_has_changed_at_one_short_position_is_refused(case: Case):
+    model = case.model(torch.float32)
+    trace = tlc.trace(model, TOKENS, fwd_hooks=massive_first(1e4))
+
+    def nudge(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x = x.clone()
+        x[:, 5] *= 1.01
+        return x
+
+    change = 0.01 * trace.resid[2, 5].norm()
+    assert change < 1e-4 * trace.resid[2].norm()  # within the tolerance of one norm over all positions
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", nudge)]),
+        pytest.raises(StaleTraceError, match="block of layer 1 .*off at position 5"),
+    ):
+        tlc.residual_jacobian(trace, 1, "block")
 
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_attn_out", "blocks.2.hook_resid_post", "blocks.0.hook_resid_pre"])

@@ -189,10 +189,15 @@ class Stream:
         raise mid_is_another(layer, float(gap[layer]), tolerance)
 
 
-def relative_gap(found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest"]:
-    """||found - truth|| / ||truth|| along the last axis; 0 where the two are equal, zeros included."""
+def relative_gap(
+    found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"], shortest: float = 0.0
+) -> Float[Tensor, "*rest"]:
+    """||found - truth|| / ||truth|| along the last axis; 0 where the two are equal, zeros included.
+
+    A truth shorter than ``shortest`` counts as that long.
+    """
     gap = (found - truth).norm(dim=-1)
-    return torch.where(gap > 0, gap / truth.norm(dim=-1), gap)
+    return torch.where(gap > 0, gap / truth.norm(dim=-1).clamp_min(shortest), gap)
 
 
 def not_finite(layer: int, n_layers: int, pos: int) -> NonFiniteActivationError:
