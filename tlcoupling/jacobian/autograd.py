@@ -231,7 +231,8 @@ def output_at(
     if head is not None:
         weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
         given = kept.get("attn.hook_out")
-        factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach())
+        normed = isinstance(getattr(trace.model.blocks[layer], "ln1_post", None), nn.Module)
+        factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach(), normed)
         return factor * (kept[source][0, dest, head] @ weight)
     if sublayer == "block":
         return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]
