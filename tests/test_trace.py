@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +142,37 @@ def test_a_cache_that_lacks_a_hook_names_it(model: torch.nn.Module, name: str):
         tlc.Trace.from_cache(model, activations, TOKENS)
     with pytest.raises(MissingHookError, match="no hook point of any block"):
         tlc.growth({"hook_embed": torch.zeros(1, 2, 3)})
+
+
+def test_the_advice_on_what_to_cache_is_enough(model: torch.nn.Module):
+    """A plain dictionary of the hook points that the error names gives the numbers of the whole cache."""
+    _, cache = model.run_with_cache(TOKENS[None])
+    with pytest.raises(MissingHookError) as raised:
+        tlc.linearity({"blocks.0.hook_resid_pre": cache["blocks.0.hook_resid_pre"]})
+    advised = set(re.findall(r"hook_\w+", str(raised.value).partition("a measurement needs")[2]))
+    activations = {name: value for name, value in cache.items() if name.rpartition(".")[2] in advised}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tlc.linearity(activations).paths == tlc.linearity(cache).paths
+        assert tlc.growth(activations).attn_share is not None
+        tlc.linearity(cache)  # a cache that knows its model
+
+
+def test_a_topology_that_is_a_guess_is_said_to_be(model: torch.nn.Module):
+    _, cache = model.run_with_cache(TOKENS[None])
+    activations = {name: value for name, value in cache.items() if not name.endswith("hook_resid_mid")}
+    for measure in (tlc.linearity, tlc.growth, tlc.trajectory_components):
+        with pytest.warns(UserWarning, match="taken as parallel: .*cache hook_resid_mid too"):
+            measure(activations)
+
+
+@pytest.mark.parametrize("name", ["hook_attn_out", "hook_resid_mid"])
+def test_writes_that_are_not_finite_name_their_block(model: torch.nn.Module, name: str):
+    _, cache = model.run_with_cache(TOKENS[None])
+    activations = {each: value.clone() for each, value in cache.items()}
+    activations[f"blocks.1.{name}"][0, 3] = float("nan")
+    with pytest.raises(ResidualIdentityError, match="block 1: .* by nan of its norm"):
+        tlc.linearity(activations)
 
 
 def test_a_batch_is_refused(model: torch.nn.Module):

@@ -5,6 +5,7 @@ It comes from the activations of a trace or of a cache; nothing here runs a mode
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -237,6 +238,10 @@ def stream_of(source: Any) -> Stream:
 
     Raises:
         MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
+
+    Warns:
+        UserWarning: a dictionary that names no model lacks ``hook_resid_mid``: parallel blocks have none, but it may
+            have been left out.
     """
     if isinstance(source, Stream):
         return source
@@ -248,6 +253,13 @@ def stream_of(source: Any) -> Stream:
         )
     model = getattr(source, "model", None)
     topology = topology_of(activations) if model is None else topology_of_model(model)
+    if model is None and topology == "parallel":
+        warnings.warn(
+            "the activations hold no hook_resid_mid and name no model, so that their blocks are taken as parallel: no "
+            "sublayer path, no shares of growth. Where the blocks are sequential, cache hook_resid_mid too; an "
+            "ActivationCache settles it by its model",
+            stacklevel=3,
+        )
     return Stream.from_activations(activations, max(layers) + 1, topology)
 
 
@@ -286,5 +298,6 @@ def without_batch(tensor: Float[Tensor, "..."], name: str) -> Float[Tensor, "pos
 def _how_to_cache(name: str) -> str:
     return (
         f"Cache it with model.run_with_cache(tokens), or name it in names_filter: {name!r}; a measurement needs "
-        "hook_resid_pre, hook_attn_out and hook_mlp_out of every block and hook_resid_post of the last one"
+        "hook_resid_pre, hook_attn_out, hook_mlp_out and, where the model has it, hook_resid_mid of every block, and "
+        "hook_resid_post of the last one"
     )
