@@ -20,10 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.hooked import attached, lifted_model
+from tlcoupling.hooked import attached
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import require_same_product
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.lifting import lifted_model
 from tlcoupling.results import Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace

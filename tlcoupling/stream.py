@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.cache import fetch, how_to_cache, plain
 from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
 from tlcoupling.hooked import Topology, block_hook, topology_of, topology_of_model
 
@@ -191,7 +192,7 @@ class Stream:
 
 
 def relative_gap(
-    found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"], shortest: float = 0.0
+    found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"], *, shortest: float = 0.0
 ) -> Float[Tensor, "*rest"]:
     """||found - truth|| / ||truth|| along the last axis; 0 where the two are equal, zeros included.
 
@@ -248,9 +249,7 @@ def stream_of(source: Any) -> Stream:
     activations = plain(source)
     layers = {int(name.split(".")[1]) for name in activations if name.startswith("blocks.")}
     if not layers:
-        raise MissingHookError(
-            f"the cache holds no hook point of any block. {_how_to_cache('blocks.0.hook_resid_pre')}"
-        )
+        raise MissingHookError(f"the cache holds no hook point of any block. {how_to_cache('blocks.0.hook_resid_pre')}")
     model = getattr(source, "model", None)
     topology = topology_of(activations) if model is None else topology_of_model(model)
     if model is None and topology == "parallel":
@@ -261,43 +260,3 @@ def stream_of(source: Any) -> Stream:
             stacklevel=3,
         )
     return Stream.from_activations(activations, max(layers) + 1, topology)
-
-
-def plain(cache: Any) -> Mapping[str, Tensor]:
-    """The dictionary inside an ``ActivationCache``, whose own look-up accepts shorthands and rejects ``in``."""
-    return getattr(cache, "cache_dict", cache)
-
-
-def fetch(activations: Mapping[str, Tensor], name: str) -> Float[Tensor, "pos d_model"]:
-    """One recorded activation without its batch axis.
-
-    Raises:
-        MissingHookError: it was not recorded.
-        ArgumentError: a batch, or no activation of the stream.
-    """
-    if name not in activations:
-        raise MissingHookError(f"the cache lacks {name!r}. {_how_to_cache(name)}")
-    return without_batch(activations[name], name)
-
-
-def without_batch(tensor: Float[Tensor, "..."], name: str) -> Float[Tensor, "pos d_model"]:
-    """One activation of the stream without its batch axis.
-
-    Raises:
-        ArgumentError: a batch, or another number of axes.
-    """
-    if tensor.ndim == 3:
-        if tensor.shape[0] != 1:
-            raise ArgumentError("batch", tensor.shape[0], "a batch of one: trace each prompt by itself")
-        tensor = tensor[0]
-    if tensor.ndim != 2:
-        raise ArgumentError(name, tuple(tensor.shape), "a shape of [pos, d_model] or [1, pos, d_model]")
-    return tensor
-
-
-def _how_to_cache(name: str) -> str:
-    return (
-        f"Cache it with model.run_with_cache(tokens), or name it in names_filter: {name!r}; a measurement needs "
-        "hook_resid_pre, hook_attn_out, hook_mlp_out and, where the model has it, hook_resid_mid of every block, and "
-        "hook_resid_post of the last one"
-    )

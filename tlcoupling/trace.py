@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlcoupling.cache import plain
 from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
 from tlcoupling.hooked import (
     BlockCall,
@@ -24,16 +25,16 @@ from tlcoupling.hooked import (
     Hook,
     attached,
     block_hook,
-    lifted_parts,
     model_name_of,
     norms_are_folded,
     record_forward,
     require_supported,
     topology_of_model,
 )
+from tlcoupling.lifting import lifted_parts
 from tlcoupling.prompt import to_str_tokens, to_tokens
 from tlcoupling.results import Provenance
-from tlcoupling.stream import IDENTITY_TOLERANCE, Stream, plain, relative_gap
+from tlcoupling.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 
 PATTERN = "attn.hook_pattern"
@@ -279,7 +280,7 @@ class Trace(Stream):
         wrote = {"block": self.resid[1:], "attn": self.attn_out, "mlp": self.mlp_out}[sublayer][layer]
         positions = range(self.n_tokens) if rows is None else rows
         then = wrote[list(positions)]
-        gaps = relative_gap(now.detach().to(then), then, _SHORT * float(wrote.norm(dim=-1).median()))
+        gaps = relative_gap(now.detach().to(then), then, shortest=_SHORT * float(wrote.norm(dim=-1).median()))
         worst = int(gaps.argmax())  # a NaN counts as the largest
         if not gaps[worst] <= IDENTITY_TOLERANCE[then.dtype]:
             raise StaleTraceError(

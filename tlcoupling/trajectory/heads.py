@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
+from tlcoupling.lifting import lifted
 from tlcoupling.results import Result
 from tlcoupling.trace import IDENTITY_TOLERANCE, Trace
 

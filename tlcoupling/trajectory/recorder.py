@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.cache import without_batch
 from tlcoupling.errors import MissingHookError, TLCouplingError, UnsupportedModelError
 from tlcoupling.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
 from tlcoupling.results import Provenance
@@ -22,7 +23,6 @@ from tlcoupling.stream import (
     mid_is_another,
     not_finite,
     relative_gap,
-    without_batch,
     writes_do_not_add_up,
 )
 from tlcoupling.trajectory.growth import Growth, growth_of_norms
