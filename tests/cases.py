@@ -240,6 +240,12 @@ _REPRESENTATIVE = {
 _OF_BOTH_CLASSES = {"bridge-gpt2", "bridge-gemma2", "hooked-gated", "hooked-parallel", "hooked-attention-only"}
 # each topology, gated and rotary and grouped, soft-capped: for tests that are slow or independent of the rest
 FEW = [case for case in CASES if case.name in (_OF_BOTH_CLASSES if _ON_3 else _REPRESENTATIVE)]
+# the first of each of TransformerLens's classes that is there: for tests of what does not depend on the architecture
+OF_EACH_CLASS = [
+    next(case for case in FEW if case.name.startswith(kind))
+    for kind in ("bridge", "hooked")
+    if any(case.name.startswith(kind) for case in FEW)
+]
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
 

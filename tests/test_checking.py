@@ -7,6 +7,7 @@ import torch
 from cases import CASES, TOKENS, Case
 
 import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.maps import NormMap
 
 
@@ -24,6 +25,23 @@ def test_a_wrong_closed_form_falls_back_with_its_reason(monkeypatch: pytest.Monk
     found = tlc.check(CASES[0].model(), TOKENS, layers=[1])
     assert [one.outcome for one in found.findings] == ["holds"] + ["falls back"] * 3
     assert all("misses the module's own derivative" in one.detail for one in found.findings[1:])
+
+
+def test_a_gap_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """In one of several comparisons: the larger of a number and NaN may be either."""
+    gaps = iter([[1e-9, 1e-9], [float("nan"), 1e-9]] + 10 * [[1e-9, 1e-9]])
+    monkeypatch.setattr("tlcoupling.checking._gaps", lambda found, truth: next(gaps))
+    found = tlc.check(CASES[0].model(), TOKENS, layers=[1])
+    assert [one.outcome for one in found.findings] == ["holds", "refused", "holds", "holds"]
+    assert "nan from autograd" in found.findings[1].detail
+
+
+def test_layers_are_resolved():
+    model = CASES[0].model()
+    for layers in ([], [3], [-4], [1, 1]):
+        with pytest.raises(ArgumentError, match="layers="):
+            tlc.check(model, TOKENS, layers=layers)
+    assert tlc.check(model, TOKENS, layers=[-1]).findings[1].what == "block Jacobians of layers 2"
 
 
 def test_what_cannot_be_measured_is_refused_with_the_reason():

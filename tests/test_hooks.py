@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FEW, TOKENS, Case, relative_error
+from cases import CASES, FEW, OF_EACH_CLASS, TOKENS, Case, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, HookError, ResidualIdentityError, StaleTraceError
 from tlcoupling.jacobian.engine import JacobianEngine
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
+of_each_class = pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
 
 WIDTH = CASES[0].model().cfg.d_model
@@ -303,17 +305,139 @@ def test_hooks_that_detach_the_graph_are_refused(case: Case, kind: str, attach: 
     with model.hooks(fwd_hooks=hooks if attach == "context" else []):
         trace = tlc.trace(model, TOKENS, fwd_hooks=hooks if attach == "fwd_hooks" else ())
         for sublayer in ("attn", "block"):
-            with pytest.raises(HookError, match=f"layer 1, {sublayer}: autograd does not see all that is run"):
+            with pytest.raises(HookError, match=f"layer 1, {sublayer} .*: autograd does not see all that is run"):
                 tlc.residual_jacobian(trace, 1, sublayer)
         tlc.residual_jacobian(trace, 0, "block")
 
 
-def test_a_hook_that_is_not_smooth_is_said_to_be():
+def detach_at(*positions: int) -> Callable[..., torch.Tensor]:
+    """A splice that hides its derivative at some positions, as an autoencoder run on those alone."""
+
+    def splice(write: torch.Tensor, hook: Any) -> torch.Tensor:
+        write = write.clone()
+        for pos in positions:
+            write[:, pos] = autoencode(write[:, pos]).detach()
+        return write
+
+    return splice
+
+
+@of_each_class
+def test_a_graph_detached_at_one_position_is_found_there(case: Case):
+    """The check of one position says nothing of another."""
+    trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.1.hook_attn_out", detach_at(5))])
+    for measure in (
+        lambda: tlc.depth_coupling(trace, 2, tokens=[2, 5]),
+        lambda: tlc.context_coupling(trace, fixed="src", position=2, k=2, sublayers="attn", layers=[1]),
+    ):
+        with pytest.raises(HookError, match="layer 1, .*to 5: autograd does not see all"):
+            measure()
+    engine = JacobianEngine(trace)
+    for src, dest in ((2, 2), (2, 4), (5, 6)):
+        engine.operator(1, "attn", src, dest)
+    with pytest.raises(HookError, match="layer 1, attn from position 2 to 5"):
+        engine.operator(1, "attn", 2, 5)
+
+
+@of_each_class
+def test_a_propagation_through_all_tokens_checks_what_hooks_hide(case: Case):
+    """At the token that is moved, at a later one that reads it, and nowhere where the hook is out of reach."""
+    move = torch.randn(WIDTH, dtype=torch.float64)
+    for pos, hidden in ((3, 3), (3, 5)):
+        trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.1.hook_attn_out", detach_at(hidden))])
+        for measure in (tlc.linearized, tlc.linearization_gap):
+            with pytest.raises(HookError, match=f"layer 1, block at position {hidden}: autograd does not see all"):
+                measure(trace, move, pos=pos, tokens="all")
+    # a token before the one that moves; and a hook whose derivative is all there
+    for hooks in ([("blocks.1.hook_attn_out", detach_at(2))], KINDS["write autoencoder"]):
+        trace = tlc.trace(case.model(), TOKENS, fwd_hooks=hooks)
+        found = tlc.linearized(trace, move, pos=3, tokens="all")
+        small = 1e-4 * trace.resid[0, 3].norm() / move.norm()  # errors of the order of the step
+        moved = trace.resid[0].clone()
+        moved[3] += small * move
+        for layer in range(3):
+            with torch.no_grad():
+                moved = trace.run_block(layer, moved[None], {})[0]
+        assert relative_error((moved - trace.resid[3])[3:] / small, found[-1]) < 1e-2
+
+
+@of_each_class
+def test_a_propagation_through_a_patched_stream_ends_there(case: Case):
+    patch = hook(lambda x: torch.ones_like(x))
+    trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.2.hook_resid_pre", patch)])
+    found = tlc.linearized(trace, torch.ones(WIDTH, dtype=torch.float64), pos=3, tokens="all")
+    assert (found[:2].norm(dim=(1, 2)) > 0).all() and (found[2:] == 0).all()
+
+
+def triple_last(module: Any, args: Any, output: Any) -> Any:
+    """A hook of PyTorch's own, on the last position alone."""
+    whole = output[0] if isinstance(output, tuple) else output
+    scaled = torch.cat([whole[:, :-1], 3 * whole[:, -1:]], 1)
+    return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+
+@contextmanager
+def registered(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(function)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@of_each_class
+@pytest.mark.parametrize("part", ["mlp", "attn"])
+def test_hooks_registered_on_modules_are_followed(case: Case, part: str):
+    """Where only the last position is edited, the closed form holds at all others."""
+    model = case.model()
+    clean = tlc.trace(model, TOKENS)
+    assert clean.hooked_layers == frozenset()
+    before = {pos: tlc.residual_jacobian(clean, 1, part, pos, pos).dense() for pos in (0, 6)}
+    module = getattr(model.blocks[1], part)
+    if case.name.startswith("bridge"):  # whose own output is behind the hook point of the write
+        with (
+            registered(module, triple_last),
+            pytest.raises(ResidualIdentityError, match="registered on a module behind its hook point"),
+        ):
+            tlc.trace(model, TOKENS)
+        module = module.out if part == "mlp" else module.o
+    with registered(module, triple_last):
+        trace = tlc.trace(model, TOKENS)
+        assert trace.hooked_layers == {1}
+        engine = JacobianEngine(trace)
+        for pos, factor in ((0, 1.0), (6, 3.0)):
+            found = engine.operator(1, part, pos, pos).dense()
+            assert relative_error(found, factor * before[pos]) < case.tolerance, pos
+        _, truth = brute_force(model, [], 1, 6, 6)
+        found = engine.operator(1, "block", 6, 6).dense()
+        assert relative_error(found, truth - torch.eye(WIDTH, dtype=torch.float64)) < case.tolerance
+        assert engine.used == {part: "autograd", "block": "autograd"}
+    with pytest.raises(StaleTraceError):
+        tlc.residual_jacobian(trace, 1, part)
+    assert tlc.trace(model, TOKENS).hooked_layers == frozenset()
+
+
+@of_each_class
+def test_a_hook_registered_on_a_hook_point_acts_where_the_point_is(case: Case):
+    model = case.model()
+    point = model.hook_dict["blocks.2.hook_resid_pre"]
+    with registered(point, lambda module, args, output: torch.tanh(output)):
+        trace = tlc.trace(model, TOKENS)
+        assert trace.hooked_layers == {1}
+        assert trace.edits is not None and trace.edits[1].norm() > 0
+        out, truth = brute_force(model, [], 1, 6, 6)
+        assert relative_error(trace.resid[2, 6], out) < case.tolerance
+        found = tlc.residual_jacobian(trace, 1, "block").dense()
+        assert relative_error(found, truth - torch.eye(WIDTH, dtype=torch.float64)) < case.tolerance
+
+
+def test_a_hook_that_is_not_smooth_is_said_to_be_once():
     case = FEW[0]
     jagged = hook(lambda x: x + 0.3 * torch.sign(torch.sin(1e4 * x)))
     trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.1.hook_attn_out", jagged)])
-    with pytest.warns(UserWarning, match="differences, which do not settle"):
-        tlc.residual_jacobian(trace, 1, "attn")
+    with pytest.warns(UserWarning, match="layer 1, attn .*differences, which do not settle") as said:
+        tlc.context_coupling(trace, fixed="dest", position=6, k=2, sublayers="attn", layers=[1])
+    assert sum("do not settle" in str(one.message) for one in said) == 1
 
 
 def test_an_edit_in_place_that_the_derivative_cannot_take_is_named():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from cases import CASES, TOKENS, Case, relative_error
@@ -165,6 +167,36 @@ def test_lower_precisions_stay_near_their_own_lift(case: Case, dtype: torch.dtyp
     couplings = [tlc.depth_coupling(one, 3).values.double() for one in (trace, reference)]
     allowed = {torch.float32: 1e-4, torch.bfloat16: 1e-3}[dtype]
     assert (couplings[0] - couplings[1]).abs().max() < allowed
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "qk-norm" in case.name or "qwen3" in case.name], ids=str)
+def test_norms_of_queries_and_keys_are_read_in_float32(case: Case):
+    """A half-precision norm rounds what it gives to 4e-3, and would fit no formula to 1e-4."""
+    engine = JacobianEngine(tlc.trace(case.model(torch.bfloat16), TOKENS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if "attn" in case.analytic else "ignore")
+        engine.operator(1, "attn", 2, 5)
+    assert engine.used == {"attn": "analytic" if "attn" in case.analytic else "autograd"}
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("bridge-gemma2", "bridge-olmo2", "hooked-sandwich")], ids=str
+)
+def test_a_post_norm_of_equal_gains_is_no_factor_of_the_write(case: Case):
+    """Row by row, 1 / r is such a factor; where one row is run, it must not be taken for one."""
+    model = tlc.random_baseline(case.model())
+    trace = tlc.trace(model, TOKENS)
+    engine, oracle = JacobianEngine(trace, "auto", dests=[6]), JacobianEngine(trace, "autograd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sublayer in trace.sublayers:
+            found, truth = (each.operator(1, sublayer, 6, 6).dense() for each in (engine, oracle))
+            assert relative_error(found, truth) < case.tolerance
+    # the first token sees itself alone: its Jacobians are those of a prompt of one
+    alone = tlc.trace(model, TOKENS[:1])
+    for name in ("analytic", "autograd"):
+        found, truth = (tlc.residual_jacobian(each, 1, "attn", 0, 0, head=1, engine=name) for each in (alone, trace))
+        assert relative_error(found.dense(), truth.dense()) < case.tolerance, name
 
 
 @each_case

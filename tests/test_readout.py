@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, FEW, TOKENS, Case
+from cases import CASES, FEW, OF_EACH_CLASS, TOKENS, Case
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
+from tlcoupling.errors import ArgumentError, HookError, StaleTraceError, UnsupportedModelError
 from tlcoupling.readout import RANDOM_DIRECTIONS, readout_jacobian
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
+of_each_class = pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
 EXACT = [case for case in FEW if case.exact]
 POS = 4
+FINAL_NORM = "ln_final.hook_normalized"
 
 
 def logits_along(trace: tlc.Trace, direction: torch.Tensor, pos: int, step: float) -> torch.Tensor:
@@ -167,6 +169,39 @@ def test_a_model_that_has_changed_is_refused():
     name = "blocks.0.hook_attn_out" if "hooked" in FEW[0].name else "blocks.0.attn.hook_out"
     with trace.model.hooks(fwd_hooks=[(name, lambda tensor, hook: 3 * tensor)]), pytest.raises(StaleTraceError):
         readout_jacobian(trace, POS)
+
+
+@of_each_class
+def test_hooks_of_the_trace_act_on_the_logits(case: Case):
+    """Those within the blocks and those behind them: as where the same hooks are attached around it all."""
+    model = case.model()
+    scale = torch.linspace(0.5, 2.0, model.cfg.d_model, dtype=torch.float64)
+    hooks = [
+        ("blocks.1.hook_attn_out", lambda write, hook: torch.tanh(write)),
+        (FINAL_NORM, lambda x, hook: torch.tanh(x) * scale),
+    ]
+    trace = tlc.trace(model, TOKENS, fwd_hooks=hooks)
+    found = readout_jacobian(trace, POS).dense()
+    with model.hooks(fwd_hooks=hooks):
+        leaf = trace.resid[-1][None].clone().requires_grad_()
+        last = f"blocks.{trace.n_layers - 1}.hook_resid_post"
+        logits = model.run_with_hooks(TOKENS[None], fwd_hooks=[(last, lambda tensor, hook: leaf)])[0, POS]
+    truth = torch.stack([torch.autograd.grad(logit, leaf, retain_graph=True)[0][0, POS] for logit in logits])
+    assert (found - truth).norm() < 10 * case.tolerance * truth.norm()
+    unhooked = readout_jacobian(tlc.trace(model, TOKENS), POS).dense()
+    assert (found - unhooked).norm() > 0.1 * unhooked.norm()
+    assert tlc.read_directions(trace, 1, pos=POS).scores.isfinite().all()
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@of_each_class
+def test_hooks_behind_the_blocks_are_checked_too(case: Case):
+    model = case.model()
+    detached = [(FINAL_NORM, lambda x, hook: torch.tanh(x) + (x - torch.tanh(x)).detach())]
+    with pytest.raises(HookError, match="the logits: autograd does not see all that is run"):
+        tlc.read_directions(tlc.trace(model, TOKENS, fwd_hooks=detached), 1)
+    with model.hooks(fwd_hooks=detached), pytest.raises(HookError, match="the logits"):
+        tlc.read_directions(tlc.trace(model, TOKENS), 1)
 
 
 def test_logits_that_hide_their_graph_are_refused():

@@ -10,7 +10,13 @@ import torch
 from cases import CASES, FEW, TOKENS, Case, built_here
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
+from tlcoupling.errors import (
+    ArgumentError,
+    MissingHookError,
+    NonFiniteActivationError,
+    ResidualIdentityError,
+    UnsupportedModelError,
+)
 
 FIELDS = {
     "linearity": ("lss", "straightness"),
@@ -105,11 +111,23 @@ def test_reading_before_a_whole_run_is_an_error():
             read()
 
 
-def test_a_batch_is_refused():
+def test_a_batch_is_refused_when_it_is_read_and_breaks_off_no_run():
     model = FEW[0].model()
     recorder = tlc.TrajectoryRecorder(model)
-    with pytest.raises(ArgumentError, match="batch=2 .*batch of one"):
-        model.run_with_hooks(TOKENS.repeat(2, 1), fwd_hooks=recorder.fwd_hooks)
+    logits = model.run_with_hooks(TOKENS.repeat(2, 1), fwd_hooks=recorder.fwd_hooks)
+    torch.testing.assert_close(logits, model(TOKENS.repeat(2, 1)))
+    for read in (recorder.linearity, recorder.growth):
+        with pytest.raises(ArgumentError, match="batch=2 .*batch of one"):
+            read()
+    model.run_with_hooks(TOKENS[None], fwd_hooks=recorder.fwd_hooks)
+    assert recorder.linearity().lss.isfinite().all()
+
+
+def test_activations_of_an_unknown_dtype_are_refused_when_they_are_read():
+    recorder = tlc.TrajectoryRecorder(FEW[0].model())
+    recorder.fwd_hooks[0][1](torch.zeros(1, 7, 4, dtype=torch.int32), None)
+    with pytest.raises(UnsupportedModelError, match="torch.int32; a run in float64, float32, float16, bfloat16"):
+        recorder.growth()
 
 
 @pytest.mark.parametrize(

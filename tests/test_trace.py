@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from cases import CASES, TOKENS, Case, tiny_tokenizer
+from cases import CASES, OF_EACH_CLASS, TOKENS, Case, tiny_tokenizer
 
 import tlcoupling as tlc
 from tlcoupling.errors import (
@@ -80,6 +82,56 @@ def test_a_cache_of_other_tokens_is_refused(model: torch.nn.Module):
         tlc.Trace.from_cache(model, cache, TOKENS[:6])
 
 
+def massive_first(size: float) -> list:
+    """Hooks that lengthen the first token's stream, as trained models do."""
+
+    def lengthen(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x = x.clone()
+        x[:, 0] *= size
+        return x
+
+    return [("blocks.0.hook_resid_pre", lengthen)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
+def test_a_cache_is_held_against_the_model_at_each_position(case: Case, dtype: torch.dtype):
+    """The first token's norm, thousands of times the others', hides no other last token."""
+    model, hooks = case.model(dtype), massive_first(5000.0)
+    with model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(TOKENS[None])
+        _, other = model.run_with_cache(torch.cat([TOKENS[:-1], TOKENS[:1]])[None])
+    streams = [
+        torch.stack([each[f"blocks.{layer}.hook_resid_pre"][0].float() for layer in range(3)])
+        for each in (cache, other)
+    ]
+    # all that one norm over all positions sees: within half precision's tolerance
+    assert (streams[0] - streams[1]).norm() < 2e-2 * streams[0].norm()
+    trace = tlc.Trace.from_cache(model, cache, TOKENS, fwd_hooks=hooks)
+    assert trace.resid.dtype == torch.float32
+    with pytest.raises(StaleTraceError, match="position 6: .* off"):
+        tlc.Trace.from_cache(model, other, TOKENS, fwd_hooks=hooks)
+
+
+@pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
+def test_a_model_that_has_changed_at_one_short_position_is_refused(case: Case):
+    model = case.model(torch.float32)
+    trace = tlc.trace(model, TOKENS, fwd_hooks=massive_first(1e4))
+
+    def nudge(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x = x.clone()
+        x[:, 5] *= 1.01
+        return x
+
+    change = 0.01 * trace.resid[2, 5].norm()
+    assert change < 1e-4 * trace.resid[2].norm()  # within the tolerance of one norm over all positions
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", nudge)]),
+        pytest.raises(StaleTraceError, match="block of layer 1 .*off at position 5"),
+    ):
+        tlc.residual_jacobian(trace, 1, "block")
+
+
 @pytest.mark.parametrize("name", ["blocks.1.hook_attn_out", "blocks.2.hook_resid_post", "blocks.0.hook_resid_pre"])
 def test_a_cache_that_lacks_a_hook_names_it(model: torch.nn.Module, name: str):
     _, cache = model.run_with_cache(TOKENS[None])
@@ -90,6 +142,37 @@ def test_a_cache_that_lacks_a_hook_names_it(model: torch.nn.Module, name: str):
         tlc.Trace.from_cache(model, activations, TOKENS)
     with pytest.raises(MissingHookError, match="no hook point of any block"):
         tlc.growth({"hook_embed": torch.zeros(1, 2, 3)})
+
+
+def test_the_advice_on_what_to_cache_is_enough(model: torch.nn.Module):
+    """A plain dictionary of the hook points that the error names gives the numbers of the whole cache."""
+    _, cache = model.run_with_cache(TOKENS[None])
+    with pytest.raises(MissingHookError) as raised:
+        tlc.linearity({"blocks.0.hook_resid_pre": cache["blocks.0.hook_resid_pre"]})
+    advised = set(re.findall(r"hook_\w+", str(raised.value).partition("a measurement needs")[2]))
+    activations = {name: value for name, value in cache.items() if name.rpartition(".")[2] in advised}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tlc.linearity(activations).paths == tlc.linearity(cache).paths
+        assert tlc.growth(activations).attn_share is not None
+        tlc.linearity(cache)  # a cache that knows its model
+
+
+def test_a_topology_that_is_a_guess_is_said_to_be(model: torch.nn.Module):
+    _, cache = model.run_with_cache(TOKENS[None])
+    activations = {name: value for name, value in cache.items() if not name.endswith("hook_resid_mid")}
+    for measure in (tlc.linearity, tlc.growth, tlc.trajectory_components):
+        with pytest.warns(UserWarning, match="taken as parallel: .*cache hook_resid_mid too"):
+            measure(activations)
+
+
+@pytest.mark.parametrize("name", ["hook_attn_out", "hook_resid_mid"])
+def test_writes_that_are_not_finite_name_their_block(model: torch.nn.Module, name: str):
+    _, cache = model.run_with_cache(TOKENS[None])
+    activations = {each: value.clone() for each, value in cache.items()}
+    activations[f"blocks.1.{name}"][0, 3] = float("nan")
+    with pytest.raises(ResidualIdentityError, match="block 1: .* by nan of its norm"):
+        tlc.linearity(activations)
 
 
 def test_a_batch_is_refused(model: torch.nn.Module):

@@ -1,7 +1,8 @@
-"""How the library touches a model: checks, temporary hooks, and a float32 lift of half-precision weights.
+"""How the library touches a model: checks, temporary hooks, and a record of one forward pass.
 
-Everything here leaves the model as it was: mode, gradients, hooks, dtype. It relies only on what both generations of
-TransformerLens offer (``cfg``, ``blocks``, ``hook_dict`` and the ``HookPoint`` class), never on a class's name.
+Everything here, and the float32 lift of half-precision weights (``lifting``), leaves the model as it was: mode,
+gradients, hooks, dtype. It relies only on what both generations of TransformerLens offer (``cfg``, ``blocks``,
+``hook_dict`` and the ``HookPoint`` class), never on a class's name.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.lifting import HALF, lifted_model
 
 Topology = Literal["sequential", "parallel", "attn_only"]
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
-_HALF = (torch.float16, torch.bfloat16)
-_FLOATING = (torch.float32, torch.float64, *_HALF)
+_FLOATING = (torch.float32, torch.float64, *HALF)
 
 
 def block_hook(layer: int, name: str) -> str:
@@ -168,76 +168,6 @@ def _is_kv_cache(value: Any) -> bool:
     return "Cache" in type(value).__name__
 
 
-@contextmanager
-def _float32_activations(model: Any) -> Iterator[None]:
-    """``HookedTransformer`` casts activations to ``cfg.dtype``: hold it at float32 where it is half precision."""
-    dtype = getattr(model.cfg, "dtype", None)
-    if dtype not in _HALF:
-        yield
-        return
-    model.cfg.dtype = torch.float32
-    try:
-        yield
-    finally:
-        model.cfg.dtype = dtype
-
-
-@contextmanager
-def lifted(model: Any, module: nn.Module) -> Iterator[None]:
-    """Hold one module's half-precision weights and buffers in float32 for a while.
-
-    Works on a module at a time, so that a large model is never held in float32 whole. The model's own tensors are put
-    aside, not converted, so that a graph recorded meanwhile keeps the float32 ones.
-    """
-    kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    lifts: dict[int, Tensor] = {}  # a tensor may be reached by several names
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and tensor.dtype in _HALF:
-                    kept.append((table, name, tensor))
-    try:
-        for table, name, tensor in kept:
-            if id(tensor) not in lifts:
-                lift = tensor.detach().float()
-                lifts[id(tensor)] = nn.Parameter(lift) if isinstance(tensor, nn.Parameter) else lift
-            table[name] = lifts[id(tensor)]
-        with _float32_activations(model):
-            yield
-    finally:
-        for table, name, tensor in kept:
-            table[name] = tensor
-
-
-@contextmanager
-def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
-    """Hold each part of a block (norm, attention, MLP) in float32 while it is called, one at a time."""
-    if not _has_half(block):
-        yield
-        return
-    # a bridge's wrapped block is made of the same parts
-    parts = [part for name, part in block.named_children() if name != "_original_component"]
-    # modules with weights that are called although their part is not (OPT's MLP); a second lift finds nothing to do
-    leaves = [module for module in block.modules() if module._parameters]
-    with ExitStack() as stack:
-        stack.enter_context(_float32_activations(model))
-        for part in (*parts, *leaves):
-            _lift_around_call(stack, model, part)
-        yield
-
-
-@contextmanager
-def lifted_model(model: Any) -> Iterator[None]:
-    """Hold each part of a model in float32 while it is called, one at a time."""
-    with ExitStack() as stack:
-        for name, part in model.named_children():
-            if name not in ("blocks", "original_model"):
-                _lift_around_call(stack, model, part)
-        for block in model.blocks:
-            stack.enter_context(lifted_parts(model, block))
-        yield
-
-
 class Done(Exception):
     """All that is needed of a run is there: the rest of it is left out."""
 
@@ -295,29 +225,3 @@ def record_forward(
         with suppress(Done):
             model(tokens, return_type=None)
     return ForwardRecord(activations, before, calls)
-
-
-def _has_half(module: nn.Module) -> bool:
-    return any(tensor.dtype in _HALF for tensor in chain(module.parameters(), module.buffers()))
-
-
-def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:
-    """Lift a module whenever it is called, while the stack is open."""
-    if not _has_half(module):
-        return
-    lift: list[Any] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        lift.append(lifted(model, module))
-        lift[-1].__enter__()
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        lift.pop().__exit__(None, None, None)
-
-    def leave_if_left_open() -> None:
-        while lift:
-            lift.pop().__exit__(None, None, None)
-
-    stack.callback(leave_if_left_open)
-    stack.callback(module.register_forward_pre_hook(enter).remove)
-    stack.callback(module.register_forward_hook(leave).remove)

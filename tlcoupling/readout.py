@@ -9,6 +9,7 @@ reads is compared with the embeddings of all tokens.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.hooked import attached, lifted_model
+from tlcoupling.hooked import attached
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
+from tlcoupling.jacobian.differences import require_same_product
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.lifting import lifted_model
 from tlcoupling.results import Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace
@@ -132,6 +135,7 @@ def read_directions(
 
     Raises:
         ArgumentError: an argument out of range.
+        HookError: a hook of the user's hides from autograd what it does.
         UnsupportedModelError: embeddings that do not live in the residual stream.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
@@ -180,34 +184,64 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     """D logits_pos / d x^L_pos through whatever the model has behind its last block, ``[vocabulary, d_model]``.
 
     The model's own forward pass is run, and x^L of the trace put in its place, so that final norm, unembedding and
-    soft-cap are the model's own, and hooks that are attached act.
+    soft-cap are the model's own, and hooks act: those that the trace keeps and those that are attached.
 
     Raises:
+        ArgumentError: a hook that the trace keeps is on a point that the forward pass does not call.
+        HookError: a hook of the user's hides from autograd what it does.
         StaleTraceError: the model gives another x^L now.
+
+    Warns:
+        UserWarning: a hook is not smooth there, so that what autograd says of it could not be checked.
     """
-    model, last = trace.model, trace.n_layers - 1
     leaf = trace.resid[-1][None].clone().requires_grad_()
+    with trace.hooks_attached():
+        logits = _logits(trace, pos, leaf)
+        # the weights alone give the logits a graph: ask for the path to the stream
+        ones = torch.ones_like(logits)
+        if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
+            raise UnsupportedModelError(
+                "the logits do not depend on the last block's output through autograd: a hook that detaches the graph, "
+                "or a module that runs without gradients, hides the derivative"
+            )
+        weights = logits.numel() * trace.d_model
+        jacobian = GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
+        if trace.hooked_outside_blocks():
+            _require_followed(trace, pos, jacobian, logits.detach())
+    return jacobian
+
+
+def _logits(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
+    """The logits at a token with another stream behind the last block, in a graph from there on."""
+    model, last = trace.model, trace.n_layers - 1
 
     def swap(resid: Tensor) -> Tensor:
         trace.check_current("block", last, resid[0])
         torch.set_grad_enabled(True)  # from here on; the blocks before need no graph
-        return leaf.to(resid.device)
+        return last_stream.to(resid.device)
 
     tokens = trace.tokens[None].to(next(model.parameters()).device)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the mode that was
         stack.enter_context(lifted_model(model))
         stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
-        logits = model(tokens, return_type="logits")[0, pos]
-    # the weights alone give the logits a graph: ask for the path to the stream
-    ones = torch.ones_like(logits)
-    if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
-        raise UnsupportedModelError(
-            "the logits do not depend on the last block's output through autograd: a hook that detaches the graph, or "
-            "a module that runs without gradients, hides the derivative"
-        )
-    weights = logits.numel() * trace.d_model
-    return GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
+        return model(tokens, return_type="logits")[0, pos]
+
+
+def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
+    """Hold the derivative of the logits against central differences along one random direction."""
+    probe = torch.randn(trace.d_model, generator=torch.Generator().manual_seed(0), dtype=jacobian.dtype)
+    probe = (probe / probe.norm()).to(jacobian.device)
+
+    def run(step: float) -> Float[Tensor, "1 vocabulary"]:
+        moved = trace.resid[-1][None].clone()
+        moved[0, pos] += step * probe
+        return _logits(trace, pos, moved)[None].detach()
+
+    size = float(trace.resid[-1, pos].norm())
+    reason = require_same_product("the logits", jacobian.mv(probe)[None], run, size, logits[None])
+    if reason is not None:
+        warnings.warn(reason, stacklevel=4)
 
 
 def _embeddings(trace: Trace) -> Float[Tensor, "vocabulary d_model"]:

@@ -5,6 +5,7 @@ It comes from the activations of a trace or of a cache; nothing here runs a mode
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.cache import fetch, how_to_cache, plain
 from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
 from tlcoupling.hooked import Topology, block_hook, topology_of, topology_of_model
 
@@ -178,21 +180,26 @@ class Stream:
         worst = self._identity_gaps()
         if (worst <= tolerance).all():
             return
-        layer = int((worst > tolerance).nonzero()[0])
+        layer = int((~(worst <= tolerance)).nonzero()[0])
         raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.mlp_out is not None)
 
     def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
         gap = relative_gap(self.resid_mid, hooked).amax(-1)
         if (gap <= tolerance).all():
             return
-        layer = int((gap > tolerance).nonzero()[0])
+        layer = int((~(gap <= tolerance)).nonzero()[0])
         raise mid_is_another(layer, float(gap[layer]), tolerance)
 
 
-def relative_gap(found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest"]:
-    """||found - truth|| / ||truth|| along the last axis; 0 where the two are equal, zeros included."""
+def relative_gap(
+    found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"], *, shortest: float = 0.0
+) -> Float[Tensor, "*rest"]:
+    """||found - truth|| / ||truth|| along the last axis; 0 where the two are equal, zeros included.
+
+    A truth shorter than ``shortest`` counts as that long.
+    """
     gap = (found - truth).norm(dim=-1)
-    return torch.where(gap > 0, gap / truth.norm(dim=-1), gap)
+    return torch.where(gap > 0, gap / truth.norm(dim=-1).clamp_min(shortest), gap)
 
 
 def not_finite(layer: int, n_layers: int, pos: int) -> NonFiniteActivationError:
@@ -211,8 +218,9 @@ def writes_do_not_add_up(layer: int, gap: float, tolerance: float, has_mlp: bool
         f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
         "add to the stream and a split by sublayer would be wrong. An architecture that rescales or reorders its "
-        "writes does this, and so do hooks that edit hook_resid_mid (edit hook_attn_out instead) or, in a cache, "
-        "hook_resid_post or hook_resid_pre (a trace with fwd_hooks= tells their share apart)"
+        "writes does this, and so do hooks that edit hook_resid_mid (edit hook_attn_out instead), hooks registered on "
+        "a module behind its hook point, or, in a cache, hooks that edit hook_resid_post or hook_resid_pre (a trace "
+        "with fwd_hooks= tells their share apart)"
     )
 
 
@@ -231,54 +239,24 @@ def stream_of(source: Any) -> Stream:
 
     Raises:
         MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
+
+    Warns:
+        UserWarning: a dictionary that names no model lacks ``hook_resid_mid``: parallel blocks have none, but it may
+            have been left out.
     """
     if isinstance(source, Stream):
         return source
     activations = plain(source)
     layers = {int(name.split(".")[1]) for name in activations if name.startswith("blocks.")}
     if not layers:
-        raise MissingHookError(
-            f"the cache holds no hook point of any block. {_how_to_cache('blocks.0.hook_resid_pre')}"
-        )
+        raise MissingHookError(f"the cache holds no hook point of any block. {how_to_cache('blocks.0.hook_resid_pre')}")
     model = getattr(source, "model", None)
     topology = topology_of(activations) if model is None else topology_of_model(model)
+    if model is None and topology == "parallel":
+        warnings.warn(
+            "the activations hold no hook_resid_mid and name no model, so that their blocks are taken as parallel: no "
+            "sublayer path, no shares of growth. Where the blocks are sequential, cache hook_resid_mid too; an "
+            "ActivationCache settles it by its model",
+            stacklevel=3,
+        )
     return Stream.from_activations(activations, max(layers) + 1, topology)
-
-
-def plain(cache: Any) -> Mapping[str, Tensor]:
-    """The dictionary inside an ``ActivationCache``, whose own look-up accepts shorthands and rejects ``in``."""
-    return getattr(cache, "cache_dict", cache)
-
-
-def fetch(activations: Mapping[str, Tensor], name: str) -> Float[Tensor, "pos d_model"]:
-    """One recorded activation without its batch axis.
-
-    Raises:
-        MissingHookError: it was not recorded.
-        ArgumentError: a batch, or no activation of the stream.
-    """
-    if name not in activations:
-        raise MissingHookError(f"the cache lacks {name!r}. {_how_to_cache(name)}")
-    return without_batch(activations[name], name)
-
-
-def without_batch(tensor: Float[Tensor, "..."], name: str) -> Float[Tensor, "pos d_model"]:
-    """One activation of the stream without its batch axis.
-
-    Raises:
-        ArgumentError: a batch, or another number of axes.
-    """
-    if tensor.ndim == 3:
-        if tensor.shape[0] != 1:
-            raise ArgumentError("batch", tensor.shape[0], "a batch of one: trace each prompt by itself")
-        tensor = tensor[0]
-    if tensor.ndim != 2:
-        raise ArgumentError(name, tuple(tensor.shape), "a shape of [pos, d_model] or [1, pos, d_model]")
-    return tensor
-
-
-def _how_to_cache(name: str) -> str:
-    return (
-        f"Cache it with model.run_with_cache(tokens), or name it in names_filter: {name!r}; a measurement needs "
-        "hook_resid_pre, hook_attn_out and hook_mlp_out of every block and hook_resid_post of the last one"
-    )

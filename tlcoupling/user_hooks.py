@@ -6,12 +6,12 @@ that picks names, and a function ``hook(activation, hook=hook_point)`` that may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, HookError
 from tlcoupling.hooked import block_hook
@@ -19,14 +19,32 @@ from tlcoupling.hooked import block_hook
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
+# Whose own hooks are part of what a model is: they capture and pass on.
+_LIBRARIES = ("tlcoupling.", "transformer_lens.", "transformers.")
+_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def has_user_hooks(points: Collection[Any]) -> bool:
     """Whether anyone but us and TransformerLens itself (for OPT's MLP, which is no module) has a hook on the points."""
-    return any(not _is_its_own(hook) for point in points for hook in (*point.fwd_hooks, *point.bwd_hooks))
+    lens = (hook for point in points for hook in (*point.fwd_hooks, *point.bwd_hooks))
+    return any(not _is_its_own(hook) for hook in lens) or has_module_hooks(points)
+
+
+def has_module_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether anyone but the libraries has registered hooks of PyTorch's own kind on the modules themselves.
+
+    TransformerLens puts the hooks of its points there too, by functions of its own.
+    """
+    functions = (function for module in modules for table in _TABLES for function in getattr(module, table).values())
+    return any(not _of_library(function) for function in functions)
 
 
 def _is_its_own(handle: Any) -> bool:
-    function = getattr(handle, "user_hook", None)
-    return handle.is_permanent and str(getattr(function, "__module__", "")).startswith("transformer_lens.")
+    return handle.is_permanent and _of_library(getattr(handle, "user_hook", None))
+
+
+def _of_library(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith(_LIBRARIES)
 
 
 def points_of_block(points: Mapping[str, Any], layer: int) -> list[Any]:
@@ -38,20 +56,31 @@ def points_of_block(points: Mapping[str, Any], layer: int) -> list[Any]:
     ]
 
 
-def hooked_layers(points: Mapping[str, Any], n_layers: int) -> frozenset[int]:
+def hooked_layers(points: Mapping[str, Any], blocks: nn.ModuleList) -> frozenset[int]:
     """The blocks in whose Jacobians hooks of the user's act.
 
     The Jacobian of block l is that of x^{l+1} with respect to x^l. Hooks on its own ``hook_resid_pre`` make x^l, and
     act before it; those on its ``hook_resid_post`` and on the next ``hook_resid_pre`` make x^{l+1}, and act within it.
-    Hooks outside the blocks (embeddings) move x^0 alone.
+    Hooks outside the blocks (embeddings) move x^0 alone. Hooks of PyTorch's own kind act within the block whose modules
+    they are registered on.
     """
     touched = {name: point for name, point in points.items() if has_user_hooks([point])}
+    known = {id(point) for point in points.values()}
 
     def acts(layer: int) -> bool:
         reads = points[block_hook(layer, "hook_resid_pre")]
-        return any(point is not reads for point in points_of_block(touched, layer))
+        return any(point is not reads for point in points_of_block(touched, layer)) or has_module_hooks(
+            module for module in blocks[layer].modules() if id(module) not in known
+        )
 
-    return frozenset(layer for layer in range(n_layers) if acts(layer))
+    return frozenset(layer for layer in range(len(blocks)) if acts(layer))
+
+
+def hooked_outside_blocks(model: Any, points: Mapping[str, Any]) -> bool:
+    """Whether hooks of the user's act outside the blocks: on embeddings, final norm or logits."""
+    modules = [part for name, part in model.named_children() if name not in ("blocks", "original_model")]
+    outside = [point for name, point in points.items() if not name.startswith("blocks.")]
+    return has_user_hooks(outside) or has_module_hooks(each for part in modules for each in part.modules())
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +151,17 @@ class UserHooks:
         finally:
             context.__exit__(None, None, None)
 
-    def require_fired(self) -> None:
-        """Check that each hook on a named point of the blocks was called in the forward pass.
+    def require_fired(self, prefix: str = "blocks.") -> None:
+        """Check that each hook on a named point was called in a forward pass.
+
+        Args:
+            prefix: of the names that the pass reached; a trace's ends with the blocks.
 
         Raises:
             ArgumentError: one was not, so it would be left out without a word.
         """
         for name, _ in self.hooks:
-            if isinstance(name, str) and name.startswith("blocks.") and name not in self._fired:
+            if isinstance(name, str) and name.startswith(prefix) and name not in self._fired:
                 allowed = "hook points that the forward pass of this model calls; this one is switched off (a model's "
                 raise ArgumentError("fwd_hooks", name, allowed + "set_use_...(True) switches some on) or unused")
 

@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.jacobian.autograd import GraphJacobian, autograd_flops
+from tlcoupling.jacobian.autograd import StreamJacobian
+from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.results import Result
 from tlcoupling.trace import Trace
@@ -113,6 +113,7 @@ def linearized(
 
     Raises:
         ArgumentError: an argument out of range.
+        HookError: a hook of the user's hides from autograd what it does.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
@@ -142,15 +143,11 @@ def _linearized(
     stream[pos] = perturbation
     carried = [stream]
     for index in range(layer, trace.n_layers):
-        leaf = trace.block_input(index).clone().requires_grad_()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            out = trace.run_block(index, leaf, {})
-            everywhere = out.flatten()
-        trace.check_current("block", index, out[0])
-        flops = autograd_flops(trace.model.blocks[index], trace.n_tokens)
-        step = GraphJacobian(everywhere, leaf, lambda grads: grads.flatten(-3), flops)
-        last = carried[-1].to(step.device).flatten()
-        carried.append(step.mv(last).unflatten(0, stream.shape).to(stream.device))
+        step = StreamJacobian(trace, index)
+        moved = step.mv(carried[-1].to(step.device).flatten()).unflatten(0, stream.shape).to(stream.device)
+        if index in jacobians.hooked or step.constant:
+            jacobians.warn_once(index, require_step_followed(trace, index, moved, carried[-1]))
+        carried.append(moved)
     return torch.stack(carried)[:, pos:]
 
 
@@ -179,6 +176,7 @@ def linearization_gap(
 
     Raises:
         ArgumentError: an argument out of range; a direction of length zero; a size that is not above zero.
+        HookError: a hook of the user's hides from autograd what it does.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Warns:

@@ -24,11 +24,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import StaleTraceError
-from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, Projection, Shared, Sum, Zero
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
 from tlcoupling.jacobian.runs import Run, run_sublayer
+from tlcoupling.lifting import lifted
 from tlcoupling.trace import Trace
 
 _ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out"))
@@ -134,11 +134,11 @@ class AnalyticLayer:
             for slope, name in zip(self._mlp_slopes, names, strict=True)
         ]
         inner = branches[0] if len(branches) == 1 else Sum(branches)
-        factor = write_factor(run.values.get("mlp.hook_out"), run.out)
+        written = run.values.get("ln2_post")
+        factor = write_factor(run.values.get("mlp.hook_out"), run.out, normed=written is not None)
         out = _scaled(factor, self._weight("mlp", "W_out").mT)
         reads = "ln1" if getattr(self.block, "ln2", None) is None else "ln2"
         whole = out @ inner @ self._norm(reads, self.mlp_input, pos)
-        written = run.values.get("ln2_post")
         return whole if written is None else self._norm("ln2_post", written, row) @ whole
 
     def mlp_run(self, pos: int) -> tuple[Run, int]:
@@ -220,11 +220,12 @@ class AnalyticLayer:
 
     @cached_property
     def _core(self) -> AttentionCore:
-        return AttentionCore.from_values(self.block.attn, self._trace.model.cfg, self.attn_run.values)
+        return AttentionCore.from_values(self._trace.model, self.block.attn, self.attn_run.values)
 
     @cached_property
     def _attn_factor(self) -> float:
-        return write_factor(self.attn_run.values.get("attn.hook_out"), self.attn_run.out)
+        values = self.attn_run.values
+        return write_factor(values.get("attn.hook_out"), self.attn_run.out, normed="ln1_post" in values)
 
 
 def _scaled(factor: float, weight: Float[Tensor, "m n"]) -> Projection:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tlcoupling.jacobian.maps import HeadMap, LinearMap
 from tlcoupling.jacobian.norms import Norm, Uncovered, close
 from tlcoupling.jacobian.scores import Scores
+from tlcoupling.lifting import lifted
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class AttentionCore:
         return self.pattern.shape[0]
 
     @classmethod
-    def from_values(cls, attn: Any, cfg: Any, values: Mapping[str, Tensor]) -> AttentionCore:
-        """Read the core off a block's values, and check that they fit it.
+    def from_values(cls, model: Any, attn: Any, values: Mapping[str, Tensor]) -> AttentionCore:
+        """Read the core of an attention module off a block's values, and check that they fit it.
 
         Raises:
             Uncovered: a hook point is missing, or the pattern is no softmax of scores that are known here.
@@ -62,7 +63,7 @@ class AttentionCore:
             if f"attn.hook_{name}" not in values:
                 raise Uncovered(f"the attention has no hook_{name}")
         q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
-        q_norm, k_norm = (HeadNorm.read(attn, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
+        q_norm, k_norm = (HeadNorm.read(model, attn, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
         q, k = (x if norm is None else norm(x) for norm, x in ((q_norm, q), (k_norm, k)))
         reason = Uncovered("the attention has no positions that are known here")
         for rotary in Rotary.candidates(attn, values):
@@ -76,7 +77,7 @@ class AttentionCore:
                 heads = pattern.shape[0]
                 keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
                 products = einsum(queries, keys, "dest head e, src head e -> head dest src")
-                scores = Scores.fit(products, pattern, attn, cfg, q.shape[-1])
+                scores = Scores.fit(products, pattern, attn, model.cfg, q.shape[-1])
             except Uncovered as error:
                 reason = error
                 continue
@@ -118,8 +119,8 @@ class HeadNorm:
     together: bool
 
     @classmethod
-    def read(cls, attn: Any, name: str, inputs: Float[Tensor, "pos group e"]) -> HeadNorm | None:
-        """Read the norm off the module of that name, None where there is none.
+    def read(cls, model: Any, attn: Any, name: str, inputs: Float[Tensor, "pos group e"]) -> HeadNorm | None:
+        """Read the norm off the module of that name, None where there is none; half precision is lifted meanwhile.
 
         Raises:
             Uncovered: the module is no such norm.
@@ -128,8 +129,10 @@ class HeadNorm:
         if module is None:
             return None
         for together in (False, True):
+            rows = inputs.flatten(-2) if together else inputs[:, 0]
             try:
-                return cls(Norm.read(module, inputs.flatten(-2) if together else inputs[:, 0], name), inputs, together)
+                with lifted(model, module):
+                    return cls(Norm.read(module, rows, name), inputs, together)
             except RuntimeError:  # the module holds weights for another number of coordinates
                 continue
         raise Uncovered(f"{name} norms neither each head nor all of them together")

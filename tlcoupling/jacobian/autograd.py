@@ -19,6 +19,8 @@ from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 from tlcoupling.trace import Trace
 
+Part = Callable[[Tensor], Tensor]  # the coordinates of a leaf that vary
+
 CHUNK = 64  # vectors per batched backward pass, at most: more are no faster
 CHUNK_SHARE = 0.25  # of what is free, for what they hold on their way
 
@@ -52,7 +54,7 @@ class GraphJacobian(JacobianOperator):
         self,
         output: Float[Tensor, " m"],
         leaf: Tensor,
-        part: Callable[[Tensor], Tensor],
+        part: Part,
         flops: float,
         vectors: int = CHUNK,
     ) -> None:
@@ -92,36 +94,63 @@ class GraphJacobian(JacobianOperator):
         return self.rmm(eye).mT.contiguous()
 
 
-class AutogradJacobian(GraphJacobian):
-    """The Jacobian of a sublayer's output at dest with respect to its input at src.
+class BlockGraph(GraphJacobian):
+    """A Jacobian from a graph of one block.
 
     Attributes:
         constant: whether autograd sees no dependence at all of the output on the input.
     """
 
-    def __init__(self, trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> None:
-        """Run the block once with its graph kept."""
-        output, leaf = _linearize(trace, layer, sublayer, src, dest, head)
+    def __init__(
+        self, trace: Trace, layer: int, where: str, output: Float[Tensor, " m"], leaf: Tensor, part: Part
+    ) -> None:
+        """Take the graph of a run of the block; ``where`` names it in an error."""
         self.constant = not output.requires_grad
         if self.constant:
             with torch.enable_grad():  # a constant, as where a hook patches it: the Jacobian is zero
-                output = output + 0 * leaf[0, dest]
+                output = output + 0 * leaf.sum()
         block, heads = trace.model.blocks[layer], trace.model.cfg.n_heads
         vectors = vectors_at_once(
             autograd_column_bytes(block, heads, trace.n_tokens, leaf.dtype.itemsize), free_memory(leaf.device)
         )
         try:
-            super().__init__(output, leaf, at_position(src), autograd_flops(block, trace.n_tokens), vectors)
+            super().__init__(output, leaf, part, autograd_flops(block, trace.n_tokens), vectors)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
             raise HookError(
-                f"layer {layer}, {sublayer}: a hook edits in place an activation that the derivative needs; let it "
+                f"layer {layer}, {where}: a hook edits in place an activation that the derivative needs; let it "
                 "edit a copy (`activation = activation.clone()`) and give that back"
             ) from error
 
 
-def at_position(pos: int) -> Callable[[Tensor], Tensor]:
+class AutogradJacobian(BlockGraph):
+    """The Jacobian of a sublayer's output at dest with respect to its input at src."""
+
+    def __init__(self, trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> None:
+        """Run the block once with its graph kept."""
+        output, leaf = _linearize(trace, layer, sublayer, src, dest, head)
+        super().__init__(trace, layer, sublayer, output, leaf, at_position(src))
+
+
+class StreamJacobian(BlockGraph):
+    """The Jacobian of a block from its whole input to its whole output, all positions in one vector."""
+
+    def __init__(self, trace: Trace, layer: int) -> None:
+        """Run the block once with its graph kept.
+
+        Raises:
+            StaleTraceError: it gives another output than when the trace was taken.
+        """
+        leaf = trace.block_input(layer).clone().requires_grad_()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            out = trace.run_block(layer, leaf, {})
+            output = out.flatten()
+        trace.check_current("block", layer, out[0])
+        super().__init__(trace, layer, "block", output, leaf, lambda grads: grads.flatten(-3))
+
+
+def at_position(pos: int) -> Part:
     """The part of a residual stream ``[..., 1, pos, d_model]`` at one position."""
     return lambda stream: stream[..., 0, pos, :]
 
@@ -202,7 +231,8 @@ def output_at(
     if head is not None:
         weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
         given = kept.get("attn.hook_out")
-        factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach())
+        normed = isinstance(getattr(trace.model.blocks[layer], "ln1_post", None), nn.Module)
+        factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach(), normed)
         return factor * (kept[source][0, dest, head] @ weight)
     if sublayer == "block":
         return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]

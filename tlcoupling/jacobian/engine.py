@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Literal, get_args
 
 import torch
@@ -31,8 +31,11 @@ class JacobianEngine:
     With ``auto``, each layer and sublayer is taken in closed form where the architecture allows it and one random probe
     through the closed form matches the derivative of the real module along it (to ``CERTIFICATE_TOLERANCE``); where it
     does not, or where hooks of the user's act in the block, autograd takes over and a warning says so once.
-    ``analytic`` makes either case an error. Where hooks act, what autograd gives is held against central differences:
-    a hook that detaches the graph is an error.
+    ``analytic`` makes either case an error. Where hooks act, what autograd gives is held against central differences,
+    for each src and dest: a hook that detaches the graph is an error.
+
+    Attributes:
+        hooked: the blocks in whose Jacobians hooks of the user's act.
     """
 
     def __init__(self, trace: Trace, engine: EngineName = "auto", dests: Iterable[int] = ()) -> None:
@@ -51,12 +54,12 @@ class JacobianEngine:
             raise ArgumentError("engine", engine, f"one of {', '.join(get_args(EngineName))}")
         self.trace, self.engine = trace, engine
         self._dests = tuple(dests)
-        self._hooked = trace.hooked_layers | trace.layers_hooked_now()
+        self.hooked = trace.hooked_layers | trace.layers_hooked_now()
         self._last: AnalyticLayer | None = None
         self._refusals: dict[tuple[int, str, bool], str | None] = {}  # by layer, sublayer, src = dest
         self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-        self._warned: set[str] = set()
-        self._followed: set[tuple[int, str, bool]] = set()  # hooked layers whose derivative was checked
+        self._warned: set[Hashable] = set()
+        self._followed: set[tuple[int, str, int, int]] = set()  # what was held against differences
 
     @property
     def used(self) -> dict[str, str]:
@@ -85,16 +88,23 @@ class JacobianEngine:
         if made is not None:
             return made
         oracle = AutogradJacobian(self.trace, layer, sublayer, src, dest, head)
-        key = (layer, sublayer, src == dest)
-        if (layer in self._hooked or oracle.constant) and key not in self._followed:
-            require_followed(self.trace, layer, sublayer, src, dest)
+        key = (layer, sublayer, src, dest)  # a hook may act on some positions alone
+        if (layer in self.hooked or oracle.constant) and key not in self._followed:
+            whole = oracle if head is None else AutogradJacobian(self.trace, *key, None)
+            self.warn_once((layer, sublayer), require_followed(whole, self.trace, *key))
             self._followed.add(key)
         return oracle
 
+    def warn_once(self, subject: Hashable, reason: str | None) -> None:
+        """Warn, the first time that there is something to say of a subject."""
+        if reason is not None and subject not in self._warned:
+            self._warned.add(subject)
+            warnings.warn(reason, stacklevel=3)
+
     def _analytic(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator | None:
         """The certified closed form, or None after saying why not."""
-        if layer in self._hooked:
-            where = ", ".join(map(str, sorted(self._hooked)))
+        if layer in self.hooked:
+            where = ", ".join(map(str, sorted(self.hooked)))
             return self._refuse(f"hooks are attached to block {where}, and only autograd sees them act")
         closed_form = self._observed(layer)
         if sublayer != "mlp" or src == dest:  # an MLP does not reach another position: nothing to certify
@@ -114,9 +124,7 @@ class JacobianEngine:
     def _refuse(self, reason: str) -> None:
         if self.engine == "analytic":
             raise CertificateError(f"engine='analytic' cannot be used here: {reason}")
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"tlcoupling computes by autograd, which is slower: {reason}", stacklevel=2)
+        self.warn_once(reason, f"tlcoupling computes by autograd, which is slower: {reason}")
 
     def _certify(self, closed_form: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         """Why a closed form cannot be used, None where it can: one random cotangent through the real modules.

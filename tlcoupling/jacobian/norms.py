@@ -32,12 +32,17 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs.to(ours)).abs().max() <= _FIT * scale)
 
 
-def write_factor(given: Float[Tensor, "pos d"] | None, written: Float[Tensor, "pos d"]) -> float:
+def write_factor(given: Float[Tensor, "pos d"] | None, written: Float[Tensor, "pos d"], normed: bool) -> float:
     """The number by which a block multiplies what a sublayer's module gives before it is added to the stream (Granite).
 
-    1 where nothing is known of what the module gives, and where the write is no multiple of it (a post-norm between).
+    1 where nothing is known of what the module gives, and where the write is no multiple of it.
+
+    Args:
+        given: what the module gives.
+        written: what is added to the stream.
+        normed: whether a post-norm stands between them: one of equal gains makes a multiple too, of each row by itself.
     """
-    if given is None or close(given, written):
+    if given is None or normed or close(given, written):
         return 1.0
     factor = (given * written).sum() / given.square().sum()
     return float(factor) if close(factor * given, written) else 1.0

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
+from tlcoupling.lifting import lifted
 from tlcoupling.results import Result
 from tlcoupling.trace import IDENTITY_TOLERANCE, Trace
 
@@ -145,7 +145,7 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
         raise UnsupportedModelError(f"the attention of layer {layer} has no hook_z and W_O to split it into heads")
     weight = block.attn.W_O.detach().to(written)
     before = kept.get("ln1_post", written)
-    factor = 1.0 if "ln1_post" in kept else write_factor(kept.get("attn.hook_out"), written)
+    factor = write_factor(kept.get("attn.hook_out"), written, normed="ln1_post" in kept)
     writes = factor * einsum(kept["attn.hook_z"].to(written), weight, "pos head e, head e d -> head pos d")
     rest = before - writes.sum(0)  # a bias is the same at all positions
     gap = (rest - rest.mean(0)).norm() / before.norm()

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.errors import MissingHookError, TLCouplingError
+from tlcoupling.cache import without_batch
+from tlcoupling.errors import MissingHookError, TLCouplingError, UnsupportedModelError
 from tlcoupling.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
 from tlcoupling.results import Provenance
 from tlcoupling.stream import (
@@ -22,7 +23,6 @@ from tlcoupling.stream import (
     mid_is_another,
     not_finite,
     relative_gap,
-    without_batch,
     writes_do_not_add_up,
 )
 from tlcoupling.trajectory.growth import Growth, growth_of_norms
@@ -124,16 +124,17 @@ class TrajectoryRecorder:
         def read(activation: Tensor, hook: Any) -> None:
             if (layer, name) == (0, "hook_resid_pre"):
                 self._start()
-            self._tolerance = IDENTITY_TOLERANCE[activation.dtype]
-            row = without_batch(activation.detach(), block_hook(layer, name))
-            # cloned, since a later hook may edit it in place
-            row = row.clone() if row.dtype == torch.float64 else row.to(torch.float32, copy=True)
-            if self._problem is None:
-                self._layer = layer
-                try:
-                    self._read(layer, name, row.to(self._device or row.device))
-                except TLCouplingError as problem:  # the user's run goes on; reading the result raises
-                    self._problem = problem
+            if self._problem is not None:
+                return
+            self._layer = layer
+            try:
+                self._tolerance = _tolerance(activation)
+                row = without_batch(activation.detach(), block_hook(layer, name))
+                # cloned, since a later hook may edit it in place
+                row = row.clone() if row.dtype == torch.float64 else row.to(torch.float32, copy=True)
+                self._read(layer, name, row.to(self._device or row.device))
+            except TLCouplingError as problem:  # the user's run goes on; reading the result raises
+                self._problem = problem
 
         return read
 
@@ -187,3 +188,15 @@ class TrajectoryRecorder:
         finite = stream.isfinite().all(-1)
         if not finite.all():
             raise not_finite(depth, self._n_layers, int((~finite).nonzero()[0]))
+
+
+def _tolerance(activation: Tensor) -> float:
+    """The tolerance of the residual identity in an activation's dtype.
+
+    Raises:
+        UnsupportedModelError: it is none that a model is measured in.
+    """
+    if activation.dtype not in IDENTITY_TOLERANCE:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in IDENTITY_TOLERANCE)
+        raise UnsupportedModelError(f"the run's activations are {activation.dtype}; a run in {names} can be measured")
+    return IDENTITY_TOLERANCE[activation.dtype]
