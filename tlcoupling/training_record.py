@@ -63,7 +63,7 @@ class TrainingRecord:
         """
         if self._store is None:
             if isinstance(outcome, Exception):
-                self._rows.append(_failure(cell, outcome, seconds))
+                self._rows.append(row_of_failure(cell, describe(outcome), seconds))
             else:
                 self._rows += rows_of_cell(cell, outcome, facts)
             return
