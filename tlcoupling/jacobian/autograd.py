@@ -18,6 +18,7 @@ from tlcoupling.jacobian.norms import write_factor
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 from tlcoupling.trace import Trace
+from tlcoupling.weights import output_of_heads
 
 CHUNK = 64  # vectors per batched backward pass, at most: more are no faster
 CHUNK_SHARE = 0.25  # of what is free, for what they hold on their way
@@ -200,7 +201,7 @@ def output_at(
     if check:
         trace.check_current("block", layer, resid_post[0])
     if head is not None:
-        weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
+        weight = output_of_heads(trace.model.blocks[layer].attn, layer, kept.get(source))[head].to(resid_pre)
         given = kept.get("attn.hook_out")
         factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach())
         return factor * (kept[source][0, dest, head] @ weight)

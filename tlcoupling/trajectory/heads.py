@@ -22,6 +22,7 @@ from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
 from tlcoupling.results import Result
 from tlcoupling.trace import IDENTITY_TOLERANCE, Trace
+from tlcoupling.weights import output_of_heads
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -141,9 +142,7 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
             stack.callback(norm.register_forward_pre_hook(lambda module, args: given(args[0])).remove)
         written = trace.run_attn(layer, trace.block_input(layer), {name: keep(name) for name in names})[0]
     trace.check_current("attn", layer, written)
-    if "attn.hook_z" not in kept or getattr(block.attn, "W_O", None) is None:
-        raise UnsupportedModelError(f"the attention of layer {layer} has no hook_z and W_O to split it into heads")
-    weight = block.attn.W_O.detach().to(written)
+    weight = output_of_heads(block.attn, layer, kept.get("attn.hook_z")).to(written)
     before = kept.get("ln1_post", written)
     factor = 1.0 if "ln1_post" in kept else write_factor(kept.get("attn.hook_out"), written)
     writes = factor * einsum(kept["attn.hook_z"].to(written), weight, "pos head e, head e d -> head pos d")
