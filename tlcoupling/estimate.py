@@ -186,11 +186,11 @@ def _pairs_of_tokens(
     if not layers:
         return {}
     positions, reach = range(n_tokens), tuple(name for name in sublayers if name != "mlp")
-    return {
-        "token-wise": (tuple(sublayers), token_groups(layers, layers, positions)),
-        "fixed src": (reach, context_groups(layers, "src", 0, positions)),
-        "fixed dest": (reach, context_groups(layers, "dest", n_tokens - 1, positions)),
-    }
+    pairs = {"token-wise": (tuple(sublayers), token_groups(layers, layers, positions))}
+    if reach:  # an MLP reaches no other token
+        pairs["fixed src"] = (reach, context_groups(layers, "src", 0, positions))
+        pairs["fixed dest"] = (reach, context_groups(layers, "dest", n_tokens - 1, positions))
+    return pairs
 
 
 def _stages(kind: str, plan: Plan) -> list[Stage]:
