@@ -50,12 +50,13 @@ class Options:
         """Check them.
 
         Raises:
-            ArgumentError: a K out of range, or an unknown name.
+            ArgumentError: a K out of range, or an unknown name; before anything is planned or run.
         """
         ks = resolve_k(k, trace.d_model)
         for argument, value, allowed in (
             ("normalizer", normalizer, get_args(Normalizer)),
             ("bases", bases, get_args(Bases)),
+            ("engine", engine, get_args(EngineName)),
             ("solver", solver, get_args(SolverName)),
         ):
             if value not in allowed:
