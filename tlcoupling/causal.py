@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_k
+from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
 from tlcoupling.errors import ArgumentError
 from tlcoupling.hooked import model_name_of
 from tlcoupling.intervention import Site, orthonormal, project_out, random_directions
@@ -146,7 +146,9 @@ def causal_effect(
         if sublayer not in traced.sublayers or sublayer == "block":
             raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
         chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)
-        given = directions if isinstance(directions, Tensor) else resolve_k(directions, traced.d_model)[0]
+        given = directions
+        if not isinstance(directions, Tensor):
+            given = resolve_one_k("directions", directions, traced.d_model)
         measured = _Measured(traced, sublayer, given, draws, generator, engine)
         cells = [measured.layer(layer) for layer in chosen]
         fields["loss"].append(measured.loss)

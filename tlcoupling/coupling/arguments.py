@@ -79,8 +79,13 @@ def resolve_sublayers(trace: Outline, sublayers: str | Sequence[str] | None) -> 
     return names
 
 
-def resolve_k(k: KSpec, d_model: int) -> tuple[int, ...]:
+def resolve_k(k: KSpec, d_model: int, name: str = "k") -> tuple[int, ...]:
     """K as ints: fractions of d_model are rounded down, to at least 1.
+
+    Args:
+        k: one or several.
+        d_model: the width.
+        name: of the argument, for the error.
 
     Raises:
         ArgumentError: below 1, above d_model, or no number.
@@ -93,10 +98,24 @@ def resolve_k(k: KSpec, d_model: int) -> tuple[int, ...]:
         elif isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= d_model:
             resolved.append(item)
         else:
-            raise ArgumentError("k", item, f"an int from 1 to d_model = {d_model}, or a fraction of it between 0 and 1")
+            raise ArgumentError(
+                name, item, f"an int from 1 to d_model = {d_model}, or a fraction of it between 0 and 1"
+            )
     if not resolved:
-        raise ArgumentError("k", k, "at least one number")
+        raise ArgumentError(name, k, "at least one number")
     return tuple(resolved)
+
+
+def resolve_one_k(name: str, value: KSpec, d_model: int) -> int:
+    """``resolve_k`` where there is one.
+
+    Raises:
+        ArgumentError: as ``resolve_k``, or several; the message names the argument.
+    """
+    ks = resolve_k(value, d_model, name)
+    if len(ks) > 1:
+        raise ArgumentError(name, value, "one number")
+    return ks[0]
 
 
 def resolve_indices(name: str, value: Indices, size: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_k
+from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
@@ -90,7 +90,7 @@ def coupling_loss(
     if len(chosen) < 2:
         raise ArgumentError("layers", layers, "at least two layers to compare")
     pos = check_index("token", token, ids.shape[1])
-    (size,) = resolve_k(k, model.cfg.d_model)
+    size = resolve_one_k("k", k, model.cfg.d_model)
     reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
     writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
     if model.training:
