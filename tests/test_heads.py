@@ -145,7 +145,7 @@ def test_heads_write_what_the_attention_writes(case: Case, case_trace: tlc.Trace
         ("head_coupling", {"token": [1]}, r"token=\[1\] .*an int"),
         ("head_coupling", {"k": 9}, r"k=9 .*at most 8, the numerical rank .*\(attn of head 0 of layer 0, token 6\)"),
         ("head_coupling", {"layers": [5]}, r"layers=5 .*from -3 to 2"),
-        ("head_alignment", {"of": "head"}, r"'head' .*block, attn, mlp"),
+        ("head_alignment", {"of": "head"}, r"^of='head' .*block, attn, mlp"),
         ("head_alignment", {"k": 40}, r"k=40 .*d_model = 32"),
         ("head_alignment", {"token": -8}, r"token=-8"),
     ],

@@ -146,9 +146,9 @@ def causal_effect(
         if sublayer not in traced.sublayers or sublayer == "block":
             raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
         chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)
-        given = directions
-        if not isinstance(directions, Tensor):
-            given = resolve_one_k("directions", directions, traced.d_model)
+        given = (
+            directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
+        )
         measured = _Measured(traced, sublayer, given, draws, generator, engine)
         cells = [measured.layer(layer) for layer in chosen]
         fields["loss"].append(measured.loss)

@@ -140,7 +140,7 @@ def read_directions(
     """
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    check_sublayers(trace, (sublayer,))
+    check_sublayers(trace, (sublayer,), "sublayer")
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])

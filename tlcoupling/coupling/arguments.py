@@ -112,10 +112,10 @@ def resolve_one_k(name: str, value: KSpec, d_model: int) -> int:
     Raises:
         ArgumentError: as ``resolve_k``, or several; the message names the argument.
     """
-    ks = resolve_k(value, d_model, name)
-    if len(ks) > 1:
+    first, *others = resolve_k(value, d_model, name)
+    if others:
         raise ArgumentError(name, value, "one number")
-    return ks[0]
+    return first
 
 
 def resolve_indices(name: str, value: Indices, size: int) -> tuple[int, ...]:

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer, projector_moments
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.result import Coupling, measure
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
 from tlcoupling.results import Result
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace
@@ -194,7 +194,7 @@ def head_alignment(
         >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # of the heads of layer 3 # doctest: +SKIP
     """
     started = time.perf_counter()
-    resolve_sublayers(trace, of)
+    check_sublayers(trace, (of,), "of")
     options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)

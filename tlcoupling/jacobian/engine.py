@@ -195,7 +195,7 @@ def residual_jacobian(
     """
     layer = check_index("layer", layer, trace.n_layers)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
-    check_sublayers(trace, (sublayer,))
+    check_sublayers(trace, (sublayer,), "sublayer")
     if src > dest:
         raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
     if head is not None:
@@ -216,8 +216,13 @@ def check_index(name: str, value: int, size: int) -> int:
     return value % size
 
 
-def check_sublayers(trace: Outline, sublayers: tuple[str, ...]) -> None:
+def check_sublayers(trace: Outline, sublayers: tuple[str, ...], argument: str = "sublayers") -> None:
     """Check that the model has these sublayers.
+
+    Args:
+        trace: a trace, or what is known of it.
+        sublayers: their names.
+        argument: as the caller wrote it, for the error.
 
     Raises:
         ArgumentError: it has not, or there are none.
@@ -225,7 +230,7 @@ def check_sublayers(trace: Outline, sublayers: tuple[str, ...]) -> None:
     unknown = [name for name in sublayers if name not in trace.sublayers]
     if unknown or not sublayers:
         raise ArgumentError(
-            "sublayers",
+            argument,
             unknown[0] if unknown else sublayers,
             f"{', '.join(trace.sublayers)} in this {trace.topology} model",
         )
