@@ -19,7 +19,7 @@ from tlcoupling.errors import ArgumentError, EveryPromptFailedError
 from tlcoupling.intervals import Interval, Unit, bootstrap_mean
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.prompt import named_prompts
-from tlcoupling.results import Provenance, Result
+from tlcoupling.results import Provenance, Result, engines_of_prompts
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import growth, linearity
@@ -206,6 +206,7 @@ def analyze_many(
     settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []
+    engines: dict[str, Mapping[str, str]] = {}
     first: Exception | None = None
     last: tuple[Trace, DepthCoupling] | None = None
     for index, (name, prompt) in enumerate(_ticks(named, progress)):
@@ -213,6 +214,7 @@ def analyze_many(
             traced = trace(model, prompt, prepend_bos=prepend_bos)
             measured = depth_coupling(traced, k, tokens=tokens, sublayers=sublayers, **settings)
             rows.append({"prompt": index, **_row(traced, measured)})
+            engines[str(name)] = measured.provenance.engine
             last = traced, measured
             errors.append(None)
         except Exception as error:  # of whatever kind: what is measured already is worth more than this prompt
@@ -240,7 +242,7 @@ def analyze_many(
         model_name=traced.model_name,
         weight_processing=traced.weight_processing,
         settings={**measured.provenance.settings, "tokens": tokens if isinstance(tokens, (int, str)) else list(tokens)},
-        engine=measured.provenance.engine,
+        engine=engines_of_prompts(engines),
         seconds=time.perf_counter() - started,
     )
     counts = torch.tensor([len(row["tokens"]) for row in rows])

@@ -56,7 +56,8 @@ class Provenance:
             writing weights change the Jacobians.
         tokens: token ids of the prompt.
         str_tokens: the same as text.
-        settings: the arguments of the call that measured.
+        settings: the arguments of the call that measured; and, where hooks of the user's acted, ``fwd_hooks`` (the
+            names given to ``trace``) and ``hooked_layers`` (the blocks in whose Jacobians any acted).
         engine: which engine computed what, ``{"block": "analytic", ...}``; empty where no Jacobian was needed.
         seconds: wall-clock time of the call.
         versions: versions of the packages that the numbers depend on.
@@ -70,6 +71,29 @@ class Provenance:
     engine: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=_versions)
+
+
+def engines_of_prompts(reports: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What computed what over several prompts, for a ``Provenance``: none of them hides behind another.
+
+    Args:
+        reports: ``engine`` of each prompt, by the prompt's name.
+
+    Returns:
+        By sublayer, the engine where it was the same for all prompts; else each, with the number of prompts and the
+        first of them.
+    """
+    merged = {}
+    for sublayer in dict.fromkeys(name for report in reports.values() for name in report):
+        by_engine: dict[str, list[str]] = {}
+        for prompt, report in reports.items():
+            by_engine.setdefault(report.get(sublayer, "none"), []).append(prompt)
+        parts = (
+            f"{engine} ({len(prompts)} of {len(reports)} prompts, first {prompts[0]!r})"
+            for engine, prompts in by_engine.items()
+        )
+        merged[sublayer] = next(iter(by_engine)) if len(by_engine) == 1 else ", ".join(parts)
+    return merged
 
 
 @dataclass(frozen=True, repr=False, eq=False)

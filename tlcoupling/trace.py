@@ -112,10 +112,16 @@ class Trace(Stream):
             weight_processing=self.weight_processing,
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
-            settings={**settings, "fwd_hooks": list(self._hooks.names)} if self._hooks.names else settings,
+            settings={**settings, **self.hook_settings},
             engine=engine or {},
             seconds=seconds,
         )
+
+    @property
+    def hook_settings(self) -> dict[str, Any]:
+        """What a provenance says of hooks of the user's; empty without any, so that no edited pass looks clean."""
+        said = {"fwd_hooks": list(self._hooks.names), "hooked_layers": sorted(self.hooked_layers)}
+        return {name: value for name, value in said.items() if value}
 
     @cached_property
     def weight_processing(self) -> dict[str, Any]:
