@@ -235,7 +235,7 @@ def test_an_analysis_in_one_call(case: Case):
         assert "hooked_layers" not in getattr(clean, part).provenance.settings
     with model.hooks(fwd_hooks=hooks):
         many = tlc.analyze_many(model, [TOKENS], k=3)
-        effect = tlc.causal_effect(model, [TOKENS], 2, layers=[0], draws=1)
+        effect = tlc.causal_effect(model, [TOKENS], 2, layers=[0], sublayer="attn", draws=1)
     assert many.provenance.settings["hooked_layers"] == effect.provenance.settings["hooked_layers"] == [1]
 
 

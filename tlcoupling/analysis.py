@@ -205,8 +205,7 @@ def _attention_layers(traced: Trace, compared: tuple[int, ...]) -> tuple[int, ..
 def _patterns(traced: Trace, layers: Sequence[int]) -> Float[Tensor, "layer head dest src"] | None:
     """The attention patterns of some layers, from running their blocks again; None of none."""
     kept: list[Tensor] = []
-    for layer in layers:
-        traced.run_block(
-            layer, traced.block_input(layer), {PATTERN: lambda p: kept.append(p[0].detach().float().cpu())}
-        )
+    with torch.no_grad():
+        for layer in layers:
+            traced.run_block(layer, traced.block_input(layer), {PATTERN: lambda p: kept.append(p[0].float().cpu())})
     return torch.stack(kept) if kept else None

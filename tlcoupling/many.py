@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
 from tlcoupling.intervals import Interval, Unit, bootstrap_mean
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.progress import ticking
 from tlcoupling.prompt import named_prompts
 from tlcoupling.results import Provenance, Result, engines_of_prompts
 from tlcoupling.svd.auto import SolverName
@@ -209,7 +210,7 @@ def analyze_many(
     engines: dict[str, Mapping[str, str]] = {}
     first: Exception | None = None
     last: tuple[Trace, DepthCoupling] | None = None
-    for index, (name, prompt) in enumerate(_ticks(named, progress)):
+    for index, (name, prompt) in enumerate(ticking(named.items(), "prompts", progress)):
         try:
             traced = trace(model, prompt, prepend_bos=prepend_bos)
             measured = depth_coupling(traced, k, tokens=tokens, sublayers=sublayers, **settings)
@@ -275,11 +276,3 @@ def _row(traced: Trace, measured: DepthCoupling) -> dict[str, Any]:
         "pos": torch.tensor(positions),
         "tokens": measured.tokens,
     }
-
-
-def _ticks(named: Mapping[str, Any], progress: bool) -> Iterator[tuple[str, Any]]:
-    if not progress:
-        return iter(named.items())
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(named.items(), desc="prompts"))
