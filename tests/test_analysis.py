@@ -68,7 +68,7 @@ def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]
     tlc.analyze_many(model, [TOKENS], k=2, progress=True)
     assert "prompts: 100%" in capsys.readouterr().err
     tlc.depth_coupling(tlc.trace(model, TOKENS), 2, progress=True)
-    assert "coupling: 100%" in capsys.readouterr().err
+    assert "coupling: " in capsys.readouterr().err
 
 
 def test_attention_of_long_prompts_is_kept_of_chosen_layers(monkeypatch: pytest.MonkeyPatch) -> None:
