@@ -16,6 +16,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.hooked import model_name_of
 from tlcoupling.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import named_prompts
 from tlcoupling.results import Provenance, Result, engines_of_prompts
 from tlcoupling.svd import truncated_svd
@@ -92,6 +93,7 @@ class CausalEffect(Result):
         return self.effect - self.control_mean
 
 
+@full_precision()
 def causal_effect(
     model: Any,
     prompts: Mapping[str, Any] | Sequence[Any],

@@ -21,6 +21,7 @@ from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.jacobian.maps import Projection
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result, off_diagonal_mean
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace, trace
@@ -134,6 +135,7 @@ class PublishedMisalignment(Result):
         return {"k": self.ks, "layer": layers, "basis_layer": layers, "rank": ranks}
 
 
+@full_precision()
 def published(
     model: Any,
     prompt: Any,

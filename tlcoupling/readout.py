@@ -22,6 +22,7 @@ from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.hooked import attached, lifted_model
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace
@@ -109,6 +110,7 @@ class DirectionReadout(Result):
         return table
 
 
+@full_precision()
 def read_directions(
     trace: Trace,
     layer: int,

@@ -31,6 +31,7 @@ from tlcoupling.hooked import (
     require_supported,
     topology_of_model,
 )
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import to_str_tokens, to_tokens
 from tlcoupling.results import Provenance
 from tlcoupling.stream import IDENTITY_TOLERANCE, Stream, plain, relative_gap
@@ -94,7 +95,8 @@ class Trace(Stream):
         if not gap <= IDENTITY_TOLERANCE[plain(cache)[block_hook(0, "hook_resid_pre")].dtype]:
             raise StaleTraceError(
                 f"the model gives another residual stream for these tokens than the cache holds ({gap:.1e} off): the "
-                "cache comes from other weights, other tokens (a BOS token?) or from hooks that are not attached now"
+                "cache comes from other weights, other tokens (a BOS token?), from hooks that are not attached now, or "
+                "from float32 products of reduced precision (torch.set_float32_matmul_precision)"
             )
         return own
 
@@ -268,6 +270,7 @@ class Trace(Stream):
             )
 
 
+@full_precision()
 def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: bool | None = None) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 

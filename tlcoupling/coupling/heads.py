@@ -17,6 +17,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer, projector_moments
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.result import Coupling, measure
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace
@@ -160,6 +161,7 @@ class HeadAlignment(Result):
         return {"layer": self.layers, "k": self.ks, "head": range(self.writes.shape[-1])}
 
 
+@full_precision()
 def head_alignment(
     trace: Trace,
     k: KSpec = 10,

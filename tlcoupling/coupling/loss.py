@@ -19,6 +19,7 @@ from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import check_index
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import to_tokens
 from tlcoupling.results import off_diagonal_mean
 from tlcoupling.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
@@ -29,6 +30,7 @@ Sublayer = Literal["block", "attn", "mlp"]
 _MIN_GAP = 100  # between squared singular values, in units of rounding: nearer ones have no usable derivative
 
 
+@full_precision()
 def coupling_loss(
     model: Any,
     tokens: Any,
@@ -54,7 +56,8 @@ def coupling_loss(
     likewise dv_i, P = U^T J V. The loss does not change with the signs of pairs (u, v), so nothing else is needed;
     where one of the top k singular values meets another value the vectors turn freely, there is no derivative, and this
     is an error. It is a first derivative: derivatives of the gradient are not those of the loss. Cost: d_model backward
-    passes per layer with their graph kept; a few layers and a short prompt are meant.
+    passes per layer with their graph kept; a few layers and a short prompt are meant. The loss is taken at the highest
+    precision of float32 products, its backward pass at the one that is set when it is run.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` in float32 or float64, in eval mode, or in training mode

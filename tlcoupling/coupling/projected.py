@@ -19,6 +19,7 @@ from tlcoupling.coupling.metric import Bases, coupling, null_coupling
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace
@@ -92,6 +93,7 @@ class ProjectedJacobians(Result):
         return {"sublayer": self.sublayers, **layers, "left": rank, "right": rank, "rank": rank}
 
 
+@full_precision()
 def projected_jacobians(
     trace: Trace,
     layers: Sequence[int],

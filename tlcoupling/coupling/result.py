@@ -17,6 +17,7 @@ from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result, off_diagonal_mean
 from tlcoupling.trace import Trace
 
@@ -156,6 +157,7 @@ class OrderedCoupling(Coupling):
         return torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
 
 
+@full_precision()
 def measure(
     kind: type[CouplingT],
     trace: Trace,

@@ -15,6 +15,7 @@ from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.differences import require_followed
 from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.precision import full_precision
 from tlcoupling.stream import Outline
 from tlcoupling.trace import Trace
 
@@ -151,6 +152,7 @@ class JacobianEngine:
         )
 
 
+@full_precision()
 def residual_jacobian(
     trace: Trace,
     layer: int,
@@ -169,7 +171,8 @@ def residual_jacobian(
     - mlp: d m^l_dest / d x_mid_dest in a sequential block, d m^l_dest / d x^l_dest in a parallel one; zero for
       src != dest.
 
-    Rows are output coordinates, columns input coordinates. Source: arXiv 2407.07810, section 3.
+    Rows are output coordinates, columns input coordinates. Source: arXiv 2407.07810, section 3. Products that you take
+    of it are as precise as ``torch.set_float32_matmul_precision`` has it then; measurements take theirs at its highest.
 
     Args:
         trace: a trace of the model.

@@ -20,6 +20,7 @@ from torch import Tensor
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.trace import IDENTITY_TOLERANCE, Trace
 from tlcoupling.weights import output_of_heads
@@ -122,6 +123,7 @@ def head_steps(trace: Trace) -> HeadSteps:
     )
 
 
+@full_precision()
 def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     """What each head of a layer adds to the stream; the attention's write is their sum and a bias.
 
