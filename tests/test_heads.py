@@ -12,7 +12,7 @@ from cases import CASES, TOKENS, Case, fresh, relative_error
 from oracle import REPRESENTATIVE, plain_coupling
 
 import tlcoupling as tlc
-from tlcoupling.coupling.heads import _aligned
+from tlcoupling.coupling.alignment import _aligned
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.trajectory.heads import head_writes
 from tlcoupling.weights import output_of_heads, weight_of
