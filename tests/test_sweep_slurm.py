@@ -17,7 +17,7 @@ from sweeps import needs_folders, plan_of, save_model
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results import contents_apart_from_times
+from tlcoupling.result_files import contents_apart_from_times
 
 HERE = Path(__file__).parent
 CLUSTER = HERE / "slurm_cluster.sh"

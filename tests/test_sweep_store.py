@@ -16,7 +16,7 @@ from cases import CASES, TOKENS
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.results import contents_apart_from_times
+from tlcoupling.result_files import contents_apart_from_times
 from tlcoupling.sweep import Cell, ModelFacts, Settings
 from tlcoupling.sweep.table import COLUMNS
 

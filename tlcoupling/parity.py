@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import KSpec, resolve_k
-from tlcoupling.coupling.metric import Bases, Normalizer, coupling
+from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError
 from tlcoupling.hooked import lifted
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.jacobian.maps import Projection
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result, off_diagonal_mean
+from tlcoupling.results import Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace, trace
 

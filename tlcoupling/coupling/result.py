@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group
+from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result, off_diagonal_mean
+from tlcoupling.results import Result
 from tlcoupling.trace import Trace
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]

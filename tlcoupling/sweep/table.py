@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tlcoupling.analysis import Analysis
+from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.errors import ResultFileError
 from tlcoupling.files import replacing
-from tlcoupling.results import off_diagonal_mean
 from tlcoupling.sweep.cells import Cell, ModelFacts
 
 if TYPE_CHECKING:
