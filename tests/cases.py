@@ -33,6 +33,7 @@ class Case:
             TransformerLens's native RMSNorm, cast to float32 inside even in a float64 model.
         analytic: the sublayers that the analytic engine covers.
         topology: of its blocks.
+        splits: whether its attention can be split into heads.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     exact: bool = True
     analytic: tuple[str, ...] = ALL
     topology: str = "sequential"
+    splits: bool = True
 
     @property
     def tolerance(self) -> float:
@@ -100,6 +102,7 @@ _PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-n
 _ON_3 = version("transformer-lens").startswith("3.")
 _PARTLY_ANALYTIC: dict[str, tuple[str, ...]] = {
     "mixtral": ("attn",),  # experts
+    "deepseek-v3": ("mlp",),  # queries and keys are compressed
     "cohere-qk-norm": ("mlp",),  # norms of queries with another gain for each head
 }
 # transformer-lens 3 refuses to boot the one, and names the other's norms behind the sublayers as norms before them
@@ -111,6 +114,7 @@ _FAMILIES = [
         exact=name in _STAYS_IN_FLOAT64,
         analytic=_PARTLY_ANALYTIC.get(name, ALL),
         topology="parallel" if name in _PARALLEL else "sequential",
+        splits=name != "deepseek-v3",
     )
     for name, (hub_name, architecture, config) in families().items()
     if name not in _LEFT_OUT

@@ -178,6 +178,20 @@ def families() -> dict[str, tuple[str, str, Any]]:
                 sliding_window=None,
             ),
         ),
+        "deepseek-v3": (
+            "deepseek-ai/DeepSeek-V3",
+            "DeepseekV3ForCausalLM",
+            hf.DeepseekV3Config(
+                **_COMMON,
+                q_lora_rank=12,
+                kv_lora_rank=10,
+                qk_nope_head_dim=6,
+                qk_rope_head_dim=4,
+                v_head_dim=D_HEAD,
+                head_dim=4,  # of what is rotated, as in the real models
+                first_k_dense_replace=N_LAYERS,
+            ),
+        ),
         "phi3": ("microsoft/Phi-3-mini-4k-instruct", "Phi3ForCausalLM", hf.Phi3Config(**_GROUPED)),
         "glm": ("THUDM/glm-4-9b", "GlmForCausalLM", hf.GlmConfig(**_WIDE_HEADS, partial_rotary_factor=0.5)),
         "cohere-qk-norm": (

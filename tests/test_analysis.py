@@ -10,6 +10,7 @@ from cases import CASES, TOKENS
 
 import tlcoupling as tlc
 import tlcoupling.analysis
+from tlcoupling.analysis import _patterns
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results import Result
 
@@ -46,6 +47,28 @@ def test_attention_is_that_of_every_layer(analysis: tlc.Analysis) -> None:
     for layer in analysis.attention_layers:
         pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0].float()
         torch.testing.assert_close(analysis.attention[layer], pattern, atol=1e-6, rtol=0)  # float32
+
+
+def test_patterns_are_read_without_a_graph() -> None:
+    """What is only looked at holds no graph meanwhile."""
+    traced, modes = tlc.trace(MODEL.model(), TOKENS), []
+    handle = traced.model.blocks[1].register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    try:
+        patterns = _patterns(traced, [1])
+    finally:
+        handle.remove()
+    assert modes == [False] and torch.is_grad_enabled()
+    assert patterns is not None and not patterns.requires_grad
+
+
+def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    model = MODEL.model()
+    tlc.analyze_many(model, [TOKENS], k=2)
+    assert capsys.readouterr().err == ""
+    tlc.analyze_many(model, [TOKENS], k=2, progress=True)
+    assert "prompts: 100%" in capsys.readouterr().err
+    tlc.depth_coupling(tlc.trace(model, TOKENS), 2, progress=True)
+    assert "coupling: " in capsys.readouterr().err
 
 
 def test_attention_of_long_prompts_is_kept_of_chosen_layers(monkeypatch: pytest.MonkeyPatch) -> None:

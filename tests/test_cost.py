@@ -130,6 +130,17 @@ def test_an_estimate_runs_nothing(monkeypatch: pytest.MonkeyPatch):
     assert parts["attn: Jacobians"] == parts["mlp: Jacobians"] == 0 < parts["block: Jacobians"]
 
 
+def test_an_estimate_counts_no_context_where_nothing_reaches_another_token():
+    """``analyze`` measures none of MLPs alone; of their token-wise coupling it does, and that is counted."""
+    alone, all_of_them = (
+        tlc.estimate(CASES[0].model(), TOKENS, 4, sublayers=sublayers, token_layers=[0]).to_dataframe()["name"]
+        for sublayers in ("mlp", None)
+    )
+    assert {name.partition(" mlp:")[0] for name in alone if " mlp:" in name} == {"token-wise"}
+    assert {"fixed src attn: Jacobians", "fixed dest attn: Jacobians"} <= set(all_of_them)
+    assert not any("fixed" in name for name in alone)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_an_estimate_refuses_what_the_call_would():
     model = CASES[0].model()
@@ -137,6 +148,8 @@ def test_an_estimate_refuses_what_the_call_would():
         tlc.estimate(model, TOKENS, 33)
     with pytest.raises(ArgumentError, match="tokens=7"):
         tlc.estimate(model, TOKENS, tokens=7)
+    with pytest.raises(ArgumentError, match="engine='autogard' .*one of auto, analytic, autograd"):
+        tlc.estimate(model, TOKENS, engine="autogard")
     with pytest.raises(ArgumentError, match="sublayers='head'"):
         tlc.estimate(model, TOKENS, sublayers="head")
     with pytest.raises(UnsupportedModelError):

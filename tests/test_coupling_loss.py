@@ -123,6 +123,7 @@ def test_coinciding_singular_values_have_no_derivative():
     ("arguments", "message"),
     [
         ({"k": 0}, "k=0"),
+        ({"k": [5, 10]}, r"k=\[5, 10\] .*one number"),
         ({"layers": [1]}, "at least two layers"),
         ({"layers": [0, 3]}, "layers=3"),
         ({"sublayer": "head"}, "sublayer='head'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,9 +12,10 @@ from cases import CASES, TOKENS, Case, fresh, relative_error
 from oracle import REPRESENTATIVE, plain_coupling
 
 import tlcoupling as tlc
-from tlcoupling.coupling.heads import _aligned
+from tlcoupling.coupling.alignment import _aligned
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.trajectory.heads import head_writes
+from tlcoupling.weights import output_of_heads, weight_of
 
 NORMED = [case for case in CASES if case.name in ("hooked-sandwich", "bridge-gemma2")]
 each_case = pytest.mark.parametrize("case", [*REPRESENTATIVE, *NORMED], ids=str)
@@ -143,7 +145,7 @@ def test_heads_write_what_the_attention_writes(case: Case, case_trace: tlc.Trace
         ("head_coupling", {"token": [1]}, r"token=\[1\] .*an int"),
         ("head_coupling", {"k": 9}, r"k=9 .*at most 8, the numerical rank .*\(attn of head 0 of layer 0, token 6\)"),
         ("head_coupling", {"layers": [5]}, r"layers=5 .*from -3 to 2"),
-        ("head_alignment", {"of": "head"}, r"'head' .*block, attn, mlp"),
+        ("head_alignment", {"of": "head"}, r"^of='head' .*block, attn, mlp"),
         ("head_alignment", {"k": 40}, r"k=40 .*d_model = 32"),
         ("head_alignment", {"token": -8}, r"token=-8"),
     ],
@@ -167,6 +169,38 @@ def test_an_edited_write_is_not_split_into_heads():
         trace = tlc.trace(model, TOKENS)
         with pytest.raises(UnsupportedModelError, match="heads of layer 1 do not add up"):
             tlc.head_steps(trace)
+
+
+def test_attention_without_what_a_split_needs_is_refused():
+    """The Jacobian of a head and the steps of all heads refuse the same, by name."""
+    trace = tlc.trace(CASES[0].model(), TOKENS)
+    points = {name: point for name, point in trace._points.items() if not name.endswith("attn.hook_z")}
+    without = dataclasses.replace(trace, _points=points)
+    for call in (
+        lambda: tlc.residual_jacobian(without, 0, "attn", head=0, engine="autograd"),
+        lambda: tlc.head_steps(without),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"layer 0 .* has no hook_z to split it into heads"):
+            call()
+
+
+def test_a_weight_that_a_module_refuses_is_none():
+    """DeepSeek's attention answers with NotImplementedError, which getattr with a default lets through."""
+
+    class Compressed(torch.nn.Module):
+        def __getattr__(self, name: str) -> Any:
+            if name == "W_Q":
+                raise NotImplementedError(name)
+            return super().__getattr__(name)
+
+    module = Compressed()
+    module.W_K = torch.nn.Parameter(torch.ones(2))
+    assert weight_of(module, "W_Q") is None
+    assert weight_of(module, "W_V") is None
+    assert weight_of(module, "W_K") is module.W_K
+    assert weight_of(torch.nn.Linear(2, 2), "training") is None  # no tensor
+    with pytest.raises(UnsupportedModelError, match=r"layer 3 \(Compressed\) has no W_O to split it"):
+        output_of_heads(module, 3, torch.ones(1, 5, 2, 4))
 
 
 def test_results_come_back_and_tabulate(tmp_path):

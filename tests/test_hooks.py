@@ -230,6 +230,15 @@ def test_an_analysis_in_one_call(case: Case):
     assert (report.coupling.values - tlc.analyze(model, TOKENS, k=3).coupling.values).abs().max() > 1e-3
     assert report.coupling.provenance.settings["fwd_hooks"] == ["blocks.1.attn.hook_z"]
     assert "fwd_hooks" not in same.coupling.provenance.settings
+    clean = tlc.analyze(model, TOKENS, k=3)
+    for part in ("coupling", "linearity", "growth"):  # an ablated result does not look like a clean one
+        assert getattr(report, part).provenance.settings["hooked_layers"] == [1]
+        assert getattr(same, part).provenance.settings["hooked_layers"] == [1]
+        assert "hooked_layers" not in getattr(clean, part).provenance.settings
+    with model.hooks(fwd_hooks=hooks):
+        many = tlc.analyze_many(model, [TOKENS], k=3)
+        effect = tlc.causal_effect(model, [TOKENS], 2, layers=[0], sublayer="attn", draws=1)
+    assert many.provenance.settings["hooked_layers"] == effect.provenance.settings["hooked_layers"] == [1]
 
 
 def test_a_cache_of_a_hooked_model_becomes_a_trace_with_its_hooks():

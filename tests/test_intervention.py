@@ -118,7 +118,8 @@ def test_the_control_is_otherwise_uniformly_random():
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 2, draws=0), "draws=0"),
         (lambda: tlc.causal_effect(FEW[0].model(), [], 2), "one prompt or more"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 2, sublayer="block"), "sublayer='block'"),
-        (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 0), "k=0"),
+        (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 0), "directions=0 .*from 1 to d_model"),
+        (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], [5, 10]), r"directions=\[5, 10\] .*one number"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 2, layers=[3]), "layers=3"),
     ],
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from cases import CASES, TOKENS, Case, relative_error
 
 import tlcoupling as tlc
-from tlcoupling.errors import CertificateError, StaleTraceError
+from tlcoupling.errors import CertificateError, StaleTraceError, UnsupportedModelError
 from tlcoupling.hooked import attached
+from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.jacobian.maps import Projection
+from tlcoupling.jacobian.norms import Uncovered
 
 PLACES = [(0, 6, 6), (2, 0, 0), (1, 2, 5), (2, 0, 6)]  # layer, src, dest
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,6 +66,11 @@ def test_auto_takes_the_closed_form_where_there_is_one(case: Case, case_trace: t
 @pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
 def test_heads_agree_and_sum_to_the_attention(case: Case, case_trace: tlc.Trace):
     """A post-norm mixes the heads: a head's share is taken before it."""
+    if not case.splits:
+        for call in (lambda: tlc.residual_jacobian(case_trace, 1, "attn", head=0), lambda: tlc.head_steps(case_trace)):
+            with pytest.raises(UnsupportedModelError, match=r"attention of layer \d .* cannot be split into heads"):
+                call()
+        return
     normed = isinstance(getattr(case_trace.model.blocks[1], "ln1_post", None), torch.nn.Module)
     for src, dest in ((6, 6), (2, 5)):
         by_engine = [
@@ -277,3 +285,19 @@ def test_a_trace_of_changed_weights_is_refused():
                 tlc.residual_jacobian(trace, 1, "block", engine=engine)
     finally:
         parameter.data.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "pattern"),
+    [
+        ((2, 5, 4), (2, 5, 4), (2, 5, 4), (2, 5, 5)),  # heads before positions
+        ((5, 2, 4), (5, 2, 6), (5, 2, 4), (2, 5, 5)),
+        ((5, 3, 4), (5, 2, 4), (5, 2, 4), (3, 5, 5)),
+        ((5, 8), (5, 8), (5, 8), (2, 5, 5)),
+    ],
+)
+def test_values_that_do_not_fit_each_other_go_to_autograd(q: Any, k: Any, v: Any, pattern: Any):
+    shapes = {"q": q, "k": k, "v": v, "pattern": pattern}
+    values = {f"attn.hook_{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(Uncovered, match="have shapes"):
+        AttentionCore.from_values(torch.nn.Module(), None, values)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
 from tlcoupling.intervals import bootstrap_mean
+from tlcoupling.jacobian.engine import JacobianEngine
 
 PROMPTS = [TOKENS[:4], TOKENS, TOKENS.flip(0), torch.tensor([1, 2, 3, 40, 45])]
 QUANTITIES = ("coupling", "null", "excess", "lss", "expodistance", "rate")
@@ -53,6 +54,26 @@ def test_settings_reach_the_measurement():
     torch.testing.assert_close(found.coupling[0], expected.mean()[:, 0])
     assert found.provenance.engine == {"attn": "autograd"}
     assert {name: found.provenance.settings[name] for name in changed} == changed
+
+
+def test_a_refused_certificate_of_any_prompt_shows(monkeypatch: pytest.MonkeyPatch):
+    """The provenance says what computed each prompt, not only the last one."""
+    certify = JacobianEngine._certify
+
+    def refuse_short(engine: JacobianEngine, *arguments: Any) -> str | None:
+        return "refused" if engine.trace.n_tokens == 4 else certify(engine, *arguments)
+
+    monkeypatch.setattr(JacobianEngine, "_certify", refuse_short)
+    model, prompts = FEW[0].model(), {"long": TOKENS, "short": TOKENS[:4], "other": TOKENS.flip(0)}
+    said = {"attn": "analytic (2 of 3 prompts, first 'long'), autograd (1 of 3 prompts, first 'short')"}
+    with pytest.warns(UserWarning, match="by autograd"):
+        found = tlc.analyze_many(model, prompts, k=2, sublayers="attn")
+    assert found.provenance.engine == said
+    with pytest.warns(UserWarning, match="by autograd"):
+        effect = tlc.causal_effect(model, prompts, 2, sublayer="attn", layers=[1], draws=1)
+    assert effect.provenance.engine == said
+    monkeypatch.undo()
+    assert tlc.analyze_many(model, prompts, k=2, sublayers="attn").provenance.engine == {"attn": "analytic"}
 
 
 def test_a_baseline_is_measured_the_same_way():

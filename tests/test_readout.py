@@ -154,7 +154,7 @@ def test_bad_arguments_and_models():
     trace = tlc.trace(FEW[0].model(), TOKENS)
     for argument, call in {
         "layer": lambda: tlc.read_directions(trace, 3),
-        "sublayers": lambda: tlc.read_directions(trace, 0, "head"),
+        "sublayer": lambda: tlc.read_directions(trace, 0, "head"),
         "pos": lambda: tlc.read_directions(trace, 0, pos=7),
         "k": lambda: tlc.read_directions(trace, 0, k=0),
         "top": lambda: tlc.read_directions(trace, 0, top=51),

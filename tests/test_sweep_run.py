@@ -237,10 +237,10 @@ def test_a_write_that_fails_is_no_failed_cell(models: Path, opened, tmp_path: Pa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*args, **kwargs)
 
-    import tlcoupling.results
+    import tlcoupling.result_files
 
-    real = tlcoupling.results.save_file
-    monkeypatch.setattr(tlcoupling.results, "save_file", full)
+    real = tlcoupling.result_files.save_file
+    monkeypatch.setattr(tlcoupling.result_files, "save_file", full)
     with pytest.raises(ResultFileError, match="No space left"), ThreadPoolExecutor(1) as executor:
         tlc.sweep(plan, tmp_path / "store", executor=executor)
     store = tlc.SweepStore(tmp_path / "store")

@@ -297,7 +297,7 @@ def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
         ({"layer": 0, "src": 7}, "src=7 .*from -7 to 6"),
         ({"layer": 0, "dest": -8}, "dest=-8"),
         ({"layer": 0, "src": 5, "dest": 2}, "src=5 .*not after dest=2"),
-        ({"layer": 0, "sublayer": "mlps"}, "sublayers='mlps'"),
+        ({"layer": 0, "sublayer": "mlps"}, "^sublayer='mlps'"),
         ({"layer": 0, "sublayer": "block", "head": 0}, "head=0 .*sublayer='attn'"),
         ({"layer": 0, "sublayer": "attn", "head": 4}, "head=4 .*from -4 to 3"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError
 from tlcoupling.trajectory.growth import expodistance
 from tlcoupling.trajectory.linearity import line_shape_score
 
@@ -83,6 +84,13 @@ def test_the_measures_are_their_formulas(case: Case):
         torch.testing.assert_close(grown.attn_share, (middle / trace.resid[:-1].norm(dim=-1)).log())
     else:
         assert grown.attn_share is None
+
+
+def test_an_unknown_path_is_named():
+    straight = tlc.linearity(tlc.trace(CASES[0].model(), TOKENS))
+    assert straight.path("attn").equal(straight.lss[straight.paths.index("attn")])
+    with pytest.raises(ArgumentError, match=r"name='attention' .*one of block, sublayer, attn, mlp"):
+        straight.path("attention")
 
 
 @each_case

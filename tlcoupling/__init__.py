@@ -38,7 +38,7 @@ from tlcoupling.many import ManyAnalyses, analyze_many
 from tlcoupling.models import load_model
 from tlcoupling.monitor import TrainingMonitor
 from tlcoupling.readout import DirectionReadout, read_directions
-from tlcoupling.results import load
+from tlcoupling.result_files import load
 from tlcoupling.svd import Triplets, truncated_svd
 from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
 from tlcoupling.sweep.statistics import Correlations, correlate

@@ -24,6 +24,7 @@ from tlcoupling.coupling.arguments import Indices, KSpec, resolve_indices
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import PATTERN, Trace, trace
@@ -202,11 +203,11 @@ def _attention_layers(traced: Trace, compared: tuple[int, ...]) -> tuple[int, ..
     return tuple(layer for layer in chosen if traced.point(layer, PATTERN) is not None)
 
 
+@full_precision()
 def _patterns(traced: Trace, layers: Sequence[int]) -> Float[Tensor, "layer head dest src"] | None:
     """The attention patterns of some layers, from running their blocks again; None of none."""
     kept: list[Tensor] = []
-    for layer in layers:
-        traced.run_block(
-            layer, traced.block_input(layer), {PATTERN: lambda p: kept.append(p[0].detach().float().cpu())}
-        )
+    with torch.no_grad():
+        for layer in layers:
+            traced.run_block(layer, traced.block_input(layer), {PATTERN: lambda p: kept.append(p[0].float().cpu())})
     return torch.stack(kept) if kept else None

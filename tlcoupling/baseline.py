@@ -17,6 +17,7 @@ from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.generators import generators_kept
 from tlcoupling.hooked import norms_are_folded, require_supported
 from tlcoupling.offline import answered_locally, offline
+from tlcoupling.weights import weight_of
 
 _CENTERED = 1e-3  # mean over standard deviation of what is centred in half precision; random weights have 1 / sqrt(d)
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
@@ -162,8 +163,8 @@ def _writing_weights(model: Any) -> list[Tensor] | None:
             module = getattr(block, part, None)
             if not isinstance(module, nn.Module):
                 continue
-            weight = getattr(module, name, None)
-            if not isinstance(weight, Tensor) or weight.shape[-1] != model.cfg.d_model:
+            weight = weight_of(module, name)
+            if weight is None or weight.shape[-1] != model.cfg.d_model:
                 return None
             found.append(weight)
     return found

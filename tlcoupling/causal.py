@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_k
+from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
 from tlcoupling.errors import ArgumentError
 from tlcoupling.hooked import model_name_of
 from tlcoupling.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import named_prompts
-from tlcoupling.results import Provenance, Result
+from tlcoupling.results import Provenance, Result, engines_of_prompts
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace, trace
 
@@ -92,6 +93,7 @@ class CausalEffect(Result):
         return self.effect - self.control_mean
 
 
+@full_precision()
 def causal_effect(
     model: Any,
     prompts: Mapping[str, Any] | Sequence[Any],
@@ -138,21 +140,25 @@ def causal_effect(
     named = named_prompts(prompts)
     generator = torch.Generator().manual_seed(seed)
     fields: dict[str, list[Any]] = {name: [] for name in ("loss", "effect", "control", "share", "control_share")}
-    weight_processing, engines, chosen, k = {}, {}, (), 0
-    for prompt in named.values():
+    engines: dict[str, Mapping[str, str]] = {}
+    weight_processing, hook_settings, chosen, k = {}, {}, (), 0
+    for name, prompt in named.items():
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
             raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is of the next one")
         if sublayer not in traced.sublayers or sublayer == "block":
             raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
         chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)
-        given = directions if isinstance(directions, Tensor) else resolve_k(directions, traced.d_model)[0]
+        given = (
+            directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
+        )
         measured = _Measured(traced, sublayer, given, draws, generator, engine)
         cells = [measured.layer(layer) for layer in chosen]
         fields["loss"].append(measured.loss)
-        for name in ("effect", "control", "share", "control_share"):
-            fields[name].append(torch.stack([cell[name] for cell in cells]))
-        weight_processing, engines, k = traced.weight_processing, measured.jacobians.used, measured.k
+        for field in ("effect", "control", "share", "control_share"):
+            fields[field].append(torch.stack([cell[field] for cell in cells]))
+        engines[name] = measured.jacobians.used
+        weight_processing, hook_settings, k = traced.weight_processing, traced.hook_settings, measured.k
     return CausalEffect(
         provenance=Provenance(
             model_name=model_name_of(model),
@@ -161,8 +167,9 @@ def causal_effect(
                 "directions": "given" if isinstance(directions, Tensor) else directions,
                 "draws": draws,
                 "seed": seed,
+                **hook_settings,
             },
-            engine=engines,
+            engine=engines_of_prompts(engines),
             seconds=time.perf_counter() - started,
         ),
         **{name: torch.stack(values).cpu() for name, values in fields.items()},

@@ -15,6 +15,7 @@ from tlcoupling.errors import TLCouplingError
 from tlcoupling.hooked import model_name_of
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.precision import full_precision
 from tlcoupling.trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _spread_tokens(model: Any) -> list[int]:
     return [index * max(vocabulary - 1, 0) // 8 for index in range(1, 9)]
 
 
+@full_precision()
 def _compare(traced: Trace, sublayer: str, layers: Sequence[int]) -> Finding:
     """Both engines on random vectors, at the last position and between two."""
     what = f"{sublayer} Jacobians of layers {', '.join(map(str, layers))}"

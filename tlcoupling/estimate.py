@@ -17,6 +17,7 @@ from tlcoupling.coupling.plan import Job, Plan, make_plan
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.hooked import Topology, model_name_of, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import to_tokens
 from tlcoupling.stream import sublayers_of
 from tlcoupling.svd.auto import SolverName
@@ -186,11 +187,11 @@ def _pairs_of_tokens(
     if not layers:
         return {}
     positions, reach = range(n_tokens), tuple(name for name in sublayers if name != "mlp")
-    return {
-        "token-wise": (tuple(sublayers), token_groups(layers, layers, positions)),
-        "fixed src": (reach, context_groups(layers, "src", 0, positions)),
-        "fixed dest": (reach, context_groups(layers, "dest", n_tokens - 1, positions)),
-    }
+    pairs = {"token-wise": (tuple(sublayers), token_groups(layers, layers, positions))}
+    if reach:  # an MLP reaches no other token
+        pairs["fixed src"] = (reach, context_groups(layers, "src", 0, positions))
+        pairs["fixed dest"] = (reach, context_groups(layers, "dest", n_tokens - 1, positions))
+    return pairs
 
 
 def _stages(kind: str, plan: Plan) -> list[Stage]:
@@ -206,6 +207,7 @@ def _stages(kind: str, plan: Plan) -> list[Stage]:
     return stages
 
 
+@full_precision()
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """A device's matrix-product rate in floating-point operations per second, the fastest of several products."""
     size, rounds = (4096, 5) if device.type == "cuda" else (1024, 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,8 +18,9 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
 from tlcoupling.intervals import Interval, Unit, bootstrap_mean
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.progress import ticking
 from tlcoupling.prompt import named_prompts
-from tlcoupling.results import Provenance, Result
+from tlcoupling.results import Provenance, Result, engines_of_prompts
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace, trace
 from tlcoupling.trajectory import growth, linearity
@@ -206,13 +207,15 @@ def analyze_many(
     settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []
+    engines: dict[str, Mapping[str, str]] = {}
     first: Exception | None = None
     last: tuple[Trace, DepthCoupling] | None = None
-    for index, (name, prompt) in enumerate(_ticks(named, progress)):
+    for index, (name, prompt) in enumerate(ticking(named.items(), "prompts", progress)):
         try:
             traced = trace(model, prompt, prepend_bos=prepend_bos)
             measured = depth_coupling(traced, k, tokens=tokens, sublayers=sublayers, **settings)
             rows.append({"prompt": index, **_row(traced, measured)})
+            engines[str(name)] = measured.provenance.engine
             last = traced, measured
             errors.append(None)
         except Exception as error:  # of whatever kind: what is measured already is worth more than this prompt
@@ -240,7 +243,7 @@ def analyze_many(
         model_name=traced.model_name,
         weight_processing=traced.weight_processing,
         settings={**measured.provenance.settings, "tokens": tokens if isinstance(tokens, (int, str)) else list(tokens)},
-        engine=measured.provenance.engine,
+        engine=engines_of_prompts(engines),
         seconds=time.perf_counter() - started,
     )
     counts = torch.tensor([len(row["tokens"]) for row in rows])
@@ -273,11 +276,3 @@ def _row(traced: Trace, measured: DepthCoupling) -> dict[str, Any]:
         "pos": torch.tensor(positions),
         "tokens": measured.tokens,
     }
-
-
-def _ticks(named: Mapping[str, Any], progress: bool) -> Iterator[tuple[str, Any]]:
-    if not progress:
-        return iter(named.items())
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(named.items(), desc="prompts"))

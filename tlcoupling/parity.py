@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import KSpec, resolve_k
-from tlcoupling.coupling.metric import Bases, Normalizer, coupling
+from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.jacobian.maps import Projection
 from tlcoupling.lifting import lifted
-from tlcoupling.results import Result, off_diagonal_mean
+from tlcoupling.precision import full_precision
+from tlcoupling.results import Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace, trace
 
@@ -134,6 +135,7 @@ class PublishedMisalignment(Result):
         return {"k": self.ks, "layer": layers, "basis_layer": layers, "rank": ranks}
 
 
+@full_precision()
 def published(
     model: Any,
     prompt: Any,

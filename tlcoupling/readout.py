@@ -25,6 +25,7 @@ from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import require_same_product
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
 from tlcoupling.lifting import lifted_model
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.svd import truncated_svd
 from tlcoupling.trace import Trace
@@ -112,6 +113,7 @@ class DirectionReadout(Result):
         return table
 
 
+@full_precision()
 def read_directions(
     trace: Trace,
     layer: int,
@@ -144,7 +146,7 @@ def read_directions(
     """
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    check_sublayers(trace, (sublayer,))
+    check_sublayers(trace, (sublayer,), "sublayer")
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])

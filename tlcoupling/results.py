@@ -1,4 +1,4 @@
-"""The base of all results: saving, loading, long-form tables and provenance.
+"""The base of all results: long-form tables and provenance; ``result_files`` has their file format.
 
 A result is a frozen dataclass. Each of its tensor fields is declared in ``_axes`` with the names of its axes, and
 ``_coords`` gives the labels of each axis; from these two come ``to_dataframe``, ``to_xarray``, ``save`` and ``load``,
@@ -9,28 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.files import replacing
+from tlcoupling.errors import ArgumentError
 
 if TYPE_CHECKING:
     import pandas
     import xarray
-
-FORMAT = "tlcoupling-3"
-ResultT = TypeVar("ResultT", bound="Result")
 
 
 @functools.cache  # each look-up reads a package's metadata from the disk
@@ -56,7 +47,8 @@ class Provenance:
             writing weights change the Jacobians.
         tokens: token ids of the prompt.
         str_tokens: the same as text.
-        settings: the arguments of the call that measured.
+        settings: the arguments of the call that measured; and, where hooks of the user's acted, ``fwd_hooks`` (the
+            names given to ``trace``) and ``hooked_layers`` (the blocks in whose Jacobians any acted).
         engine: which engine computed what, ``{"block": "analytic", ...}``; empty where no Jacobian was needed.
         seconds: wall-clock time of the call.
         versions: versions of the packages that the numbers depend on.
@@ -70,6 +62,29 @@ class Provenance:
     engine: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=_versions)
+
+
+def engines_of_prompts(reports: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What computed what over several prompts, for a ``Provenance``: none of them hides behind another.
+
+    Args:
+        reports: ``engine`` of each prompt, by the prompt's name.
+
+    Returns:
+        By sublayer, the engine where it was the same for all prompts; else each, with the number of prompts and the
+        first of them.
+    """
+    merged = {}
+    for sublayer in dict.fromkeys(name for report in reports.values() for name in report):
+        by_engine: dict[str, list[str]] = {}
+        for prompt, report in reports.items():
+            by_engine.setdefault(report.get(sublayer, "none"), []).append(prompt)
+        parts = (
+            f"{engine} ({len(prompts)} of {len(reports)} prompts, first {prompts[0]!r})"
+            for engine, prompts in by_engine.items()
+        )
+        merged[sublayer] = next(iter(by_engine)) if len(by_engine) == 1 else ", ".join(parts)
+    return merged
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -141,120 +156,9 @@ class Result:
         Raises:
             ResultFileError: the file cannot be written; the message says why.
         """
+        from tlcoupling.result_files import write_result
+
         return write_result(self, path)
-
-
-def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
-    """What ``Result.save`` does, with a note in the header that ``read_note`` gives back.
-
-    Equal results with equal notes give equal bytes: the header is a single entry, since safetensors orders several
-    anew in each process.
-
-    Args:
-        result: the result.
-        path: the file to write; its folder must exist.
-        note: what else is known of the result, of JSON's types.
-
-    Raises:
-        ResultFileError: the file cannot be written; the message says why.
-    """
-    path = Path(path)
-    tensors, header = _flatten(result)
-    if note is not None:
-        header["note"] = note
-    try:
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={FORMAT: json.dumps(header)})
-    except (OSError, SafetensorError) as error:
-        raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
-    return path
-
-
-def load(path: str | Path) -> Any:
-    """Read a result that ``save`` wrote, of whatever kind it is.
-
-    Raises:
-        ResultFileError: no such file, a damaged file, or a file that is no tlcoupling result.
-    """
-    return read_result(path)[0]
-
-
-def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
-    """A result and the note that was written with it.
-
-    Raises:
-        ResultFileError: as ``load``.
-    """
-    with _opened(path) as (file, header):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _unflatten(header, tensors, prefix=""), header.get("note", {})
-
-
-def read_note(path: str | Path) -> Mapping[str, Any]:
-    """The note of a result file; no tensor is read, but a file that has lost its end is found.
-
-    Raises:
-        ResultFileError: as ``load``.
-    """
-    with _opened(path) as (_, header):
-        return header.get("note", {})
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A result file and its header; what goes wrong with them is a ``ResultFileError``."""
-    path = Path(path)
-    if not path.is_file():
-        raise ResultFileError(f"no result file at {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if FORMAT not in metadata:
-                raise ResultFileError(
-                    f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
-                    f"(its header lacks {FORMAT!r})"
-                )
-            yield file, json.loads(metadata[FORMAT])
-    except (SafetensorError, OSError) as error:
-        raise ResultFileError(f"{str(path)!r} is damaged or is no safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
-
-
-def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a result into tensors and a JSON header; results inside it are flattened under their field's name."""
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {"kind": type(result).__name__, "plain": {}, "nested": {}}
-    for spec in fields(result):
-        value = getattr(result, spec.name)
-        if isinstance(value, Tensor):
-            tensors[prefix + spec.name] = value.detach().cpu().contiguous()
-        elif isinstance(value, Result):
-            inner, header["nested"][spec.name] = _flatten(value, f"{prefix}{spec.name}.")
-            tensors |= inner
-        elif isinstance(value, Provenance):
-            header["provenance"] = asdict(value)
-        elif spec.metadata.get("saved", True):
-            header["plain"][spec.name] = value
-    return tensors, header
-
-
-def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Result:
-    """Undo ``_flatten``."""
-    kind = Result._kinds[header["kind"]]
-    values = {name: _tuples(value) for name, value in header["plain"].items()}
-    values["provenance"] = Provenance(**{name: _tuples(value) for name, value in header["provenance"].items()})
-    for name, inner in header["nested"].items():
-        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
-    for spec in fields(kind):
-        if prefix + spec.name in tensors:
-            values[spec.name] = tensors[prefix + spec.name]
-    return kind(**values)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists back to the tuples that results hold."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def check_writable(path: str | Path, argument: str) -> Path:
@@ -271,10 +175,3 @@ def check_writable(path: str | Path, argument: str) -> Path:
     except OSError as error:
         raise ArgumentError(argument, str(path), f"a folder that can be written to ({error})") from error
     return path
-
-
-def off_diagonal_mean(matrix: Tensor) -> Tensor:
-    """Mean over the ordered pairs of different indices of the last two axes; NaN where there is only one index."""
-    size = matrix.shape[-1]
-    mask = ~torch.eye(size, dtype=torch.bool, device=matrix.device)
-    return matrix[..., mask].mean(-1)

@@ -32,6 +32,7 @@ from tlcoupling.hooked import (
     topology_of_model,
 )
 from tlcoupling.lifting import lifted_parts
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import to_str_tokens, to_tokens
 from tlcoupling.results import Provenance
 from tlcoupling.stream import IDENTITY_TOLERANCE, Stream, relative_gap
@@ -105,7 +106,8 @@ class Trace(Stream):
             raise StaleTraceError(
                 "the model gives another residual stream for these tokens than the cache holds (most at depth "
                 f"{depth}, position {pos}: {float(gaps.max()):.1e} off): the cache comes from other weights, other "
-                "tokens (a BOS token?) or from hooks that are not attached now"
+                "tokens (a BOS token?), from hooks that are not attached now, or from float32 products of reduced "
+                "precision (torch.set_float32_matmul_precision)"
             )
         return own
 
@@ -123,10 +125,16 @@ class Trace(Stream):
             weight_processing=self.weight_processing,
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
-            settings={**settings, "fwd_hooks": list(self._hooks.names)} if self._hooks.names else settings,
+            settings={**settings, **self.hook_settings},
             engine=engine or {},
             seconds=seconds,
         )
+
+    @property
+    def hook_settings(self) -> dict[str, Any]:
+        """What a provenance says of hooks of the user's; empty without any, so that no edited pass looks clean."""
+        said = {"fwd_hooks": list(self._hooks.names), "hooked_layers": sorted(self.hooked_layers)}
+        return {name: value for name, value in said.items() if value}
 
     @cached_property
     def weight_processing(self) -> dict[str, Any]:
@@ -291,6 +299,7 @@ class Trace(Stream):
             )
 
 
+@full_precision()
 def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: bool | None = None) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis import Analysis
 from tlcoupling.errors import ResultFileError, StoreError
-from tlcoupling.results import read_note
+from tlcoupling.result_files import read_note
 from tlcoupling.sweep.cells import Cell, ModelFacts
 from tlcoupling.sweep.store import SweepStore, as_store, describe
 from tlcoupling.sweep.table import frame, row_of_failure, rows_of_cell

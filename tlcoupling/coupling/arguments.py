@@ -50,12 +50,13 @@ class Options:
         """Check them.
 
         Raises:
-            ArgumentError: a K out of range, or an unknown name.
+            ArgumentError: a K out of range, or an unknown name; before anything is planned or run.
         """
         ks = resolve_k(k, trace.d_model)
         for argument, value, allowed in (
             ("normalizer", normalizer, get_args(Normalizer)),
             ("bases", bases, get_args(Bases)),
+            ("engine", engine, get_args(EngineName)),
             ("solver", solver, get_args(SolverName)),
         ):
             if value not in allowed:
@@ -78,8 +79,13 @@ def resolve_sublayers(trace: Outline, sublayers: str | Sequence[str] | None) -> 
     return names
 
 
-def resolve_k(k: KSpec, d_model: int) -> tuple[int, ...]:
+def resolve_k(k: KSpec, d_model: int, name: str = "k") -> tuple[int, ...]:
     """K as ints: fractions of d_model are rounded down, to at least 1.
+
+    Args:
+        k: one or several.
+        d_model: the width.
+        name: of the argument, for the error.
 
     Raises:
         ArgumentError: below 1, above d_model, or no number.
@@ -92,10 +98,24 @@ def resolve_k(k: KSpec, d_model: int) -> tuple[int, ...]:
         elif isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= d_model:
             resolved.append(item)
         else:
-            raise ArgumentError("k", item, f"an int from 1 to d_model = {d_model}, or a fraction of it between 0 and 1")
+            raise ArgumentError(
+                name, item, f"an int from 1 to d_model = {d_model}, or a fraction of it between 0 and 1"
+            )
     if not resolved:
-        raise ArgumentError("k", k, "at least one number")
+        raise ArgumentError(name, k, "at least one number")
     return tuple(resolved)
+
+
+def resolve_one_k(name: str, value: KSpec, d_model: int) -> int:
+    """``resolve_k`` where there is one.
+
+    Raises:
+        ArgumentError: as ``resolve_k``, or several; the message names the argument.
+    """
+    first, *others = resolve_k(value, d_model, name)
+    if others:
+        raise ArgumentError(name, value, "one number")
+    return first
 
 
 def resolve_indices(name: str, value: Indices, size: int) -> tuple[int, ...]:

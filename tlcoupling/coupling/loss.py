@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_k
-from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling
+from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
+from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
 from tlcoupling.jacobian.engine import check_index
+from tlcoupling.precision import full_precision
 from tlcoupling.prompt import to_tokens
-from tlcoupling.results import off_diagonal_mean
 from tlcoupling.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
 
 Quantity = Literal["values", "excess"]
@@ -29,6 +29,7 @@ Sublayer = Literal["block", "attn", "mlp"]
 _MIN_GAP = 100  # between squared singular values, in units of rounding: nearer ones have no usable derivative
 
 
+@full_precision()
 def coupling_loss(
     model: Any,
     tokens: Any,
@@ -54,7 +55,8 @@ def coupling_loss(
     likewise dv_i, P = U^T J V. The loss does not change with the signs of pairs (u, v), so nothing else is needed;
     where one of the top k singular values meets another value the vectors turn freely, there is no derivative, and this
     is an error. It is a first derivative: derivatives of the gradient are not those of the loss. Cost: d_model backward
-    passes per layer with their graph kept; a few layers and a short prompt are meant.
+    passes per layer with their graph kept; a few layers and a short prompt are meant. The loss is taken at the highest
+    precision of float32 products, its backward pass at the one that is set when it is run.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` in float32 or float64, in eval mode, or in training mode
@@ -90,7 +92,7 @@ def coupling_loss(
     if len(chosen) < 2:
         raise ArgumentError("layers", layers, "at least two layers to compare")
     pos = check_index("token", token, ids.shape[1])
-    (size,) = resolve_k(k, model.cfg.d_model)
+    size = resolve_one_k("k", k, model.cfg.d_model)
     reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
     writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
     if model.training:

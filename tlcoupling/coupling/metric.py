@@ -144,3 +144,10 @@ def subspace_overlap(inner: Float[Tensor, "... K K"]) -> Float[Tensor, "..."]:
         inner: B1^T B2.
     """
     return inner.square().sum((-2, -1)) / inner.shape[-1]
+
+
+def off_diagonal_mean(matrix: Tensor) -> Tensor:
+    """Mean over the ordered pairs of different indices of the last two axes; NaN where there is only one index."""
+    size = matrix.shape[-1]
+    mask = ~torch.eye(size, dtype=torch.bool, device=matrix.device)
+    return matrix[..., mask].mean(-1)

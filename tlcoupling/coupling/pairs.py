@@ -7,7 +7,7 @@ done.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 
@@ -23,6 +23,7 @@ from tlcoupling.coupling.plan import Plan
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, cheapest, spectra_of
 from tlcoupling.coupling.workers import Workers
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.progress import ticking
 
 
 def compare_groups(
@@ -38,7 +39,7 @@ def compare_groups(
         ArgumentError: K above the rank of a Jacobian.
     """
     schedules = [schedule(batch) for batch in plan.batches]
-    ticks = _ticks(sum(map(len, schedules)), progress)
+    ticks = ticking(range(sum(map(len, schedules))), "coupling", progress)
     columns = max(len(group.columns) for batch in plan.batches for group in batch)
     cells: list[dict[str, dict[str, Tensor]]] = []
     with Workers(plan.workers) as workers:
@@ -80,15 +81,6 @@ def _decomposed(made: Sequence[Decomposition], options: Options, workers: Worker
     at_once = all(one.operator.concurrent for one in made)
     found = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
     return [spectrum for spectra in found for spectrum in spectra]
-
-
-def _ticks(total: int, progress: bool) -> Iterator[int]:
-    """One item per step of the work, with a progress bar that moves as they are taken."""
-    if not progress:
-        return iter(range(total))
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(range(total), desc="coupling", leave=False))
 
 
 def decomposition(

@@ -13,13 +13,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_one_k, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.metric import Bases, coupling, null_coupling
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.plan import Job, make_plan
-from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.svd.auto import SolverName
 from tlcoupling.trace import Trace
@@ -93,6 +93,7 @@ class ProjectedJacobians(Result):
         return {"sublayer": self.sublayers, **layers, "left": rank, "right": rank, "rank": rank}
 
 
+@full_precision()
 def projected_jacobians(
     trace: Trace,
     layers: Sequence[int],
@@ -129,9 +130,7 @@ def projected_jacobians(
     """
     started = time.perf_counter()
     names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, k, "frobenius", bases, True, engine, solver)
-    if len(options.k) > 1:
-        raise ArgumentError("k", k, "one number")
+    options = Options.resolve(trace, resolve_one_k("k", k, trace.d_model), "frobenius", bases, True, engine, solver)
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group
+from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
-from tlcoupling.results import Result, off_diagonal_mean
+from tlcoupling.precision import full_precision
+from tlcoupling.results import Result
 from tlcoupling.trace import Trace
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]
@@ -156,6 +158,7 @@ class OrderedCoupling(Coupling):
         return torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
 
 
+@full_precision()
 def measure(
     kind: type[CouplingT],
     trace: Trace,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tlcoupling.coupling.arguments import resolve_indices
 from tlcoupling.errors import ArgumentError
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.stream import stream_of
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
@@ -62,6 +63,7 @@ class TrajectoryComponents(Result):
         }
 
 
+@full_precision()
 def trajectory_components(
     source: Any, n: int = 2, *, tokens: int | Sequence[int] | Literal["all"] = "all"
 ) -> TrajectoryComponents:

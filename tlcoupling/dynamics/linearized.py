@@ -27,6 +27,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.trace import Trace
 
@@ -129,6 +130,7 @@ def _check_tokens(tokens: str) -> None:
         raise ArgumentError("tokens", tokens, f"one of {', '.join(get_args(Tokens))}")
 
 
+@full_precision()
 def _linearized(
     trace: Trace, perturbation: Tensor, layer: int, pos: int, tokens: Tokens, jacobians: JacobianEngine
 ) -> Float[Tensor, "depth pos d_model"]:
@@ -228,6 +230,7 @@ def linearization_gap(
     )
 
 
+@full_precision()
 def _real(trace: Trace, stream: Float[Tensor, "pos d_model"], layer: int) -> Float[Tensor, "depth pos d_model"]:
     """The residual streams x^layer .. x^L that the model's own blocks make of a stream at ``layer``."""
     streams = [stream]

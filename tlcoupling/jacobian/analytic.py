@@ -30,6 +30,7 @@ from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
 from tlcoupling.jacobian.runs import Run, run_sublayer
 from tlcoupling.lifting import lifted
 from tlcoupling.trace import Trace
+from tlcoupling.weights import weight_of
 
 _ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out"))
 _MLP_INPUTS = ("mlp.hook_pre", "mlp.hook_pre_linear")
@@ -188,7 +189,7 @@ class AnalyticLayer:
         """A weight of ``attn`` or ``mlp`` in TransformerLens's orientation, lifted to the dtype of the work."""
         if (part, name) not in self._weights:
             module = getattr(self.block, part)
-            weight = getattr(module, name, None)
+            weight = weight_of(module, name)
             if weight is None:
                 raise Uncovered(f"{type(module).__name__} has no {name}")
             self._weights[part, name] = weight.detach().to(self.resid_pre)
@@ -220,6 +221,8 @@ class AnalyticLayer:
 
     @cached_property
     def _core(self) -> AttentionCore:
+        for name in ("W_Q", "W_K", "W_V", "W_O"):  # without which the values of an attention mean something else
+            self._weight("attn", name)
         return AttentionCore.from_values(self._trace.model, self.block.attn, self.attn_run.values)
 
     @cached_property

@@ -63,6 +63,7 @@ class AttentionCore:
             if f"attn.hook_{name}" not in values:
                 raise Uncovered(f"the attention has no hook_{name}")
         q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
+        _require_fit(values["attn.hook_pattern"], q, k, v)
         q_norm, k_norm = (HeadNorm.read(model, attn, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
         q, k = (x if norm is None else norm(x) for norm, x in ((q_norm, q), (k_norm, k)))
         reason = Uncovered("the attention has no positions that are known here")
@@ -212,6 +213,22 @@ class Rotary:
         quarter_turn = cos.new_zeros(size, size)
         quarter_turn[:turned, :turned] = turn
         return cls(all_cos, all_sin, quarter_turn)
+
+
+def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check that these are a pattern ``[head, dest, src]``, queries, keys and values ``[pos, head, e]``.
+
+    Raises:
+        Uncovered: they are not, as where heads come before positions.
+    """
+    shapes = [tuple(x.shape) for x in (pattern, q, k, v)]
+    if [len(shape) for shape in shapes] == [3, 3, 3, 3]:
+        heads, n_dest, n_src = pattern.shape
+        groups = k.shape[1]
+        fits = q.shape[:2] == (n_dest, heads) and k.shape[0] == v.shape[0] == n_src and groups == v.shape[1]
+        if fits and heads % groups == 0 and q.shape[2] == k.shape[2]:
+            return
+    raise Uncovered(f"hook_pattern, hook_q, hook_k and hook_v have shapes {shapes}, which do not fit each other")
 
 
 def _quarter_turns(like: Float[Tensor, "pos n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:

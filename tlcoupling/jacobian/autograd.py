@@ -18,6 +18,7 @@ from tlcoupling.jacobian.norms import write_factor
 from tlcoupling.jacobian.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 from tlcoupling.trace import Trace
+from tlcoupling.weights import output_of_heads
 
 Part = Callable[[Tensor], Tensor]  # the coordinates of a leaf that vary
 
@@ -229,7 +230,7 @@ def output_at(
     if check:
         trace.check_current("block", layer, resid_post[0])
     if head is not None:
-        weight = trace.model.blocks[layer].attn.W_O[head].to(resid_pre)
+        weight = output_of_heads(trace.model.blocks[layer].attn, layer, kept.get(source))[head].to(resid_pre)
         given = kept.get("attn.hook_out")
         normed = isinstance(getattr(trace.model.blocks[layer], "ln1_post", None), nn.Module)
         factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach(), normed)

@@ -7,7 +7,7 @@ weights: only the certificate knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tlcoupling.hooked import Topology
 from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
 from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, NormMap, Projection, Sum
+from tlcoupling.weights import weight_of
 
 _ATTN_WEIGHTS, _MLP_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O"), ("W_in", "W_out")
 
@@ -122,12 +123,10 @@ def _matrix_shapes(module: nn.Module | None) -> list[tuple[int, ...]]:
     return [] if module is None else [tuple(p.shape[-2:]) for p in module.parameters() if p.ndim > 1]
 
 
-def _shapes(module: Any, names: Iterable[str]) -> Mapping[str, torch.Size] | None:
+def _shapes(module: Any, names: Sequence[str]) -> Mapping[str, torch.Size] | None:
     """Shapes of a module's weights in TransformerLens's orientation; None where one is missing."""
-    found = {name: getattr(module, name, None) for name in names}
-    if any(not isinstance(weight, Tensor) for weight in found.values()):
-        return None
-    return {name: weight.shape for name, weight in found.items() if isinstance(weight, Tensor)}
+    found = {name: weight.shape for name in names if (weight := weight_of(module, name)) is not None}
+    return found if set(found) == set(names) else None
 
 
 def _empty(*shape: int) -> Tensor:
@@ -173,7 +172,7 @@ def _mlp_map(block: Any) -> LinearMap | None:
     if shapes is None or any(len(shape) != 2 for shape in shapes.values()):
         return None
     d, width = shapes["W_in"]
-    branches = 2 if isinstance(getattr(block.mlp, "W_gate", None), Tensor) else 1
+    branches = 2 if weight_of(block.mlp, "W_gate") is not None else 1
     inner = Sum([Diagonal(_empty(width)) @ Projection(_empty(width, d)) for _ in range(branches)])
     reads = "ln1" if getattr(block, "ln2", None) is None else "ln2"
     whole = Projection(_empty(d, width)) @ inner @ _norm_map(block, reads, d)

@@ -15,6 +15,7 @@ from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.differences import require_followed
 from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.precision import full_precision
 from tlcoupling.stream import Outline
 from tlcoupling.trace import Trace
 
@@ -159,6 +160,7 @@ class JacobianEngine:
         )
 
 
+@full_precision()
 def residual_jacobian(
     trace: Trace,
     layer: int,
@@ -177,7 +179,8 @@ def residual_jacobian(
     - mlp: d m^l_dest / d x_mid_dest in a sequential block, d m^l_dest / d x^l_dest in a parallel one; zero for
       src != dest.
 
-    Rows are output coordinates, columns input coordinates. Source: arXiv 2407.07810, section 3.
+    Rows are output coordinates, columns input coordinates. Source: arXiv 2407.07810, section 3. Products that you take
+    of it are as precise as ``torch.set_float32_matmul_precision`` has it then; measurements take theirs at its highest.
 
     Args:
         trace: a trace of the model.
@@ -203,7 +206,7 @@ def residual_jacobian(
     """
     layer = check_index("layer", layer, trace.n_layers)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
-    check_sublayers(trace, (sublayer,))
+    check_sublayers(trace, (sublayer,), "sublayer")
     if src > dest:
         raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
     if head is not None:
@@ -224,8 +227,13 @@ def check_index(name: str, value: int, size: int) -> int:
     return value % size
 
 
-def check_sublayers(trace: Outline, sublayers: tuple[str, ...]) -> None:
+def check_sublayers(trace: Outline, sublayers: tuple[str, ...], argument: str = "sublayers") -> None:
     """Check that the model has these sublayers.
+
+    Args:
+        trace: a trace, or what is known of it.
+        sublayers: their names.
+        argument: as the caller wrote it, for the error.
 
     Raises:
         ArgumentError: it has not, or there are none.
@@ -233,7 +241,7 @@ def check_sublayers(trace: Outline, sublayers: tuple[str, ...]) -> None:
     unknown = [name for name in sublayers if name not in trace.sublayers]
     if unknown or not sublayers:
         raise ArgumentError(
-            "sublayers",
+            argument,
             unknown[0] if unknown else sublayers,
             f"{', '.join(trace.sublayers)} in this {trace.topology} model",
         )

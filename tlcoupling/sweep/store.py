@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tlcoupling.analysis import Analysis
 from tlcoupling.errors import ResultFileError, StoreError, TLCouplingError
 from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.results import read_note, read_result, write_result
+from tlcoupling.result_files import read_note, read_result, write_result
 from tlcoupling.sweep.agreement import differences
 from tlcoupling.sweep.cells import Cell, ModelFacts
 

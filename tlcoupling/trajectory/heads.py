@@ -20,8 +20,10 @@ from torch import Tensor
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
 from tlcoupling.lifting import lifted
+from tlcoupling.precision import full_precision
 from tlcoupling.results import Result
 from tlcoupling.trace import IDENTITY_TOLERANCE, Trace
+from tlcoupling.weights import output_of_heads
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -121,6 +123,7 @@ def head_steps(trace: Trace) -> HeadSteps:
     )
 
 
+@full_precision()
 def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     """What each head of a layer adds to the stream; the attention's write is their sum and a bias.
 
@@ -141,9 +144,7 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
             stack.callback(norm.register_forward_pre_hook(lambda module, args: given(args[0])).remove)
         written = trace.run_attn(layer, trace.block_input(layer), {name: keep(name) for name in names})[0]
     trace.check_current("attn", layer, written)
-    if "attn.hook_z" not in kept or getattr(block.attn, "W_O", None) is None:
-        raise UnsupportedModelError(f"the attention of layer {layer} has no hook_z and W_O to split it into heads")
-    weight = block.attn.W_O.detach().to(written)
+    weight = output_of_heads(block.attn, layer, kept.get("attn.hook_z")).to(written)
     before = kept.get("ln1_post", written)
     factor = write_factor(kept.get("attn.hook_out"), written, normed="ln1_post" in kept)
     writes = factor * einsum(kept["attn.hook_z"].to(written), weight, "pos head e, head e d -> head pos d")

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.errors import ArgumentError
 from tlcoupling.hooked import Topology
 from tlcoupling.results import Provenance, Result
 from tlcoupling.stream import Stream, stream_of
@@ -29,7 +30,9 @@ class Linearity(Result):
     Attributes:
         lss: line-shape score, at least 1 (a straight line); n independent random directions give about sqrt(n).
             ``[path, pos]``.
-        straightness: distance over length, ||x^L - x^0|| / sum ||d_i||, from 0 to 1. ``[path, pos]``.
+        straightness: distance over length, || sum_i d_i || / sum_i ||d_i|| of the path's own steps, from 0 to 1. For
+            ``block`` and ``sublayer`` the distance is ||x^L - x^0||, for ``attn`` and ``mlp`` that of their own writes
+            alone. ``[path, pos]``.
         paths: ``block`` (x^{l+1} - x^l), ``sublayer`` (a^l and m^l in turn; sequential blocks only), ``attn`` (a^l
             only), ``mlp`` (m^l only).
         steps: number of steps n of each path.
@@ -56,7 +59,13 @@ class Linearity(Result):
         return {"path": self.paths, "pos": range(len(self.tokens))}
 
     def path(self, name: str) -> Float[Tensor, " pos"]:
-        """The line-shape scores of one path."""
+        """The line-shape scores of one path.
+
+        Raises:
+            ArgumentError: no such path.
+        """
+        if name not in self.paths:
+            raise ArgumentError("name", name, f"one of {', '.join(self.paths)}")
         return self.lss[self.paths.index(name)]
 
 
@@ -68,7 +77,12 @@ def unit(steps: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest d"]:
 
 def line_shape_score(steps: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
     r"""LSS = n / || sum_i d_i / ||d_i|| || of steps d_1 .. d_n; NaN where a step has length zero."""
-    return steps.shape[-2] / unit(steps).sum(-2).norm(dim=-1)
+    return _score(steps.shape[-2], unit(steps).sum(-2))
+
+
+def _score(n: int, directions: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest"]:
+    """N / || sum_i d_i / ||d_i|| ||, from the number of steps and the sum of their directions."""
+    return n / directions.norm(dim=-1)
 
 
 class Path:
@@ -98,8 +112,8 @@ class Path:
 
     @property
     def lss(self) -> Float[Tensor, " pos"]:
-        """N / || sum_i d_i / ||d_i|| ||."""
-        return self.n / torch.as_tensor(self._directions).norm(dim=-1)
+        """As ``line_shape_score`` of its steps."""
+        return _score(self.n, torch.as_tensor(self._directions))
 
     @property
     def straightness(self) -> Float[Tensor, " pos"]:

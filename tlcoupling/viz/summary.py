@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling import DepthCoupling
-from tlcoupling.results import off_diagonal_mean
+from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.trajectory import Growth, Linearity
 
 

@@ -1,0 +1,183 @@
+"""Heads: which of them serve a block's top directions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
+from tlcoupling.coupling.groups import Place
+from tlcoupling.coupling.metric import projector_moments
+from tlcoupling.coupling.pairs import decompose
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.precision import full_precision
+from tlcoupling.results import Result
+from tlcoupling.svd.auto import SolverName
+from tlcoupling.trace import Trace
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class HeadAlignment(Result):
+    """Which heads write along a block's top directions, and read along them.
+
+    Attributes:
+        writes: ||U_K^T J_h||_F^2 / ||J_h||_F^2, the share of what a head writes that lies along the block's top K left
+            singular vectors, from 0 to 1. ``[layer, k, head]``.
+        reads: ||J_h V_K||_F^2 / ||J_h||_F^2, the same of what it reads. Same axes.
+        null: the expectation of both for random directions, K / d_model. ``[k]``.
+        null_std: the standard deviation of both for Haar-random directions. ``[layer, k, head]``.
+        frobenius: ||J_h||_F. ``[layer, head]``.
+        of: whose top directions, ``"block"``, ``"attn"`` or ``"mlp"``.
+        position: the token's position.
+        token: its text.
+        ks: number of directions.
+        layers: the layers measured.
+    """
+
+    writes: Float[Tensor, "layer k head"]
+    reads: Float[Tensor, "layer k head"]
+    null: Float[Tensor, " k"]
+    null_std: Float[Tensor, "layer k head"]
+    frobenius: Float[Tensor, "layer head"]
+    of: str
+    position: int
+    token: str
+    ks: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("writes", "reads", "null_std"), ("layer", "k", "head")),
+        "null": ("k",),
+        "frobenius": ("layer", "head"),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("z_writes", "z_reads"), ("layer", "k", "head"))
+
+    def __repr__(self) -> str:
+        """One line."""
+        layer, head = divmod(int(self.writes[:, 0].argmax()), self.writes.shape[-1])
+        return (
+            f"HeadAlignment({self.writes.shape[-1]} heads of {len(self.layers)} layers with the {self.of}, "
+            f"K={self.ks[0]}: writes {self.writes[:, 0].mean():.4f}, reads {self.reads[:, 0].mean():.4f} (null "
+            f"{self.null[0]:.4f}), most of all head {head} of layer {self.layers[layer]})"
+        )
+
+    @property
+    def z_writes(self) -> Float[Tensor, "layer k head"]:
+        """``writes`` above its null, in standard deviations; heads of one block share its directions."""
+        return (self.writes - self.null[:, None]) / self.null_std
+
+    @property
+    def z_reads(self) -> Float[Tensor, "layer k head"]:
+        """``reads`` above its null, in standard deviations; heads of one block share its directions."""
+        return (self.reads - self.null[:, None]) / self.null_std
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {"layer": self.layers, "k": self.ks, "head": range(self.writes.shape[-1])}
+
+
+@full_precision()
+def head_alignment(
+    trace: Trace,
+    k: KSpec = 10,
+    *,
+    of: str = "block",
+    token: int = -1,
+    layers: Sequence[int] | None = None,
+    engine: EngineName = "auto",
+    solver: SolverName = "auto",
+) -> HeadAlignment:
+    r"""Which heads write along the top left singular vectors of a block, and read along its top right ones.
+
+    writes = ||U_K^T J_h||_F^2 / ||J_h||_F^2 and reads = ||J_h V_K||_F^2 / ||J_h||_F^2, with U_K, V_K of the Jacobian of
+    the block (or of one of its sublayers) and J_h that of head h's share of a^l, all at one token. Random directions
+    give K / d on average, whatever J_h is; the variance is exact for Haar-random ones (``projector_moments``). A head
+    is part of its block, so that even in a random model a head which is much of the block writes along its directions.
+
+    Args:
+        trace: a trace of the model.
+        k: how many directions, as in ``depth_coupling``.
+        of: whose directions: ``"block"``, ``"attn"`` or ``"mlp"``.
+        token: a position.
+        layers: block indices; by default all.
+        engine: as in ``depth_coupling``.
+        solver: as in ``depth_coupling``.
+
+    Raises:
+        ArgumentError: an argument out of range (K above the rank of the block's Jacobian, a token that is not there).
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Example:
+        >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # of the heads of layer 3 # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    check_sublayers(trace, (of,), "of")
+    options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
+    pos = check_index("token", token, trace.n_tokens)
+    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    jacobians = JacobianEngine(trace, engine, (pos,))
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
+    for layer in chosen:
+        top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets
+        heads = [
+            _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, _d_head(trace))
+            for head in range(trace.model.cfg.n_heads)
+        ]
+        for name, values in fields.items():
+            values.append(torch.stack([head[name] for head in heads], dim=-1).cpu())
+    settings = {
+        "of": of,
+        "token": pos,
+        "layers": list(chosen),
+        "k": list(options.k),
+        "engine": engine,
+        "solver": solver,
+    }
+    return HeadAlignment(
+        provenance=trace.provenance(settings=settings, seconds=time.perf_counter() - started, engine=jacobians.used),
+        **{name: torch.stack(values) for name, values in fields.items()},
+        null=torch.tensor(options.k, dtype=torch.float64) / trace.d_model,
+        of=of,
+        position=pos,
+        token=trace.str_tokens[pos],
+        ks=options.k,
+        layers=chosen,
+    )
+
+
+def _d_head(trace: Trace) -> int:
+    return int(trace.model.cfg.d_head)
+
+
+def _aligned(
+    jacobian: Float[Tensor, "d d"],
+    u: Float[Tensor, "d rank"],
+    v: Float[Tensor, "d rank"],
+    ks: Sequence[int],
+    d_head: int,
+) -> dict[str, Tensor]:
+    """One head's numbers by field name, ``[k]`` each but for its norm.
+
+    With X = J J^T / ||J||_F^2 the share along a random projector P is tr(X P), of variance a + 2 b tr X^2 - (K / d)^2;
+    tr X^2 comes from a d_head x d_head matrix, since a head writes into d_head directions at most.
+    """
+    width, squared = len(jacobian), jacobian.square().sum()
+    generator = torch.Generator().manual_seed(3)
+    probes = torch.randn(width, min(d_head, width), generator=generator, dtype=jacobian.dtype).to(jacobian.device)
+    inner = torch.linalg.qr(jacobian @ probes).Q.mT @ jacobian
+    fourth = (inner @ inner.mT).square().sum() / squared.square()
+    last = torch.tensor(ks, device=jacobian.device) - 1
+    moments = [projector_moments(k, width) for k in ks]
+    return {
+        "writes": (u.mT @ jacobian).square().sum(1).cumsum(0)[last] / squared,
+        "reads": (jacobian @ v).square().sum(0).cumsum(0)[last] / squared,
+        "null_std": torch.stack([a + 2 * b * fourth - (k / width) ** 2 for k, (a, b) in zip(ks, moments, strict=True)])
+        .clamp(min=0)
+        .sqrt(),
+        "frobenius": squared.sqrt(),
+    }
