@@ -234,4 +234,5 @@ def _bring_to(device: torch.device) -> Callable[..., Any]:
     def bring(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _mapped((args, kwargs), lambda tensor: tensor.to(device))
 
+    bring.__module__ = "accelerate.hooks"  # whose work it does: a hook of the user's own would ask for autograd
     return bring

@@ -67,7 +67,7 @@ def kills(models: Path, folder: Path, count: int) -> None:
         for key in store.keys() - known:
             store.load(key)  # raises where it is not whole
             known.add(key)
-    for path in half:
+    for path in store.folder.rglob(".*"):
         os.utime(path, (0, 0))  # long ago, so that what killed processes left is known to be that
     finished(forked(lambda: tlc.sweep(plan, folder / "killed")))
     show(kills=count, in_mid_sweep=in_mid_sweep, in_mid_write=in_mid_write, measured_before_the_last=len(known))

@@ -14,6 +14,7 @@ import tlcoupling as tlc
 from tlcoupling.baseline import _is_centered, _writing_weights
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.hooked import norms_are_folded
+from tlcoupling.weights import weight_of
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -42,7 +43,9 @@ def test_the_same_architecture_with_its_librarys_weights(case: Case):
         assert torch.equal(parameter, before[name]) and parameter is not found[name]
         assert (found[name].shape, found[name].dtype) == (parameter.shape, parameter.dtype)
     # the weights that read the stream: those that write it are scaled by depth in some libraries
-    reading = [weight for block in fresh.blocks for weight in (block.attn.W_Q, block.attn.W_V)]
+    queries, values = ([weight_of(block.attn, name) for block in fresh.blocks] for name in ("W_Q", "W_V"))
+    compressed = [block.mlp.W_in for block in fresh.blocks] if queries[0] is None else []  # DeepSeek's attention
+    reading = [weight for weight in (*queries, *values, *compressed) if weight is not None]
     spread = torch.cat([weight.detach().flatten() for weight in reading]).std()
     assert float(spread) == pytest.approx(drawn_std(model), rel=0.06)  # 6144 draws, or fewer in groups: 1 / sqrt(2 n)
     tlc.trace(fresh, TOKENS)

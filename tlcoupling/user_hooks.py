@@ -19,8 +19,8 @@ from tlcoupling.hooked import block_hook
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
-# Whose own hooks are part of what a model is: they capture and pass on.
-_LIBRARIES = ("tlcoupling.", "transformer_lens.", "transformers.")
+# Whose own hooks are part of what a model is: they capture and pass on, or move to another device.
+_LIBRARIES = ("tlcoupling.", "transformer_lens.", "transformers.", "accelerate.")
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

@@ -13,12 +13,12 @@ from tlcoupling.errors import UnsupportedModelError
 def weight_of(module: Any, name: str) -> Tensor | None:
     """A weight of a module, None where it has none of that name.
 
-    Attention whose queries and keys are compressed (DeepSeek's) answers with ``NotImplementedError``, which ``getattr``
-    with a default lets through.
+    Attention whose queries and keys are compressed (DeepSeek's) answers with ``NotImplementedError``, and one whose
+    heads are of another size than the model's with a ``ValueError``: ``getattr`` with a default lets both through.
     """
     try:
         weight = getattr(module, name)
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError, ValueError):
         return None
     return weight if isinstance(weight, Tensor) else None
 
