@@ -172,7 +172,7 @@ def test_lower_precisions_stay_near_their_own_lift(case: Case, dtype: torch.dtyp
         assert relative_error(found.to(truth), truth) < 1e-4, sublayer
         oracle = tlc.residual_jacobian(trace, 2, sublayer, engine="autograd").dense()
         assert relative_error(oracle, found) < 1e-4, sublayer
-    couplings = [tlc.depth_coupling(one, 3).values.double() for one in (trace, reference)]
+    couplings = [tlc.depth_coupling(one, 3, sublayers="block").values.double() for one in (trace, reference)]
     allowed = {torch.float32: 1e-4, torch.bfloat16: 1e-3}[dtype]
     assert (couplings[0] - couplings[1]).abs().max() < allowed
 

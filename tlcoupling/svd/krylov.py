@@ -19,6 +19,7 @@ from tlcoupling.svd.triplets import Triplets, residuals
 
 OVERSAMPLING = 6  # columns of a block beyond k
 FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
+FIRST_CHECK_OF_PRODUCTS = 3  # without matrices a step costs far more than a look, so that each is looked at
 USUAL_STEPS = 10
 DECAY = 5.0  # by which a step lowers the residual, at least as a rule; it tells when to look again
 ROUNDS = 4  # of orthogonalisation, at most: where products are inexact, no more of them help
@@ -44,7 +45,7 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
     new_v = torch.linalg.qr(start).Q.expand(len(operators), -1, -1)
     v, u, jtu = (Columns(len(operators), size, width * USUAL_STEPS, start) for size in (columns, rows, columns))
     v.append(new_v)
-    check = FIRST_CHECK
+    check = FIRST_CHECK if stack.formed else FIRST_CHECK_OF_PRODUCTS
     for step in range(1, MAX_STEPS + 1):
         new_u = _orthogonalise(stack.mm(new_v)[..., : rows - u.count], u.all)
         u.append(new_u)
@@ -57,7 +58,7 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
             if reached <= tolerance:
                 return found
             due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
-            check = step + min(max(due, 1), LONGEST_WAIT)
+            check = step + (min(max(due, 1), LONGEST_WAIT) if stack.formed else 1)
         if not last or (u.count == rows and v.count < columns):
             new_v = _orthogonalise(pulled[..., : columns - v.count], v.all)
             v.append(new_v)

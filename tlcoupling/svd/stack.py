@@ -13,7 +13,11 @@ from tlcoupling.jacobian.operator import JacobianOperator
 
 
 class Stack:
-    """Operators of one shape, dtype and device; matrices are multiplied in one call."""
+    """Operators of one shape, dtype and device; matrices are multiplied in one call.
+
+    Attributes:
+        formed: whether all are matrices.
+    """
 
     def __init__(self, operators: Sequence[JacobianOperator]) -> None:
         """Take one operator or more."""
@@ -21,7 +25,8 @@ class Stack:
         self.shape, self.dtype, self.device = operators[0].shape, operators[0].dtype, operators[0].device
         weights = [one.weight for one in operators if isinstance(one, Projection)]
         self._matrices = None
-        if len(weights) == len(operators):
+        self.formed = len(weights) == len(operators)
+        if self.formed:
             self._matrices = torch.stack(weights) if len(weights) > 1 else weights[0][None]
 
     def mm(self, x: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack m k"]:
