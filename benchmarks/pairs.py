@@ -1,9 +1,10 @@
 """Token-wise and context coupling of every layer of SmolLM2-135M on a shared prompt.
 
     python benchmarks/pairs.py
+    python benchmarks/pairs.py --sublayers block
 
-Times the whole calls (block, attn and mlp of all pairs of tokens; block and attn of all pairs from the first token and
-to the last), and what each Jacobian costs in them.
+Times the whole calls (by default block, attn and mlp of all pairs of tokens; block and attn of all pairs from the first
+token and to the last), and what each Jacobian costs in them.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompt", default="induction", help="a name in data/prompts.json")
     parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--sublayers", nargs="+", help="by default all that each kind has")
     options = parser.parse_args()
 
     prompts = json.loads((files("tlcoupling") / "data/prompts.json").read_text())
     trace = tlc.trace(tlc.load_model("smollm2-135m"), prompts[options.prompt])
     tlc.depth_coupling(trace, options.k, layers=[0])  # first calls pay for lazy imports and thread pools
     calls = {
-        "token-wise": lambda: tlc.token_coupling(trace, options.k),
-        "context, src 0": lambda: tlc.context_coupling(trace, "src", k=options.k),
-        "context, dest -1": lambda: tlc.context_coupling(trace, "dest", k=options.k),
+        "token-wise": lambda: tlc.token_coupling(trace, options.k, sublayers=options.sublayers),
+        "context, src 0": lambda: tlc.context_coupling(trace, "src", k=options.k, sublayers=options.sublayers),
+        "context, dest -1": lambda: tlc.context_coupling(trace, "dest", k=options.k, sublayers=options.sublayers),
     }
     table = Table(title=f"SmolLM2-135M, {options.prompt!r}: {trace.n_tokens} tokens, all layers, K = {options.k}")
     for column in ("coupling", "seconds", "ms per Jacobian", "mean excess"):
