@@ -78,7 +78,7 @@ def slow_disk() -> None:
     real = files._to_disk
 
     def slow(path: Path, flags: int) -> None:
-        time.sleep(0.01)
+        time.sleep(0.05)
         real(path, flags)
 
     files._to_disk = slow

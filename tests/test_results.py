@@ -108,7 +108,7 @@ def test_a_failed_save_leaves_the_old_file(analysis: tlc.Analysis, tmp_path, mon
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tlcoupling.result_files.save_file", full_disk)
+    monkeypatch.setattr("tlcoupling.result_files.save", full_disk)
     with pytest.raises(ResultFileError, match="No space left"):
         analysis.coupling.save(path)
     assert path.read_bytes() == before

@@ -231,16 +231,16 @@ def test_a_write_that_fails_is_no_failed_cell(models: Path, opened, tmp_path: Pa
     """Whatever file system: an error of writing ends the sweep, by an executor too."""
     plan, calls = plan_of(models, ["one"]), []
 
-    def full(*args: Any, **kwargs: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> bytes:
         calls.append(1)
         if len(calls) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*args, **kwargs)
+        return real(*args, **kwargs)
 
     import tlcoupling.result_files
 
-    real = tlcoupling.result_files.save_file
-    monkeypatch.setattr(tlcoupling.result_files, "save_file", full)
+    real = tlcoupling.result_files.save
+    monkeypatch.setattr(tlcoupling.result_files, "save", full)
     with pytest.raises(ResultFileError, match="No space left"), ThreadPoolExecutor(1) as executor:
         tlc.sweep(plan, tmp_path / "store", executor=executor)
     store = tlc.SweepStore(tmp_path / "store")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tlcoupling.errors import ResultFileError
@@ -40,7 +40,8 @@ def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | Non
         header["note"] = note
     try:
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata={FORMAT: json.dumps(header)})
+            # save_file puts a file of its own beside this one first, which a kill would leave under a name of its own
+            partial.write_bytes(save(tensors, {FORMAT: json.dumps(header)}))
     except (OSError, SafetensorError) as error:
         raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
     return path
