@@ -25,7 +25,7 @@ from tlcoupling import files
 from tlcoupling.sweep.run import measure_group
 from tlcoupling.sweep.source import Source
 
-SLOWEST_KILL = 0.3  # seconds, of a few cells
+SLOWEST_KILL = 0.8  # seconds, of a few cells
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -78,7 +78,7 @@ def slow_disk() -> None:
     real = files._to_disk
 
     def slow(path: Path, flags: int) -> None:
-        time.sleep(0.05)
+        time.sleep(0.03)
         real(path, flags)
 
     files._to_disk = slow
