@@ -14,8 +14,8 @@ from rich.text import Text
 from tlcoupling.analysis import Analysis
 from tlcoupling.checking import Check
 from tlcoupling.estimate import Estimate
+from tlcoupling.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 from tlcoupling.viz.plain import visible
-from tlcoupling.viz.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 
 _LONGEST_TOKEN = 24
 

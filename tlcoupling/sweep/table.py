@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tlcoupling.analysis import Analysis
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.files import replacing
+from tlcoupling.summary import coupling_rows
 from tlcoupling.sweep.cells import Cell, ModelFacts
-from tlcoupling.viz.summary import coupling_rows
 
 if TYPE_CHECKING:
     import pandas

@@ -9,14 +9,14 @@ from typing import Any
 from tlcoupling.analysis import Analysis
 from tlcoupling.coupling import DepthCoupling
 from tlcoupling.results import Provenance
-from tlcoupling.viz.plain import rounded, visible
-from tlcoupling.viz.summary import (
+from tlcoupling.summary import (
     by_straightness,
     coupling_rows,
     d_model_of,
     growth_summary,
     linearity_rows,
 )
+from tlcoupling.viz.plain import rounded, visible
 
 
 def header(analysis: Analysis) -> dict[str, Any]:
