@@ -16,8 +16,8 @@ from published import block_calls, block_jacobian, depth_misalignment
 
 import tlcoupling as tlc
 from tlcoupling.coupling.workers import Workers
-from tlcoupling.jacobian import JacobianEngine
-from tlcoupling.smollm2 import smollm2_huggingface
+from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.models.smollm2 import smollm2_huggingface
 
 K = 10
 

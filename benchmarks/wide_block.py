@@ -19,8 +19,8 @@ from published import block_calls, block_jacobian
 
 import tlcoupling as tlc
 from tlcoupling.coupling.spectra import Decomposition, cheapest, spectra_of
-from tlcoupling.jacobian import JacobianEngine
-from tlcoupling.smollm2 import smollm2_huggingface
+from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.models.smollm2 import smollm2_huggingface
 
 K, WIDTH, TOKENS, LAYERS = 10, 4096, 28, 32
 PUBLISHED_ROWS = 24

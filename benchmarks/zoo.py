@@ -34,7 +34,7 @@ import transformers
 from llamas import llama, save, word_tokenizer
 
 import tlcoupling as tlc
-from tlcoupling.sweep.partial import partial_correlation
+from tlcoupling.scores.partial_correlation import partial_correlation
 
 VOCABULARY, GRAMMARS, SUCCESSORS, COPY = 64, 4, 8, 0
 LENGTH, BATCH = 64, 16

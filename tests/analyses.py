@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tlcoupling import Analysis, ContextCoupling, DepthCoupling, Growth, Linearity, TokenCoupling
-from tlcoupling.results import Provenance
+from tlcoupling.results.base import Provenance
 
 HOSTILE_TOKENS = (
     "<bos>",

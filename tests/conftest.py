@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import tlcoupling as tlc  # noqa: E402
-import tlcoupling.smollm2  # noqa: E402
+import tlcoupling.models.smollm2  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 
@@ -44,7 +44,7 @@ def smollm2_hooked(smollm2: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def smollm2_huggingface() -> torch.nn.Module:
     """SmolLM2-135M-Instruct as HuggingFace has it."""
-    return tlcoupling.smollm2.smollm2_huggingface()[0]
+    return tlcoupling.models.smollm2.smollm2_huggingface()[0]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import math
 import torch
 from cases import CASES, TOKENS, Case
 
-from tlcoupling.hooked import attached
+from tlcoupling.forward.hooked import attached
 
 # one of each topology, and a gated, rotary, grouped-query one; what the installed TransformerLens has of them
 _NAMES = {

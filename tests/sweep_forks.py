@@ -21,9 +21,9 @@ import torch
 from sweeps import plan_of
 
 import tlcoupling as tlc
-from tlcoupling import files
-from tlcoupling.sweep.run import measure_group
-from tlcoupling.sweep.source import Source
+from tlcoupling.results import atomic
+from tlcoupling.sweeps.run import measure_group
+from tlcoupling.sweeps.source import Source
 
 SLOWEST_KILL = 0.8  # seconds, of a few cells
 
@@ -75,13 +75,13 @@ def kills(models: Path, folder: Path, count: int) -> None:
 
 def slow_disk() -> None:
     """Make writing slow, so that many kills come while a file is written."""
-    real = files._to_disk
+    real = atomic._to_disk
 
     def slow(path: Path, flags: int) -> None:
         time.sleep(0.03)
         real(path, flags)
 
-    files._to_disk = slow
+    atomic._to_disk = slow
 
 
 def two(models: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from families import VOCABULARY
 
 import tlcoupling as tlc
-from tlcoupling.result_files import FORMAT, read_note
+from tlcoupling.results.files import FORMAT, read_note
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from llamas import llama, save, word_tokenizer

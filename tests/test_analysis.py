@@ -9,10 +9,10 @@ import torch
 from cases import CASES, TOKENS
 
 import tlcoupling as tlc
-import tlcoupling.analysis
-from tlcoupling.analysis import _patterns
+import tlcoupling.analysis.analyze
+from tlcoupling.analysis.analyze import _patterns
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results import Result
+from tlcoupling.results.base import Result
 
 MODEL = CASES[0]
 
@@ -74,9 +74,9 @@ def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]
 def test_attention_of_long_prompts_is_kept_of_chosen_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODEL.model()
     numbers = 3 * model.cfg.n_heads * len(TOKENS) ** 2
-    monkeypatch.setattr(tlcoupling.analysis, "ATTENTION_LIMIT", numbers)
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "ATTENTION_LIMIT", numbers)
     assert tlc.analyze(model, TOKENS, k=4).attention_layers == (0, 1, 2)
-    monkeypatch.setattr(tlcoupling.analysis, "ATTENTION_LIMIT", numbers - 1)
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "ATTENTION_LIMIT", numbers - 1)
     middle, chosen = tlc.analyze(model, TOKENS, k=4), tlc.analyze(model, TOKENS, k=4, token_layers=[2, 0])
     assert middle.attention_layers == (1,) and middle.attention.shape[0] == 1
     assert chosen.attention_layers == (2, 0)
@@ -109,7 +109,7 @@ def test_what_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **named: object) -> None:
         raise ArgumentError("k", 4, "at most 3 (attn of layer 0, token 0 to token 1)")
 
-    monkeypatch.setattr(tlcoupling.analysis, "context_coupling", refuse)
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "context_coupling", refuse)
     with pytest.warns(UserWarning, match=r"fixed (src|dest) is left out: k=4 .* \(attn of layer 0"):
         partly = tlc.analyze(model, TOKENS, k=4, token_layers=0)
     assert list(partly.parts) == ["coupling", "token_coupling", "linearity", "growth"]

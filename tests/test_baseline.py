@@ -11,10 +11,10 @@ import torch
 from cases import CASES, FEW, TOKENS, Case
 
 import tlcoupling as tlc
-from tlcoupling.baseline import _is_centered, _writing_weights
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.hooked import norms_are_folded
-from tlcoupling.weights import weight_of
+from tlcoupling.forward.hooked import norms_are_folded
+from tlcoupling.forward.weights import weight_of
+from tlcoupling.models.baseline import _is_centered, _writing_weights
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -8,7 +8,7 @@ from cases import CASES, TOKENS, Case
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.jacobian.maps import NormMap
+from tlcoupling.linalg.maps import NormMap
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
@@ -30,7 +30,7 @@ def test_a_wrong_closed_form_falls_back_with_its_reason(monkeypatch: pytest.Monk
 def test_a_gap_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch):
     """In one of several comparisons: the larger of a number and NaN may be either."""
     gaps = iter([[1e-9, 1e-9], [float("nan"), 1e-9]] + 10 * [[1e-9, 1e-9]])
-    monkeypatch.setattr("tlcoupling.checking._gaps", lambda found, truth: next(gaps))
+    monkeypatch.setattr("tlcoupling.analysis.checking._gaps", lambda found, truth: next(gaps))
     found = tlc.check(CASES[0].model(), TOKENS, layers=[1])
     assert [one.outcome for one in found.findings] == ["holds", "refused", "holds", "holds"]
     assert "nan from autograd" in found.findings[1].detail

@@ -45,7 +45,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return model
 
-    monkeypatch.setattr("tlcoupling.models.load_model", load_model)
+    monkeypatch.setattr("tlcoupling.models.load.load_model", load_model)
     return names
 
 
@@ -114,7 +114,7 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
         asked.append((prompt, options))
         return make_analysis()
 
-    monkeypatch.setattr("tlcoupling.analysis.analyze", analyze)
+    monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", analyze)
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["report"])
     assert result.exit_code == 0, result.output
@@ -136,7 +136,7 @@ def test_tokens_are_compared_in_some_layers_of_short_prompts(
     asked = []
     monkeypatch.setattr("tlcoupling.cli.report.SHORT", 5)
     monkeypatch.setattr(
-        "tlcoupling.analysis.analyze", lambda *args, **options: asked.append(options) or make_analysis()
+        "tlcoupling.analysis.analyze.analyze", lambda *args, **options: asked.append(options) or make_analysis()
     )
     assert report(*option, prompt=" ".join(["w5"] * words)).exit_code == 0
     assert [options["token_layers"] for options in asked] == [layers]
@@ -144,7 +144,7 @@ def test_tokens_are_compared_in_some_layers_of_short_prompts(
 
 def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tokens = (*HOSTILE_TOKENS, "\x1b[31mred", "[bold]x[/nonsense]", "\rover")
-    monkeypatch.setattr("tlcoupling.analysis.analyze", lambda *args, **options: make_analysis(tokens))
+    monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", lambda *args, **options: make_analysis(tokens))
     result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert not set(result.stdout) & set("\x1b\r\u202e\ud83e")
@@ -153,7 +153,7 @@ def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pyte
 
 def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     analysis = make_analysis(n_layers=1, sequential=False)
-    monkeypatch.setattr("tlcoupling.analysis.analyze", lambda *args, **options: analysis)
+    monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", lambda *args, **options: analysis)
     result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "nan" not in result.stdout
@@ -249,7 +249,7 @@ def test_check_prints_what_holds(loaded: list[str]):
 
 
 def test_check_of_a_refused_model_ends_with_1(loaded: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tlcoupling.models.load_model", lambda name: torch.nn.Linear(2, 2))
+    monkeypatch.setattr("tlcoupling.models.load.load_model", lambda name: torch.nn.Linear(2, 2))
     result = CliRunner().invoke(app, ["check", "tiny"], env={"COLUMNS": "80"})
     assert result.exit_code == 1
     assert "refused" in result.stdout

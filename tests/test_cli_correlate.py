@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
-from tlcoupling.sweep import Cell, ModelFacts, Settings
+from tlcoupling.sweeps.cells import Cell, ModelFacts, Settings
 
 pytest.importorskip("matplotlib")
 

@@ -14,7 +14,7 @@ from test_cli import words_read
 from typer.testing import CliRunner
 
 from tlcoupling.cli import app
-from tlcoupling.models import _hooked_transformer, _transformer_bridge
+from tlcoupling.models.load import _hooked_transformer, _transformer_bridge
 
 HOOKED, BRIDGE = _hooked_transformer(), _transformer_bridge()
 BY_DEFAULT = "bridge" if BRIDGE is not None else "hooked"

@@ -13,7 +13,8 @@ from devices import DEVICES, Ledger, MixedDevicesError, Placed, simulated_device
 
 import tlcoupling as tlc
 from tlcoupling.coupling.spectra import ways
-from tlcoupling.jacobian import JacobianEngine, JacobianOperator
+from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.linalg.operator import JacobianOperator
 
 # rotary, gated, grouped queries; parallel; learned positions and an output embedding tied to the input's
 _NAMES = {"bridge-llama", "bridge-pythia", "bridge-gpt2", "hooked-gated", "hooked-parallel", "hooked-layernorm"}

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import tlcoupling as tlc
-from tlcoupling.sweep import prompts, reading
-from tlcoupling.sweep.cells import Settings
-from tlcoupling.sweep.cost import Shape
-from tlcoupling.sweep.table import COLUMNS
+from tlcoupling.sweeps import plan_file as reading
+from tlcoupling.sweeps import prompts
+from tlcoupling.sweeps.cells import Settings
+from tlcoupling.sweeps.cost import Shape
+from tlcoupling.sweeps.table import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

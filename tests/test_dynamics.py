@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, StaleTraceError
-from tlcoupling.results import Provenance
-from tlcoupling.trace import Stream
+from tlcoupling.forward.trace import Stream
+from tlcoupling.results.base import Provenance
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 EXACT = [case for case in FEW if case.exact]

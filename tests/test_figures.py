@@ -29,8 +29,8 @@ from matplotlib.text import Text
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.intervals import bootstrap_mean
-from tlcoupling.results import Provenance
+from tlcoupling.results.base import Provenance
+from tlcoupling.results.intervals import bootstrap_mean
 from tlcoupling.viz import figures
 from tlcoupling.viz.figures.style import EXCESS, SUBLAYER_COLORS, depth_colors, label, matrix_colors
 

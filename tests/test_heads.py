@@ -14,8 +14,8 @@ from oracle import REPRESENTATIVE, plain_coupling
 import tlcoupling as tlc
 from tlcoupling.coupling.alignment import _aligned
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.trajectory.heads import head_writes
-from tlcoupling.weights import output_of_heads, weight_of
+from tlcoupling.forward.weights import output_of_heads, weight_of
+from tlcoupling.trajectory.head_steps import head_writes
 
 NORMED = [case for case in CASES if case.name in ("hooked-sandwich", "bridge-gemma2")]
 each_case = pytest.mark.parametrize("case", [*REPRESENTATIVE, *NORMED], ids=str)

@@ -11,11 +11,11 @@ from cases import CASES, TOKENS, Case, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import CertificateError, StaleTraceError, UnsupportedModelError
-from tlcoupling.hooked import attached
+from tlcoupling.forward.hooked import attached
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.engine import JacobianEngine
-from tlcoupling.jacobian.maps import Projection
 from tlcoupling.jacobian.norms import Uncovered
+from tlcoupling.linalg.maps import Projection
 
 PLACES = [(0, 6, 6), (2, 0, 0), (1, 2, 5), (2, 0, 6)]  # layer, src, dest
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
-from tlcoupling.intervals import bootstrap_mean
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.results.intervals import bootstrap_mean
 
 PROMPTS = [TOKENS[:4], TOKENS, TOKENS.flip(0), torch.tensor([1, 2, 3, 40, 45])]
 QUANTITIES = ("coupling", "null", "excess", "lss", "expodistance", "rate")
@@ -97,7 +97,7 @@ def test_a_prompt_that_fails_leaves_the_others():
 
 
 def test_a_failure_of_any_kind_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
-    import tlcoupling.many as module
+    import tlcoupling.analysis.many as module
 
     measure = module.depth_coupling
 

@@ -17,10 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tlcoupling as tlc
 from tlcoupling import errors
-from tlcoupling import models as tlc_models
-from tlcoupling import smollm2 as tlc_smollm2
 from tlcoupling.errors import ArgumentError, ModelLoadError
-from tlcoupling.offline import offline
+from tlcoupling.models import load as tlc_models
+from tlcoupling.models import smollm2 as tlc_smollm2
+from tlcoupling.models.offline import offline
 
 # fmt: off
 LANDMARKS_IDS = [

@@ -18,9 +18,9 @@ from cases import tiny_tokenizer
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, StoreError, UnsupportedModelError
-from tlcoupling.in_training import evaluated
-from tlcoupling.models import _hooked_transformer, _transformer_bridge
-from tlcoupling.sweep.cells import Cell
+from tlcoupling.models.load import _hooked_transformer, _transformer_bridge
+from tlcoupling.sweeps.cells import Cell
+from tlcoupling.training.in_training import evaluated
 
 
 # The type checker of the test suite picks the items that it looks at by Python's random generator.
@@ -373,7 +373,7 @@ def test_a_prompt_that_fails_after_one_that_does_not_is_counted_and_kept(
             raise MemoryError("no room")
         return tlc.analyze(model, prompt, **options)
 
-    monkeypatch.setattr("tlcoupling.monitor.analyze", analyze)
+    monkeypatch.setattr("tlcoupling.training.monitor.analyze", analyze)
     monitor = tlc.TrainingMonitor(fresh(), PROMPTS, k=4, store=tmp_path if kept else None)
     with pytest.warns(UserWarning, match="step 0: prompt 'two' could not be measured: MemoryError: no room"):
         means = monitor(0)
@@ -392,7 +392,7 @@ def test_a_step_that_cannot_be_measured_at_all_is_a_failure_of_every_prompt(monk
     def gone(model: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr("tlcoupling.monitor.evaluated", gone)
+    monkeypatch.setattr("tlcoupling.training.monitor.evaluated", gone)
     with pytest.warns(UserWarning, match="step 0 could not be measured: RuntimeError: the device is gone"):
         assert set(monitor(0)) == {"seconds"}
     assert monitor.table()["error"].tolist() == ["RuntimeError: the device is gone"] * 2

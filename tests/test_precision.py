@@ -10,8 +10,8 @@ import torch
 from cases import CASES, TOKENS
 
 import tlcoupling as tlc
+from tlcoupling.analysis.estimate import matmul_rate
 from tlcoupling.errors import TLCouplingError
-from tlcoupling.estimate import matmul_rate
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.precision import full_precision
 

@@ -29,8 +29,8 @@ from cases import (
 )
 
 import tlcoupling as tlc
-from tlcoupling.models import _hooked_transformer, _transformer_bridge
-from tlcoupling.smollm2 import hooked_config
+from tlcoupling.models.load import _hooked_transformer, _transformer_bridge
+from tlcoupling.models.smollm2 import hooked_config
 
 FAMILIES = ("gpt2", "llama")
 HOOKED = ("hooked", "hooked-processed", "hooked-processed-in-place") * (_hooked_transformer() is not None)

@@ -7,8 +7,8 @@ import torch
 from cases import CASES, FEW, OF_EACH_CLASS, TOKENS, Case
 
 import tlcoupling as tlc
+from tlcoupling.directions.readout import RANDOM_DIRECTIONS, readout_jacobian
 from tlcoupling.errors import ArgumentError, HookError, StaleTraceError, UnsupportedModelError
-from tlcoupling.readout import RANDOM_DIRECTIONS, readout_jacobian
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 of_each_class = pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)

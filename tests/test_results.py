@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.results import check_writable
+from tlcoupling.results.base import check_writable
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_failed_save_leaves_the_old_file(analysis: tlc.Analysis, tmp_path, mon
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tlcoupling.result_files.save", full_disk)
+    monkeypatch.setattr("tlcoupling.results.files.save", full_disk)
     with pytest.raises(ResultFileError, match="No space left"):
         analysis.coupling.save(path)
     assert path.read_bytes() == before

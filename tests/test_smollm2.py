@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import tlcoupling as tlc
-from tlcoupling.models import _hooked_transformer, _transformer_bridge
+from tlcoupling.models.load import _hooked_transformer, _transformer_bridge
 
 pytestmark = pytest.mark.slow
 

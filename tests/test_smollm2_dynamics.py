@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tlcoupling as tlc
-from tlcoupling.readout import readout_jacobian
+from tlcoupling.directions.readout import readout_jacobian
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.sweep.partial import partial_correlation, r_squared_of_groups
-from tlcoupling.sweep.scores import family_of, published
+from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
+from tlcoupling.scores.tables import family_of, published
 
 QUICK = {"resamples": 200}
 RNG = np.random.default_rng(0)
@@ -289,6 +289,6 @@ def test_mixed_settings_and_unlike_prompts_are_not_averaged_without_a_word():
 
 
 def test_importing_the_library_loads_neither_scipy_stats_nor_pandas():
-    module = importlib.import_module("tlcoupling.sweep.statistics")
+    module = importlib.import_module("tlcoupling.scores.correlate")
     assert not {"pandas", "bootstrap", "scipy"} & set(vars(module))
-    assert "tlcoupling.sweep.partial" in sys.modules
+    assert "tlcoupling.scores.partial_correlation" in sys.modules

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.jacobian.maps import Projection
-from tlcoupling.svd import krylov
-from tlcoupling.svd.auto import TOLERANCE, truncated_svds
+from tlcoupling.linalg import krylov
+from tlcoupling.linalg.maps import Projection
+from tlcoupling.linalg.svd import TOLERANCE, truncated_svds
 
 
 def with_spectrum(s: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -16,9 +16,9 @@ import pytest
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ModelLoadError, PlanError, StoreError
-from tlcoupling.sweep import executors, run
-from tlcoupling.sweep.executors import JobLostError, Requeued
-from tlcoupling.sweep.source import Source
+from tlcoupling.sweeps import executors, run
+from tlcoupling.sweeps.executors import JobLostError, Requeued
+from tlcoupling.sweeps.source import Source
 
 
 class Job:

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import tlcoupling as tlc
 from tlcoupling.cli import app
 from tlcoupling.errors import ArgumentError, PlanError
-from tlcoupling.sweep.cells import Cell, Settings
-from tlcoupling.sweep.checkpoints import pick_steps, published_steps
-from tlcoupling.sweep.cost import Shape, cell_cost, shape_at_hand
-from tlcoupling.sweep.forecast import forecast
+from tlcoupling.sweeps.cells import Cell, Settings
+from tlcoupling.sweeps.checkpoints import pick_steps, published_steps
+from tlcoupling.sweeps.cost import Shape, cell_cost, shape_at_hand
+from tlcoupling.sweeps.forecast import forecast
 
 GOOD = """\
 models = ["gpt2"]

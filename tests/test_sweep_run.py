@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 import tlcoupling as tlc
 from tlcoupling.cli import app
 from tlcoupling.errors import ArgumentError, ModelLoadError, ResultFileError, StoreError
-from tlcoupling.sweep.run import measure_group
-from tlcoupling.sweep.source import Source
+from tlcoupling.sweeps.run import measure_group
+from tlcoupling.sweeps.source import Source
 
 HERE = Path(__file__).parent
 
@@ -237,10 +237,10 @@ def test_a_write_that_fails_is_no_failed_cell(models: Path, opened, tmp_path: Pa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args, **kwargs)
 
-    import tlcoupling.result_files
+    import tlcoupling.results.files
 
-    real = tlcoupling.result_files.save
-    monkeypatch.setattr(tlcoupling.result_files, "save", full)
+    real = tlcoupling.results.files.save
+    monkeypatch.setattr(tlcoupling.results.files, "save", full)
     with pytest.raises(ResultFileError, match="No space left"), ThreadPoolExecutor(1) as executor:
         tlc.sweep(plan, tmp_path / "store", executor=executor)
     store = tlc.SweepStore(tmp_path / "store")

@@ -20,9 +20,10 @@ from sweeps import contents_apart_from_times
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
-from tlcoupling.files import remove_abandoned, replacing
-from tlcoupling.sweep import Cell, ModelFacts, Settings, cells
-from tlcoupling.sweep.table import COLUMNS, rows, to_arrow
+from tlcoupling.results.atomic import remove_abandoned, replacing
+from tlcoupling.sweeps import cells
+from tlcoupling.sweeps.cells import Cell, ModelFacts, Settings
+from tlcoupling.sweeps.table import COLUMNS, rows, to_arrow
 
 SETTINGS = Settings(k=(2, 0.25), tokens=(0, -1))  # of an even number of tokens, a median is the mean of the middle two
 
@@ -277,7 +278,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
 
 def test_only_what_dead_processes_left_is_removed(tmp_path: Path):
     script = (
-        "import sys, os, pathlib\nfrom tlcoupling.files import replacing\n"
+        "import sys, os, pathlib\nfrom tlcoupling.results.atomic import replacing\n"
         "with replacing(pathlib.Path(sys.argv[1])) as partial:\n    partial.write_text('half'); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")]).returncode == 9

@@ -14,7 +14,7 @@ from oracle import REPRESENTATIVE, full_model_jacobian, plain_coupling
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
-from tlcoupling.jacobian.maps import Projection
+from tlcoupling.linalg.maps import Projection
 
 each_case = pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
 HOW = [("frobenius", "uv", True), ("trace", "vu", False)]

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcoupling import Analysis, viz
+from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 from tlcoupling.viz import panes
 from tlcoupling.viz.plain import packed, visible
 

@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 
 import tlcoupling as tlc
-from tlcoupling.models import _transformer_bridge
+from tlcoupling.models.load import _transformer_bridge
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(_transformer_bridge() is None, reason="a local folder is loaded as a bridge")

@@ -1,49 +1,43 @@
 """Transformer models as dynamical systems: coupling, linearity and growth from a hooked forward pass."""
 
 from tlcoupling import parity, viz
-from tlcoupling.analysis import Analysis, analyze
-from tlcoupling.baseline import random_baseline
-from tlcoupling.causal import CausalEffect, causal_effect
-from tlcoupling.checking import Check, check
-from tlcoupling.coupling import (
-    ContextCoupling,
-    DepthCoupling,
-    HeadAlignment,
-    HeadCoupling,
-    ProjectedJacobians,
-    TokenCoupling,
-    context_coupling,
-    coupling_loss,
-    depth_coupling,
-    head_alignment,
-    head_coupling,
-    projected_jacobians,
-    token_coupling,
-)
-from tlcoupling.dynamics import (
-    LinearizationGap,
-    SingularValueProfile,
-    TrajectoryComponents,
-    linearization_gap,
-    linearized,
-    singular_value_profile,
-    trajectory_components,
-)
+from tlcoupling.analysis.analyze import Analysis, analyze
+from tlcoupling.analysis.checking import Check, check
+from tlcoupling.analysis.estimate import Estimate, estimate
+from tlcoupling.analysis.many import ManyAnalyses, analyze_many
+from tlcoupling.coupling.alignment import HeadAlignment, head_alignment
+from tlcoupling.coupling.context import ContextCoupling, context_coupling
+from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
+from tlcoupling.coupling.heads import HeadCoupling, head_coupling
+from tlcoupling.coupling.loss import coupling_loss
+from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
+from tlcoupling.coupling.token import TokenCoupling, token_coupling
+from tlcoupling.directions.causal import CausalEffect, causal_effect
+from tlcoupling.directions.intervention import keep_only, project_out, random_directions
+from tlcoupling.directions.readout import DirectionReadout, read_directions
+from tlcoupling.dynamics.components import TrajectoryComponents, trajectory_components
+from tlcoupling.dynamics.linearized import LinearizationGap, linearization_gap, linearized
+from tlcoupling.dynamics.spectrum import SingularValueProfile, singular_value_profile
 from tlcoupling.errors import TLCouplingError
-from tlcoupling.estimate import Estimate, estimate
-from tlcoupling.intervals import Interval
-from tlcoupling.intervention import keep_only, project_out, random_directions
-from tlcoupling.jacobian import JacobianOperator, residual_jacobian
-from tlcoupling.many import ManyAnalyses, analyze_many
-from tlcoupling.models import load_model
-from tlcoupling.monitor import TrainingMonitor
-from tlcoupling.readout import DirectionReadout, read_directions
-from tlcoupling.result_files import load
-from tlcoupling.svd import Triplets, truncated_svd
-from tlcoupling.sweep import Plan, SlurmExecutor, SweepReport, SweepStore, sweep
-from tlcoupling.sweep.statistics import Correlations, correlate
-from tlcoupling.trace import Trace, trace
-from tlcoupling.trajectory import Growth, HeadSteps, Linearity, TrajectoryRecorder, growth, head_steps, linearity
+from tlcoupling.forward.trace import Trace, trace
+from tlcoupling.jacobian.engine import residual_jacobian
+from tlcoupling.linalg.operator import JacobianOperator
+from tlcoupling.linalg.svd import truncated_svd
+from tlcoupling.linalg.triplets import Triplets
+from tlcoupling.models.baseline import random_baseline
+from tlcoupling.models.load import load_model
+from tlcoupling.results.files import load
+from tlcoupling.results.intervals import Interval
+from tlcoupling.scores.correlate import Correlations, correlate
+from tlcoupling.sweeps.executors import SlurmExecutor
+from tlcoupling.sweeps.plan import Plan
+from tlcoupling.sweeps.run import SweepReport, sweep
+from tlcoupling.sweeps.store import SweepStore
+from tlcoupling.training.monitor import TrainingMonitor
+from tlcoupling.trajectory.growth import Growth, growth
+from tlcoupling.trajectory.head_steps import HeadSteps, head_steps
+from tlcoupling.trajectory.linearity import Linearity, linearity
+from tlcoupling.trajectory.recorder import TrajectoryRecorder
 
 __all__ = [
     "Analysis",
@@ -110,3 +104,8 @@ __all__ = [
     "truncated_svd",
     "viz",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone, for tab completion."""
+    return sorted(__all__)

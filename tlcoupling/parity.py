@@ -17,14 +17,14 @@ from torch import Tensor
 from tlcoupling.coupling.arguments import KSpec, resolve_k
 from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
-from tlcoupling.jacobian.maps import Projection
-from tlcoupling.lifting import lifted
+from tlcoupling.linalg.maps import Projection
+from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result
-from tlcoupling.svd import truncated_svd
-from tlcoupling.trace import Trace, trace
+from tlcoupling.results.base import Result
 
 
 @dataclass(frozen=True)

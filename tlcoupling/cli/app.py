@@ -54,7 +54,7 @@ def load(name: str) -> Any:
     from rich.console import Console
     from rich.text import Text
 
-    from tlcoupling.models import load_model
+    from tlcoupling.models.load import load_model
 
     with Console(stderr=True).status(Text(f"loading {name}")):
         return load_model(name)

@@ -20,8 +20,8 @@ def check(
 ) -> None:
     """Check a model: what holds, what falls back to autograd, and what is refused and why. Exit code 1 if refused."""
     with errors_as_one_line():
-        from tlcoupling.checking import check as check_model
-        from tlcoupling.terminal import print_check
+        from tlcoupling.analysis.checking import check as check_model
+        from tlcoupling.cli.terminal import print_check
 
         found = check_model(load(model), prompt)
         print_check(found)

@@ -13,7 +13,7 @@ from tlcoupling.cli.app import app, errors_as_one_line
 from tlcoupling.errors import ResultFileError
 
 if TYPE_CHECKING:
-    from tlcoupling.sweep.statistics import Correlations
+    from tlcoupling.scores.correlate import Correlations
 
 
 @app.command()
@@ -48,8 +48,8 @@ def correlate(
     1 - 1/sqrt(0.1 d_model), a function of width alone, explains 93 %.
     """
     with errors_as_one_line():
-        from tlcoupling.results import check_writable
-        from tlcoupling.sweep.statistics import correlate as correlate_models
+        from tlcoupling.results.base import check_writable
+        from tlcoupling.scores.correlate import correlate as correlate_models
 
         check_writable(output, "output")
         found = correlate_models(

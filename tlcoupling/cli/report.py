@@ -14,7 +14,7 @@ from tlcoupling.cli.app import DEFAULT_MODEL, DEFAULT_PROMPT, app, errors_as_one
 from tlcoupling.errors import ResultFileError
 
 if TYPE_CHECKING:
-    from tlcoupling.analysis import Analysis
+    from tlcoupling.analysis.analyze import Analysis
 
 FOLDER = "tlcoupling-report"
 # The longest prompt whose tokens are compared in some layers without being asked for: the work grows with its square.
@@ -108,7 +108,7 @@ def report(
     ks, positions, compared = [_k(text) for text in k or ["10"]], _tokens(tokens), _token_layers(token_layers)
     with errors_as_one_line():
         if not estimate:
-            from tlcoupling.results import check_writable
+            from tlcoupling.results.base import check_writable
 
             check_writable(folder, "output")
         loaded, text = load(model), prompt_or_default(prompt)
@@ -119,13 +119,13 @@ def report(
             "engine": engine.value,
         }
         if estimate:
-            from tlcoupling.estimate import estimate as estimated
-            from tlcoupling.terminal import print_estimate
+            from tlcoupling.analysis.estimate import estimate as estimated
+            from tlcoupling.cli.terminal import print_estimate
 
             return print_estimate(estimated(loaded, text, **options))
 
-        from tlcoupling.analysis import analyze
-        from tlcoupling.terminal import print_analysis
+        from tlcoupling.analysis.analyze import analyze
+        from tlcoupling.cli.terminal import print_analysis
 
         analysis = analyze(loaded, text, **options, progress=sys.stderr.isatty())
         print_analysis(analysis)
@@ -142,8 +142,8 @@ def _layers_of(
         return None
     if chosen != "some":
         return chosen
-    from tlcoupling.hooked import require_supported
-    from tlcoupling.prompt import to_tokens
+    from tlcoupling.forward.hooked import require_supported
+    from tlcoupling.forward.prompt import to_tokens
 
     require_supported(model)
     last = len(model.blocks) - 1

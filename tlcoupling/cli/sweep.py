@@ -15,7 +15,7 @@ from tlcoupling.cli.app import app, errors_as_one_line, refuse
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from tlcoupling.sweep.plan import Plan
+    from tlcoupling.sweeps.plan import Plan
 
 
 class Where(str, Enum):
@@ -72,22 +72,22 @@ def sweep(
     else:
         refuse({"--logs": logs is not None}, "give it with --executor slurm")
     with errors_as_one_line():
-        from tlcoupling.sweep.plan import Plan
+        from tlcoupling.sweeps.plan import Plan
 
         read = Plan.read(plan)
         folder = read.default_store if store is None else store
         if dry_run:
             return _dry_run(read, folder, None if rate is None else 1e12 * rate)
 
-        from tlcoupling.sweep.run import sweep as run
-        from tlcoupling.sweep.store import SweepStore
-        from tlcoupling.sweep.terminal import print_report
+        from tlcoupling.cli.sweep_tables import print_report
+        from tlcoupling.sweeps.run import sweep as run
+        from tlcoupling.sweeps.store import SweepStore
 
         kept = SweepStore(folder, create=True)
         with ExitStack() as stack:
             chosen: Executor | None = None
             if executor is Where.slurm:
-                from tlcoupling.sweep.executors import SlurmExecutor
+                from tlcoupling.sweeps.executors import SlurmExecutor
 
                 chosen = stack.enter_context(SlurmExecutor(logs or folder / "slurm"))
             report = run(read, kept, executor=chosen, workers=workers, progress=sys.stderr.isatty())
@@ -100,8 +100,8 @@ def sweep(
 
 def _dry_run(plan: Plan, folder: Path, rate: float | None) -> None:
     """Print what the plan would measure and what that would cost."""
-    from tlcoupling.sweep.forecast import forecast
-    from tlcoupling.sweep.terminal import print_forecast
+    from tlcoupling.cli.sweep_tables import print_forecast
+    from tlcoupling.sweeps.forecast import forecast
 
     print_forecast(forecast(plan, folder, rate))
 
@@ -116,7 +116,7 @@ def merge(
 ) -> None:
     """Join the stores of several machines. Two results of one cell must agree in all but their times."""
     with errors_as_one_line():
-        from tlcoupling.sweep.store import SweepStore
+        from tlcoupling.sweeps.store import SweepStore
 
         sources = [SweepStore(path) for path in stores]
         target = SweepStore(into, create=True)

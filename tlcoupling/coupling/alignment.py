@@ -15,11 +15,11 @@ from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
 from tlcoupling.coupling.groups import Place
 from tlcoupling.coupling.metric import projector_moments
 from tlcoupling.coupling.pairs import decompose
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.linalg.svd import SolverName
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result
-from tlcoupling.svd.auto import SolverName
-from tlcoupling.trace import Trace
+from tlcoupling.results.base import Result
 
 
 @dataclass(frozen=True, repr=False, eq=False)

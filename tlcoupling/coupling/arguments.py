@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.stream import Outline
 from tlcoupling.jacobian.engine import EngineName, check_index, check_sublayers
-from tlcoupling.stream import Outline
-from tlcoupling.svd.auto import SolverName
+from tlcoupling.linalg.svd import SolverName
 
 KSpec = int | float | Sequence[int | float]
 Indices = int | Sequence[int] | Literal["all"]

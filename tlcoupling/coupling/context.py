@@ -11,9 +11,9 @@ from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, check_index
-from tlcoupling.svd.auto import SolverName
-from tlcoupling.trace import Trace
+from tlcoupling.linalg.svd import SolverName
 
 Fixed = Literal["src", "dest"]
 

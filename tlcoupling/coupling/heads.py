@@ -10,9 +10,9 @@ from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.result import Coupling, measure
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, check_index
-from tlcoupling.svd.auto import SolverName
-from tlcoupling.trace import Trace
+from tlcoupling.linalg.svd import SolverName
 
 
 @dataclass(frozen=True, repr=False, eq=False)

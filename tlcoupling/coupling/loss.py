@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
-from tlcoupling.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
+from tlcoupling.forward.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
+from tlcoupling.forward.prompt import to_tokens
+from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
 from tlcoupling.jacobian.engine import check_index
 from tlcoupling.precision import full_precision
-from tlcoupling.prompt import to_tokens
-from tlcoupling.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]

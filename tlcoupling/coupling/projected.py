@@ -18,11 +18,11 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.metric import Bases, coupling, null_coupling
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.linalg.svd import SolverName
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result
-from tlcoupling.svd.auto import SolverName
-from tlcoupling.trace import Trace
+from tlcoupling.results.base import Result
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -17,10 +17,10 @@ from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result
-from tlcoupling.trace import Trace
+from tlcoupling.results.base import Result
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]
 CouplingT = TypeVar("CouplingT", bound="Coupling")

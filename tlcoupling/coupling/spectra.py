@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.jacobian.maps import Projection
-from tlcoupling.jacobian.operator import JacobianOperator
-from tlcoupling.svd import Triplets, truncated_svds
-from tlcoupling.svd.auto import SolverName
-from tlcoupling.svd.krylov import OVERSAMPLING
+from tlcoupling.linalg.krylov import OVERSAMPLING
+from tlcoupling.linalg.maps import Projection
+from tlcoupling.linalg.operator import JacobianOperator
+from tlcoupling.linalg.svd import SolverName, truncated_svds
+from tlcoupling.linalg.triplets import Triplets
 
 STEPS = 8  # Krylov steps that a top-10 spectrum usually takes
 THIN = 2.0  # a product with few columns reaches about half the rate of a product of matrices

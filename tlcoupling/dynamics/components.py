@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tlcoupling.coupling.arguments import resolve_indices
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.stream import stream_of
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result
-from tlcoupling.stream import stream_of
+from tlcoupling.results.base import Result
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 
 

@@ -24,12 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
 from tlcoupling.precision import full_precision
-from tlcoupling.results import Result
-from tlcoupling.trace import Trace
+from tlcoupling.results.base import Result
 
 Tokens = Literal["same", "all"]
 

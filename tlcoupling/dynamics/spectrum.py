@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling import DepthCoupling
-from tlcoupling.results import Result
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.results.base import Result
 from tlcoupling.trajectory.line import fit_line
 
 _FITS = ("sublayer", "pos", "rank")

@@ -24,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import StaleTraceError
+from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.weights import weight_of
 from tlcoupling.jacobian.attention import AttentionCore
-from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, Projection, Shared, Sum, Zero
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
 from tlcoupling.jacobian.runs import Run, run_sublayer
-from tlcoupling.lifting import lifted
-from tlcoupling.trace import Trace
-from tlcoupling.weights import weight_of
+from tlcoupling.linalg.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, Projection, Shared, Sum, Zero
 
 _ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out"))
 _MLP_INPUTS = ("mlp.hook_pre", "mlp.hook_pre_linear")

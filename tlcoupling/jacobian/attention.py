@@ -17,10 +17,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.jacobian.maps import HeadMap, LinearMap
+from tlcoupling.forward.lifting import lifted
 from tlcoupling.jacobian.norms import Norm, Uncovered, close
 from tlcoupling.jacobian.scores import Scores
-from tlcoupling.lifting import lifted
+from tlcoupling.linalg.maps import HeadMap, LinearMap
 
 
 @dataclass(frozen=True)

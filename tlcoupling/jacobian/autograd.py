@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import HookError
+from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.weights import output_of_heads
 from tlcoupling.jacobian.norms import write_factor
-from tlcoupling.jacobian.operator import JacobianOperator
+from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
-from tlcoupling.trace import Trace
-from tlcoupling.weights import output_of_heads
 
 Part = Callable[[Tensor], Tensor]  # the coordinates of a leaf that vary
 

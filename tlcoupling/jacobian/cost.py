@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.hooked import Topology
+from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.weights import weight_of
 from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
-from tlcoupling.jacobian.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, NormMap, Projection, Sum
-from tlcoupling.weights import weight_of
+from tlcoupling.linalg.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, NormMap, Projection, Sum
 
 _ATTN_WEIGHTS, _MLP_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O"), ("W_in", "W_out")
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import HookError
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import AutogradJacobian, input_of, output_at
-from tlcoupling.trace import Trace
 
 # Steps relative to the stream's norm. Differences are good to the square of the step and to float32 rounding over the
 # step (HuggingFace's modules cast to float32 inside); what a hook detaches is a share of the Jacobian.

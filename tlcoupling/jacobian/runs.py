@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.hooked import Hook
-from tlcoupling.trace import Trace
+from tlcoupling.forward.hooked import Hook
+from tlcoupling.forward.trace import Trace
 
 _POST_NORMS = ("ln1_post", "ln2_post")
 

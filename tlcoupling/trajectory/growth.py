@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.results import Provenance, Result
-from tlcoupling.stream import stream_of
+from tlcoupling.forward.stream import stream_of
+from tlcoupling.results.base import Provenance, Result
 from tlcoupling.trajectory.line import fit_line
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 

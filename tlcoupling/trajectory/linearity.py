@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.hooked import Topology
-from tlcoupling.results import Provenance, Result
-from tlcoupling.stream import Stream, stream_of
-from tlcoupling.trace import Trace
+from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.stream import Stream, stream_of
+from tlcoupling.forward.trace import Trace
+from tlcoupling.results.base import Provenance, Result
 
 
 @dataclass(frozen=True, repr=False, eq=False)

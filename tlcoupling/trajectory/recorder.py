@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.cache import without_batch
 from tlcoupling.errors import MissingHookError, TLCouplingError, UnsupportedModelError
-from tlcoupling.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
-from tlcoupling.results import Provenance
-from tlcoupling.stream import (
+from tlcoupling.forward.cache import without_batch
+from tlcoupling.forward.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
+from tlcoupling.forward.stream import (
     IDENTITY_TOLERANCE,
     mid_is_another,
     not_finite,
     relative_gap,
     writes_do_not_add_up,
 )
+from tlcoupling.results.base import Provenance
 from tlcoupling.trajectory.growth import Growth, growth_of_norms
 from tlcoupling.trajectory.linearity import Linearity, linearity_of_paths, make_paths, walk
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from tlcoupling.analysis import Analysis
-from tlcoupling.coupling import ContextCoupling, DepthCoupling, TokenCoupling
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.coupling.context import ContextCoupling
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.viz.plain import formula, label, packed, rounded, visible
 
 # Cells that the attention component draws without a noticeable wait: all heads, and the zoomed one once more.

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tlcoupling.analysis import Analysis
-from tlcoupling.coupling import DepthCoupling
-from tlcoupling.results import Provenance
-from tlcoupling.summary import (
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.summary import (
     by_straightness,
     coupling_rows,
     d_model_of,
     growth_summary,
     linearity_rows,
 )
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.results.base import Provenance
 from tlcoupling.viz.plain import rounded, visible
 
 

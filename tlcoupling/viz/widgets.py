@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tlcoupling.analysis import Analysis
-from tlcoupling.coupling import ContextCoupling, DepthCoupling, TokenCoupling
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.coupling.context import ContextCoupling
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.jacobian.engine import check_index
 from tlcoupling.viz import panes, payload

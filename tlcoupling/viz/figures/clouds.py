@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from tlcoupling.dynamics import TrajectoryComponents
+from tlcoupling.dynamics.components import TrajectoryComponents
 from tlcoupling.errors import ArgumentError
 from tlcoupling.viz.figures.places import write_beside
 from tlcoupling.viz.figures.select import measured_on

@@ -13,10 +13,10 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tlcoupling.coupling import DepthCoupling
-from tlcoupling.dynamics import SingularValueProfile
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.dynamics.spectrum import SingularValueProfile
 from tlcoupling.errors import ArgumentError
-from tlcoupling.intervals import bootstrap_mean
+from tlcoupling.results.intervals import bootstrap_mean
 from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on
 from tlcoupling.viz.figures.style import (
     FIT,

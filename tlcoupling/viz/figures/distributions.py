@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tlcoupling.analysis import Analysis
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.many import ManyAnalyses
 from tlcoupling.errors import ArgumentError
-from tlcoupling.many import ManyAnalyses
 from tlcoupling.viz.figures.select import index_of, measured_on
 from tlcoupling.viz.figures.style import (
     NULL,

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from tlcoupling.analysis import Analysis
-from tlcoupling.coupling import DepthCoupling, ProjectedJacobians
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.projected import ProjectedJacobians
 from tlcoupling.errors import ArgumentError
 from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on, named
 from tlcoupling.viz.figures.style import (

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from tlcoupling.coupling.result import Coupling
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results import Result
+from tlcoupling.results.base import Result
 from tlcoupling.viz.figures.style import label
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.sweep.table import require_one_kind
+from tlcoupling.sweeps.table import require_one_kind
 from tlcoupling.viz.figures.select import index_of
 from tlcoupling.viz.figures.style import NULL, SUBLAYER_COLORS, WIDTH, heading, label, new_figure, settle, style
 

@@ -1,0 +1,279 @@
+"""Many prompts: coupling, linearity and growth of each, and intervals over prompts or tokens."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tlcoupling.coupling.arguments import KSpec
+from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
+from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.errors import ArgumentError, EveryPromptFailedError
+from tlcoupling.forward.prompt import named_prompts
+from tlcoupling.forward.trace import Trace, trace
+from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.linalg.svd import SolverName
+from tlcoupling.progress import ticking
+from tlcoupling.results.base import Provenance, Result, engines_of_prompts
+from tlcoupling.results.intervals import Interval, Unit, bootstrap_mean
+from tlcoupling.trajectory.growth import growth
+from tlcoupling.trajectory.linearity import linearity
+
+if TYPE_CHECKING:
+    import pandas
+
+Quantity = Literal["coupling", "null", "excess", "lss", "expodistance", "rate"]
+
+_COUPLING = ("row", "sublayer", "k")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class ManyAnalyses(Result):
+    """Coupling, linearity and growth of one model over many prompts: one row per prompt and token.
+
+    Attributes:
+        coupling: mean coupling over the ordered pairs of different layers, ``[row, sublayer, k]``.
+        null: the mean of its null. Same axes.
+        lss: line-shape score, ``[row, path]``.
+        expodistance: ED, ``[row]``.
+        rate: mean growth of the log-norm per layer, ``[row]``.
+        prompt: each row's prompt, an index into ``names``, ``[row]``.
+        pos: each row's token position, ``[row]``.
+        tokens: each row's token as text.
+        names: the prompts' names.
+        errors: why a prompt could not be measured, by prompt; None where it could.
+        sublayers: ``block``, ``attn``, ``mlp``.
+        ks: number of singular vectors compared.
+        paths: as in ``Linearity``.
+        baseline: the same of another model, such as a random one, on the same prompts.
+    """
+
+    coupling: Float[Tensor, "row sublayer k"]
+    null: Float[Tensor, "row sublayer k"]
+    lss: Float[Tensor, "row path"]
+    expodistance: Float[Tensor, " row"]
+    rate: Float[Tensor, " row"]
+    prompt: Int[Tensor, " row"]
+    pos: Int[Tensor, " row"]
+    tokens: tuple[str, ...]
+    names: tuple[str, ...]
+    errors: tuple[str | None, ...]
+    sublayers: tuple[str, ...]
+    ks: tuple[int, ...]
+    paths: tuple[str, ...]
+    baseline: ManyAnalyses | None = None
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "coupling": _COUPLING,
+        "null": _COUPLING,
+        "lss": ("row", "path"),
+        "expodistance": ("row",),
+        "rate": ("row",),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"excess": _COUPLING}
+
+    def __repr__(self) -> str:
+        """One line."""
+        measured = sum(error is None for error in self.errors)
+        shown = ", ".join(
+            f"{name} {value:.4f}" for name, value in zip(self.sublayers, self.excess[..., 0].mean(0), strict=True)
+        )
+        return (
+            f"ManyAnalyses({measured} of {len(self.names)} prompts, {len(self.tokens)} tokens, K={self.ks[0]}: "
+            f"mean excess {shown})"
+        )
+
+    @property
+    def excess(self) -> Float[Tensor, "row sublayer k"]:
+        """Mean coupling above its null."""
+        return self.coupling - self.null
+
+    def interval(
+        self,
+        quantity: Quantity = "excess",
+        confidence: float = 0.95,
+        by: Unit = "prompt",
+        *,
+        resamples: int = 9999,
+        seed: int = 0,
+    ) -> Interval:
+        """The mean of a quantity with its bootstrap interval (``scipy.stats.bootstrap``, BCa).
+
+        Args:
+            quantity: ``"coupling"``, ``"null"``, ``"excess"``, ``"lss"``, ``"expodistance"`` or ``"rate"``.
+            confidence: level of the interval, between 0 and 1.
+            by: what is drawn with replacement. ``"prompt"``: a prompt with all its tokens is one unit, which counts by
+                the mean over its tokens; this is the interval over prompts like these. ``"token"``: each row is a unit;
+                tokens of one prompt are alike, so that this interval is too narrow for any other set of prompts.
+            resamples: number of bootstrap samples.
+            seed: of the resampling, so that equal data give equal intervals.
+
+        Raises:
+            ArgumentError: an argument out of range.
+
+        Warns:
+            UserWarning: there is no interval, and its ends are NaN: a single unit, or units that are all equal. Units
+                whose value is NaN are left out, and counted in the warning.
+        """
+        allowed = (*self._axes, "excess")
+        if quantity not in allowed:
+            raise ArgumentError("quantity", quantity, f"one of {', '.join(allowed)}")
+        if by not in ("prompt", "token"):
+            raise ArgumentError("by", by, "one of prompt, token")
+        values = getattr(self, quantity).double()
+        if by == "prompt":
+            values = torch.stack([values[self.prompt == index].nanmean(0) for index in self.prompt.unique()])
+        coords = {**self._coords(), "measure": (quantity,)}
+        axes = {**self._axes, **self._derived}[quantity][1:]
+        if not axes:
+            axes, values = ("measure",), values[:, None]
+        return Interval(
+            provenance=self.provenance,
+            **bootstrap_mean(values, confidence, resamples, seed, quantity, by),
+            quantity=quantity,
+            by=by,
+            confidence=confidence,
+            axes=axes,
+            labels=tuple(tuple(coords[axis]) for axis in axes),
+        )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Long form, as of every result, with each row's prompt, position and token."""
+        table = super().to_dataframe()
+        rows = table["row"].astype(int).tolist()
+        table.insert(1, "prompt", [self.names[index] for index in self.prompt[rows].tolist()])
+        table.insert(2, "pos", self.pos[rows].tolist())
+        table.insert(3, "token", [self.tokens[row] for row in rows])
+        return table
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {"row": range(len(self.tokens)), "sublayer": self.sublayers, "k": self.ks, "path": self.paths}
+
+
+def analyze_many(
+    model: Any,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    *,
+    k: KSpec = 10,
+    tokens: int | Sequence[int] | Literal["all"] = -1,
+    sublayers: str | Sequence[str] | None = None,
+    normalizer: Normalizer = "frobenius",
+    bases: Bases = "uv",
+    absolute: bool = True,
+    prepend_bos: bool | None = None,
+    engine: EngineName = "auto",
+    solver: SolverName = "auto",
+    baseline: Any | None = None,
+    progress: bool = False,
+) -> ManyAnalyses:
+    """Measure a model on many prompts, for intervals over prompts and tokens.
+
+    A prompt that cannot be measured leaves its error in the result and a warning; the others are kept.
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
+        prompts: prompts as in ``trace``, of any lengths; or a mapping of names to prompts.
+        k: as in ``depth_coupling``.
+        tokens: the positions measured in each prompt: one, several, or ``"all"``.
+        sublayers: as in ``depth_coupling``.
+        normalizer: as in ``depth_coupling``.
+        bases: as in ``depth_coupling``.
+        absolute: as in ``depth_coupling``.
+        prepend_bos: as in ``trace``.
+        engine: as in ``depth_coupling``.
+        solver: as in ``depth_coupling``.
+        baseline: a model measured the same way, such as ``tlc.random_baseline(model)``.
+        progress: show a progress bar over prompts.
+
+    Raises:
+        ArgumentError: no prompts, or a single string.
+        EveryPromptFailedError: none of them could be measured; the first one's error is its cause.
+
+    Warns:
+        UserWarning: a prompt could not be measured.
+
+    Example:
+        >>> many = tlc.analyze_many(model, prompts, baseline=tlc.random_baseline(model))  # doctest: +SKIP
+        >>> many.interval("excess"), many.baseline.interval("excess")  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    named = named_prompts(prompts)
+    settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
+    rows: list[dict[str, Any]] = []
+    errors: list[str | None] = []
+    engines: dict[str, Mapping[str, str]] = {}
+    first: Exception | None = None
+    last: tuple[Trace, DepthCoupling] | None = None
+    for index, (name, prompt) in enumerate(ticking(named.items(), "prompts", progress)):
+        try:
+            traced = trace(model, prompt, prepend_bos=prepend_bos)
+            measured = depth_coupling(traced, k, tokens=tokens, sublayers=sublayers, **settings)
+            rows.append({"prompt": index, **_row(traced, measured)})
+            engines[str(name)] = measured.provenance.engine
+            last = traced, measured
+            errors.append(None)
+        except Exception as error:  # of whatever kind: what is measured already is worth more than this prompt
+            first = first or error
+            errors.append(f"{type(error).__name__}: {error}")
+            warnings.warn(f"prompt {name!r} could not be measured: {errors[-1]}", stacklevel=2)
+    if last is None:
+        raise EveryPromptFailedError(
+            f"none of {len(named)} prompts could be measured; the first: {errors[0]}"
+        ) from first
+    traced, measured = last
+    other = None
+    if baseline is not None:
+        other = analyze_many(
+            baseline,
+            named,
+            k=k,
+            tokens=tokens,
+            sublayers=sublayers,
+            prepend_bos=prepend_bos,
+            progress=progress,
+            **settings,
+        )
+    provenance = Provenance(
+        model_name=traced.model_name,
+        weight_processing=traced.weight_processing,
+        settings={**measured.provenance.settings, "tokens": tokens if isinstance(tokens, (int, str)) else list(tokens)},
+        engine=engines_of_prompts(engines),
+        seconds=time.perf_counter() - started,
+    )
+    counts = torch.tensor([len(row["tokens"]) for row in rows])
+    return ManyAnalyses(
+        provenance=provenance,
+        **{
+            name: torch.cat([row[name] for row in rows]) for name in ("coupling", "null", "lss", "expodistance", "rate")
+        },
+        prompt=torch.tensor([row["prompt"] for row in rows]).repeat_interleave(counts),
+        pos=torch.cat([row["pos"] for row in rows]),
+        tokens=tuple(text for row in rows for text in row["tokens"]),
+        names=tuple(str(name) for name in named),
+        errors=tuple(errors),
+        sublayers=measured.sublayers,
+        ks=measured.ks,
+        paths=linearity(traced).paths,
+        baseline=other,
+    )
+
+
+def _row(traced: Trace, measured: DepthCoupling) -> dict[str, Any]:
+    """What is kept of one prompt, token by token."""
+    straight, grown, positions = linearity(traced), growth(traced), list(measured.positions)
+    return {
+        "coupling": measured.mean().movedim(1, 0),
+        "null": measured.mean("null").movedim(1, 0),
+        "lss": straight.lss[:, positions].mT,
+        "expodistance": grown.expodistance[positions],
+        "rate": grown.rate[positions],
+        "pos": torch.tensor(positions),
+        "tokens": measured.tokens,
+    }

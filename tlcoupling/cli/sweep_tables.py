@@ -1,0 +1,105 @@
+"""Forecasts and reports of sweeps for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from tlcoupling.sweeps.forecast import Forecast
+from tlcoupling.sweeps.run import SweepReport
+
+_SHOWN = 40  # models
+_ERRORS = 5
+# of the rate of matrix products, what measured calls reach (``Estimate.seconds``)
+_REACHED = (0.1, 0.25)
+
+
+def print_forecast(found: Forecast) -> None:
+    """Print what a plan would measure and cost."""
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("model", header_style="dim", no_wrap=True, max_width=20)
+    for name in ("cells", "done", "TFLOP", "files", "memory", "time"):
+        table.add_column(name, justify="right", header_style="dim", no_wrap=True)
+    for group in found.groups[:_SHOWN]:
+        costs = ("?",) * 4
+        if group.flops is not None:
+            costs = (
+                _number(group.flops / 1e12),
+                decimal(int(group.file_bytes or 0)),
+                decimal(int(group.memory_bytes or 0)),
+                _span(group.flops, found.rate),
+            )
+        name = group.model.rpartition("/")[2]
+        if group.n_revisions > 1:
+            name += f" x {group.n_revisions}"
+        table.add_row(Text(name), str(group.n_cells), str(group.n_kept), *costs)
+    hidden = len(found.groups) - _SHOWN
+    if hidden > 0:
+        table.add_row(Text(f"... and {hidden} more", style="dim"))
+    table.add_section()
+    total = (str(sum(group.n_cells for group in found.groups)), str(sum(group.n_kept for group in found.groups)))
+    table.add_row(
+        "all" if len(found.known) == len(found.groups) else "what is known",
+        *total,
+        _number(found.flops / 1e12),
+        decimal(int(found.file_bytes)),
+        "",
+        _span(found.flops, found.rate),
+        style="bold",
+    )
+    console.print(table)
+    whose = "this machine's, measured" if found.measured else "as given"
+    some = next((group.model for group in found.groups if group.flops is None), "")
+    console.print(
+        f"\nTime at a quarter to a tenth of {found.rate / 1e12:.3g} TFLOP/s of matrix products\n"
+        f"({whose}), as measured calls reach. Loading comes on top.\n"
+        "Memory is that of one cell, beyond the model's own.\n"
+        "Lengths of prompts are guessed from their characters."
+    )
+    if some:
+        console.print(
+            f"?: {len(found.groups) - len(found.known)} of {len(found.groups)} models are not on this machine, such as "
+            f"{some};\ntheir shape may be stated: shape = {{n_layers = 32, d_model = 4096, n_heads = 32}}",
+            markup=False,
+        )
+
+
+def print_report(report: SweepReport) -> None:
+    """Print how a sweep went, with what failed and why."""
+    console = Console(highlight=False)
+    counts = f"{report.n_measured} measured in {report.seconds:.1f} s, {report.n_kept} measured before"
+    if report.failed:
+        counts += f", [red]{len(report.failed)} failed[/]"
+    if report.unfinished:
+        counts += f", [yellow]{len(report.unfinished)} unfinished[/]"
+    console.print(f"{report.n_cells} cells: {counts}")
+    errors = Counter(report.failed.values())
+    for error, count in errors.most_common(_ERRORS):
+        example = next(cell for cell, text in report.failed.items() if text == error)
+        console.print(Text(f"  {count} x {error}", style="red", overflow="fold"))
+        console.print(Text(f"      such as {example}", style="dim"))
+    if len(errors) > _ERRORS:
+        console.print(f"  and {len(errors) - _ERRORS} other errors; {report.store.folder / 'failed'} has them all")
+    for reason in report.reasons[:_ERRORS]:
+        console.print(Text(f"  {reason}", style="yellow"))
+    if not report.complete:
+        console.print("Run the same command again to try what is missing.")
+    console.print(Text(f"store   {report.store.folder}"))
+
+
+def _span(flops: float, rate: float) -> str:
+    """The times that a quarter and a tenth of the rate give, in one unit."""
+    low, high = (flops / (rate * share) for share in reversed(_REACHED))
+    sizes = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+    size, name = next(((size, name) for size, name in sizes if high >= size), (1e-3, "ms"))
+    return f"{_number(low / size)} to {_number(high / size)} {name}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

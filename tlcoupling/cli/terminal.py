@@ -1,0 +1,158 @@
+"""Analyses, checks and estimates as tables for the terminal: 80 columns are enough, a pipe gets plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.checking import Check
+from tlcoupling.analysis.estimate import Estimate
+from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
+from tlcoupling.viz.plain import visible
+
+_LONGEST_TOKEN = 24
+
+
+def print_analysis(analysis: Analysis) -> None:
+    """Print the headline numbers of an analysis."""
+    console = Console(highlight=False)
+    growth, coupling = analysis.growth, analysis.coupling
+    console.print(Text(analysis.provenance.model_name, style="bold"))
+    console.print(
+        f"{len(growth.alpha)} layers, d_model {d_model_of(coupling)}, {len(analysis.tokens)} tokens, "
+        f"{analysis.provenance.seconds:.1f} s"
+    )
+    prompt = "".join(analysis.tokens).splitlines()
+    console.print(Text("\n".join(map(visible, prompt)), style="dim"))
+    for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
+        title, table.title = table.title, None  # a table wraps its title to its own width
+        console.print()
+        console.print(title)
+        console.print(table)
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """Print what a measurement would cost."""
+    console = Console(highlight=False)
+    console.print(Text(estimate.model_name, style="bold"))
+    ks = ", ".join(map(str, estimate.ks))
+    console.print(f"coupling of {estimate.n_measured} of {estimate.n_tokens} tokens, all pairs of layers, K = {ks}\n")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("work", "way"):
+        table.add_column(name, header_style="dim")
+    for name in ("GFLOP", "seconds"):
+        table.add_column(name, justify="right", header_style="dim")
+    for stage in estimate.stages:
+        table.add_row(stage.name, stage.way, f"{stage.flops / 1e9:.1f}", f"{stage.flops / estimate.rate:.2f}")
+    table.add_section()
+    table.add_row("all", "", f"{estimate.flops / 1e9:.1f}", f"{estimate.seconds:.2f}", style="bold")
+    console.print(table)
+    console.print(
+        f"\nSeconds at this machine's rate of matrix products, {estimate.rate / 1e9:.0f} GFLOP/s:\n"
+        "a lower bound. Measured calls reach a tenth to a quarter of that rate.\n"
+        f"Memory beyond the model: at most {decimal(int(estimate.memory_bytes))}, of "
+        f"{decimal(int(estimate.free_bytes))} free."
+    )
+
+
+def print_check(check: Check) -> None:
+    """Print what holds on a model, what falls back and what is refused."""
+    console = Console(highlight=False)
+    console.print(Text(check.model_name, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("checked", "outcome", "detail"):
+        table.add_column(name, header_style="dim", overflow="fold")
+    colours = {"holds": "green", "falls back": "yellow", "refused": "red"}
+    for one in check.findings:
+        table.add_row(Text(one.what), Text(one.outcome, style=colours[one.outcome]), Text(one.detail))
+    console.print(table)
+
+
+def _coupling(analysis: Analysis) -> Table:
+    coupling = analysis.coupling
+    if len(coupling.positions) == 1:
+        where = f"token {coupling.positions[0]} {_shown(coupling.tokens[0])}"
+    else:
+        where = f"mean over {len(coupling.positions)} tokens"
+    table = _table(
+        f"Coupling of different layers, {where}",
+        ("sublayer", "K", "coupling", "null", "excess", "overlap U", "overlap V", "null K/d"),
+    )
+    for row in coupling_rows(coupling):
+        values = (row.coupling, row.null, row.excess, row.overlap_u, row.overlap_v, row.overlap_null)
+        _add(table, (row.sublayer, str(row.k), *map(_number, values)), emphasised=4)
+    return table
+
+
+def _linearity(analysis: Analysis) -> Table:
+    table = _table(
+        "Linearity: line-shape score of the tokens (1: a straight line)",
+        ("path", "steps", "mean", "min", "max", "random"),
+    )
+    for row in linearity_rows(analysis.linearity):
+        values = (row.mean, row.lowest, row.highest, row.random)
+        _add(table, (row.path, str(row.steps), *(_number(value, 3) for value in values)), emphasised=2)
+    return table
+
+
+def _growth(analysis: Analysis) -> Table:
+    row = growth_summary(analysis.growth)
+    table = _table(
+        "Growth of the residual norm (ED 0: the same factor in every layer)",
+        ("median ED", "mean rate", "= attn", "+ mlp", "mean slope", "mean R²"),
+        left=0,
+    )
+    rates = (row.mean_rate, row.attn_share, row.mlp_share, row.mean_slope)
+    _add(
+        table,
+        (_number(row.median_expodistance, 3), *map(_number, rates), _number(row.mean_r_squared, 3)),
+        emphasised=0,
+    )
+    return table
+
+
+def _tokens(analysis: Analysis) -> list[Table]:
+    order = by_straightness(analysis.linearity.path("block"))
+    ends = {"Most straight tokens": order[:5], "Least straight tokens": order[::-1][:5]}
+    tables = []
+    for title, positions in ends.items():
+        table = _table(title, ("pos", "token", "LSS", "ED", "final norm"), left=2)
+        for pos in positions:
+            values = (
+                _number(analysis.linearity.path("block")[pos].item(), 3),
+                _number(analysis.growth.expodistance[pos].item(), 2),
+                _number(analysis.growth.norms[-1, pos].item(), 1),
+            )
+            _add(table, (str(pos), _shown(analysis.tokens[pos]), *values), emphasised=2)
+        tables.append(table)
+    return tables
+
+
+def _table(title: str, columns: Sequence[str], left: int = 1) -> Table:
+    """A plain table whose first ``left`` columns hold words."""
+    table = Table(title=Text(title, style="bold"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=True, header_style="dim")
+    return table
+
+
+def _add(table: Table, cells: Sequence[str], emphasised: int) -> None:
+    """A row of plain text: nothing in a token is markup."""
+    table.add_row(*(Text(cell, style="bold cyan" if i == emphasised else "") for i, cell in enumerate(cells)))
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _shown(token: str) -> str:
+    """A token in quotes, with what a terminal would obey or hide written out."""
+    quoted = repr(token)
+    return quoted if len(quoted) <= _LONGEST_TOKEN else f"{quoted[: _LONGEST_TOKEN - 2]}…{quoted[-1]}"

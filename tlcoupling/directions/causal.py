@@ -1,0 +1,242 @@
+"""What coupled directions do: the change in next-token loss when they are taken out, against random ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
+from tlcoupling.directions.intervention import Site, orthonormal, project_out, random_directions
+from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.hooked import model_name_of
+from tlcoupling.forward.prompt import named_prompts
+from tlcoupling.forward.trace import Trace, trace
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
+from tlcoupling.linalg.svd import truncated_svd
+from tlcoupling.precision import full_precision
+from tlcoupling.results.base import Provenance, Result, engines_of_prompts
+
+_CELLS = ("prompt", "layer")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CausalEffect(Result):
+    """The change in next-token loss when directions are taken out of one sublayer's write at a time.
+
+    Attributes:
+        loss: mean next-token loss of each prompt as it is, in nats. ``[prompt]``.
+        effect: its change when the directions are taken out at every position that predicts a token.
+            ``[prompt, layer]``.
+        control: its change when random directions are, of the same number and with the same share of the write's norm
+            at each position. ``[prompt, layer, draw]``.
+        share: what the directions take of the write's norm, sqrt(sum_t ||Q^T a_t||^2 / sum_t ||a_t||^2), 0 to 1.
+            ``[prompt, layer]``.
+        control_share: the same of the random directions. ``[prompt, layer, draw]``.
+        prompts: the prompts' names, or their numbers.
+        layers: the layers, each taken by itself.
+        sublayer: ``"attn"`` or ``"mlp"``.
+        k: number of directions.
+    """
+
+    loss: Float[Tensor, " prompt"]
+    effect: Float[Tensor, "prompt layer"]
+    control: Float[Tensor, "prompt layer draw"]
+    share: Float[Tensor, "prompt layer"]
+    control_share: Float[Tensor, "prompt layer draw"]
+    prompts: tuple[str, ...]
+    layers: tuple[int, ...]
+    sublayer: str
+    k: int
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "loss": ("prompt",),
+        "effect": _CELLS,
+        "control": (*_CELLS, "draw"),
+        "share": _CELLS,
+        "control_share": (*_CELLS, "draw"),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "control_mean": _CELLS,
+        "control_std": _CELLS,
+        "excess": _CELLS,
+    }
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"CausalEffect({len(self.prompts)} prompts, {self.sublayer} of {len(self.layers)} layers, K={self.k}: loss "
+            f"{self.effect.mean():+.4f} without the directions, {self.control.mean():+.4f} without random ones)"
+        )
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {"prompt": self.prompts, "layer": self.layers, "draw": range(self.control.shape[-1])}
+
+    @property
+    def control_mean(self) -> Float[Tensor, "prompt layer"]:
+        """Mean of the control over its draws."""
+        return self.control.mean(-1)
+
+    @property
+    def control_std(self) -> Float[Tensor, "prompt layer"]:
+        """Standard deviation of the control over its draws; NaN for one draw."""
+        return self.control.std(-1) if self.control.shape[-1] > 1 else torch.full_like(self.effect, torch.nan)
+
+    @property
+    def excess(self) -> Float[Tensor, "prompt layer"]:
+        """Effect - control_mean: what the directions do beyond random ones of the same share."""
+        return self.effect - self.control_mean
+
+
+@full_precision()
+def causal_effect(
+    model: Any,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    directions: int | float | Float[Tensor, "d_model k"] = 10,
+    *,
+    layers: Sequence[int] | None = None,
+    sublayer: Literal["attn", "mlp"] = "mlp",
+    draws: int = 10,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    engine: EngineName = "auto",
+) -> CausalEffect:
+    """Take directions out of a sublayer's write and see what the next-token loss does, against random directions.
+
+    In each layer by itself, at every position t that predicts a token: with a number K, the top K left singular vectors
+    of the sublayer's Jacobian from t to t, the directions that coupling compares (what the sublayer writes most in
+    answer to its input); with a tensor, the same directions everywhere. The control takes out, at each position, a
+    random subspace of as many dimensions with the same share of the write's norm there (``random_directions``), so that
+    both leave a write of the same length.
+
+    Args:
+        model: as in ``trace``. It is left as it was.
+        prompts: prompts, or names and prompts; each of at least two tokens.
+        directions: K (an int, or a fraction of d_model), or directions ``[d_model, k]``.
+        layers: block indices; by default all.
+        sublayer: ``"attn"`` or ``"mlp"``.
+        draws: number of random controls, at least 1.
+        seed: of the random numbers.
+        prepend_bos: as in ``trace``.
+        engine: as in ``depth_coupling``.
+
+    Raises:
+        ArgumentError: an argument out of range, a prompt of one token, linearly dependent directions, or a write of
+            length zero.
+        UnsupportedModelError, NonFiniteActivationError, ResidualIdentityError: see ``trace``.
+
+    Example:
+        >>> found = tlc.causal_effect(model, ["The capital of France is Paris"], 10, layers=[5])  # doctest: +SKIP
+        >>> found.effect, found.control_mean, found.control_std  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ArgumentError("draws", draws, "an int from 1")
+    named = named_prompts(prompts)
+    generator = torch.Generator().manual_seed(seed)
+    fields: dict[str, list[Any]] = {name: [] for name in ("loss", "effect", "control", "share", "control_share")}
+    engines: dict[str, Mapping[str, str]] = {}
+    weight_processing, hook_settings, chosen, k = {}, {}, (), 0
+    for name, prompt in named.items():
+        traced = trace(model, prompt, prepend_bos=prepend_bos)
+        if traced.n_tokens < 2:
+            raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is of the next one")
+        if sublayer not in traced.sublayers or sublayer == "block":
+            raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
+        chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)
+        given = (
+            directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
+        )
+        measured = _Measured(traced, sublayer, given, draws, generator, engine)
+        cells = [measured.layer(layer) for layer in chosen]
+        fields["loss"].append(measured.loss)
+        for field in ("effect", "control", "share", "control_share"):
+            fields[field].append(torch.stack([cell[field] for cell in cells]))
+        engines[name] = measured.jacobians.used
+        weight_processing, hook_settings, k = traced.weight_processing, traced.hook_settings, measured.k
+    return CausalEffect(
+        provenance=Provenance(
+            model_name=model_name_of(model),
+            weight_processing=weight_processing,
+            settings={
+                "directions": "given" if isinstance(directions, Tensor) else directions,
+                "draws": draws,
+                "seed": seed,
+                **hook_settings,
+            },
+            engine=engines_of_prompts(engines),
+            seconds=time.perf_counter() - started,
+        ),
+        **{name: torch.stack(values).cpu() for name, values in fields.items()},
+        prompts=tuple(named),
+        layers=chosen,
+        sublayer=sublayer,
+        k=k,
+    )
+
+
+class _Measured:
+    """The measurement on one prompt."""
+
+    def __init__(
+        self,
+        traced: Trace,
+        sublayer: str,
+        directions: int | Tensor,
+        draws: int,
+        generator: torch.Generator,
+        engine: EngineName,
+    ) -> None:
+        self.traced, self.sublayer, self._given = traced, sublayer, directions
+        self._draws, self._generator = draws, generator
+        self.k = directions if isinstance(directions, int) else orthonormal(directions).shape[-1]
+        self.positions = range(traced.n_tokens - 1)
+        self.jacobians = JacobianEngine(traced, engine, self.positions)
+        self.loss = self._loss([])
+
+    def _loss(self, hooks: list[Any]) -> Float[Tensor, ""]:
+        """Mean next-token loss, in nats."""
+        model, tokens = self.traced.model, self.traced.tokens
+        ids = tokens[None].to(next(model.parameters()).device)
+        with torch.no_grad():
+            logits = model.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks)[0, :-1]
+        return torch.nn.functional.cross_entropy(logits.double().cpu(), tokens[1:])
+
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """Effect, control and their shares in one layer."""
+        writes = self.traced.attn_out if self.sublayer == "attn" else self.traced.mlp_out
+        assert writes is not None
+        activations = writes[layer, :-1]
+        bases = torch.stack([self._directions(layer, pos) for pos in self.positions]).to(activations)
+        effect, share = self._without(layer, bases, activations)
+        drawn = []
+        for _ in range(self._draws):
+            pairs = zip(bases, activations, strict=True)
+            control = torch.stack([random_directions(basis, row, self._generator) for basis, row in pairs])
+            drawn.append(self._without(layer, control, activations))
+        changes, shares = zip(*drawn, strict=True)
+        return {
+            "effect": effect,
+            "share": share,
+            "control": torch.stack(changes),
+            "control_share": torch.stack(shares),
+        }
+
+    def _directions(self, layer: int, pos: int) -> Float[Tensor, "d_model k"]:
+        if isinstance(self._given, Tensor):
+            return orthonormal(self._given)
+        return truncated_svd(self.jacobians.operator(layer, self.sublayer, pos, pos), self._given).u
+
+    def _without(
+        self, layer: int, bases: Float[Tensor, "pos d k"], activations: Float[Tensor, "pos d"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The change in loss without the directions, and their share of the write's norm."""
+        site: Site = "attn_out" if self.sublayer == "attn" else "mlp_out"
+        changed = self._loss([project_out(bases, layer, site, self.positions)]) - self.loss
+        taken = (bases.mT @ activations[..., None]).norm() / activations.norm()
+        return changed, taken.double().cpu()

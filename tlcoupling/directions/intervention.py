@@ -1,0 +1,153 @@
+r"""Interventions as hooks: directions taken out of a sublayer's write or of the stream, or nothing else kept.
+
+The functions give ``(hook_name, function)`` pairs for ``fwd_hooks=`` of ``tlc.trace`` or ``model.run_with_hooks``.
+``random_directions`` is the control: a random subspace of the same dimension that takes the same share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.hooked import block_hook
+
+Site = Literal["attn_out", "mlp_out", "resid_pre"]
+Positions = int | Sequence[int] | None
+Intervention = tuple[str, Callable[..., Tensor]]
+
+
+def project_out(
+    directions: Float[Tensor, "*d"], layer: int, site: Site = "mlp_out", positions: Positions = None
+) -> Intervention:
+    r"""A hook that takes directions out of an activation, a -> a - Q Q^T a.
+
+    Args:
+        directions: ``[d_model]``, ``[d_model, k]`` (columns span the subspace; they need not be orthonormal), or one
+            subspace for each position, ``[pos, d_model, k]``.
+        layer: block index.
+        site: where: ``"attn_out"`` or ``"mlp_out"``, a sublayer's write; ``"resid_pre"``, the stream.
+        positions: one, several, or None for all; negative ones count from the end of what the hook sees.
+
+    Returns:
+        ``(hook_name, function)``, an item of ``fwd_hooks=``.
+
+    Raises:
+        ArgumentError: directions that are linearly dependent, not finite or of another shape, an unknown site, a
+            negative layer; when it runs: another width, or a position that is not there.
+
+    Example:
+        >>> u = tlc.truncated_svd(tlc.residual_jacobian(trace, 5, "mlp"), 10).u  # doctest: +SKIP
+        >>> model.run_with_hooks(tokens, fwd_hooks=[tlc.project_out(u, 5, "mlp_out")])  # doctest: +SKIP
+    """
+    return _intervention(directions, layer, site, positions, lambda activation, part: activation - part)
+
+
+def keep_only(
+    directions: Float[Tensor, "*d"], layer: int, site: Site = "mlp_out", positions: Positions = None
+) -> Intervention:
+    """A hook that keeps nothing of an activation but its part in some directions, a -> Q Q^T a.
+
+    Arguments, return value and errors are those of ``project_out``.
+    """
+    return _intervention(directions, layer, site, positions, lambda activation, part: part)
+
+
+def random_directions(
+    directions: Float[Tensor, "d_model k"],
+    activation: Float[Tensor, " d_model"],
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "d_model k"]:
+    r"""A random subspace that takes the same share of an activation's norm as given directions do: their control.
+
+    With Q an orthonormal basis of the directions and rho = ||Q^T a|| / ||a||, the subspace is spanned by
+    r_1 = rho a / ||a|| + sqrt(1 - rho^2) w, with w a uniformly random unit vector orthogonal to a, and k - 1 random
+    orthonormal vectors orthogonal to a and to w. So R^T a = (rho ||a||, 0, ..., 0) exactly, and the law is that of a
+    uniformly (Haar) random k-dimensional subspace, given its share of a: in any subspace the normalised projection of a
+    has the form of r_1, and the rest of the subspace is orthogonal to a.
+
+    Args:
+        directions: the directions to be matched.
+        activation: a, what the intervention acts on.
+        generator: of the random numbers; by default torch's own.
+
+    Returns:
+        An orthonormal basis R, of the dtype and on the device of ``directions``.
+
+    Raises:
+        ArgumentError: see ``project_out``; an activation of length zero, which has no share; or k = d_model, where the
+            whole space is the only subspace.
+    """
+    basis = orthonormal(directions)
+    width, k = basis.shape[-2:]
+    if basis.ndim != 2 or activation.shape != (width,):
+        shapes = f"{tuple(directions.shape)} and activation {tuple(activation.shape)}"
+        raise ArgumentError("directions", shapes, "[d_model, k] beside an activation [d_model]")
+    if k >= width:
+        raise ArgumentError("directions", f"{k} of them", f"fewer than d_model = {width}")
+    size = activation.norm()
+    if not (size > 0 and size.isfinite()):
+        raise ArgumentError("activation", f"a vector of length {float(size)}", "a finite one, not zero")
+    along = activation.to(basis) / size.to(basis)
+    share = (basis.mT @ along).norm().clamp(max=1.0)
+    noise = torch.randn(width, k, generator=generator, dtype=torch.float64).to(basis)
+    # orthonormal columns behind a's own; with R's diagonal made positive they are uniformly distributed (Mezzadri 2007)
+    q, r = torch.linalg.qr(torch.cat([along[:, None], noise], dim=1))
+    frame = (q * r.diagonal().sign())[:, 1:]
+    first = share * along + (1 - share.square()).sqrt() * frame[:, 0]
+    return torch.cat([first[:, None], frame[:, 1:]], dim=1)
+
+
+def orthonormal(directions: Float[Tensor, "*d"]) -> Float[Tensor, "*batch d_model k"]:
+    """An orthonormal basis of what directions span, in float32 at least.
+
+    Raises:
+        ArgumentError: no directions, linearly dependent or not finite ones.
+    """
+    columns = directions[:, None] if directions.ndim == 1 else directions
+    if columns.ndim not in (2, 3) or not 1 <= columns.shape[-1] <= columns.shape[-2]:
+        raise ArgumentError("directions", tuple(directions.shape), "[d_model], [d_model, k] or [pos, d_model, k]")
+    columns = columns.detach().to(torch.float64)
+    if not columns.isfinite().all():
+        raise ArgumentError("directions", "NaN or infinite numbers", "finite numbers")
+    values = torch.linalg.svdvals(columns)
+    floor = values[..., 0] * columns.shape[-2] * torch.finfo(directions.dtype).eps
+    if not (values[..., -1] > floor).all():
+        raise ArgumentError("directions", f"{columns.shape[-1]} of them", "linearly independent directions, not zero")
+    dtype = directions.dtype if directions.dtype == torch.float64 else torch.float32
+    return torch.linalg.qr(columns).Q.to(dtype)
+
+
+def _intervention(
+    directions: Tensor, layer: int, site: str, positions: Positions, combine: Callable[[Tensor, Tensor], Tensor]
+) -> Intervention:
+    if site not in get_args(Site):
+        raise ArgumentError("site", site, f"one of {', '.join(get_args(Site))}")
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ArgumentError("layer", layer, "a block index, an int from 0")
+    basis, name = orthonormal(directions), block_hook(layer, f"hook_{site}")
+    chosen = None if positions is None else [positions] if isinstance(positions, int) else list(positions)
+
+    def act(activation: Tensor, hook: Any) -> Tensor:
+        n_tokens, width = activation.shape[-2:]
+        if basis.shape[-2] != width:
+            raise ArgumentError("directions", tuple(directions.shape), f"directions of width {width}, that of {name}")
+        rows = list(range(n_tokens)) if chosen is None else chosen
+        for pos in rows:
+            if not -n_tokens <= pos < n_tokens:
+                raise ArgumentError("positions", pos, f"positions from {-n_tokens} to {n_tokens - 1}")
+        if basis.ndim == 3 and len(basis) != len(rows):
+            raise ArgumentError(
+                "directions", tuple(directions.shape), f"one subspace for each of {len(rows)} positions"
+            )
+        index = torch.tensor(rows, device=activation.device)
+        picked = activation.index_select(-2, index % n_tokens)
+        q = basis.to(picked)
+        part = (q @ (q.mT @ picked[..., None]))[..., 0]
+        return activation.index_copy(-2, index % n_tokens, combine(picked, part))
+
+    return name, act

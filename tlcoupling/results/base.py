@@ -1,0 +1,177 @@
+"""The base of all results: long-form tables and provenance; ``result_files`` has their file format.
+
+A result is a frozen dataclass. Each of its tensor fields is declared in ``_axes`` with the names of its axes, and
+``_coords`` gives the labels of each axis; from these two come ``to_dataframe``, ``to_xarray``, ``save`` and ``load``,
+so a new kind of result writes none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from tlcoupling.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+
+@functools.cache  # each look-up reads a package's metadata from the disk
+def _versions() -> Mapping[str, str]:
+    """Versions of the packages that the numbers depend on."""
+    packages = ("tlcoupling", "torch", "transformer-lens", "transformers")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a number came from.
+
+    Attributes:
+        model_name: the model's own name (``cfg.model_name``).
+        weight_processing: what was done to the weights before they were measured; folding norms and centring
+            writing weights change the Jacobians.
+        tokens: token ids of the prompt.
+        str_tokens: the same as text.
+        settings: the arguments of the call that measured; and, where hooks of the user's acted, ``fwd_hooks`` (the
+            names given to ``trace``) and ``hooked_layers`` (the blocks in whose Jacobians any acted).
+        engine: which engine computed what, ``{"block": "analytic", ...}``; empty where no Jacobian was needed.
+        seconds: wall-clock time of the call.
+        versions: versions of the packages that the numbers depend on.
+    """
+
+    model_name: str
+    weight_processing: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+    str_tokens: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=_versions)
+
+
+def engines_of_prompts(reports: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What computed what over several prompts, for a ``Provenance``: none of them hides behind another.
+
+    Args:
+        reports: ``engine`` of each prompt, by the prompt's name.
+
+    Returns:
+        By sublayer, the engine where it was the same for all prompts; else each, with the number of prompts and the
+        first of them.
+    """
+    merged = {}
+    for sublayer in dict.fromkeys(name for report in reports.values() for name in report):
+        by_engine: dict[str, list[str]] = {}
+        for prompt, report in reports.items():
+            by_engine.setdefault(report.get(sublayer, "none"), []).append(prompt)
+        parts = (
+            f"{engine} ({len(prompts)} of {len(reports)} prompts, first {prompts[0]!r})"
+            for engine, prompts in by_engine.items()
+        )
+        merged[sublayer] = next(iter(by_engine)) if len(by_engine) == 1 else ", ".join(parts)
+    return merged
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Result:
+    """A measurement: tensors with named axes, and their provenance."""
+
+    provenance: Provenance
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the kind, so that ``load`` finds it by the name in the file."""
+        super().__init_subclass__(**kwargs)
+        Result._kinds[cls.__name__] = cls
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        """Labels of each axis."""
+        raise NotImplementedError
+
+    def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        """All tensors that are present, measured and derived, with their axes."""
+        declared = {**self._axes, **self._derived}
+        return {name: (axes, value) for name, axes in declared.items() if (value := getattr(self, name)) is not None}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Long form: one row per number, columns ``quantity``, one per axis, ``value``."""
+        import pandas as pd
+
+        coords, frames = self._coords(), []
+        for name, (axes, array) in self._arrays().items():
+            index = pd.MultiIndex.from_product([list(coords[axis]) for axis in axes], names=axes)
+            frame = index.to_frame(index=False)
+            frame.insert(0, "quantity", name)
+            frame["value"] = array.detach().cpu().double().numpy().ravel()
+            frames.append(frame)
+        table = pd.concat(frames, ignore_index=True)
+        for axis in table.columns.intersection(list(coords)):
+            if all(isinstance(label, int) for label in coords[axis]):
+                table[axis] = table[axis].astype("Int64")  # an axis that a quantity lacks is missing, not a float
+        table["value"] = table.pop("value")  # concat may have moved later axes behind it
+        return table
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The same numbers as an ``xarray.Dataset`` with labelled axes.
+
+        Raises:
+            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+        """
+        try:
+            import xarray as xr
+        except ImportError as error:
+            raise ImportError("to_xarray needs xarray: pip install 'tlcoupling[xarray]'") from error
+        arrays = {name: (axes, array.detach().cpu().numpy()) for name, (axes, array) in self._arrays().items()}
+        used = {axis for axes, _ in arrays.values() for axis in axes}
+        coords = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}
+        return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one safetensors file, whole or not at all.
+
+        Args:
+            path: the file to write; its folder must exist.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ResultFileError: the file cannot be written; the message says why.
+        """
+        from tlcoupling.results.files import write_result
+
+        return write_result(self, path)
+
+
+def check_writable(path: str | Path, argument: str) -> Path:
+    """Find out before the work whether a folder can be written to afterwards; it is made where it is missing.
+
+    Raises:
+        ArgumentError: it cannot be; the message names the argument, the path and the reason.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ArgumentError(argument, str(path), f"a folder that can be written to ({error})") from error
+    return path

@@ -1,0 +1,262 @@
+"""Do coupling, linearity and growth go with a score, and with anything beyond width, depth and size?
+
+``correlate`` answers for a table of measurements; ``scores`` brings table and scores together, ``partial`` has the
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tlcoupling.results.base import Provenance, Result
+from tlcoupling.results.intervals import bca, check_bootstrap
+from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
+from tlcoupling.scores.tables import Joined, Missing, join, published, read_table
+
+if TYPE_CHECKING:
+    import pandas
+
+GIVEN = ("null", "same width", "parameters", "depth")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Correlations(Result):
+    """How each measurement goes with a score, over models.
+
+    Attributes:
+        r: Pearson's correlation with the score, ``[predictor]``.
+        p: its two-sided p-value (Student's t). Same axis.
+        low: lower end of r's bootstrap interval over models; NaN where there is none. Same axis.
+        high: upper end. Same axis.
+        rho: Spearman's rank correlation with the score. Same axis.
+        rho_p: its two-sided p-value. Same axis.
+        n: number of models with this measurement. Same axis.
+        by_null: the share of the measurement's variance that its null explains, a function of width, K and spectrum
+            alone; NaN of what has no null, or where one of the models has none. Same axis.
+        by_width: the share of its variance that lies between models of different width: the most that any function of
+            width explains; NaN where the width of one of the models is not known. Same axis.
+        partial: correlation with the score while something is held fixed: the measurement's own ``null``, the exact
+            width (within groups of the ``same width``), ``parameters`` (their logarithm) or ``depth``; NaN where that
+            determines one of the two. ``[predictor, given]``.
+        partial_p: its two-sided p-value. Same axes.
+        r_without: r over the models of all other families. ``[predictor, family]``.
+        values: the measurements, ``[predictor, model]``.
+        scores: the scores, ``[model]``.
+        predictors: coupling, excess and null of each sublayer and K, LSS, ED, and the rivals: ``parameters`` (their
+            logarithm), ``depth`` and ``width``.
+        models: names.
+        family: of each model.
+        families: the families.
+        given: as above.
+        confidence: level of the interval.
+    """
+
+    r: Float[Tensor, " predictor"]
+    p: Float[Tensor, " predictor"]
+    low: Float[Tensor, " predictor"]
+    high: Float[Tensor, " predictor"]
+    rho: Float[Tensor, " predictor"]
+    rho_p: Float[Tensor, " predictor"]
+    n: Int[Tensor, " predictor"]
+    by_null: Float[Tensor, " predictor"]
+    by_width: Float[Tensor, " predictor"]
+    partial: Float[Tensor, "predictor given"]
+    partial_p: Float[Tensor, "predictor given"]
+    r_without: Float[Tensor, "predictor family"]
+    values: Float[Tensor, "predictor model"]
+    scores: Float[Tensor, " model"]
+    predictors: tuple[str, ...]
+    models: tuple[str, ...]
+    family: tuple[str, ...]
+    families: tuple[str, ...]
+    given: tuple[str, ...]
+    confidence: float
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("r", "p", "low", "high", "rho", "rho_p", "n", "by_null", "by_width"), ("predictor",)),
+        **dict.fromkeys(("partial", "partial_p"), ("predictor", "given")),
+        "r_without": ("predictor", "family"),
+        "values": ("predictor", "model"),
+        "scores": ("model",),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"r_squared": ("predictor",)}
+
+    def __repr__(self) -> str:
+        """One line: the three that go with the score most closely."""
+        best = sorted(range(len(self.predictors)), key=lambda i: -float(self.r_squared[i].nan_to_num()))[:3]
+        shown = ", ".join(f"{self.predictors[i]} R^2 {self.r_squared[i]:.2f}" for i in best)
+        return f"Correlations({len(self.models)} models, {len(self.predictors)} predictors: {shown})"
+
+    @property
+    def r_squared(self) -> Float[Tensor, " predictor"]:
+        """Share of the score's variance that a line explains."""
+        return self.r.square()
+
+    def of(self, predictor: str) -> dict[str, float]:
+        """The numbers of one predictor that stand alone, by name.
+
+        Raises:
+            KeyError: no such predictor.
+        """
+        if predictor not in self.predictors:
+            raise KeyError(f"{predictor!r} is none of {', '.join(self.predictors)}")
+        index = self.predictors.index(predictor)
+        alone = [name for name, axes in {**self._axes, **self._derived}.items() if axes == ("predictor",)]
+        found = {name: getattr(self, name)[index].item() for name in alone}
+        for name in ("partial", "partial_p"):
+            row = getattr(self, name)[index].tolist()
+            found |= {f"{name} given {held}": value for held, value in zip(self.given, row, strict=True)}
+        return found
+
+    def by_model(self) -> pandas.DataFrame:
+        """What was compared: one row per model, with ``model``, ``family``, ``score`` and a column per predictor."""
+        import pandas as pd
+
+        columns = dict(zip(self.predictors, self.values.tolist(), strict=True))
+        return pd.DataFrame({"model": self.models, "family": self.family, "score": self.scores.tolist(), **columns})
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {
+            "predictor": self.predictors,
+            "given": self.given,
+            "family": self.families,
+            "model": self.models,
+        }
+
+
+def correlate(
+    table: Any | None = None,
+    scores: Any | None = None,
+    *,
+    score: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+    missing: Missing = "error",
+) -> Correlations:
+    """Hold coupling, excess, LSS and ED of models against their scores, and against what width alone explains.
+
+    Each measurement is averaged over a model's prompts. Models with random weights and failed cells are left out.
+
+    Args:
+        table: a ``SweepStore`` or its folder, a DataFrame, or a CSV or parquet file: the table of a store, or one row
+            per model with ``model``, any of ``coupling``, ``null``, ``excess``, ``lss``, ``ed``, and of ``d_model``,
+            ``n_layers``, ``n_params``, ``family``. None: the paper's published points (``published``).
+        scores: names and scores, or a table (DataFrame, CSV, parquet) with ``model``, scores, and where models are
+            measured at several, ``revision`` or ``step``; ``family`` if the model's name does not begin with it. None
+            where the table has them itself, in a column ``score``.
+        score: the column of the scores; by default ``score``, or the only one that holds numbers.
+        confidence: level of the intervals, between 0 and 1.
+        resamples: number of bootstrap samples (``scipy.stats.bootstrap``, BCa, over models).
+        seed: of the resampling.
+        missing: what becomes of a measured model without a score: ``"error"``, or ``"drop"``.
+
+    Raises:
+        ArgumentError: tables that do not fit, a measured model without a score (the error names the nearest one), fewer
+            than three models, scores that are all equal.
+
+    Warns:
+        UserWarning: scores that are no numbers, a measurement that is the same for all models, models measured on
+            different prompts, models whose width, size or null is not known.
+
+    Example:
+        >>> found = tlc.correlate()  # the paper's own points  # doctest: +SKIP
+        >>> found.of("coupling")["r_squared"], found.of("coupling")["by_null"]  # doctest: +SKIP
+        (0.80, 0.93)
+    """
+    started = time.perf_counter()
+    check_bootstrap(confidence, resamples)
+    joined = join(published() if table is None else read_table(table, "table"), scores, score, missing)
+    families = tuple(dict.fromkeys(joined.families))
+    rows = [_row(name, joined, families, confidence, resamples, seed) for name in joined.predictors]
+    columns = {name: torch.tensor(np.array([row[name] for row in rows])) for name in rows[0]}
+    return Correlations(
+        provenance=Provenance(
+            model_name=f"{len(joined.models)} models",
+            settings={"score": score, "resamples": resamples, "seed": seed, "missing": missing},
+            seconds=time.perf_counter() - started,
+        ),
+        **columns,
+        values=torch.from_numpy(np.stack(list(joined.predictors.values()))),
+        scores=torch.tensor(joined.scores),
+        predictors=tuple(joined.predictors),
+        models=joined.models,
+        family=joined.families,
+        families=families,
+        given=GIVEN,
+        confidence=confidence,
+    )
+
+
+def _row(
+    name: str, joined: Joined, families: Sequence[str], confidence: float, resamples: int, seed: int
+) -> dict[str, Any]:
+    """All that is said of one predictor."""
+    from scipy.stats import spearmanr
+
+    present = np.isfinite(joined.predictors[name])
+    x, y = joined.predictors[name][present], joined.scores[present]
+    row: dict[str, Any] = {"n": int(present.sum())}
+    whole = partial_correlation(x, y)
+    row |= {"r": whole.r, "p": whole.p, "low": np.nan, "high": np.nan, "rho": np.nan, "rho_p": np.nan}
+    if np.isfinite(whole.r) and np.ptp(y) > 0:
+        row["low"], row["high"], _ = bca((x, y), _pearson, confidence, resamples, seed)
+        row["rho"], row["rho_p"] = spearmanr(x, y)
+    else:
+        warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=3)
+    given = {held: _given(held, name, joined, present) for held in GIVEN}
+    partial = [_held_fixed(x, y, held, values) for held, values in given.items()]
+    row["partial"], row["partial_p"] = [r for r, _ in partial], [p for _, p in partial]
+    null, widths = given["null"], x if name == "width" else given["same width"]
+    row["by_null"] = np.nan if null is None else partial_correlation(x, null).r ** 2
+    row["by_width"] = np.nan if widths is None else r_squared_of_groups(x, widths.tolist())
+    of = np.array(joined.families)[present]
+    row["r_without"] = [partial_correlation(x[of != one], y[of != one]).r for one in families]
+    return row
+
+
+def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> NDArray[np.float64] | None:
+    """What is held fixed, of the models that have a predictor.
+
+    None where this predictor has none, or is it; and where one of these models has none, with a warning.
+    """
+    source = {"null": joined.nulls.get(name), "same width": "width"}.get(held, held)
+    values = None if source in (None, name) else joined.predictors.get(str(source))
+    if values is None or np.isfinite(values[present]).all():
+        return None if values is None else values[present]
+    warnings.warn(
+        f"{source} is not known of every model that has {name}: nothing is said of {name} with it held fixed, nor of "
+        "what it explains",
+        stacklevel=4,
+    )
+    return None
+
+
+def _held_fixed(
+    x: NDArray[np.float64], y: NDArray[np.float64], held: str, values: NDArray[np.float64] | None
+) -> tuple[float, float]:
+    """Partial correlation and p-value; NaN where there is nothing to hold fixed."""
+    if values is None:
+        return np.nan, np.nan
+    if held == "same width":
+        found = partial_correlation(x, y, within=values.tolist())
+    else:
+        found = partial_correlation(x, y, [values])
+    return found.r, found.p
+
+
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+    """Pearson's r along an axis; 0 of a resample in which one of the two does not vary, where no line is to be seen."""
+    x, y = (each - each.mean(axis=axis, keepdims=True) for each in (x, y))
+    size = np.sqrt(np.square(x).sum(axis) * np.square(y).sum(axis))
+    return (x * y).sum(axis) / np.where(size > 0, size, np.inf)

@@ -1,0 +1,197 @@
+"""A cell: one measurement of one model on one prompt, and the name that its contents give it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.errors import ArgumentError
+from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.linalg.svd import SolverName
+
+# Raised when a change of the library changes the numbers of a cell, or what it says of its model: older results are
+# then outdated, and measured anew.
+MEASUREMENT = 2
+_SUBLAYERS = ("block", "attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a cell is measured: the arguments of ``tlc.analyze`` that change its numbers.
+
+    Attributes:
+        k: numbers of singular vectors, or fractions of d_model.
+        tokens: positions whose coupling is measured, or ``"all"``.
+        sublayers: ``"block"``, ``"attn"``, ``"mlp"``; None for all that the model has.
+        normalizer: ``"frobenius"`` or ``"trace"``.
+        bases: ``"uv"`` or ``"vu"``.
+        absolute: True as in the authors' code, False as in the paper's formula.
+        prepend_bos: as in ``trace``.
+        engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
+        solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
+
+    Raises:
+        ArgumentError: a value that no model could be measured with; what depends on the model shows when it is run.
+    """
+
+    k: tuple[int | float, ...] = (10,)
+    tokens: tuple[int, ...] | Literal["all"] = (-1,)
+    sublayers: tuple[str, ...] | None = None
+    normalizer: Normalizer = "frobenius"
+    bases: Bases = "uv"
+    absolute: bool = True
+    prepend_bos: bool | None = None
+    engine: EngineName = "auto"
+    solver: SolverName = "auto"
+
+    def __post_init__(self) -> None:
+        """Check them."""
+        if not self.k or not all(_is_k(item) for item in self.k):
+            raise ArgumentError("k", list(self.k), "ints from 1 on, or fractions of d_model between 0 and 1")
+        if self.tokens != "all" and (not self.tokens or not all(type(item) is int for item in self.tokens)):
+            raise ArgumentError("tokens", self.tokens, "a position, several, or 'all'")
+        if self.sublayers is not None and not (self.sublayers and set(self.sublayers) <= set(_SUBLAYERS)):
+            raise ArgumentError("sublayers", list(self.sublayers), f"one or more of {', '.join(_SUBLAYERS)}")
+        for name, kind in (
+            ("normalizer", Normalizer),
+            ("bases", Bases),
+            ("engine", EngineName),
+            ("solver", SolverName),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(name, getattr(self, name), f"one of {', '.join(get_args(kind))}")
+        if not isinstance(self.absolute, bool):
+            raise ArgumentError("absolute", self.absolute, "true or false")
+        if self.prepend_bos is not None and not isinstance(self.prepend_bos, bool):
+            raise ArgumentError("prepend_bos", self.prepend_bos, "true or false")
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """Settings from what ``tlc.analyze`` takes: lists will do for tuples, and one ``k``, token or sublayer alone.
+
+        Raises:
+            ArgumentError: as for the class; a name that is none of its attributes is a ``TypeError``.
+        """
+        for name in ("k", "tokens", "sublayers"):
+            value = values.get(name)
+            if isinstance(value, list):
+                values[name] = tuple(value)
+            elif isinstance(value, (int, float)) or (isinstance(value, str) and (name, value) != ("tokens", "all")):
+                values[name] = (value,)
+        return cls(**values)
+
+    def arguments(self) -> dict[str, Any]:
+        """As ``tlc.analyze`` takes them."""
+        return {spec.name: _lists(getattr(self, spec.name)) for spec in fields(self)}
+
+
+def _is_k(item: Any) -> bool:
+    return (type(item) is int and item >= 1) or (isinstance(item, float) and 0 < item < 1)
+
+
+def _lists(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured in one cell of a sweep. Its key is a digest of all of this.
+
+    Attributes:
+        model: the model's name.
+        prompt: its text, or token ids.
+        settings: how it is measured.
+        revision: of the model, such as ``"step1000"``; None for the default one.
+        step: the training step that this is, where it is known.
+        weights: which weights these are: the digest of a local model's files, or the name that a hub has them under,
+            whatever the plan calls the model; None of a training run's own, which nothing else can be loaded as.
+        load: what the model was loaded with (``dtype``, ``hooked``), as far as it changes numbers.
+        random_seed: of the fresh weights of ``tlc.random_baseline``; None for the model itself.
+    """
+
+    model: str
+    prompt: str | tuple[int, ...]
+    settings: Settings = field(default_factory=Settings)
+    revision: str | None = None
+    step: int | None = None
+    weights: str | None = None
+    load: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    random_seed: int | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """32 hexadecimal digits; equal for what is equal, on every machine."""
+        return _digest({"measurement": MEASUREMENT, **self.to_json()})
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """12 hexadecimal digits of the prompt's own digest."""
+        return _digest(self.to_json()["prompt"])[:12]
+
+    def __str__(self) -> str:
+        """As messages name a cell."""
+        revision = f"@{self.revision}" if self.revision else ""
+        seed = "" if self.random_seed is None else f" (random, seed {self.random_seed})"
+        return f"{self.key}: {self.model}{revision}{seed} on prompt {self.prompt_id}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, of JSON's types."""
+        return json.loads(json.dumps({**asdict(self), "load": dict(self.load)}))
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Cell:
+        """Undo ``to_json``.
+
+        Raises:
+            KeyError, TypeError, ArgumentError: that is no cell.
+        """
+        prompt = found["prompt"]
+        rest = {name: value for name, value in found.items() if name not in ("prompt", "settings")}
+        return cls(
+            prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
+            settings=Settings.of(**found["settings"]),
+            **rest,
+        )
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a table says of a model.
+
+    Attributes:
+        d_model: its width.
+        n_layers: its depth.
+        n_heads: of each layer.
+        n_params: all its parameters, shared ones once.
+        commit: of the hub's repository that it came from, where that is known.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_params: int
+    commit: str | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> ModelFacts:
+        """Read them off a ``HookedTransformer`` or ``TransformerBridge``."""
+        whole = getattr(model, "original_model", None)
+        whole = model if whole is None else whole
+        commit = getattr(getattr(whole, "config", None), "_commit_hash", None)
+        return cls(
+            d_model=int(model.cfg.d_model),
+            n_layers=len(model.blocks),
+            n_heads=int(model.cfg.n_heads),
+            n_params=sum(parameter.numel() for parameter in whole.parameters()),
+            commit=commit if isinstance(commit, str) else None,
+        )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

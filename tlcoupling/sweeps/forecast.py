@@ -1,0 +1,123 @@
+"""What a plan would measure and cost, known without loading a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tlcoupling.analysis.estimate import matmul_rate
+from tlcoupling.errors import ArgumentError, PlanError, StoreError
+from tlcoupling.sweeps.cost import CellCost, cell_costs
+from tlcoupling.sweeps.plan import Plan
+from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.store import SweepStore
+
+
+@dataclass(frozen=True)
+class ModelForecast:
+    """What is to be measured of one model.
+
+    Attributes:
+        model: the model.
+        n_revisions: how many of its revisions.
+        n_cells: cells of the plan.
+        n_kept: of these, measured already.
+        flops: floating-point operations of what is left; None where the model's shape is not known here.
+        file_bytes: of what is left; None likewise.
+        memory_bytes: beyond the model, at most, of one cell; None likewise.
+    """
+
+    model: str
+    n_revisions: int
+    n_cells: int
+    n_kept: int
+    flops: float | None
+    file_bytes: float | None
+    memory_bytes: float | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan would measure and cost.
+
+    Attributes:
+        groups: by model.
+        rate: floating-point operations per second of matrix products.
+        measured: whether the rate is this machine's, measured; otherwise it was given.
+    """
+
+    groups: tuple[ModelForecast, ...]
+    rate: float
+    measured: bool
+
+    @property
+    def known(self) -> list[ModelForecast]:
+        """Those whose cost is known."""
+        return [group for group in self.groups if group.flops is not None]
+
+    @property
+    def flops(self) -> float:
+        """Of all groups whose cost is known."""
+        return math.fsum(group.flops or 0.0 for group in self.groups)
+
+    @property
+    def file_bytes(self) -> float:
+        """Of all groups whose cost is known."""
+        return math.fsum(group.file_bytes or 0.0 for group in self.groups)
+
+
+def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = None) -> Forecast:
+    """What a plan would measure and cost.
+
+    Args:
+        plan: the plan.
+        store: a store's folder, whose cells are done already; it need not exist.
+        rate: floating-point operations per second of matrix products; by default this machine's CPU or GPU, measured
+            (a moment).
+
+    Raises:
+        ArgumentError: a rate that is not above zero.
+        PlanError: settings that do not fit the shape of a model.
+    """
+    if rate is not None and not rate > 0:
+        raise ArgumentError("rate", rate, "a number above 0")
+    kept: set[str] = set()
+    if store is not None:
+        try:
+            found = SweepStore(store)
+            kept = {cell.key for cell in plan.cells if found.has(cell)}
+        except StoreError:
+            pass  # nothing is measured yet
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    by_model: dict[str, list[Group]] = {}
+    for group in plan.groups:
+        by_model.setdefault(group.source.model, []).append(group)
+    groups = tuple(_of_model(model, found, kept, plan.name) for model, found in by_model.items())
+    return Forecast(groups, matmul_rate(device) if rate is None else rate, rate is None)
+
+
+def _of_model(model: str, groups: list[Group], kept: set[str], plan: str) -> ModelForecast:
+    cells = [cell for group in groups for cell in group.cells]
+    counts = {
+        "model": model,
+        "n_revisions": len({group.source.revision for group in groups}),
+        "n_cells": len(cells),
+        "n_kept": sum(cell.key in kept for cell in cells),
+    }
+    costs: list[CellCost] = []
+    for group in groups:
+        if group.shape is None:
+            return ModelForecast(**counts, flops=None, file_bytes=None, memory_bytes=None)
+        try:
+            costs += cell_costs(group.shape, [cell for cell in group.cells if cell.key not in kept])
+        except ArgumentError as error:
+            raise PlanError(f"{plan}: {model}: {error}") from error
+    return ModelForecast(
+        **counts,
+        flops=math.fsum(cost.flops for cost in costs),
+        file_bytes=math.fsum(cost.file_bytes for cost in costs),
+        memory_bytes=max((cost.memory_bytes for cost in costs), default=0.0),
+    )

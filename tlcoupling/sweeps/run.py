@@ -1,0 +1,283 @@
+"""Running a plan: what is missing is measured, group by group, here or by any executor, and kept as it comes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlcoupling.analysis.analyze import analyze
+from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
+from tlcoupling.models.baseline import random_baseline
+from tlcoupling.sweeps.cells import Cell, ModelFacts
+from tlcoupling.sweeps.executors import Requeued, process_pool
+from tlcoupling.sweeps.plan import Plan
+from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.store import SweepStore, as_store, describe
+
+_POLL_SECONDS = 2.0
+OnCell = Callable[[Cell, str | None], None]
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """How a sweep went.
+
+    Attributes:
+        store: where the results are.
+        n_cells: cells of the plan.
+        n_kept: of these, measured before.
+        n_measured: of these, measured now.
+        failed: cells that could not be measured, each with its error; the store keeps these too.
+        unfinished: cells that were not tried to the end, since their process or job ended; a re-run takes them up.
+        reasons: why processes or jobs ended.
+        seconds: wall-clock time.
+    """
+
+    store: SweepStore
+    n_cells: int
+    n_kept: int
+    n_measured: int
+    failed: dict[Cell, str]
+    unfinished: tuple[Cell, ...]
+    reasons: tuple[str, ...]
+    seconds: float
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"SweepReport({self.n_cells} cells: {self.n_kept} measured before, {self.n_measured} now, "
+            f"{len(self.failed)} failed, {len(self.unfinished)} unfinished; {self.seconds:.1f} s, "
+            f"{str(self.store.folder)!r})"
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell of the plan is measured."""
+        return not self.failed and not self.unfinished
+
+
+def sweep(
+    plan: Plan | str | Path,
+    store: SweepStore | str | Path | None = None,
+    *,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    cells_per_job: int | None = None,
+    progress: bool = False,
+) -> SweepReport:
+    """Measure what a plan has and a store has not.
+
+    Each cell is kept as soon as it is measured, as one file that is whole or absent: whatever ends a sweep, a re-run
+    does what is missing. A cell that fails leaves its error in the store, the others go on, and a re-run tries it
+    again. Several sweeps may work on one store at once.
+
+    Args:
+        plan: a plan, or the path of one.
+        store: a store, or its folder, which is made where it is missing; by default ``plan.store`` for ``plan.toml``,
+            beside it.
+        executor: anything with the interface of ``concurrent.futures.Executor`` (``tlcoupling.sweeps.SlurmExecutor``,
+            Dask's ``Client.get_executor()``, executorlib, mpi4py); what it runs must reach the store's folder under
+            the same path. None for this process.
+        workers: the number of processes of this machine, instead of an executor; each has its share of torch's threads.
+        cells_per_job: the most cells that are one unit of work; by default what the plan says, or else a model's cells
+            are split where there are more processes than models. The model is loaded once for each unit.
+        progress: show a progress bar with the failures counted.
+
+    Returns:
+        ``SweepReport``.
+
+    Raises:
+        PlanError: the plan is wrong; nothing was begun.
+        StoreError, ResultFileError: the store cannot be written to, or no longer (a full disk); what it has is kept.
+        ArgumentError: both an executor and workers, or a number below 1.
+
+    Example:
+        >>> report = tlc.sweep("plan.toml", "results", workers=2)  # doctest: +SKIP
+        >>> report.store.table()  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    for name, value in (("workers", workers), ("cells_per_job", cells_per_job)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ArgumentError(name, value, "an int from 1 on")
+    if executor is not None and workers is not None:
+        raise ArgumentError("workers", workers, "None where an executor is given")
+    plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+    store = as_store(plan.default_store if store is None else store, create=True)
+    cells = {cell.key: cell for cell in plan.cells}
+    measured = {key for key in store.keys() & set(cells) if store.has(cells[key])}
+    at_most = cells_per_job or plan.cells_per_job
+    if at_most is None and workers is not None:
+        at_most = math.ceil((len(cells) - len(measured)) / workers) or None
+    groups = plan.pending(measured, at_most)
+    with ExitStack() as stack:
+        meter = stack.enter_context(_meter(len(cells), len(measured), progress))
+        if workers is not None and groups:
+            executor = stack.enter_context(process_pool(min(workers, len(groups))))
+        reasons = _here(groups, store, meter) if executor is None else _elsewhere(groups, store, executor, meter)
+    now = {key for key in cells if key not in measured and store.has(cells[key])}
+    wrong = {one.cell.key: one.error for one in store.failures() if one.cell.key in cells}
+    left = [cell for key, cell in cells.items() if key not in measured | now]
+    return SweepReport(
+        store=store,
+        n_cells=len(cells),
+        n_kept=len(measured),
+        n_measured=len(now),
+        failed={cell: wrong[cell.key] for cell in left if cell.key in wrong},
+        unfinished=tuple(cell for cell in left if cell.key not in wrong),
+        reasons=tuple(reasons),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> list[tuple[str, str | None]]:
+    """Measure the cells of a group that a store has not: what an executor runs, in whatever process.
+
+    Args:
+        group: the cells; their model is loaded once.
+        folder: the store's.
+        on_cell: called after each cell, with its error or None.
+
+    Returns:
+        The keys of all cells of the group, each with its error or None.
+
+    Raises:
+        StoreError, ResultFileError: the store cannot be written to.
+    """
+    store, outcomes = SweepStore(folder), []
+
+    def note(cell: Cell, error: str | None) -> None:
+        outcomes.append((cell.key, error))
+        if on_cell is not None:
+            on_cell(cell, error)
+
+    def refuse(cells: Sequence[Cell], error: Exception, began: float) -> None:
+        if Requeued.job_ends:
+            raise error  # which is no cell's
+        for cell in cells:
+            store.fail(cell, error, time.perf_counter() - began)
+            note(cell, describe(error))
+
+    wanted = [cell for cell in group.cells if not store.has(cell)]
+    for cell in group.cells:
+        if cell not in wanted:
+            note(cell, None)  # another process was faster
+    model: Any = None
+    for seed, cells in _by_seed(wanted):
+        began = time.perf_counter()
+        try:
+            if model is None:
+                model = group.source.open()
+            subject = model if seed is None else random_baseline(model, seed)
+            facts = ModelFacts.of(subject)
+        except Exception as error:  # of whatever kind: other groups are worth having
+            refuse(cells, error, began)
+            continue
+        for cell in cells:
+            if store.has(cell):
+                note(cell, None)
+                continue
+            began = time.perf_counter()
+            prompt = list(cell.prompt) if isinstance(cell.prompt, tuple) else cell.prompt
+            try:
+                analysis = analyze(subject, prompt, attention=False, **cell.settings.arguments())
+            except Exception as error:  # of whatever kind: other cells are worth having
+                refuse([cell], error, began)
+                continue
+            store.save(cell, analysis, facts)
+            note(cell, None)
+    return outcomes
+
+
+def _by_seed(cells: Sequence[Cell]) -> Iterator[tuple[int | None, list[Cell]]]:
+    """Cells of the model itself, then those of each set of fresh weights."""
+    for seed in dict.fromkeys(cell.random_seed for cell in cells):
+        yield seed, [cell for cell in cells if cell.random_seed == seed]
+
+
+def _here(groups: Sequence[Group], store: SweepStore, meter: _Meter) -> list[str]:
+    for group in groups:
+        meter.show(str(group.source))
+        measure_group(group, str(store.folder), lambda cell, error: meter.add(1, error is not None))
+    return []
+
+
+def _elsewhere(groups: Sequence[Group], store: SweepStore, executor: Executor, meter: _Meter) -> list[str]:
+    """Hand groups to an executor and wait; a process or job that ends without a result is no reason to stop."""
+    futures: dict[Future[list[tuple[str, str | None]]], Group] = {}
+    reasons: dict[str, None] = {}
+    try:
+        for group in groups:
+            futures[executor.submit(measure_group, group, str(store.folder.resolve()))] = group
+    except RuntimeError as error:  # the pool broke meanwhile, or is shut down
+        reasons[describe(error)] = None
+    waiting = set(futures)
+    failures = finished = 0
+    meter.show(f"{len(waiting)} jobs")
+    try:
+        while waiting:
+            done, waiting = wait(waiting, timeout=_POLL_SECONDS)
+            for future in done:
+                try:
+                    outcomes = future.result()
+                except (StoreError, ResultFileError):
+                    raise
+                except (Exception, CancelledError) as error:
+                    reasons[f"{futures[future].source}: {describe(error)}"] = None
+                    continue
+                finished += len(outcomes)
+                failures += sum(error is not None for _, error in outcomes)
+            keys = store.keys()
+            meter.set(sum(cell.key in keys for group in groups for cell in group.cells), failures)
+    except BaseException:
+        for future in waiting:
+            future.cancel()
+        raise
+    return list(reasons)
+
+
+@contextmanager
+def _meter(total: int, kept: int, progress: bool) -> Iterator[_Meter]:
+    """A meter, on a terminal as a bar."""
+    if not progress:
+        yield _Meter(None, None, kept)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        MofNCompleteColumn(),
+        TextColumn("cells"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}"),
+        TextColumn("{task.fields[what]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield _Meter(bar, bar.add_task("", total=total, completed=kept, failed="", what=""), kept)
+
+
+class _Meter:
+    """A progress bar, or nothing."""
+
+    def __init__(self, bar: Any, task: Any, kept: int) -> None:
+        self._bar, self._task, self._kept = bar, task, kept
+        self._done = self._failed = 0
+
+    def show(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, what=what)
+
+    def add(self, cells: int, failed: bool) -> None:
+        self.set(self._done + cells - failed, self._failed + failed)
+
+    def set(self, done: int, failed: int) -> None:
+        self._done, self._failed = done, failed
+        if self._bar is not None:
+            shown = f"[red]{failed} failed[/]" if failed else ""
+            self._bar.update(self._task, completed=self._kept + done + failed, failed=shown)

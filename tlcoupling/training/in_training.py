@@ -1,0 +1,134 @@
+"""A model that is being trained, as it can be measured: in eval mode, through TransformerLens, and left as it was.
+
+A ``HookedTransformer`` or ``TransformerBridge`` is measured itself. A HuggingFace model is measured through a bridge
+around a copy of its modules on the very same memory for the weights, so that the model's own modules are not touched;
+the bridge is made anew each time, since for some architectures (GPT-NeoX) it copies the weights that it splits, and
+would go on showing those of the step it was made at.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.hooked import require_supported
+from tlcoupling.models.generators import generators_kept
+from tlcoupling.models.load import _transformer_bridge
+from tlcoupling.models.offline import answered_locally, offline
+
+
+@contextmanager
+def evaluated(model: Any) -> Iterator[Any]:
+    """The model as it can be measured, for a while.
+
+    Whatever was in force around it: mode of each module, gradients, random generators, autocast, ``no_grad`` and
+    ``inference_mode`` are as they were afterwards, and do not act within.
+
+    Args:
+        model: a ``HookedTransformer``, a ``TransformerBridge`` or a HuggingFace model; also in the wrappers of
+            ``torch.compile`` and ``DistributedDataParallel``.
+
+    Raises:
+        UnsupportedModelError: none of these, or of a kind that cannot be measured; see ``trace``.
+    """
+    model = unwrapped(model)
+    with ExitStack() as stack:
+        stack.enter_context(generators_kept())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        stack.enter_context(torch.autocast(device, enabled=False))
+        if _is_huggingface(model):
+            model = _bridge_around(model)
+        else:
+            stack.enter_context(_eval_mode(model))
+        require_supported(model)
+        yield model
+
+
+def unwrapped(model: Any) -> Any:
+    """The model without the wrappers that training puts around it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode on every module, and then each module's own mode again.
+
+    The flags are set one by one: ``model.eval()`` would forget which parts were frozen in eval mode, and is overridden
+    in some libraries to change weights.
+    """
+    original = getattr(model, "original_model", None)  # a bridge does not list it among its modules
+    modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _is_huggingface(model: Any) -> bool:
+    return not hasattr(model, "hook_dict") and hasattr(getattr(model, "config", None), "to_dict")
+
+
+def _bridge_around(model: Any) -> Any:
+    """A bridge on the weights of a HuggingFace model, in eval mode."""
+    bridge_class = _transformer_bridge()
+    name = type(model).__name__
+    if bridge_class is None:
+        raise UnsupportedModelError(
+            f"{name} is a HuggingFace model: it is measured through a TransformerBridge, which transformer-lens has "
+            f"from 3.0 on; installed is {version('transformer-lens')}. Train a HookedTransformer, or "
+            "pip install 'transformer-lens>=3,<5'"
+        )
+    memo: dict[int, Any] = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
+    memo.update({id(one): one.detach() for one in model.buffers()})
+    first, tokenizer = next(model.parameters()), _no_tokenizer()
+    try:
+        same = copy.deepcopy(model, memo).eval()
+        same.__dict__.pop("forward", None)  # what accelerate puts there for mixed precision
+        same.config.architectures = [name]
+        with warnings.catch_warnings(), offline(), answered_locally(same, tokenizer):
+            warnings.simplefilter("ignore")
+            bridge = bridge_class.boot_transformers(
+                name, hf_model=same, tokenizer=tokenizer, device=first.device, dtype=first.dtype
+            )
+    except Exception as error:  # of whatever kind: TransformerLens has many for architectures that it does not know
+        raise UnsupportedModelError(
+            f"TransformerLens cannot wrap this {name} ({type(error).__name__}: {error}); a HuggingFace decoder that it "
+            "supports is needed, with whole weights on this process"
+        ) from error
+    bridge.tokenizer = None
+    return bridge.eval()
+
+
+def _no_tokenizer() -> Any:
+    """What stands in for a tokenizer while a bridge is booted: without one TransformerLens would look on a hub."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<end>": 0}, unk_token="<end>")),
+        eos_token="<end>",
+        pad_token="<end>",
+        unk_token="<end>",
+        name_or_path="none",
+    )

@@ -1,0 +1,164 @@
+r"""Heads along a token's trajectory: how much of each block's step each head writes.
+
+A head's writes of different layers are made by unrelated heads, so they are no path of their own. What is defined is
+each head's part in the step that the block takes, layer by layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace
+from tlcoupling.forward.weights import output_of_heads
+from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
+from tlcoupling.precision import full_precision
+from tlcoupling.results.base import Result
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class HeadSteps(Result):
+    r"""Each head's part in each block's step, d^l = x^{l+1} - x^l.
+
+    Attributes:
+        share: <w, d^l> / ||d^l||^2 with w what the head writes: the part of the step that the head makes, negative
+            where it works against it. ``[layer, head, pos]``.
+        bias_share: the same of what the attention writes besides its heads (its output bias). ``[layer, pos]``.
+        mlp_share: the same of the MLP's write; None in an attention-only model. ``[layer, pos]``. Over heads, bias and
+            MLP the shares sum to 1.
+        length: ||w|| / ||d^l||, the length of the head's write beside that of the step. ``[layer, head, pos]``.
+        tokens: the tokens as text.
+    """
+
+    share: Float[Tensor, "layer head pos"]
+    bias_share: Float[Tensor, "layer pos"]
+    mlp_share: Float[Tensor, "layer pos"] | None
+    length: Float[Tensor, "layer head pos"]
+    tokens: tuple[str, ...]
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "share": ("layer", "head", "pos"),
+        "bias_share": ("layer", "pos"),
+        "mlp_share": ("layer", "pos"),
+        "length": ("layer", "head", "pos"),
+    }
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attn_share": ("layer", "pos"),
+        "cosine": ("layer", "head", "pos"),
+    }
+
+    def __repr__(self) -> str:
+        """One line."""
+        n_layers, n_heads, n_tokens = self.share.shape
+        return (
+            f"HeadSteps({n_heads} heads of {n_layers} layers, {n_tokens} tokens: attention's mean share of the step "
+            f"{self.attn_share.nanmean():.4f})"
+        )
+
+    @property
+    def attn_share(self) -> Float[Tensor, "layer pos"]:
+        """Attention's share of the step: that of its heads and its bias."""
+        return self.share.sum(1) + self.bias_share
+
+    @property
+    def cosine(self) -> Float[Tensor, "layer head pos"]:
+        """The cosine between a head's write and the step; NaN where a head writes nothing."""
+        return self.share / self.length
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return {
+            "layer": range(self.share.shape[0]),
+            "head": range(self.share.shape[1]),
+            "pos": range(len(self.tokens)),
+        }
+
+
+def head_steps(trace: Trace) -> HeadSteps:
+    """How much of each token's step each head writes, in every layer.
+
+    Behind a post-norm a head's write is what the norm makes of it with its scale held, as in direct logit attribution,
+    so that the shares still sum to the attention's.
+
+    Args:
+        trace: a trace of the model.
+
+    Raises:
+        UnsupportedModelError: the attention's write is not the sum of its heads' (no hook_z, no W_O, or a write that
+            they do not account for).
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Example:
+        >>> tlc.head_steps(trace).share[3, :, -1]  # of the heads of layer 3, last token # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("share", "bias_share", "mlp_share", "length")}
+    for layer in range(trace.n_layers):
+        step = trace.resid[layer + 1] - trace.resid[layer]
+        size = step.norm(dim=-1)
+
+        def share(write: Float[Tensor, "*head pos d"], step: Tensor = step, size: Tensor = size) -> Tensor:
+            return (write * step).sum(-1) / size.square()
+
+        writes = head_writes(trace, layer).to(step)
+        fields["share"].append(share(writes))
+        fields["bias_share"].append(share(trace.attn_out[layer] - writes.sum(0)))
+        fields["length"].append(writes.norm(dim=-1) / size)
+        if trace.mlp_out is not None:
+            fields["mlp_share"].append(share(trace.mlp_out[layer]))
+    stacked = {name: torch.stack(values).cpu() if values else None for name, values in fields.items()}
+    return HeadSteps(
+        provenance=trace.provenance(settings={}, seconds=time.perf_counter() - started),
+        tokens=trace.str_tokens,
+        **stacked,  # pyright: ignore[reportArgumentType]
+    )
+
+
+@full_precision()
+def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
+    """What each head of a layer adds to the stream; the attention's write is their sum and a bias.
+
+    Raises:
+        UnsupportedModelError, StaleTraceError: see ``head_steps``.
+    """
+    block, kept = trace.model.blocks[layer], {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        return lambda tensor: kept.__setitem__(name, tensor[0].detach())
+
+    names = [name for name in ("attn.hook_z", "attn.hook_out") if trace.point(layer, name) is not None]
+    norm = getattr(block, "ln1_post", None)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if isinstance(norm, torch.nn.Module):
+            given = keep("ln1_post")
+            stack.callback(norm.register_forward_pre_hook(lambda module, args: given(args[0])).remove)
+        written = trace.run_attn(layer, trace.block_input(layer), {name: keep(name) for name in names})[0]
+    trace.check_current("attn", layer, written)
+    weight = output_of_heads(block.attn, layer, kept.get("attn.hook_z")).to(written)
+    before = kept.get("ln1_post", written)
+    factor = write_factor(kept.get("attn.hook_out"), written, normed="ln1_post" in kept)
+    writes = factor * einsum(kept["attn.hook_z"].to(written), weight, "pos head e, head e d -> head pos d")
+    rest = before - writes.sum(0)  # a bias is the same at all positions
+    gap = (rest - rest.mean(0)).norm() / before.norm()
+    if not gap <= IDENTITY_TOLERANCE[written.dtype]:
+        raise UnsupportedModelError(
+            f"the heads of layer {layer} do not add up to what its attention writes ({gap:.1e} off): hooks that edit "
+            "the write, or an architecture that mixes its heads, do this"
+        )
+    if "ln1_post" not in kept:
+        return writes
+    try:
+        with lifted(trace.model, block.ln1_post):
+            return Norm.read(block.ln1_post, before, "ln1_post").parts(writes, before)
+    except Uncovered as error:
+        raise UnsupportedModelError(f"the post-norm of layer {layer} cannot be split into heads: {error}") from error
