@@ -120,7 +120,7 @@ def head_alignment(
     options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
-    jacobians = JacobianEngine(trace, engine, (pos,))
+    jacobians = JacobianEngine(trace, engine, {(pos, pos)})
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
         top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets
