@@ -104,13 +104,14 @@ class ModuleProducts:
             return leaf.new_zeros(len(dests), *leaf.shape[1:])
         cotangents = output.new_zeros(len(dests), *output.shape)
         cotangents[range(len(dests)), 0, dests] = self.cotangent.to(output)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        if len(dests) > 1:
-            try:
-                return torch.autograd.grad(output, leaf, cotangents, is_grads_batched=True, **options)[0][:, 0]
-            except RuntimeError:  # a module whose backward has no batching rule
-                pass
-        return torch.cat([torch.autograd.grad(output, leaf, one, **options)[0] for one in cotangents])
+        try:
+            grads = torch.autograd.grad(
+                output, leaf, cotangents, retain_graph=True, is_grads_batched=True, allow_unused=True
+            )[0]
+            return leaf.new_zeros(len(dests), *leaf.shape[1:]) if grads is None else grads[:, 0]
+        except RuntimeError:  # a module whose backward has no batching rule
+            options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            return torch.cat([torch.autograd.grad(output, leaf, one, **options)[0] for one in cotangents])
 
 
 def random_vector(trace: Trace, layer: int, seed: int) -> Float[Tensor, " d_model"]:

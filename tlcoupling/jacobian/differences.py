@@ -31,12 +31,12 @@ from tlcoupling.memory import free_memory
 
 # Steps relative to the length of what is moved. HuggingFace's modules cast to float32 inside, so that float64 models
 # gain nothing from smaller ones. A difference is good to the square of the step and to rounding over the step.
-STEP = 4e-3
+STEP = 1.6e-2
 _LADDER = (4 * STEP, STEP, STEP / 4, STEP / 16, STEP / 64)
 _TINY = 1e-6  # a move that shows rounding: its true effect is far below the tolerance at each step of the ladder
 _DIRECTIONS = 4
 # How far a Jacobian's product may lie from a difference, relative to the larger of the two.
-TOLERANCE = 0.05
+TOLERANCE = 0.02
 # Rounding of a sublayer's write, relative to its length: what is assumed at first, and at most once it is measured.
 # Scores of 100 move a pattern by 100 float32 roundings, 1e-5.
 _ROUNDING, _MOST_ROUNDING = 10 * torch.finfo(torch.float32).eps, 1e-4

@@ -42,12 +42,12 @@ class JacobianOperator(ABC):
         """The matrix itself."""
 
     def mv(self, x: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-        """J x."""
-        return self.mm(x[:, None])[:, 0]
+        """J x, in the operator's own dtype and on its device."""
+        return self.mm(x.to(self.device, self.dtype)[:, None])[:, 0]
 
     def rmv(self, y: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
-        """J^T y."""
-        return self.rmm(y[:, None])[:, 0]
+        """J^T y, in the operator's own dtype and on its device."""
+        return self.rmm(y.to(self.device, self.dtype)[:, None])[:, 0]
 
     def __repr__(self) -> str:
         """One line."""
