@@ -23,7 +23,7 @@ from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.results.atomic import remove_abandoned, replacing
 from tlcoupling.sweeps import cells
 from tlcoupling.sweeps.cells import Cell, ModelFacts, Settings
-from tlcoupling.sweeps.table import COLUMNS, rows, to_arrow
+from tlcoupling.sweeps.table import COLUMNS, to_arrow
 
 SETTINGS = Settings(k=(2, 0.25), tokens=(0, -1))  # of an even number of tokens, a median is the mean of the middle two
 
@@ -143,7 +143,7 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
     assert schema.names == list(COLUMNS)
     assert all(schema.field(name).metadata[b"description"].decode() == text for name, (_, text) in COLUMNS.items())
     table = store.table()
-    assert pq.read_table(path).to_pylist() == to_arrow(rows(store)).to_pylist()
+    assert pq.read_table(path).to_pylist() == to_arrow(store.rows()).to_pylist()
     assert table.columns.tolist() == list(COLUMNS)
     assert len(table) == 6 + 1
     row = table.query("sublayer == 'mlp' and k_asked == '0.25'").iloc[0]
