@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcoupling.analysis.analyze import analyze
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.models.baseline import random_baseline
 from tlcoupling.sweeps.cells import Cell, ModelFacts
@@ -103,8 +104,8 @@ def sweep(
     """
     started = time.perf_counter()
     for name, value in (("workers", workers), ("cells_per_job", cells_per_job)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ArgumentError(name, value, "an int from 1 on")
+        if value is not None:
+            check_int(name, value, 1)
     if executor is not None and workers is not None:
         raise ArgumentError("workers", workers, "None where an executor is given")
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
