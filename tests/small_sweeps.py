@@ -18,6 +18,12 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from llamas import llama, save, word_tokenizer
 
 WIDTH, LAYERS = 16, 2
+GOOD = """\
+models = ["gpt2"]
+
+[prompts]
+text = ["a", "b"]
+"""
 
 
 def needs_folders() -> None:
@@ -66,3 +72,9 @@ def _without_seconds(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
     return [_without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def read(tmp_path: Path, text: str) -> tlc.Plan:
+    """The plan that a file of this text is."""
+    (tmp_path / "plan.toml").write_text(text)
+    return tlc.Plan.read(tmp_path / "plan.toml")

@@ -115,19 +115,3 @@ def test_what_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(partly.parts) == ["coupling", "token_coupling", "linearity", "growth"]
     titles = [kind["name"] for kind in tlc.viz.panes.pairs(partly.tokens, partly, [partly.token_coupling])["kinds"]]
     assert titles == ["token"]
-
-
-def test_an_estimate_counts_the_coupling_of_tokens() -> None:
-    model = MODEL.model()
-    without, one, two = (tlc.estimate(model, TOKENS, 4, token_layers=layers) for layers in (None, [1], [1, 2]))
-    table = two.to_dataframe().set_index("name")["flops"]
-    assert table.sum() == pytest.approx(two.flops)
-    # as much for each layer, but for the forward pass and the coupling across depth
-    assert two.flops - one.flops == pytest.approx(one.flops - without.flops)
-    assert one.flops > 2 * without.flops  # 7 tokens of one layer, thrice, against 3 layers of one token
-    for kind, sublayers in {"token-wise": ("block", "attn", "mlp"), "fixed src": ("block", "attn")}.items():
-        assert [name.split(":")[0] for name in table.index if name.startswith(kind) and "comparison" in name] == [
-            f"{kind} {sublayer}" for sublayer in sublayers
-        ]
-    with pytest.raises(ArgumentError, match="token_layers=3"):
-        tlc.estimate(model, TOKENS, 4, token_layers=3)

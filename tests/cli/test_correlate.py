@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from cases import CASES, TOKENS
-from test_cli import assert_refused
+from command_line import assert_refused
 from typer.testing import CliRunner
 
 import tlcoupling as tlc

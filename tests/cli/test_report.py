@@ -2,73 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
-import torch
 from analyses import HOSTILE_TOKENS, make_analysis
-from cases import CASES, D_MODEL, tiny_tokenizer
+from cases import D_MODEL
+from command_line import PROMPT, Report, assert_refused
 from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
-
-PROMPT = "w5 w7 w9 w11 w13"
-Report = Callable[..., Any]
-
-
-def words_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model, for a while with a tokenizer of words like w5; of others it makes 1."""
-    if model.tokenizer is None:
-        monkeypatch.setattr(model, "tokenizer", tiny_tokenizer())
-    monkeypatch.setattr(
-        model,
-        "to_tokens",
-        lambda text: torch.tensor([[int(word[1:]) if word[1:].isdigit() else 1 for word in text.split()]]),
-    )
-    monkeypatch.setattr(model, "to_str_tokens", lambda tokens: [f" w{token}" for token in tokens.tolist()])
-    return model
-
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes every model name load a tiny model that reads words like w5, others as 1; keeps the names asked for."""
-    model, names = words_read(CASES[0].model(torch.float32), monkeypatch), []
-
-    def load_model(name: str) -> Any:
-        names.append(name)
-        return model
-
-    monkeypatch.setattr("tlcoupling.models.load.load_model", load_model)
-    return names
-
-
-@pytest.fixture
-def report(loaded: list[str], tmp_path: Path) -> Report:
-    """Runs ``tlcoupling report`` on the tiny model."""
-
-    def run(*options: str, prompt: str = PROMPT, output: Path | None = None) -> Any:
-        folder = tmp_path / "out" if output is None else output
-        arguments = ["report", "tiny", "--prompt", prompt, "--k", "4", "--output", str(folder), *options]
-        return CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
-
-    return run
-
-
-def assert_refused(result: Any, *parts: str) -> None:
-    """Exit code 1 and one line on stderr that holds the parts, and nothing on stdout."""
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    for part in parts:
-        assert part in line
 
 
 def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
@@ -213,43 +158,3 @@ def test_empty_prompt(report: Report) -> None:
 def test_model_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", "./no/such/model", "--output", str(tmp_path)])
     assert_refused(result, "./no/such/model")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--engine", "magic"], ["--k", "ten"], ["--tokens", "first"], ["--token-layers", "top"], ["--colour", "red"]],
-)
-def test_mistyped_options_end_with_2_before_the_work(report: Report, loaded: list[str], options: list[str]) -> None:
-    result = report(*options)
-    assert result.exit_code == 2
-    assert options[0] in result.stderr
-    assert loaded == []
-
-
-def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
-    result = CliRunner().invoke(app, ["--version"])
-    assert (result.exit_code, result.stdout) == (0, "tlcoupling 1.2.3\n")
-
-
-def test_importing_the_library_leaves_viewers_alone() -> None:
-    heavy = ("matplotlib", "circuitsvis", "pandas", "typer", "rich", "xarray", "scipy")
-    script = f"import sys, tlcoupling, tlcoupling.viz; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_check_prints_what_holds(loaded: list[str]):
-    result = CliRunner().invoke(app, ["check", "tiny", "--prompt", PROMPT], env={"COLUMNS": "80"})
-    assert result.exit_code == 0, result.output
-    assert loaded == ["tiny"]
-    assert "residual identity" in result.stdout
-    assert result.stdout.count("closed form, certified") == 3
-    assert max(map(len, result.stdout.splitlines())) <= 80
-
-
-def test_check_of_a_refused_model_ends_with_1(loaded: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tlcoupling.models.load.load_model", lambda name: torch.nn.Linear(2, 2))
-    result = CliRunner().invoke(app, ["check", "tiny"], env={"COLUMNS": "80"})
-    assert result.exit_code == 1
-    assert "refused" in result.stdout

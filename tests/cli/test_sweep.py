@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from cases import CASES
-from test_cli import words_read
+from command_line import words_read
 from typer.testing import CliRunner
 
 from tlcoupling.cli import app

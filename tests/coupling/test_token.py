@@ -20,11 +20,6 @@ each_case = pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
 HOW = [("frobenius", "uv", True), ("trace", "vu", False)]
 
 
-@pytest.fixture
-def case_trace(case: Case) -> tlc.Trace:
-    return tlc.trace(case.model(), TOKENS)
-
-
 def pairs_of(matrix: torch.Tensor, rows: list[torch.Tensor], columns: list[torch.Tensor], *how: Any) -> None:
     """Check a matrix of couplings, pair by pair."""
     k, normalizer, bases, absolute, tolerance = how

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, StaleTraceError
-from tlcoupling.forward.trace import Stream
-from tlcoupling.results.base import Provenance
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 EXACT = [case for case in FEW if case.exact]
@@ -186,121 +183,6 @@ def test_a_change_that_rounding_swallows_is_nan():
     with pytest.warns(UserWarning, match="nothing to be compared with"):
         found = tlc.linearization_gap(trace, sizes=(1e-40,))
     assert found.gap[0, 0].isnan() and found.cosine[0, 0].isnan()
-
-
-def coupling_of(values: torch.Tensor) -> tlc.DepthCoupling:
-    """What the profile reads of a DepthCoupling."""
-    fields = {name: None for name in tlc.DepthCoupling.__dataclass_fields__}
-    fields |= dict(
-        provenance=Provenance("made by hand"),
-        singular_values=values,
-        sublayers=("block",),
-        positions=(0,),
-        tokens=("a",),
-        layers=tuple(range(values.shape[2])),
-    )
-    made = object.__new__(tlc.DepthCoupling)
-    made.__dict__.update(fields)
-    return made
-
-
-@settings(max_examples=30, deadline=None)
-@given(a=st.floats(0.1, 10.0), b=st.floats(0.5, 20.0), n=st.integers(3, 40))
-def test_the_law_is_found_where_it_holds(a: float, b: float, n: int):
-    depth = torch.arange(n, dtype=torch.float64)
-    values = (a / (depth + b))[None, None, :, None]
-    found = tlc.singular_value_profile(coupling_of(values))
-    assert float(found.slope) == pytest.approx(1 / a, rel=1e-6)
-    assert float(found.intercept) == pytest.approx(b / a, rel=1e-6)
-    assert float(found.r_squared) == pytest.approx(1, abs=1e-9)
-    torch.testing.assert_close(found.fitted, values)
-
-
-def test_equal_steps_along_a_line_give_a_slope_of_one():
-    """Residual Alignment: h_{l+1} = (1 + s_l) h_l with equal steps means s_l = 1 / (l + b)."""
-    h = 3.0 + torch.arange(20, dtype=torch.float64)
-    values = (h.diff() / h[:-1])[None, None, :, None]
-    found = tlc.singular_value_profile(coupling_of(values))
-    assert float(found.slope) == pytest.approx(1) and float(found.intercept) == pytest.approx(3)
-
-
-def test_the_profile_of_a_model_is_an_ordinary_least_squares_fit():
-    coupling = tlc.depth_coupling(tlc.trace(FEW[0].model(), TOKENS), 3, tokens=[2, -1])
-    found = tlc.singular_value_profile(coupling)
-    design = torch.stack([torch.ones(3), torch.arange(3.0)], dim=1).double()
-    for s in range(len(found.sublayers)):
-        for rank in range(3):
-            inverse = 1 / coupling.singular_values[s, 1, :, rank].double()
-            solution = torch.linalg.lstsq(design, inverse[:, None]).solution[:, 0]
-            torch.testing.assert_close(found.intercept[s, 1, rank].double(), solution[0])
-            torch.testing.assert_close(found.slope[s, 1, rank].double(), solution[1])
-            left = (inverse - design @ solution).square().sum()
-            r_squared = 1 - left / (inverse - inverse.mean()).square().sum()
-            torch.testing.assert_close(found.r_squared[s, 1, rank].double(), r_squared)
-
-
-def test_too_few_layers_and_constant_singular_values_have_no_fit():
-    with pytest.warns(UserWarning, match="2 layers is no fit"):
-        found = tlc.singular_value_profile(coupling_of(torch.rand(1, 1, 2, 1)))
-    assert found.slope.isnan().all() and found.r_squared.isnan().all()
-    flat = tlc.singular_value_profile(coupling_of(torch.ones(1, 1, 5, 1)))
-    assert float(flat.slope) == 0 and flat.r_squared.isnan().all()
-    rising = tlc.singular_value_profile(coupling_of(torch.tensor([1.0, 50.0, 60.0])[None, None, :, None]))
-    assert float(rising.slope) < 0 and rising.fitted.isnan().any()  # the line falls below 0: no 1 / s there
-
-
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_components_rebuild_the_trajectories(case: Case):
-    trace = tlc.trace(case.model(), TOKENS)
-    whole = tlc.trajectory_components(trace, n=28)  # 4 depths, 7 tokens: all points, in fewer dimensions than d_model
-    rebuilt = whole.center + whole.coordinates @ whole.components.mT
-    torch.testing.assert_close(rebuilt, trace.resid)
-    assert float(whole.explained.sum()) == pytest.approx(1)
-    found = tlc.trajectory_components(trace, n=3)
-    torch.testing.assert_close(found.components.mT @ found.components, torch.eye(3, dtype=torch.float64))
-    cloud = trace.resid.flatten(0, 1)
-    values, vectors = torch.linalg.eigh(torch.cov(cloud.mT, correction=0))
-    torch.testing.assert_close(found.explained, values.flip(0)[:3] / values.sum())
-    overlap = (found.components.mT @ vectors.flip(1)[:, :3]).abs()
-    torch.testing.assert_close(overlap, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-8)
-    torch.testing.assert_close(found.coordinates, whole.coordinates[..., :3])
-    _, cache = trace.model.run_with_cache(TOKENS[None])
-    from_cache = tlc.trajectory_components(cache, n=3)
-    torch.testing.assert_close(from_cache.coordinates, found.coordinates, rtol=0, atol=1e-5)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_components_follow_a_rotation_and_ignore_a_shift(seed: int):
-    trace = tlc.trace(EXACT[0].model(), TOKENS)
-    generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(trace.d_model, trace.d_model, generator=generator, dtype=torch.float64)).Q
-    shift = torch.randn(trace.d_model, generator=generator, dtype=torch.float64)
-    found = tlc.trajectory_components(trace, n=3)
-    turned_stream = trace.resid @ rotation.mT + shift
-    writes = (trace.attn_out @ rotation.mT, None if trace.mlp_out is None else trace.mlp_out @ rotation.mT)
-    turned = tlc.trajectory_components(Stream(turned_stream, *writes, trace.topology, None), n=3)
-    torch.testing.assert_close(turned.explained, found.explained)
-    torch.testing.assert_close(turned.coordinates.abs(), found.coordinates.abs())  # up to each component's sign
-    torch.testing.assert_close(turned.components.abs(), (rotation @ found.components).abs())
-
-
-def test_components_of_chosen_tokens_and_bad_input():
-    trace = tlc.trace(FEW[0].model(), TOKENS)
-    found = tlc.trajectory_components(trace, tokens=[2, -1])
-    assert found.positions == (2, 6) and found.coordinates.shape == (4, 2, 2)
-    assert found.tokens == (trace.str_tokens[2], trace.str_tokens[6])
-    expected = trace.resid[:, [2, 6]].flatten(0, 1).mean(0)
-    torch.testing.assert_close(found.center, expected)
-    for n in (0, 29, True):
-        with pytest.raises(ArgumentError, match="n="):
-            tlc.trajectory_components(trace, n=n)
-    with pytest.raises(ArgumentError, match="tokens="):
-        tlc.trajectory_components(trace, tokens=7)
-    still = SimpleNamespace(**vars(trace))
-    stream = Stream(torch.ones(4, 7, 32).double() / 3, *[still.attn_out * 0] * 2, trace.topology, None)
-    with pytest.raises(ArgumentError, match="all its points coincide"):
-        tlc.trajectory_components(stream)
 
 
 def test_results_come_back_from_a_file(tmp_path):

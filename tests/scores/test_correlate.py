@@ -12,24 +12,14 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_tables import QUICK, models
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
 from tlcoupling.scores.tables import family_of, published
 
-QUICK = {"resamples": 200}
 RNG = np.random.default_rng(0)
-
-
-def models(n: int = 12, seed: int = 0) -> pd.DataFrame:
-    """A table of made-up models: score and coupling have a part in common beside width."""
-    rng = np.random.default_rng(seed)
-    width = rng.choice([64, 128, 256], n)
-    coupling, score = rng.normal(size=(2, n)) + 0.01 * width + rng.normal(size=n)
-    names = [f"{family}-{i}" for i, family in enumerate(rng.choice(["pythia", "gpt", "llama"], n))]
-    table = pd.DataFrame({"model": names, "coupling": coupling, "null": 1 - 1 / np.sqrt(width), "score": score})
-    return table.assign(excess=coupling - table["null"], d_model=width, n_layers=rng.integers(2, 9, n))
 
 
 def test_the_published_points_give_the_figures_r_squared_and_what_width_explains():
@@ -72,27 +62,6 @@ def test_the_interval_is_scipys_bootstrap_of_the_pairs():
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=1e-9)
 
 
-def test_partial_correlation_is_that_of_residuals():
-    x, y, *given_ = RNG.normal(size=(4, 15))
-    design = np.stack([np.ones(15), *given_], 1)
-    left = [each - design @ np.linalg.lstsq(design, each, rcond=None)[0] for each in (x, y)]
-    r, _ = scipy.stats.pearsonr(*left)
-    found = partial_correlation(x, y, given_)
-    assert found.r == pytest.approx(r, abs=1e-12) and found.freedom == 15 - 2 - 2
-    t = r * np.sqrt(11 / (1 - r * r))
-    assert found.p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 11), rel=1e-9)
-
-
-def test_partial_correlation_within_groups_by_hand():
-    x, y, groups = [1.0, 2.0, 3.0, 10.0, 12.0], [2.0, 1.0, 3.0, 0.0, 4.0], list("aaabb")
-    centred_x, centred_y = np.array([-1, 0, 1, -1, 1.0]), np.array([0, -1, 1, -2, 2.0])
-    expected = centred_x @ centred_y / np.linalg.norm(centred_x) / np.linalg.norm(centred_y)
-    found = partial_correlation(x, y, within=groups)
-    assert found.r == pytest.approx(expected, abs=1e-12) and found.freedom == 5 - 2 - 1
-    # a group of one says nothing
-    assert partial_correlation([*x, 99.0], [*y, -99.0], within=[*groups, "c"]).r == pytest.approx(expected, abs=1e-12)
-
-
 def test_what_width_drives_alone_vanishes_when_width_is_held_fixed():
     rng = np.random.default_rng(1)
     width = rng.choice([64, 128, 256, 512], 400)
@@ -123,14 +92,6 @@ def test_leaving_a_family_out_is_the_correlation_of_the_others():
         assert found.r_without[0, index].item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_share_between_groups_is_that_of_an_analysis_of_variance():
-    x, groups = RNG.normal(size=12), list("aabbbccccddd")
-    means = pd.Series(x).groupby(groups).transform("mean")
-    expected = np.square(means - x.mean()).sum() / np.square(x - x.mean()).sum()
-    assert r_squared_of_groups(x, groups) == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(r_squared_of_groups(np.ones(4), list("aabb")))
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-50, 50), st.sampled_from([-1, 1]))
 def test_scores_in_other_units_and_rows_in_another_order_change_nothing(
@@ -157,33 +118,6 @@ def test_the_order_of_rows_does_not_change_the_result():
         first, second = one.of(name), other.of(name)
         for number in set(first) - {"low", "high"}:  # the bootstrap draws rows by their place
             assert first[number] == pytest.approx(second[number], abs=1e-9, nan_ok=True)
-
-
-def test_a_sweeps_table_is_averaged_over_prompts_by_sublayer_and_k(tmp_path: Path):
-    rng = np.random.default_rng(3)
-    rows = [
-        {"model": model, "prompt_id": prompt, "sublayer": sublayer, "k_asked": k, "d_model": 8 * (1 + index)}
-        | {"coupling": rng.normal(), "null": rng.normal(), "lss": rng.normal(), "ed": rng.normal()}
-        | {"status": "measured", "random_seed": None, "settings": "{}"}
-        for index, model in enumerate("abcd")
-        for prompt in ("p", "q")
-        for sublayer in ("block", "attn")
-        for k in ("4", "0.1")
-    ]
-    table = pd.DataFrame(rows)
-    table["excess"] = table["coupling"] - table["null"]
-    random = table.assign(random_seed=0, coupling=100.0)
-    failed = table.assign(status="failed", coupling=np.nan).head(3)
-    scores = dict(zip("dcba", rng.normal(size=4), strict=True))
-    path = tmp_path / "table.parquet"
-    pd.concat([table, random, failed]).to_parquet(path)
-    found = tlc.correlate(path, scores, **QUICK)
-    of = table[(table["sublayer"] == "attn") & (table["k_asked"] == "0.1")].groupby("model")
-    expected = scipy.stats.pearsonr(of["coupling"].mean(), [scores[name] for name in "abcd"])[0]
-    assert found.of("coupling attn K=0.1")["r"] == pytest.approx(expected, abs=1e-12)
-    assert {"LSS block", "LSS attn", "ED", "excess block K=4", "width"} <= set(found.predictors)
-    held = partial_correlation(of["coupling"].mean(), [scores[name] for name in "abcd"], [of["null"].mean()]).r
-    assert found.of("coupling attn K=0.1")["partial given null"] == pytest.approx(held, abs=1e-9)
 
 
 def test_models_at_several_steps_are_told_apart_by_the_scores():
@@ -273,19 +207,6 @@ def test_a_linear_function_of_what_is_held_fixed_leaves_nothing():
     assert np.isnan(partial_correlation([1.0, 2.0], [3.0, 5.0]).r)  # two always lie on a line
     with pytest.raises(ArgumentError, match="one finite number per model"):
         partial_correlation([1.0, np.nan], [1.0, 2.0])
-
-
-def test_families_are_read_off_names():
-    names = ("EleutherAI/pythia-1.4b", "gpt2-xl", "Qwen1.5-7B", "/data/runs/w64-d4/", "7b")
-    assert [family_of(name) for name in names] == ["pythia", "gpt", "qwen", "w", "7b"]
-
-
-def test_mixed_settings_and_unlike_prompts_are_not_averaged_without_a_word():
-    table = models(6).assign(settings=["a"] * 3 + ["b"] * 3)
-    with pytest.raises(ArgumentError, match="2 different settings"):
-        tlc.correlate(table, **QUICK)
-    with pytest.warns(UserWarning, match="not all models are measured on the same prompts"):
-        tlc.correlate(models(6).assign(prompt_id=["a"] * 5 + ["b"]), **QUICK)
 
 
 def test_importing_the_library_loads_neither_scipy_stats_nor_pandas():

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 import tlcoupling as tlc
 from tlcoupling.parity import published
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from published import block_calls
 
 pytestmark = pytest.mark.slow
 
-LANDMARKS = load_file(Path(__file__).parent / "data" / "parity_landmarks.safetensors")
+LANDMARKS = load_file(Path(__file__).parents[1] / "data" / "parity_landmarks.safetensors")
 LAST = 29
 
 

@@ -14,7 +14,7 @@ from tlcoupling.models.load import _hooked_transformer, _transformer_bridge
 
 pytestmark = pytest.mark.slow
 
-PUBLISHED = load_file(Path(__file__).parent / "data" / "parity_landmarks.safetensors")
+PUBLISHED = load_file(Path(__file__).parents[1] / "data" / "parity_landmarks.safetensors")
 
 
 @pytest.fixture(scope="module")

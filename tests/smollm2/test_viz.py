@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chromium import browser, opened
-from test_viz_browser import numbers, print_weight, wait_for_heads
+from chromium import browser, numbers, opened, print_weight, wait_for_heads
 
 import tlcoupling as tlc
 

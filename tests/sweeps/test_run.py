@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweeps import contents_apart_from_times, needs_folders, plan_of, save_model, words
+from small_sweeps import contents_apart_from_times, needs_folders, plan_of, save_model, words
 from typer.testing import CliRunner
 
 import tlcoupling as tlc
@@ -25,7 +25,7 @@ from tlcoupling.errors import ArgumentError, ModelLoadError, ResultFileError, St
 from tlcoupling.sweeps.run import measure_group
 from tlcoupling.sweeps.source import Source
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

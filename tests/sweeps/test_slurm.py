@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweeps import contents_apart_from_times, needs_folders, plan_of, save_model
+from small_sweeps import contents_apart_from_times, needs_folders, plan_of, save_model
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 CLUSTER = HERE / "slurm_cluster.sh"
 CELLS = 25  # of each model: several seconds, so that a signal comes in the middle of them
 

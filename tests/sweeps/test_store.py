@@ -3,83 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from cases import CASES, TOKENS
-from sweeps import contents_apart_from_times
+from small_sweeps import contents_apart_from_times
+from sweep_cells import cell_of, measured
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
-from tlcoupling.results.atomic import remove_abandoned, replacing
-from tlcoupling.sweeps import cells
-from tlcoupling.sweeps.cells import Cell, ModelFacts, Settings
-from tlcoupling.sweeps.table import COLUMNS, rows, to_arrow
-
-SETTINGS = Settings(k=(2, 0.25), tokens=(0, -1))  # of an even number of tokens, a median is the mean of the middle two
-
-
-def cell_of(prompt: tuple[int, ...] = tuple(TOKENS.tolist()), **more) -> Cell:
-    return Cell(model="tiny", prompt=prompt, settings=SETTINGS, **more)
-
-
-def measured(cell: Cell) -> tuple[tlc.Analysis, ModelFacts]:
-    model = CASES[0].model(torch.float32)
-    return tlc.analyze(model, list(cell.prompt), attention=False, **SETTINGS.arguments()), ModelFacts.of(model)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> tlc.SweepStore:
-    return tlc.SweepStore(tmp_path / "store", create=True)
-
-
-def test_a_key_is_of_the_contents():
-    cell = cell_of()
-    assert cell.key == cell_of().key == Cell.from_json(json.loads(json.dumps(cell.to_json()))).key
-    others = [
-        cell_of((1, 2)),
-        cell_of(revision="step1"),
-        cell_of(step=1),
-        cell_of(weights="0"),
-        cell_of(load={"dtype": "float64"}),
-        cell_of(random_seed=0),
-        dataclasses.replace(cell, settings=Settings.of(k=2)),
-        dataclasses.replace(cell, model="other"),
-        dataclasses.replace(cell, prompt="7 23"),
-    ]
-    assert len({cell.key, *(other.key for other in others)}) == 1 + len(others)
-    assert Settings.of(k=[2, 0.25], tokens=[0, -1]) == SETTINGS
-    assert Settings.of(k=10, tokens=-1, sublayers="mlp") == Settings(sublayers=("mlp",))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"k": 0},
-        {"k": []},
-        {"k": 1.5},
-        {"tokens": "last"},
-        {"tokens": []},
-        {"sublayers": ["head"]},
-        {"normalizer": "max"},
-        {"engine": "magic"},
-        {"absolute": 1},
-        {"prepend_bos": "yes"},
-    ],
-)
-def test_settings_that_no_model_takes_are_refused(wrong, unchecked):
-    (name,) = wrong
-    with pytest.raises(ArgumentError, match=f"^{name}="):
-        Settings.of(**wrong)
+from tlcoupling.errors import ResultFileError, StoreError
 
 
 def test_what_is_saved_comes_back(store: tlc.SweepStore):
@@ -129,71 +63,6 @@ def test_a_lost_end_is_no_result(store: tlc.SweepStore):
     table = store.table()
     assert table["status"].tolist() == ["damaged"]
     assert path.name in table["error"].item()
-
-
-def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path: Path):
-    import pyarrow.parquet as pq
-
-    cell, lost = cell_of(revision="step7", step=7), cell_of((1, 2))
-    analysis, facts = measured(cell)
-    store.save(cell, analysis, facts)
-    store.fail(lost, RuntimeError("lost"))
-    path = store.write_table(tmp_path / "out" / "table.parquet")
-    schema = pq.read_schema(path)
-    assert schema.names == list(COLUMNS)
-    assert all(schema.field(name).metadata[b"description"].decode() == text for name, (_, text) in COLUMNS.items())
-    table = store.table()
-    assert pq.read_table(path).to_pylist() == to_arrow(rows(store)).to_pylist()
-    assert table.columns.tolist() == list(COLUMNS)
-    assert len(table) == 6 + 1
-    row = table.query("sublayer == 'mlp' and k_asked == '0.25'").iloc[0]
-    coupling = analysis.coupling
-    j, k = 1, coupling.ks[1]
-    assert (row["k"], row["step"], row["n_tokens"], row["n_measured"]) == (k, 7, 7, 2)
-    assert row["n_params"] == facts.n_params and row["d_model"] == coupling.overlap_null.reciprocal()[0] * 2
-    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
-    for column, name in (
-        ("coupling", "values"),
-        ("null", "null"),
-        ("null_std", "null_std"),
-        ("overlap_u", "overlap_u"),
-    ):
-        matrix = getattr(coupling, name)[2, :, j].double()
-        expected = sum(matrix[:, a, b].sum() for a, b in pairs) / (2 * len(pairs))
-        assert row[column] == pytest.approx(float(expected), rel=1e-6)
-    assert row["excess"] == pytest.approx(row["coupling"] - row["null"])
-    assert row["lss"] == pytest.approx(float(analysis.linearity.path("mlp")[[0, -1]].mean()))
-    distances = analysis.growth.expodistance[[0, -1]].double().numpy()
-    assert row["ed"] == pytest.approx(np.median(distances)) and row["cv"] == pytest.approx(np.median(distances**0.5))
-    assert distances.min() < 0.99 * row["ed"]
-    failed = table.query("status == 'failed'").iloc[0]
-    assert failed["error"] == "RuntimeError: lost" and failed["key"] == lost.key
-    assert json.loads(failed["prompt"]) == [1, 2]
-
-
-def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepStore, monkeypatch: pytest.MonkeyPatch):
-    """Cells that differ in these alone are rows that differ, and no mean is taken over them."""
-    analysis, facts = measured(cell_of())
-    for weights, dtype in (("a", None), ("b", None), ("b", "bfloat16")):
-        store.save(cell_of(weights=weights, load={"dtype": dtype}), analysis, facts)
-    table = store.table()
-    assert set(zip(table["weights"], table["load"], strict=True)) == {
-        ("a", '{"dtype": null}'), ("b", '{"dtype": null}'), ("b", '{"dtype": "bfloat16"}')
-    }  # fmt: skip
-    with pytest.raises(ArgumentError, match="table='2 different weights of tiny'"):
-        tlc.correlate(table, {"tiny": 1.0})
-    with pytest.raises(ArgumentError, match="table='2 different load of tiny'"):
-        tlc.correlate(table[table["weights"] == "b"], {"tiny": 1.0})
-    import pandas as pd
-
-    once = table[table["weights"] == "a"]
-    with pytest.raises(ArgumentError, match="table='6 rows twice, such as tiny'"):
-        tlc.correlate(pd.concat([once, once]), {"tiny": 1.0})
-
-    monkeypatch.setattr(cells, "MEASUREMENT", 0)
-    outdated = store.table()
-    assert set(outdated["status"]) == {"outdated"} and set(outdated["key"]) == store.keys()
-    assert outdated["coupling"].isna().all() and set(outdated["weights"]) == {"a", "b"}
 
 
 def test_stores_are_joined(tmp_path: Path):
@@ -261,38 +130,3 @@ def test_no_store_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be written to"):
         tlc.SweepStore(tmp_path / "file", create=True)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
-        partial.write_text("new, but not all of it")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as partial:
-        partial.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_only_what_dead_processes_left_is_removed(tmp_path: Path):
-    script = (
-        "import sys, os, pathlib\nfrom tlcoupling.results.atomic import replacing\n"
-        "with replacing(pathlib.Path(sys.argv[1])) as partial:\n    partial.write_text('half'); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")]).returncode == 9
-    (left,) = tmp_path.iterdir()
-    elsewhere = tmp_path / left.name.replace("@", "@elsewhere.")
-    elsewhere.write_text("another host's")
-    hour = time.time() - 3700
-    with replacing(tmp_path / "mine") as partial:
-        for path in (partial, elsewhere):
-            os.utime(path, (hour, hour))
-        assert remove_abandoned(tmp_path) == 0, "a container of this host's name may still write what is new"
-        os.utime(left, (hour, hour))
-        assert remove_abandoned(tmp_path) == 1
-        assert set(tmp_path.iterdir()) == {partial, elsewhere}
-    os.utime(elsewhere, (hour - 24 * 3600, hour - 24 * 3600))
-    assert remove_abandoned(tmp_path) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.trajectory.growth import expodistance
 from tlcoupling.trajectory.linearity import line_shape_score
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -36,15 +35,6 @@ def test_random_directions_score_the_root_of_their_number():
     scores = line_shape_score(torch.randn(200, 100, 5000))
     # E || sum of n unit vectors ||^2 = n, up to a relative spread of 1 / sqrt(2 d)
     assert abs(scores.mean() - math.sqrt(100)) < 0.1
-
-
-@settings(max_examples=50, deadline=None)
-@given(rate=st.floats(0.01, 3.0), n=st.integers(2, 40), scale=st.floats(0.1, 10.0))
-def test_expodistance_of_exponential_growth_is_zero(rate: float, n: int, scale: float):
-    alpha = torch.full((n, 1), rate, dtype=torch.float64)
-    assert expodistance(alpha) < 1e-20
-    uneven = alpha + torch.linspace(-rate / 2, rate / 2, n, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(expodistance(scale * uneven), expodistance(uneven))
 
 
 @each_case

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from analyses import HOSTILE_TOKENS, make_analysis
+from analyses import HOSTILE_TOKENS, every_widget, make_analysis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlcoupling import Analysis, viz
+from tlcoupling import viz
 from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
@@ -48,15 +48,6 @@ def bundles(page: str) -> int:
 def elements_of(page: str) -> str:
     """The page without what its scripts and styles hold."""
     return re.sub(r"(<(script|style)[^>]*>).*?(</\2>)", r"\1\3", page, flags=re.S)
-
-
-def every_widget(analysis: Analysis) -> dict[str, viz.Widget]:
-    return {
-        "attention_and_coupling": viz.attention_and_coupling(analysis, 1),
-        "depth_coupling": viz.depth_coupling(analysis),
-        "tokens": viz.tokens(analysis),
-        "dashboard": viz.dashboard(analysis),
-    }
 
 
 def test_a_page_carries_the_circuitsvis_bundle_once_where_it_shows_attention() -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from analyses import HOSTILE_TOKENS, make_analysis
+from analyses import HOSTILE_TOKENS, every_widget, make_analysis
 from cases import _huggingface as bridge
-from chromium import browser, opened
+from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
-from test_viz import every_widget
 
 from tlcoupling import Analysis, analyze, viz
 from tlcoupling.viz.panes import ATTENTION_CELLS
@@ -22,12 +21,6 @@ pytestmark = pytest.mark.slow
 
 NAN = float("nan")
 SHOWN_HOSTILE = ("<bos>", "</script><script>window.x=1</script>", "&lt;", "🦜", "שלום", '"><b>[red]', "\\u{202e}evil")
-
-
-def numbers(text: str) -> list[float]:
-    """The decimal numbers of a text, in order."""
-    words = text.replace("−", "-").replace(",", " ").replace(";", " ").split()
-    return [float(word) for word in words if word.lstrip("-").replace(".", "", 1).isdigit() and "." in word]
 
 
 def head_pixel(page: Any, head: int, dest: int, src: int, n_tokens: int) -> list[int]:
@@ -45,17 +38,6 @@ def cell(pane: Any, row: int, column: int, n: int) -> dict[str, Any]:
     """Where in a heat map a cell is, as Playwright's pointer wants it."""
     box = pane.bounding_box()
     return {"position": {"x": box["width"] * (column + 0.5) / n, "y": box["height"] * (row + 0.5) / n}}
-
-
-def wait_for_heads(page: Any, count: int) -> None:
-    """Until circuitsvis has drawn its heads and the zoomed one, none of them blank."""
-    page.wait_for_function(
-        "count => { const canvases = [...document.querySelectorAll('.circuitsvis canvas')];"
-        "const copy = document.createElement('canvas').getContext('2d', { willReadFrequently: true });"
-        "return canvases.length === count + 1 && canvases.every(c => { copy.drawImage(c, 0, 0, 100, 100);"
-        "return c.width && copy.getImageData(0, 0, 100, 100).data.some(x => x > 0 && x < 255); }); }",
-        arg=count,
-    )
 
 
 @pytest.fixture
@@ -317,8 +299,3 @@ def test_everything_of_smollm2s_shape_is_under_3_mb(browser: Any, tmp_path: Path
         wait_for_heads(page, 9)
         print_weight("everything of SmolLM2's shape", path, page)
         assert not page.inner_text("#pairs [data-part=cut]")
-
-
-def print_weight(name: str, path: Path, page: Any) -> None:
-    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000")
-    print(f"{name}: {path.stat().st_size / 1e6:.2f} MB, first paint {paint:.2f} s")

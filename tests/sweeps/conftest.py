@@ -1,0 +1,14 @@
+"""What the tests of sweeps share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tlcoupling as tlc
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> tlc.SweepStore:
+    return tlc.SweepStore(tmp_path / "store", create=True)
