@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, and how it refuses."""
+"""``tlcoupling report``: what it prints and writes, and how it refuses."""
 
 from __future__ import annotations
 

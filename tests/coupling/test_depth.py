@@ -1,4 +1,4 @@
-"""Coupling: the metric's formulas, its null, and depth-wise coupling of small models against a plain computation."""
+"""Depth-wise coupling of small models, against a plain computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads: their coupling, whose directions they serve, and their part in each step."""
+"""Head coupling of small models, against a plain computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interventions: projections as hooks, a control with the same share, and what they do to the loss."""
+"""Interventions: projections as hooks, and a control with the same share."""
 
 from __future__ import annotations
 

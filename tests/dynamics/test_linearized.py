@@ -1,4 +1,4 @@
-"""The dynamical view: linearised trajectories against real ones, singular values along depth, components."""
+"""Linearised trajectories against real ones, and the derivative of the hooked model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""load_model and the errors: what loads, what it loads as, and what is said when it cannot."""
+"""load_model: what loads, what it loads as, and what is said when it cannot."""
 
 import importlib.metadata
 import importlib.util

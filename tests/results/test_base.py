@@ -1,4 +1,4 @@
-"""Results: tables, files and provenance."""
+"""Results: tables, xarray and provenance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements against scores: known values, what holding something fixed leaves, and tables that do not fit."""
+"""Measurements against scores: known values, and what holding something fixed leaves."""
 
 from __future__ import annotations
 

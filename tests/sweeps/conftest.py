@@ -1,4 +1,4 @@
-"""What the tests of sweeps share."""
+"""An empty store, for the tests of sweeps."""
 
 from __future__ import annotations
 

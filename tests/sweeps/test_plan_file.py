@@ -1,4 +1,4 @@
-"""Plans: what they mean, what they refuse and how they say so, and what they would cost."""
+"""Plans: what they mean, what they refuse and how they say so."""
 
 from __future__ import annotations
 

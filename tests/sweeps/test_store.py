@@ -1,4 +1,4 @@
-"""The store of a sweep: what is kept of a cell, how stores are joined, and what the table says."""
+"""The store of a sweep: what is kept of a cell, and how stores are joined."""
 
 from __future__ import annotations
 

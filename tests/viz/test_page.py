@@ -1,4 +1,4 @@
-"""The report and the widgets: whole without a network, and safe whatever a token holds."""
+"""The report page: whole without a network, and safe whatever a token holds."""
 
 from __future__ import annotations
 
