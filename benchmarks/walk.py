@@ -2,8 +2,8 @@
 
     python benchmarks/walk.py
 
-Profiles one call on a small random model, with its trace. A module is listed at its first entry from outside its folder,
-with every module outside the folder that enters it. ``docs/design.md`` shows the output.
+Profiles one call on a small random model, with its trace. Lists each module at its first entry from outside its folder,
+with all modules outside the folder that enter it. ``docs/design.md`` shows the output.
 """
 
 from __future__ import annotations
