@@ -1,4 +1,4 @@
-"""The Python blocks of the pages are run as tests, each page in one namespace."""
+"""Run the Python blocks of the pages as tests, each page in one namespace."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import tlcoupling as tlc
 
-load_model = functools.cache(tlc.load_model)  # every page loads the same one
+load_model = functools.cache(tlc.load_model)  # all pages share one model
 
 
 def setup(namespace: dict[str, Any]) -> None:
-    """Let files be written where none stay, and load a model once for all pages."""
+    """Change to a temporary folder, and share one model between all pages."""
     namespace["_directory"], namespace["_home"] = tempfile.TemporaryDirectory(), os.getcwd()
     os.chdir(namespace["_directory"].name)
     tlc.load_model = load_model
 
 
 def teardown(namespace: dict[str, Any]) -> None:
-    """Undo what the set-up did."""
+    """Undo the set-up."""
     os.chdir(namespace["_home"])
     namespace["_directory"].cleanup()
     tlc.load_model = load_model.__wrapped__

@@ -63,9 +63,11 @@ def print_forecast(forecast: Forecast) -> None:
         "Prompt lengths are estimated from their characters."
     )
     if some:
+        missing = len(forecast.groups) - len(forecast.known)
         console.print(
-            f"?: {len(forecast.groups) - len(forecast.known)} of {len(forecast.groups)} models are not on "
-            f"this machine,\nsuch as {some}. Give their shape in the plan:\nshape = {{n_layers = 32, d_model = 4096, n_heads = 32}}",
+            f"?: {missing} of {len(forecast.groups)} models are not on this machine,\n"
+            f"such as {some}. Give their shape in the plan:\n"
+            "shape = {n_layers = 32, d_model = 4096, n_heads = 32}",
             markup=False,
         )
 
