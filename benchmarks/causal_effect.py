@@ -49,8 +49,8 @@ def main() -> None:
         console.print(
             f"{sublayer}: effect {result.effect.mean():+.4f}, control {overall.mean():+.4f} (sd of "
             f"{len(overall)} draws {overall.std():.4f}), mean loss {result.loss.mean():.4f} nats; the effect "
-            f"exceeds the control's mean in {int((result.excess > 0).sum())} of {result.excess.numel()} cases and is below it in "
-            f"{int((result.excess < 0).sum())}; {result.provenance.seconds:.0f} s"
+            f"exceeds the control's mean in {int((result.excess > 0).sum())} of {result.excess.numel()} cases and is "
+            f"below it in {int((result.excess < 0).sum())}; {result.provenance.seconds:.0f} s"
         )
 
 
