@@ -221,7 +221,7 @@ def test_layers_that_are_chosen_keep_their_distance():
     axes = figures.coupling_by_distance(even).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xdata(), [10, 20, 30])
     assert axes.get_xlabel() == "layers apart"
-    assert figures.coupling_by_distance(uneven).axes[0].get_xlabel() == "places apart among the layers measured"
+    assert figures.coupling_by_distance(uneven).axes[0].get_xlabel() == "distance in the list of measured layers"
     ticks = [text.get_text() for text in figures.depth_coupling(uneven).axes[0].get_xticklabels()]
     assert ticks == ["0", "1", "7", "30"]
 
@@ -515,7 +515,7 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path):
         (lambda a: figures.projected_jacobians(projected_by_hand(2), sublayer="mlp"), "sublayer='mlp'"),
         (lambda a: figures.distributions({}), "one analysis or more"),
         (lambda a: figures.distributions({"a": a}, path="head"), "path='head'"),
-        (lambda a: figures.training(monitored().drop(columns="step")), "one with columns step too"),
+        (lambda a: figures.training(monitored().drop(columns="step")), "one that also has the columns step"),
         (lambda a: figures.training(pd.concat([monitored(), monitored("n")])), r"table=\['m', 'n'\]"),
         (
             lambda a: figures.training(pd.concat([monitored().assign(settings=name) for name in "ab"])),

@@ -1,4 +1,4 @@
-"""Names beside points, where they cover neither each other nor the points."""
+"""Write names beside points without covering other names or points."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.transforms import Bbox
 
 from tlcoupling.viz.figures.style import NULL
 
-_GAP = 4.0  # points between a mark and its name
+_GAP = 4.0  # distance between a mark and its name, in typographic points
 _SHARE = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
 _LEADER = {"arrowstyle": "-", "linewidth": 0.4, "color": NULL, "shrinkA": 0}
-_REACH = (1.0, 2.5, 4.5)  # how far a name may lie, in gaps; a thin line leads to one that is not beside its point
-# where a name may lie: offsets in gaps, and which side of the name lies there
+_REACH = (1.0, 2.5, 4.5)  # possible distances of a name in gaps; beyond the first, a thin line joins it to its point
+# possible positions of a name: offset in gaps, and the alignment of the name there
 _SIDES = [
     ((1, 0), "left", "center"),
     ((-1, 0), "right", "center"),
@@ -30,7 +30,7 @@ _SIDES = [
 ]
 
 
-def write_beside(
+def label_points(
     figure: Figure,
     axes: Axes,
     points: np.ndarray,
@@ -40,18 +40,18 @@ def write_beside(
 ) -> int:
     """Write a name beside each point that has room for one, earlier points first.
 
-    Call it when the figure is settled: the room is that of the final layout.
+    Call it after ``settle``, because it needs the final layout.
 
     Args:
         figure: the figure.
-        axes: where the points are.
-        points: their places in the data's units, ``[n, 2]``.
-        texts: their names, as ``label`` gives them; an empty one is not written.
-        size: of the type.
-        avoid: further places that no name may cover, ``[m, 2]``.
+        axes: the axes of the points.
+        points: positions in data units, ``[n, 2]``.
+        texts: the names, as ``label`` returns them; empty names are skipped.
+        size: font size in typographic points.
+        avoid: further positions that no name may cover, in data units, ``[m, 2]``.
 
     Returns:
-        How many were written.
+        The number of names written.
     """
     canvas = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
     within = axes.get_window_extent(canvas)
@@ -91,7 +91,7 @@ def write_beside(
 
 
 def _extent(axes: Axes, text: str, size: float, canvas: Any) -> tuple[float, float]:
-    """Width and height of a text in pixels."""
+    """Return the width and height of a text in pixels."""
     probe = axes.text(0, 0, text, fontsize=size)
     box = probe.get_window_extent(canvas)
     probe.remove()
