@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CLIMBS, CIRCLE = "A folder uses those below it BROKEN", "No circles between modules BROKEN"
 
 
 def linted(folder: Path) -> subprocess.CompletedProcess[str]:
