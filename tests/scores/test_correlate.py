@@ -17,14 +17,14 @@ from score_tables import QUICK, models
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
-from tlcoupling.scores.tables import family_of, published
+from tlcoupling.scores.tables import family_of, published_points
 
 RNG = np.random.default_rng(0)
 
 
 def test_the_published_points_give_the_figures_r_squared_and_what_width_explains():
     found = tlc.correlate(**QUICK)
-    table = published()
+    table = published_points()
     line = scipy.stats.linregress(table["coupling"], table["score"])
     coupling = found.of("coupling")
     assert found.models == tuple(table["model"]) and coupling["n"] == 28
