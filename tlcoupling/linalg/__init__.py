@@ -1,6 +1,6 @@
-"""Linear algebra that knows no transformer.
+"""Linear algebra without transformers.
 
-``operator`` is a linear map known by its products, and ``maps`` the small maps that compose under it. ``svd`` finds the
-top singular triplets (``triplets``) of any operator: it chooses between ``dense``, which decomposes the matrix, and
-``krylov``, which needs only products, by cost, and checks what it returns; ``stack`` decomposes several at once.
+``operator`` is a linear map defined by its products, and ``maps`` are the small maps that compose into it. ``svd``
+computes the top singular triplets (``triplets``) of any operator and checks them. It takes the cheaper of ``dense``,
+which decomposes the matrix, and ``krylov``, which needs only products. ``stack`` multiplies several operators at once.
 """

@@ -21,15 +21,15 @@ FORMAT = "tlcoupling-3"
 
 
 def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
-    """What ``Result.save`` does, with a note in the header that ``read_note`` gives back.
+    """Write a result as ``Result.save`` does, with a note in the header for ``read_note``.
 
-    Equal results with equal notes give equal bytes: the header is a single entry, since safetensors orders several
-    anew in each process.
+    Equal results with equal notes give equal bytes. The header is a single entry because safetensors orders several
+    entries differently in each process.
 
     Args:
         result: the result.
         path: the file to write; its folder must exist.
-        note: what else is known of the result, of JSON's types.
+        note: extra JSON-serialisable data about the result.
 
     Raises:
         ResultFileError: the file cannot be written; the message says why.
@@ -39,25 +39,25 @@ def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | Non
     if note is not None:
         header["note"] = note
     try:
-        with replacing(path) as partial:
-            # save_file puts a file of its own beside this one first, which a kill would leave under a name of its own
-            partial.write_bytes(save(tensors, {FORMAT: json.dumps(header)}))
+        with replacing(path) as temporary:
+            # not save_file: it writes a temporary file of its own, which remove_abandoned would not recognise
+            temporary.write_bytes(save(tensors, {FORMAT: json.dumps(header)}))
     except (OSError, SafetensorError) as error:
         raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
     return path
 
 
 def load(path: str | Path) -> Any:
-    """Read a result that ``save`` wrote, of whatever kind it is.
+    """Read a result of any kind that ``save`` wrote.
 
     Raises:
-        ResultFileError: no such file, a damaged file, or a file that is no tlcoupling result.
+        ResultFileError: no such file, a damaged file, or not a tlcoupling result.
     """
     return read_result(path)[0]
 
 
 def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
-    """A result and the note that was written with it.
+    """Read a result and the note that was written with it.
 
     Raises:
         ResultFileError: as ``load``.
@@ -68,7 +68,7 @@ def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
 
 
 def read_note(path: str | Path) -> Mapping[str, Any]:
-    """The note of a result file; no tensor is read, but a file that has lost its end is found.
+    """Read the note of a result file without its tensors. A truncated file is still detected.
 
     Raises:
         ResultFileError: as ``load``.
@@ -79,7 +79,7 @@ def read_note(path: str | Path) -> Mapping[str, Any]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A result file and its header; what goes wrong with them is a ``ResultFileError``."""
+    """Open a result file and read its header; any failure becomes a ``ResultFileError``."""
     path = Path(path)
     if not path.is_file():
         raise ResultFileError(f"no result file at {str(path)!r}")
@@ -88,18 +88,18 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
                 raise ResultFileError(
-                    f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
+                    f"{str(path)!r} is a safetensors file, but not a result of this version of tlcoupling "
                     f"(its header lacks {FORMAT!r})"
                 )
             yield file, json.loads(metadata[FORMAT])
     except (SafetensorError, OSError) as error:
-        raise ResultFileError(f"{str(path)!r} is damaged or is no safetensors file: {error}") from error
+        raise ResultFileError(f"{str(path)!r} is damaged or is not a safetensors file: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
 
 
 def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a result into tensors and a JSON header; results inside it are flattened under their field's name."""
+    """Split a result into tensors and a JSON header. Nested results are flattened with their field's name as prefix."""
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"kind": type(result).__name__, "plain": {}, "nested": {}}
     for spec in fields(result):
@@ -130,5 +130,5 @@ def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists back to the tuples that results hold."""
+    """Convert JSON's lists back to the tuples that results hold."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
