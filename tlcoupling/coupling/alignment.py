@@ -94,10 +94,10 @@ def head_alignment(
 ) -> HeadAlignment:
     r"""Measure which heads write along a block's top left singular vectors, and read along its top right ones.
 
-    writes = ||U_K^T J_h||_F^2 / ||J_h||_F^2 and reads = ||J_h V_K||_F^2 / ||J_h||_F^2. U_K and V_K belong to the Jacobian
-    of the block (or of one of its sublayers), J_h to head h's share of a^l, all at one token. Random directions give
-    K / d on average for any J_h, with an exact variance (``projector_moments``). A head is part of its block, so a head
-    with a large share of the block aligns with it even in a random model.
+    writes = ||U_K^T J_h||_F^2 / ||J_h||_F^2 and reads = ||J_h V_K||_F^2 / ||J_h||_F^2. U_K and V_K belong to the
+    Jacobian of the block (or of one of its sublayers), J_h to head h's share of a^l, all at one token. Random
+    directions give K / d on average for any J_h, with an exact variance (``projector_moments``). A head is part of its
+    block, so a head with a large share of the block aligns with it even in a random model.
 
     Args:
         trace: a trace of the model.
