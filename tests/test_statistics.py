@@ -220,7 +220,7 @@ def test_a_result_survives_a_file_and_shows_its_models(tmp_path: Path):
         ({"scores": pd.DataFrame({"name": ["m0"], "score": [1]})}, "a column 'model'"),
         ({"scores": pd.DataFrame({"model": ["m0"], "mmlu": [1], "arc": [2]})}, "one of mmlu, arc"),
         ({"scores": pd.DataFrame({"model": ["m0"], "mmlu": [1]}), "score": "mmul"}, "nearest: 'mmlu'"),
-        ({"scores": None}, "where the table has no column 'score'"),
+        ({"scores": None}, "if the table has no column 'score'"),
         ({"scores": "nowhere.csv"}, "nowhere.csv.*can be read"),
         ({"table": pd.DataFrame({"name": [1]})}, "table.*a column 'model'"),
         ({"table": 5}, "table=5"),

@@ -256,7 +256,7 @@ def test_stores_of_two_machines_may_differ_by_rounding_and_versions(
 
 
 def test_no_store_is_an_error(tmp_path: Path):
-    with pytest.raises(StoreError, match="no store of sweep results"):
+    with pytest.raises(StoreError, match="not a store of sweep results"):
         tlc.SweepStore(tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be written to"):
