@@ -120,13 +120,13 @@ def head_alignment(
     options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
-    jacobians = JacobianEngine(trace, engine, (pos,))
+    jacobians, cfg = JacobianEngine(trace, engine, (pos,)), trace.model.cfg
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
         top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets
         heads = [
-            _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, _d_head(trace))
-            for head in range(trace.model.cfg.n_heads)
+            _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, cfg.d_head)
+            for head in range(cfg.n_heads)
         ]
         for name, values in fields.items():
             values.append(torch.stack([head[name] for head in heads], dim=-1).cpu())
@@ -148,10 +148,6 @@ def head_alignment(
         ks=options.k,
         layers=chosen,
     )
-
-
-def _d_head(trace: Trace) -> int:
-    return int(trace.model.cfg.d_head)
 
 
 def _aligned(

@@ -66,7 +66,7 @@ def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs:
             "a TransformerBridge"
         )
     hooked = loads_hooked(folder is not None, hooked)
-    model_class = _require_hooked(name) if hooked else _require_bridge(name)
+    model_class = _model_class(name, hooked)
     if name == smollm2.NAME:
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(model_class, **kwargs)
     load = model_class.from_pretrained if hooked else model_class.boot_transformers
@@ -119,24 +119,17 @@ def _hooked_transformer() -> Any | None:
     return HookedTransformer
 
 
-def _require_bridge(name: str) -> Any:
-    """Return ``TransformerBridge``, or raise an error that names the versions with it."""
-    bridge = _transformer_bridge()
-    if bridge is None:
-        raise _lacks(name, "TransformerBridge", "which transformer-lens has from 3.0 on", ">=3,<5")
-    return bridge
-
-
-def _require_hooked(name: str) -> Any:
-    """Return ``HookedTransformer``, or raise an error that names the versions with it."""
-    hooked_transformer = _hooked_transformer()
-    if hooked_transformer is None:
-        raise _lacks(name, "HookedTransformer", "which transformer-lens has up to 3.x", ">=2.16,<4")
-    return hooked_transformer
-
-
-def _lacks(name: str, model_class: str, where: str, versions: str) -> ModelLoadError:
-    return ModelLoadError(
-        f"name={name!r} needs {model_class}, {where}; installed is {version('transformer-lens')}: "
-        f"pip install 'transformer-lens{versions}'"
-    )
+def _model_class(name: str, hooked: bool) -> Any:
+    """Return the TransformerLens class to load with, or raise an error that names the versions with it."""
+    model_class = _hooked_transformer() if hooked else _transformer_bridge()
+    if model_class is None:
+        needed, versions = (
+            ("HookedTransformer, which transformer-lens has up to 3.x", ">=2.16,<4")
+            if hooked
+            else ("TransformerBridge, which transformer-lens has from 3.0 on", ">=3,<5")
+        )
+        raise ModelLoadError(
+            f"name={name!r} needs {needed}; installed is {version('transformer-lens')}: "
+            f"pip install 'transformer-lens{versions}'"
+        )
+    return model_class

@@ -121,7 +121,7 @@ def join(table: Frame, scores: Any | None, score: str | None, missing: Missing) 
     columns = {**{str(name): matched[name] for name in matched.columns if name not in taken}, **shape}
     predictors = {name: column.to_numpy(float, na_value=np.nan) for name, column in columns.items()}
     return Joined(
-        models=tuple("@".join(str(part) for part in row) for row in matched[which].itertuples(index=False)),
+        models=tuple(_names(matched[which])),
         families=tuple(map(str, families)),
         scores=matched["score"].to_numpy(float),
         predictors={name: values for name, values in predictors.items() if np.isfinite(values).any()},
@@ -180,10 +180,8 @@ def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
     if rows.empty:
         raise ArgumentError("table", f"{len(table)} rows", "measurements of trained models; there is none")
     _require_comparable(rows, which)
-    columns, nulls = (
-        [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False, sort=False).first()],
-        {},
-    )
+    of_models = [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
+    columns, nulls = [rows[[*which, *of_models]].groupby(which, dropna=False, sort=False).first()], {}
     for labels, part in _parts(rows):
         grouped = part.groupby(which, dropna=False, sort=False)
         for quantity in OF_COUPLING:
@@ -206,10 +204,6 @@ def _parts(rows: Frame) -> list[tuple[list[str], Frame]]:
     if not by:
         return [([], rows)]
     return [([key[0], *(f"K={k}" for k in key[1:])], part) for key, part in rows.groupby(by, sort=False)]
-
-
-def _of_models(rows: Frame) -> list[str]:
-    return [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
 
 
 def _require_comparable(rows: Frame, which: list[str]) -> None:
@@ -239,13 +233,12 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
     Raises:
         ArgumentError: a model without a score, if ``missing`` is ``"error"``; fewer than three models with a score.
     """
-    family = [name for name in ("family",) if name in measured.columns and name in scored.columns]
+    family = ["family"] if "family" in measured.columns and "family" in scored.columns else []
     merged = measured.drop(columns=family).merge(scored, on=which, how="left", indicator=True)
     unknown = merged["_merge"] == "left_only"
-    names = ["@".join(map(str, row)) for row in merged.loc[unknown, which].itertuples(index=False)]
-    known = ["@".join(map(str, row)) for row in scored[which].itertuples(index=False)]
+    names, known = _names(merged.loc[unknown, which]), _names(scored[which])
     if names and missing == "error":
-        taken = {"@".join(map(str, row)) for row in measured[which].itertuples(index=False)}
+        taken = _names(measured[which])
         free = [name for name in known if name not in taken]  # a name that is measured itself is not a misspelling
         shown = "; ".join(f"{name!r}{_nearest(name, free)}" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -257,10 +250,8 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
         )
     blank = ~unknown & ~np.isfinite(merged["score"])
     if blank.any():
-        which_blank = ", ".join("@".join(map(str, row)) for row in merged.loc[blank, which].itertuples(index=False))
-        warnings.warn(
-            f"{int(blank.sum())} models have no number as a score and are left out: {which_blank}", stacklevel=2
-        )
+        left_out = ", ".join(_names(merged.loc[blank, which]))
+        warnings.warn(f"{int(blank.sum())} models have no number as a score and are left out: {left_out}", stacklevel=2)
     kept = merged[~unknown & ~blank].drop(columns="_merge")
     if len(kept) < 3:
         raise ArgumentError(
@@ -269,6 +260,11 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
     if kept["score"].nunique() == 1:
         raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; this one is every model's")
     return kept
+
+
+def _names(models: Frame) -> list[str]:
+    """Return one name per row of the columns that identify a model, such as ``gpt2@step100``."""
+    return ["@".join(map(str, row)) for row in models.itertuples(index=False)]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,13 +32,9 @@ def process_pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_limit_threads,
+        initializer=torch.set_num_threads,
         initargs=(threads,),
     )
-
-
-def _limit_threads(threads: int) -> None:
-    torch.set_num_threads(threads)
 
 
 def check_resources(resources: Mapping[str, Any]) -> None:
@@ -158,11 +153,10 @@ class SlurmExecutor(Executor):
         """Queue a call. It is submitted together with calls that follow within a moment."""
         future: Future = Future()
         resources = {**self._resources, **(getattr(args[0], "resources", {}) if args else {})}
-        call = partial(_submit, Requeued(fn), args, kwargs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            self._waiting.append((future, call, resources))
+            self._waiting.append((future, lambda array: array.submit(Requeued(fn), *args, **kwargs), resources))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="slurm-jobs", daemon=True)
                 self._thread.start()
@@ -243,10 +237,6 @@ class _Job:
 
     job: Any
     last_seen: float = field(default_factory=time.monotonic)
-
-
-def _submit(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], array: Any) -> Any:
-    return array.submit(function, *args, **kwargs)
 
 
 def _settle_by(future: Future, job: Any) -> None:
