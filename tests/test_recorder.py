@@ -107,7 +107,7 @@ def test_reading_before_a_whole_run_is_an_error():
     with pytest.raises(KeyboardInterrupt):
         model.run_with_hooks(TOKENS[None], fwd_hooks=hooks)
     for read in (recorder.linearity, recorder.growth):
-        with pytest.raises(MissingHookError, match="broken off in block 1"):
+        with pytest.raises(MissingHookError, match="stopped in block 1"):
             read()
 
 

@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_an_error_that_names_it(changes: dict, message: str
 def test_a_score_that_is_no_number_is_left_out_with_a_warning():
     table = models(8)
     scores = dict(zip(table["model"], table["score"], strict=True)) | {table["model"][2]: np.nan}
-    with pytest.warns(UserWarning, match=f"1 models have no number.*{table['model'][2]}"):
+    with pytest.warns(UserWarning, match=f"1 models have no numeric score.*{table['model'][2]}"):
         found = tlc.correlate(table, scores, **QUICK)
     rest = table.drop(index=2)
     assert found.of("coupling")["r"] == pytest.approx(scipy.stats.pearsonr(rest["coupling"], rest["score"])[0])
@@ -255,13 +255,13 @@ def test_what_is_not_known_of_every_model_explains_nothing():
     """A width or a null that is blank makes no group of its own, and no error of an argument that nobody gave."""
     table = models(8).astype({"d_model": float})
     table.loc[[1, 4], "d_model"] = np.nan
-    with pytest.warns(UserWarning, match="width is not known of every model that has coupling"):
+    with pytest.warns(UserWarning, match="width is unknown for some models with coupling"):
         found = tlc.correlate(table, **QUICK)
     assert np.isnan(found.of("coupling")["by_width"]) and np.isnan(found.of("coupling")["partial given same width"])
     assert found.of("width")["by_width"] == 1.0 and not np.isnan(found.of("coupling")["by_null"])
     table = models(8)
     table.loc[2, "null"] = np.nan
-    with pytest.warns(UserWarning, match="null is not known of every model that has coupling"):
+    with pytest.warns(UserWarning, match="null is unknown for some models with coupling"):
         of = tlc.correlate(table, **QUICK).of("coupling")
     assert of["n"] == 8 and np.isnan(of["by_null"]) and np.isnan(of["partial given null"])
     assert of["by_width"] == pytest.approx(r_squared_of_groups(table["coupling"], table["d_model"].tolist()))
@@ -284,7 +284,7 @@ def test_mixed_settings_and_unlike_prompts_are_not_averaged_without_a_word():
     table = models(6).assign(settings=["a"] * 3 + ["b"] * 3)
     with pytest.raises(ArgumentError, match="2 different settings"):
         tlc.correlate(table, **QUICK)
-    with pytest.warns(UserWarning, match="not all models are measured on the same prompts"):
+    with pytest.warns(UserWarning, match="models are measured on different prompts"):
         tlc.correlate(models(6).assign(prompt_id=["a"] * 5 + ["b"]), **QUICK)
 
 

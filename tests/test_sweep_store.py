@@ -217,7 +217,7 @@ def test_stores_that_disagree_are_not_joined(tmp_path: Path):
     ours.save(cell, analysis, facts)
     theirs.save(cell, measured(only)[0], facts)
     theirs.save(only, *measured(only))
-    files = f"remove the one that is wrong: '{ours.path(cell.key)}' or '{theirs.path(cell.key)}'"
+    files = f"remove the wrong one: '{ours.path(cell.key)}' or '{theirs.path(cell.key)}'"
     with pytest.raises(StoreError, match=f"{cell.key}.*result.*{re.escape(files)}"):
         ours.add(theirs)
     assert ours.keys() == {cell.key}

@@ -140,10 +140,8 @@ def _reached(trace: Trace, fixed: Fixed, held: int, tokens: Indices) -> tuple[in
     """
     reach = range(held, trace.n_tokens) if fixed == "src" else range(held + 1)
     if len(reach) < 2:
-        which = "only itself after" if fixed == "src" else "only itself before"
-        raise ArgumentError(
-            "position", held, f"a {fixed} with two tokens or more to compare; {which} this one of {trace.n_tokens}"
-        )
+        allowed = f"a {fixed} with two or more tokens in reach; this one of {trace.n_tokens} reaches only itself"
+        raise ArgumentError("position", held, allowed)
     positions = (
         tuple(reach)
         if isinstance(tokens, str) and tokens == "all"
@@ -154,8 +152,10 @@ def _reached(trace: Trace, fixed: Fixed, held: int, tokens: Indices) -> tuple[in
         raise ArgumentError(
             "tokens",
             outside[0],
-            f"positions from {reach[0]} to {reach[-1]}, what {fixed}={held} reaches in causal attention",
+            f"positions from {reach[0]} to {reach[-1]}, the causal reach of {fixed}={held}",
         )
     if len(positions) < 2:
-        raise ArgumentError("tokens", tokens, "two positions or more: a single pair (src, dest) compares with nothing")
+        raise ArgumentError(
+            "tokens", tokens, "two or more positions: a single pair (src, dest) has nothing to compare with"
+        )
     return positions

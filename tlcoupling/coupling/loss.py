@@ -79,7 +79,9 @@ def coupling_loss(
     require_supported(model, in_training=True)
     dtype = next(model.blocks.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
-        raise UnsupportedModelError(f"the weights are {dtype}: singular vectors have no usable derivative in it")
+        raise UnsupportedModelError(
+            f"the weights are {dtype}, too coarse for derivatives of singular vectors; allowed: float32, float64"
+        )
     ids = to_tokens(model, tokens, None)
     topology = topology_of_model(model)
     for argument, value, allowed in (

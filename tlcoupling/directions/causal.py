@@ -145,7 +145,7 @@ def causal_effect(
     for name, prompt in named.items():
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
-            raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is of the next one")
+            raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
         if sublayer not in traced.sublayers or sublayer == "block":
             raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
         chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)

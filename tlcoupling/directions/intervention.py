@@ -86,7 +86,7 @@ def random_directions(
     width, k = basis.shape[-2:]
     if basis.ndim != 2 or activation.shape != (width,):
         shapes = f"{tuple(directions.shape)} and activation {tuple(activation.shape)}"
-        raise ArgumentError("directions", shapes, "[d_model, k] beside an activation [d_model]")
+        raise ArgumentError("directions", shapes, "[d_model, k] with an activation [d_model]")
     if k >= width:
         raise ArgumentError("directions", f"{k} of them", f"fewer than d_model = {width}")
     size = activation.norm()
@@ -135,7 +135,9 @@ def _intervention(
     def act(activation: Tensor, hook: Any) -> Tensor:
         n_tokens, width = activation.shape[-2:]
         if basis.shape[-2] != width:
-            raise ArgumentError("directions", tuple(directions.shape), f"directions of width {width}, that of {name}")
+            raise ArgumentError(
+                "directions", tuple(directions.shape), f"directions of width {width}, the width of {name}"
+            )
         rows = list(range(n_tokens)) if chosen is None else chosen
         for pos in rows:
             if not -n_tokens <= pos < n_tokens:

@@ -252,7 +252,7 @@ def _embeddings(trace: Trace) -> Float[Tensor, "vocabulary d_model"]:
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
         raise UnsupportedModelError(
             f"the model's embedding matrix (W_E: {shape}) does not write into the residual stream of width "
-            f"{trace.d_model}, so that what a layer reads cannot be compared with tokens"
+            f"{trace.d_model}, so a layer's reads cannot be compared with tokens"
         )
     weight = weight.detach().to(trace.resid)
     return weight / weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)

@@ -104,7 +104,9 @@ def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
     line = fit_line(depth, 1 / values.movedim(2, 0))
     fields = {"slope": line.slope, "intercept": line.intercept, "r_squared": line.r_squared}
     if len(depth) < 3:
-        warnings.warn(f"a line through {len(depth)} layers is no fit: slope, intercept and R^2 are NaN", stacklevel=2)
+        warnings.warn(
+            f"a line through {len(depth)} layers is not a fit: slope, intercept and R^2 are NaN", stacklevel=2
+        )
         fields = {name: torch.full_like(value, torch.nan) for name, value in fields.items()}
     return SingularValueProfile(
         provenance=replace(coupling.provenance, seconds=time.perf_counter() - started),

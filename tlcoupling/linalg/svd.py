@@ -71,8 +71,8 @@ def truncated_svds(
                 results[index] = dense_svd(one, k)
             else:
                 warnings.warn(
-                    f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: a gap in the singular "
-                    "values is too small for it; solver='dense' is exact",
+                    f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: the gap between singular "
+                    "values is too small; solver='dense' is exact",
                     stacklevel=3,
                 )
     for one, triplets in zip(operators, results, strict=True):

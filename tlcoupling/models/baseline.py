@@ -60,8 +60,8 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(
-            f"the model is spread over {len(devices)} devices, and a random one would not be placed alike: build it "
-            "by hand, as the model was built"
+            f"the model is spread over {len(devices)} devices, which a random baseline would not reproduce: build one "
+            "with the model's own code"
         )
     original = getattr(model, "original_model", None)
     with generators_kept(), warnings.catch_warnings():
@@ -80,8 +80,8 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             getattr(fresh, f"set_{switch}")(True)
     if _processed(model) and _writing_weights(model) is None:
         warnings.warn(
-            "the model's weights were processed, but its writing weights cannot be read: the random model's are not "
-            "centred, which shifts residual streams by their mean",
+            "the model's weights were processed, but its writing weights cannot be read: those of the random model "
+            "are not centred, which shifts residual streams by their mean",
             stacklevel=2,
         )
     return fresh.eval()
@@ -103,7 +103,7 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
     """Boot a bridge of a new HuggingFace model of the same class and configuration."""
     if getattr(model, "tokenizer", None) is None:
         raise UnsupportedModelError(
-            "the model has no tokenizer, without which TransformerLens boots no HuggingFace model offline"
+            "the model has no tokenizer: TransformerLens needs one to boot a HuggingFace model offline"
         )
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)
@@ -119,7 +119,7 @@ def _native(model: Any, seed: int, like: Tensor) -> Any:
     if boot is None or getattr(model.cfg, "architecture", None) not in (None, "TransformerLensNative"):
         raise UnsupportedModelError(
             f"{type(model).__name__} wraps a {type(model.original_model).__name__}, which neither HuggingFace nor "
-            "TransformerLens initialises: build a random one as the model was built"
+            "TransformerLens initialises: build a random one with the model's own code"
         )
     cfg = copy.deepcopy(model.cfg)
     cfg.init_weights, cfg.seed = True, seed

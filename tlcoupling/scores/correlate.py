@@ -236,8 +236,8 @@ def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> 
     if values is None or np.isfinite(values[present]).all():
         return None if values is None else values[present]
     warnings.warn(
-        f"{source} is not known of every model that has {name}: no correlation of {name} with it held fixed, nor the "
-        "share that it explains",
+        f"{source} is unknown for some models with {name}: the correlation given {source} and the share that it "
+        "explains are NaN",
         stacklevel=4,
     )
     return None

@@ -215,7 +215,7 @@ def _require_comparable(rows: Frame, which: list[str]) -> None:
                 raise ArgumentError(
                     "scores",
                     which,
-                    f"a column {name!r} besides: {several.idxmax()!r} is measured at {several.max()} of them",
+                    f"a column {name!r} as well: {several.idxmax()!r} is measured at {several.max()} of them",
                 )
     require_one_kind(rows, which)
     if (
@@ -223,7 +223,7 @@ def _require_comparable(rows: Frame, which: list[str]) -> None:
         and rows.groupby(which, dropna=False, sort=False)["prompt_id"].agg(frozenset).nunique() > 1
     ):
         warnings.warn(
-            "not all models are measured on the same prompts, and their means are over different ones", stacklevel=2
+            "models are measured on different prompts, so their means are not over the same ones", stacklevel=2
         )
 
 
@@ -251,14 +251,14 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
     blank = ~unknown & ~np.isfinite(merged["score"])
     if blank.any():
         left_out = ", ".join(_names(merged.loc[blank, which]))
-        warnings.warn(f"{int(blank.sum())} models have no number as a score and are left out: {left_out}", stacklevel=2)
+        warnings.warn(f"{int(blank.sum())} models have no numeric score and are left out: {left_out}", stacklevel=2)
     kept = merged[~unknown & ~blank].drop(columns="_merge")
     if len(kept) < 3:
         raise ArgumentError(
             "scores", f"{len(kept)} measured models with a score", "three or more: two always lie on a line"
         )
     if kept["score"].nunique() == 1:
-        raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; this one is every model's")
+        raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; all models have this one")
     return kept
 
 

@@ -53,7 +53,9 @@ def check_resources(resources: Mapping[str, Any]) -> None:
         try:
             executor.update_parameters(**{name: value})
         except (AssertionError, NameError, TypeError, ValueError) as error:
-            raise ArgumentError(name, value, f"what submitit takes ({str(error).splitlines()[0]})") from error
+            raise ArgumentError(
+                name, value, f"a resource that submitit accepts ({str(error).splitlines()[0]})"
+            ) from error
 
 
 class JobLostError(TLCouplingError):
@@ -146,7 +148,7 @@ class SlurmExecutor(Executor):
         try:
             executor.update_parameters(**resources)
         except (AssertionError, NameError, TypeError, ValueError) as error:
-            raise ArgumentError("resources", dict(resources), f"what submitit takes ({error})") from error
+            raise ArgumentError("resources", dict(resources), f"resources that submitit accepts ({error})") from error
         return executor
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:

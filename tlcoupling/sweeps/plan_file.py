@@ -127,8 +127,8 @@ class Reader:
         )
         if (other := self._loaded.setdefault(label, plain.name)) != plain.name:
             raise PlanError(
-                f"{self._at(label)}: {other!r} and {plain.name!r} are both called {label!r}; allowed: a label of its "
-                "own for each model, by which results are told apart"
+                f"{self._at(label)}: {other!r} and {plain.name!r} are both called {label!r}; allowed: a different "
+                "label for each model, to tell their results apart"
             )
         if is_folder:
             return self._in_folder(plain, folder, spec, name)
@@ -164,7 +164,7 @@ class Reader:
             if series is None:
                 raise PlanError(
                     f"{self._at('checkpoints')}: no training steps of {name!r} are known; allowed: "
-                    "EleutherAI/pythia-*, stanford-crfm/*, a folder that holds a folder for each step, or revisions"
+                    "EleutherAI/pythia-*, stanford-crfm/*, a folder with one subfolder per step, or revisions"
                 )
             steps, pattern = series
             return [
@@ -190,7 +190,7 @@ class Reader:
         try:
             return pick_steps(wanted, steps)
         except ArgumentError as error:
-            raise PlanError(f"{self._at('checkpoints')}: of {name!r}: {error}") from error
+            raise PlanError(f"{self._at('checkpoints')}: {name!r}: {error}") from error
 
     def _digest(self, folder: Path) -> str:
         try:
@@ -253,8 +253,8 @@ class Reader:
         value = content.get(key)
         value = [value] if isinstance(value, Mapping) else value
         if not isinstance(value, list) or not value:
-            state = "there are none" if value is None or value == [] else f"{key} = {value!r}"
-            raise PlanError(f"{self._at(key)}: the plan needs {key}, and {state}; allowed: one or more")
+            state = "none" if value is None or value == [] else f"{key} = {value!r}"
+            raise PlanError(f"{self._at(key)}: the plan needs {key}, but has {state}; allowed: one or more")
         return value
 
     def _table(self, value: Any, where: str) -> Mapping[str, Any]:

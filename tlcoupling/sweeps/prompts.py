@@ -35,7 +35,7 @@ def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_on
         raise PlanError(f"{where}: it has {' and '.join(kinds) or 'no source'}; allowed: one of text, file, dataset")
     if unused := [key for key in spec if key not in (kinds[0], *_BESIDE[kinds[0]])]:
         allowed = ", ".join(_BESIDE[kinds[0]])
-        raise PlanError(f"{where}: {unused[0]} = {spec[unused[0]]!r} says nothing of {kinds[0]}; allowed: {allowed}")
+        raise PlanError(f"{where}: {unused[0]} = {spec[unused[0]]!r} does not apply to {kinds[0]}; allowed: {allowed}")
     limit = spec.get("limit")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise PlanError(f"{where}: limit = {limit!r} is not allowed; allowed: an int from 1 on")
@@ -52,7 +52,7 @@ def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_on
         texts = _of_dataset(source, spec, base, name, local_files_only)
     prompts = list(islice((text for text in texts if text.strip()), limit))
     if not prompts:
-        raise PlanError(f"{name} holds no prompt: it is empty, or all of it is blank")
+        raise PlanError(f"{name} holds no prompt: it is empty or blank")
     return prompts
 
 
@@ -64,7 +64,7 @@ def _of_file(path: Path, field: str | None, name: str) -> Iterable[str]:
         raise PlanError(f"{name} cannot be read: {error}") from error
     if path.suffix not in (".jsonl", ".ndjson"):
         if field is not None:
-            raise PlanError(f"{name} has one prompt a line and so no field {field!r}; allowed: a file named .jsonl")
+            raise PlanError(f"{name} has one prompt per line, so no field {field!r}; allowed: a file named .jsonl")
         return lines
     return _of_jsonl(lines, field or "text", name)
 

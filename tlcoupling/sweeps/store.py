@@ -230,7 +230,7 @@ class SweepStore:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise StoreError(
                     f"two stores disagree on the cell {other.read(key)[0]}: {', '.join(names[:3])}{more} differ by "
-                    f"more than rounding; remove the one that is wrong: {str(self.path(key))!r} or "
+                    f"more than rounding; remove the wrong one: {str(self.path(key))!r} or "
                     f"{str(other.path(key))!r}"
                 )
         for key in sorted(theirs - ours):

@@ -111,8 +111,8 @@ def _bridge_around(model: Any) -> Any:
             )
     except Exception as error:  # of any type: TransformerLens raises many for unknown architectures
         raise UnsupportedModelError(
-            f"TransformerLens cannot wrap this {name} ({type(error).__name__}: {error}); a HuggingFace decoder that it "
-            "supports is needed, with whole weights on this process"
+            f"TransformerLens cannot wrap this {name} ({type(error).__name__}: {error}); allowed: a HuggingFace "
+            "decoder that it supports, with all weights on this process"
         ) from error
     bridge.tokenizer = None
     return bridge.eval()

@@ -43,7 +43,7 @@ def log_to(loggers: Sequence[Any], step: int, means: Mapping[str, float]) -> Non
             else:
                 logger.log(shown, step=step)
         except Exception as error:  # of any type that a logger raises
-            warnings.warn(f"step {step} is not in {type(logger).__name__}: {describe(error)}", stacklevel=4)
+            warnings.warn(f"{type(logger).__name__} did not log step {step}: {describe(error)}", stacklevel=4)
 
 
 def line_of(step: int, means: Mapping[str, float], share: float, failed: int, prompts: int) -> str:

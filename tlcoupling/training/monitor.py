@@ -203,7 +203,7 @@ class TrainingMonitor:
         try:
             self._record.keep(cell, outcome, self._facts, seconds)
         except TLCouplingError as error:
-            warnings.warn(f"step {step}: prompt {key!r} is not in the store: {error}", stacklevel=5)
+            warnings.warn(f"step {step}: prompt {key!r} was not stored: {error}", stacklevel=5)
         return cell
 
     def table(self) -> pandas.DataFrame:

@@ -109,7 +109,7 @@ class TrajectoryRecorder:
             raise self._problem
         if not self._done:
             raise MissingHookError(
-                f"the recorder saw a run that was broken off in block {self._layer}: it needs the whole pass, up to "
+                f"the recorded run stopped in block {self._layer}: the recorder needs a whole pass, up to "
                 f"{block_hook(self._n_layers - 1, 'hook_resid_post')}"
             )
 
@@ -198,5 +198,5 @@ def _tolerance(activation: Tensor) -> float:
     """
     if activation.dtype not in IDENTITY_TOLERANCE:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in IDENTITY_TOLERANCE)
-        raise UnsupportedModelError(f"the run's activations are {activation.dtype}; a run in {names} can be measured")
+        raise UnsupportedModelError(f"the run's activations are {activation.dtype}; allowed: {names}")
     return IDENTITY_TOLERANCE[activation.dtype]
