@@ -194,7 +194,7 @@ def test_models_at_several_steps_are_told_apart_by_the_scores():
     found = tlc.correlate(table, scores, **QUICK)
     assert found.models == ("a@0", "a@10", "a@20", "b@0", "b@10", "b@20")
     assert found.of("coupling")["r"] == pytest.approx(scipy.stats.pearsonr(table["coupling"], range(6))[0])
-    with pytest.raises(ArgumentError, match="a column 'revision' besides: 'a' is measured at 3"):
+    with pytest.raises(ArgumentError, match="a column 'revision' as well: 'a' is measured at 3"):
         tlc.correlate(table, {"a": 1, "b": 2}, **QUICK)
 
 

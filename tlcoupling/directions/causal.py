@@ -181,7 +181,7 @@ def causal_effect(
 
 
 class _Measured:
-    """The measurement on one prompt."""
+    """Measures one prompt."""
 
     def __init__(
         self,

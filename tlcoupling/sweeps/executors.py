@@ -59,7 +59,7 @@ def check_resources(resources: Mapping[str, Any]) -> None:
 
 
 class JobLostError(TLCouplingError):
-    """A job of a cluster ended without a result: it was killed, or ran out of memory or of time."""
+    """A job of a cluster ended without a result: it was killed, or ran out of memory or time."""
 
 
 class Requeued:

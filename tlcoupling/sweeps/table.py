@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tlcoupling.sweeps.store import SweepStore
 
-_OUTDATED = "measured by another version of tlcoupling's measurement; a sweep measures it again"
+_OUTDATED = "measured by an incompatible version of tlcoupling; a sweep measures it again"
 _ONE_ROW = ("model", "revision", "step", "settings", "prompt_id", "sublayer", "k", "k_asked")
 _MEAN = "mean over the ordered pairs of different layers and over the measured tokens"
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "model": ("string", "the model's name in the plan"),
     "revision": ("string", "the model's revision; missing for the default one"),
     "step": ("int64", "training step, if known"),
-    "weights": ("string", "identity of the weights: digest of a folder's files, or a hub's name; missing in training"),
+    "weights": ("string", "digest of a local model's files, or a hub's name; missing for live training weights"),
     "load": ("string", "loader arguments that change numbers (dtype, hooked), as JSON"),
     "random_seed": ("int64", "seed of random weights (tlc.random_baseline); missing for the model itself"),
     "prompt_id": ("string", "12 hexadecimal digits of the prompt's digest"),
