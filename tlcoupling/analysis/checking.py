@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -56,10 +56,8 @@ class Check:
 
     def __repr__(self) -> str:
         """One line."""
-        counts = {
-            name: sum(one.outcome == name for one in self.findings) for name in ("holds", "falls back", "refused")
-        }
-        return f"Check({self.model_name}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ")"
+        counts = (f"{sum(one.outcome == name for one in self.findings)} {name}" for name in get_args(Outcome))
+        return f"Check({self.model_name}: {', '.join(counts)})"
 
     @property
     def passed(self) -> bool:

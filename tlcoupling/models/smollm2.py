@@ -143,8 +143,7 @@ def smollm2_huggingface() -> tuple[Any, Any]:
     """
     gguf_path = smollm2_file()
     with offline(), _quiet_gguf_reader():
-        hf_model, tokenizer = _read_gguf(gguf_path)
-    return hf_model.eval(), tokenizer
+        return _read_gguf(gguf_path)
 
 
 def smollm2_file() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -88,15 +88,11 @@ class Settings:
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as arguments of ``tlc.analyze``."""
-        return {spec.name: _lists(getattr(self, spec.name)) for spec in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 def _is_k(item: Any) -> bool:
     return (type(item) is int and item >= 1) or (isinstance(item, float) and 0 < item < 1)
-
-
-def _lists(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

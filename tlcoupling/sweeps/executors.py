@@ -23,7 +23,8 @@ from tlcoupling.errors import ArgumentError, StoreError, TLCouplingError
 
 _GATHER_SECONDS = 0.2  # calls submitted within this time become one job array
 _GRACE_SECONDS = 10.0  # after a job leaves the queue, time for its result to reach this machine
-_SHOWN = 300
+_SHOWN = 300  # characters of a job's stderr in an error
+_Call = tuple[Future, Callable[[Any], Any], dict[str, Any]]  # its future, its submission to an array, its resources
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
@@ -130,7 +131,7 @@ class SlurmExecutor(Executor):
         self._poll_seconds = poll_seconds
         self._array(resources)
         self._lock = threading.Condition()
-        self._waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]] = []
+        self._waiting: list[_Call] = []
         self._jobs: dict[Future, _Job] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -197,9 +198,9 @@ class SlurmExecutor(Executor):
                     _settle(future, error=error)
                 self._jobs = {}
 
-    def _send(self, waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]) -> None:
+    def _send(self, waiting: list[_Call]) -> None:
         """Submit calls, those with equal resources as one array. If an array is refused, only its calls fail."""
-        arrays: dict[str, list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]] = {}
+        arrays: dict[str, list[_Call]] = {}
         for one in waiting:
             arrays.setdefault(repr(sorted(one[2].items())), []).append(one)
         for calls in arrays.values():
