@@ -94,6 +94,8 @@ def null_std(
       e = sqrt(2 / pi) Gamma(n + 1/2) / (Gamma(n) sqrt(n)): E |M_ii| = e spread, Var |M_ii| = (1 - e^2) spread^2, and
       Cov(||M||_F^2, sum_i s_i |M_ii|) = spread^3 e (1 + 2 K r) sum S1.
 
+    ``tests/coupling/test_metric.py`` checks it by sampling.
+
     Args:
         s1: the top K singular values of J1.
         frobenius: ||J1||_F, of the whole matrix.
