@@ -46,8 +46,8 @@ def correlate(
 ) -> None:
     """Correlate measurements with scores: intervals, and partial correlations at a fixed null, width or size.
 
-    Without a table, the 28 published points are used. Their coupling correlates with the score at R^2 = 0.80. The
-    function 1 - 1/sqrt(0.1 d_model) of width alone explains 93 % of the coupling's variance.
+    Without a table, the 28 published points are used: coupling correlates with the score at R^2 = 0.80.
+    The function 1 - 1/sqrt(0.1 d_model) of width alone explains 93 % of the coupling's variance.
     """
     with errors_as_one_line():
         from tlcoupling.results.base import check_writable
