@@ -91,9 +91,9 @@ def summary(result: Correlations) -> list[str]:
         of = result.of(name)
         if name.startswith("coupling") and not math.isnan(of["by_null"]):
             lines.append(
-                f"{name} correlates with the score at R² = {of['r_squared']:.2f}. Its null explains {of['by_null']:.0%} of "
-                f"its variance over these models; width in any form explains {of['by_width']:.0%}. With the null held "
-                f"fixed, the partial correlation is {of['partial given null']:+.2f} "
+                f"{name} correlates with the score at R² = {of['r_squared']:.2f}. Its null explains "
+                f"{of['by_null']:.0%} of its variance over these models; width in any form explains "
+                f"{of['by_width']:.0%}. With the null held fixed, the partial correlation is {of['partial given null']:+.2f} "
                 f"(p = {_p(of['partial_p given null'])})."
             )
         if name.startswith("excess"):
