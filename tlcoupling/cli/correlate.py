@@ -93,8 +93,8 @@ def summary(result: Correlations) -> list[str]:
             lines.append(
                 f"{name} correlates with the score at R² = {of['r_squared']:.2f}. Its null explains "
                 f"{of['by_null']:.0%} of its variance over these models; width in any form explains "
-                f"{of['by_width']:.0%}. With the null held fixed, the partial correlation is {of['partial given null']:+.2f} "
-                f"(p = {_p(of['partial_p given null'])})."
+                f"{of['by_width']:.0%}. With the null held fixed, the partial correlation is "
+                f"{of['partial given null']:+.2f} (p = {_p(of['partial_p given null'])})."
             )
         if name.startswith("excess"):
             lines.append(f"{name}, coupling above its null, correlates with the score at R² = {of['r_squared']:.2f}.")
