@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.metric import off_diagonal_mean
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
@@ -189,7 +189,8 @@ def measure(
     started = time.perf_counter()
     job = Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
     plan = make_plan(job)
-    jacobians = JacobianEngine(trace, options.engine, {(place.src, place.dest) for group in groups for place in group.places})
+    pairs = {(place.src, place.dest) for group in groups for place in group.places}
+    jacobians = JacobianEngine(trace, options.engine, pairs)
     fields = compare_groups(jacobians, sublayers, plan, options, progress)
     if "sublayer" not in kind._axes["values"]:
         fields = {name: tensor[0] for name, tensor in fields.items()}

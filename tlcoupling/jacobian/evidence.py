@@ -62,9 +62,7 @@ class Evidence:
         Raises:
             HookError, DerivativeError: they settle elsewhere.
         """
-        return self._differences.require(
-            operator, sublayer, src, dest, self._product(operator, sublayer, src, dest)
-        )
+        return self._differences.require(operator, sublayer, src, dest, self._product(operator, sublayer, src, dest))
 
     def _refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         sequential = self._topology == "sequential"
@@ -100,8 +98,6 @@ class Evidence:
             f"at position {dest}; allowed: {TOLERANCE:.0e})"
         )
 
-    def _product(
-        self, operator: JacobianOperator, sublayer: str, src: int, dest: int
-    ) -> Float[Tensor, " d_model"]:
+    def _product(self, operator: JacobianOperator, sublayer: str, src: int, dest: int) -> Float[Tensor, " d_model"]:
         """The product of a Jacobian with the direction of its difference quotient."""
         return operator.mv(self._differences.quotient(sublayer, src, dest).direction.to(operator.device))
