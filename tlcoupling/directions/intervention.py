@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.hooked import block_hook
+from tlcoupling.forward.block import block_hook
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
 Positions = int | Sequence[int] | None

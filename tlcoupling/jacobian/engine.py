@@ -10,12 +10,12 @@ from typing import Literal, get_args
 import torch
 
 from tlcoupling.errors import ArgumentError, CertificateError
+from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.stream import Outline
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.differences import require_followed
-from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.precision import full_precision
 

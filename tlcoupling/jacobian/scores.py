@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tlcoupling.jacobian.norms import Uncovered, close
+from tlcoupling.forward.block import Uncovered, close
 
 _STEPS = 30  # of Gauss-Newton on c with a soft-cap; it converges in a few
 _NEAR = 1e-2  # a fitted c within this of one that the model declares is taken to be that one: it has no rounding error

@@ -11,11 +11,11 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.forward.hooked import norms_are_folded, require_supported
-from tlcoupling.forward.weights import weight_of
+from tlcoupling.forward.block import Block, norms_are_folded
+from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.offline import answered_locally, offline
 
@@ -157,17 +157,14 @@ def _processed(model: Any) -> bool:
 
 def _writing_weights(model: Any) -> list[Tensor] | None:
     """What the sublayers write by, ``[..., d_model]``; None where a model has no such names for them."""
-    found = []
-    for block in model.blocks:
-        for part, name in (("attn", "W_O"), ("mlp", "W_out")):
-            module = getattr(block, part, None)
-            if not isinstance(module, nn.Module):
-                continue
-            weight = weight_of(module, name)
+    weights = []
+    for layer in range(len(model.blocks)):
+        for sublayer in Block.read(model, layer).sublayers.values():
+            weight = sublayer.write_weight()
             if weight is None or weight.shape[-1] != model.cfg.d_model:
                 return None
-            found.append(weight)
-    return found
+            weights.append(weight)
+    return weights
 
 
 def _is_centered(weight: Tensor) -> bool:

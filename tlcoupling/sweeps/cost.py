@@ -21,7 +21,7 @@ from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_subl
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.models.smollm2 import NAME as SMOLLM2
 from tlcoupling.sweeps.cells import Cell
