@@ -8,8 +8,8 @@ into heads read it, and nothing else looks into a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ class Sublayer:
 
     def part(self, name: str) -> nn.Module | None:
         """A module inside, such as the ``q_norm`` of an attention; None where there is none."""
-        return _module(self.module, name)
+        return getattr(self.module, name, None)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights of its closed form, by TransformerLens's names and in its orientation.
@@ -120,7 +120,7 @@ class Sublayer:
                 raise Uncovered(f"{name} of {type(self.module).__name__} has {weight.ndim} axes, and not {axes}")
         if self.name == "mlp":
             weights[_GATE] = weight_of(self.module, _GATE)
-        return {name: weight for name, weight in weights.items() if weight is not None}
+        return {name: weight.detach() for name, weight in weights.items() if weight is not None}
 
     def write_weight(self) -> Tensor | None:
         """The weight that it writes with, ``[..., d_model]``; None where it has none of TransformerLens's name."""
@@ -141,21 +141,11 @@ class Sublayer:
         factor = (given * written).sum() / given.square().sum()
         return float(factor) if close(factor * given, written) else 1.0
 
-    @contextmanager
-    def keep_unnormed(self, keep: Callable[[Tensor], object]) -> Iterator[None]:
-        """Pass what the norm behind the module reads to ``keep``, ``[1, pos, d_model]``, whenever the block runs."""
+    def keep_unnormed(self, keep: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+        """Pass the input of the norm behind the module, ``[1, pos, d_model]``, to ``keep`` whenever the block runs."""
         if self.behind is None:
-            yield
-            return
-
-        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keep(args[0])
-
-        handle = self.behind.register_forward_pre_hook(read)
-        try:
-            yield
-        finally:
-            handle.remove()
+            return nullcontext()
+        return self.behind.register_forward_pre_hook(lambda module, args: keep(args[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +206,6 @@ class Block:
         return self.sublayers["mlp"]
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        """The norms before its sublayers, each once."""
-        norms = (sublayer.before for sublayer in self.sublayers.values())
-        return tuple(dict.fromkeys(norm for norm in norms if norm is not None))
-
-    @property
     def n_groups(self) -> int | None:
         """Number of key and value heads that the configuration names; None where it is that of all heads."""
         return getattr(self.model.cfg, "n_key_value_heads", None)
@@ -258,8 +242,9 @@ def norms_are_folded(model: Any) -> bool:
         return True
     if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
         return False
-    norms = [norm for layer in range(len(model.blocks)) for norm in Block.read(model, layer).norms]
-    parameters = [each for norm in norms for each in norm.named_parameters()]
+    blocks = [Block.read(model, layer) for layer in range(len(model.blocks))]
+    norms = [sublayer.before for block in blocks for sublayer in block.sublayers.values()]
+    parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
     return bool(parameters) and all(
         (parameter == (0 if name.endswith("bias") else parameter.flatten()[0])).all() for name, parameter in parameters
     )
@@ -278,12 +263,7 @@ def weight_of(module: Any, name: str) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def _module(holder: Any, name: str) -> nn.Module | None:
-    module = getattr(holder, name, None)
-    return module if isinstance(module, nn.Module) else None
-
-
 def _norm(block: nn.Module, name: str) -> nn.Module | None:
     """A norm of a block; None for the identity, which stands for a norm in models without any."""
-    module = _module(block, name)
+    module = getattr(block, name, None)
     return None if isinstance(module, nn.Identity) else module

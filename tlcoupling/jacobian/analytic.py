@@ -1,16 +1,13 @@
 r"""The analytic engine: Jacobians in closed form from the activations of one block run and the weights.
 
-For one pair (src, dest), so that only the attention's own values need the rest of the sequence; what all pairs of a
-layer share (one run of its attention, one of its MLP at the positions asked for, norms, weights) is done once:
+The formula is in ``formula``; here its parts are read: the derivatives of norms (``norms``), the attention core
+(``attention``, ``scores``), the slopes of the activation, the weights. One pair (src, dest) is taken at a time. What all
+pairs of a layer share is computed once: one run of its attention, one of its MLP at the requested positions, and norms
+and weights.
 
-- norm: J = diag(g) (C - x_hat x_hat^T / d) / r (``norms``);
-- attention core of head h, pattern p, values v, z = sum_s p_s v_s, scores of slope f' (``attention``, ``scores``):
-  dz_dest = sum_s p_s dv_s + sum_s f'_s p_s (v_s - z) (k_s . dq + q . dk_s);
-- MLP: W_out diag(act'(pre)) W_in; gated: W_out (diag(act'(pre) pre_linear) W_gate + diag(act(pre)) W_in).
-
-What a block does is read from how it behaves, not from its class: what a norm does, the rotation at a position and
-the scores behind a pattern are each taken from the block's own values and checked against them. Where they do not fit,
-the sublayer is ``Uncovered`` and goes to autograd.
+What a block does is read from how it behaves, not from its class. What a norm does, the rotation at a position and the
+scores behind a pattern are each taken from the block's activations and checked against them. Where they do not fit, the
+sublayer is ``Uncovered`` and goes to autograd.
 """
 
 from __future__ import annotations
@@ -39,15 +36,15 @@ class AnalyticLayer:
     """The closed forms of one block, from runs of its own sublayers."""
 
     def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
-        """Run the attention once, for its values and its certificate.
+        """Run the attention once, for its activations and its certificate.
 
         Args:
             trace: a trace of the model.
             layer: block index.
-            dests: positions whose MLP will be asked for, to be run together; others are run by themselves.
+            dests: positions whose MLP will be requested, to be run together; others are run one at a time.
 
         Raises:
-            StaleTraceError: the block gives another output than when the trace was taken.
+            StaleTraceError: the block's output differs from that of the trace.
         """
         self._trace, self.layer = trace, layer
         self.block = trace.block(layer)
@@ -59,7 +56,7 @@ class AnalyticLayer:
         trace.check_current("attn", layer, self.attn_run.out)
         self._dests = tuple(sorted(set(dests)))
         self._mlp_run: tuple[tuple[int, ...], Run] | None = None  # the last one, with its positions
-        self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they cannot be told
+        self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they are unknown
         self._mlp_pulled: dict[int, Float[Tensor, " d_model"]] = {}  # by position
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
@@ -113,12 +110,12 @@ class AnalyticLayer:
         return mlp_map(slopes, weights, before, behind, mlp.write_factor(run.values.get(mlp.gives), run.out))
 
     def mlp_run(self, pos: int) -> tuple[Run, int]:
-        """A run of the MLP that has a position, and its row there.
+        """Return a run of the MLP that includes a position, and the row of that position.
 
-        It runs by itself on the rows asked for, or, where its module cannot, inside its block on all rows.
+        The MLP runs alone on the requested rows. Where its module cannot, it runs inside its block on all rows.
 
         Raises:
-            StaleTraceError: it gives another output than when the trace was taken.
+            StaleTraceError: its output differs from that of the trace.
         """
         if self._mlp_run is None or pos not in self._mlp_run[0]:
             self._mlp_run = self._run_mlp(self._dests if pos in self._dests else (pos,))
@@ -127,9 +124,9 @@ class AnalyticLayer:
         return run, rows.index(pos)
 
     def mlp_pulled(self, cotangent: Float[Tensor, " d_model"], pos: int) -> Float[Tensor, " d_model"]:
-        """J_mlp^T y by the real modules, for the one cotangent that certifies this layer.
+        """Return J_mlp^T y by the real modules, for the cotangent y that certifies this layer.
 
-        The graph of the run goes with it: it holds the MLP's lifted weights, where the model is half precision.
+        The graph of the run is freed: it holds the MLP's lifted weights where the model is half precision.
         """
         if pos not in self._mlp_pulled:
             run, row = self.mlp_run(pos)
@@ -140,7 +137,7 @@ class AnalyticLayer:
         return self._mlp_pulled[pos]
 
     def _run_mlp(self, rows: tuple[int, ...]) -> tuple[tuple[int, ...], Run]:
-        """Run the MLP on the rows, or on all of them inside its block; the rows it ran on come with the run."""
+        """Run the MLP on some rows, or inside its block on all rows; return the rows that it ran on, and the run."""
         if self._mlp_alone:
             try:
                 run = self._run("mlp", self._trace.run_mlp, self.mlp_input[None, list(rows)])
@@ -162,7 +159,7 @@ class AnalyticLayer:
         """The weights of a sublayer, lifted to the dtype of the work."""
         if sublayer.name not in self._lifted:
             weights = sublayer.weights()
-            self._lifted[sublayer.name] = {name: w.detach().to(self.resid_pre) for name, w in weights.items()}
+            self._lifted[sublayer.name] = {name: weight.to(self.resid_pre) for name, weight in weights.items()}
         return self._lifted[sublayer.name]
 
     def _norm(
@@ -177,10 +174,12 @@ class AnalyticLayer:
         return self._norms[module].derivative(inputs[row])
 
     def _activation_slopes(self, run: Run) -> list[Float[Tensor, "row d_mlp"]]:
-        """Slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP) at each row of a run, by autograd.
+        """Return the slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP) at each row of a run.
 
-        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative. Empty
-        where that cannot be told.
+        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative.
+
+        Returns:
+            One tensor of slopes for each input; an empty list where a hook point or a derivative is missing.
         """
         *inputs, output, _ = self.block.mlp.points(*_MLP_VALUES)
         known = [name for name in inputs if name in run.values]

@@ -1,4 +1,4 @@
-r"""The attention core in closed form: from queries, keys and values to z, one (src, dest) at a time.
+r"""The attention core in closed form: from queries, keys and values to z, for one pair (src, dest) at a time.
 
 Head h at dest, with pattern p, values v, z = sum_s p_s v_s, and scores f(q . k_s) of slopes f'_s:
 dz = sum_s p_s dv_s + sum_s f'_s p_s (v_s - z) (k_s . dq + q . dk_s). Without a soft-cap f'_s = c, the scale of the
@@ -94,9 +94,9 @@ class AttentionCore:
         raise reason
 
     def blocks(self, src: int, dest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """dz_dest per head with respect to its q at dest, its k at src and its v at src, each ``[head, e, e]``.
+        """Return d z_dest by q at dest, by k at src and by v at src for each head, each ``[head, e, e]``.
 
-        q and k are those before the rotation, behind a QK-norm.
+        q and k are taken before the rotation and after a QK-norm.
         """
         seen = slice(dest + 1)
         p, v = self.pattern[:, dest, seen], self.values[seen]
@@ -200,9 +200,9 @@ class Rotary:
 
     @classmethod
     def candidates(cls, attn: Any, values: Mapping[str, Tensor]) -> Iterator[Rotary | None]:
-        """The rotations that a block may use: from its hooked cosines and sines, or its buffers; None for none.
+        """Yield the rotations that a block may use, from its hooked cosines and sines or its buffers; None for none.
 
-        Planes are coordinates (i, i + n/2) or (2i, 2i + 1), and a table of angles may be laid out for either.
+        A plane is spanned by coordinates (i, i + n/2) or (2i, 2i + 1), and a table of angles may be ordered for either.
         """
         q = values["attn.hook_q"]
         length, size = q.shape[0], q.shape[-1]
@@ -242,10 +242,10 @@ class Rotary:
 
 
 def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check that these are a pattern ``[head, dest, src]``, queries, keys and values ``[pos, head, e]``.
+    """Check the shapes of a pattern ``[head, dest, src]`` and of queries, keys and values ``[pos, head, e]``.
 
     Raises:
-        Uncovered: they are not, as where heads come before positions.
+        Uncovered: a shape does not fit, such as one with heads before positions.
     """
     shapes = [tuple(x.shape) for x in (pattern, q, k, v)]
     if [len(shape) for shape in shapes] == [3, 3, 3, 3]:

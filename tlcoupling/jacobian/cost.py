@@ -1,8 +1,8 @@
 """What a block's Jacobians cost in work and memory, from the shapes of its weights alone: nothing is run.
 
-The closed forms are put together from maps without numbers (on torch's meta device), so that their work is counted by
-the same composition that later does it. Which engine a sublayer will get is a guess here, from the names of its
-weights: only the certificate knows.
+The formula of the closed forms (``formula``) is composed of shapes on torch's meta device. The composition that counts
+the work is therefore the one that does it. Which engine a sublayer will get is a guess from the names of its weights:
+only the certificate decides.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Cost:
     """The cost of one Jacobian.
 
     Attributes:
-        engine: ``"analytic"`` or ``"autograd"``, as far as shapes tell.
+        engine: ``"analytic"`` or ``"autograd"``, guessed from the weights.
         product_flops: floating-point operations of one product with one vector.
         dense_flops: of forming the matrix.
         run_flops: of running the block's own modules again before the first product; once for a layer.
-        run_bytes: memory held while the layer is at work: lifted weights, recorded values, autograd's graph.
-        column_bytes: memory on the way of a product, for each of its vectors.
-        dense_bytes: memory on the way to the matrix; by autograd, beside that of the products which it is made of.
+        run_bytes: memory held while the layer is measured: lifted weights, recorded activations, autograd's graph.
+        column_bytes: working memory of a product, for each of its vectors.
+        dense_bytes: working memory of forming the matrix; by autograd, in addition to that of its products.
     """
 
     engine: str
@@ -47,7 +47,7 @@ class Cost:
 
 
 def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engine: str = "auto") -> dict[str, Cost]:
-    """The cost of one position's Jacobians of a layer, by sublayer.
+    """Return the cost of one position's Jacobians of a layer, by sublayer.
 
     Args:
         model: the model.
@@ -103,16 +103,16 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
 def layer_costs(
     model: Any, layers: Iterable[int], topology: Topology, n_tokens: int, engine: str = "auto"
 ) -> dict[int, dict[str, Cost]]:
-    """``block_costs`` of several layers; those whose weights have the same shapes are counted once."""
+    """Return ``block_costs`` of several layers; layers whose weights have the same shapes are counted once."""
     known: dict[Any, dict[str, Cost]] = {}
-    found = {}
+    costs = {}
     for layer in layers:
         block = model.blocks[layer]
         key = tuple((name, tuple(p.shape), p.dtype, str(p.device)) for name, p in block.named_parameters())
         if key not in known:
             known[key] = block_costs(model, layer, topology, n_tokens, engine)
-        found[layer] = known[key]
-    return found
+        costs[layer] = known[key]
+    return costs
 
 
 def _numel(module: nn.Module) -> int:

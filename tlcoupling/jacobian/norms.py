@@ -1,8 +1,8 @@
-r"""Norms: what a norm module does, read from what it makes of a few inputs.
+r"""Norms: what a norm module does, read from its outputs for a few inputs.
 
 n(x) = g * x_hat + b with x_hat = C x / r and r = sqrt(mean((C x)^2) + eps); C subtracts the mean (LayerNorm) or is the
-identity (RMSNorm). Four probes and the inputs at hand tell g, b, eps and C, whatever the module's class and however it
-stores them: a gain folded into the next weight, one kept as 1 + w (Gemma), a norm of each head's queries or of all.
+identity (RMSNorm). Five probes and the actual inputs determine g, b, eps and C. The module's class does not matter, nor
+how it stores them: a gain folded into the next weight, one kept as 1 + w (Gemma), a norm of queries or keys.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Norm:
         return NormMap(normalized, scale[0], self.gain, self.centered)
 
     def parts(self, parts: Float[Tensor, "part row d"], x: Float[Tensor, "row d"]) -> Float[Tensor, "part row d"]:
-        """What the norm makes of parts of x with the scale of x held: n(x) is their sum and b where they sum to x."""
+        """Norm parts of x with the scale of x held fixed: where the parts sum to x, the results sum to n(x) - b."""
         _, scale = self._normalize(x)
         inner = parts - parts.mean(-1, keepdim=True) if self.centered else parts
         return self.gain * inner / scale
