@@ -1,8 +1,8 @@
 r"""The analytic engine: Jacobians in closed form from the activations of one block run and the weights.
 
 The formula is in ``formula``; here its parts are read: the derivatives of norms (``norms``), the attention core
-(``attention``, ``scores``), the slopes of the activation, the weights. One pair (src, dest) is taken at a time. What all
-pairs of a layer share is computed once: one run of its attention, one of its MLP at the requested positions, and norms
+(``attention``, ``scores``), the slopes of the activation, the weights. One pair (src, dest) is taken at a time. What
+all pairs of a layer share is computed once: one run of its attention, one of its MLP at the requested positions, norms
 and weights.
 
 What a block does is read from how it behaves, not from its class. What a norm does, the rotation at a position and the

@@ -70,9 +70,7 @@ class Scores:
                 for scores in (*(cls(c, cap) for c in near[:1]), fitted):
                     if rows.match(scores):
                         return scores
-        raise Uncovered(
-            "the attention pattern is not a softmax of a function of q . k and a bias of the source position"
-        )
+        raise Uncovered("the attention pattern is not a softmax of a function of q . k and a source bias")
 
 
 class _Rows:
