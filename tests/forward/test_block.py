@@ -185,7 +185,7 @@ def test_a_weight_that_a_module_refuses_is_none():
 def test_experts_have_weights_with_another_number_of_axes():
     module = nn.Module()
     module.W_in, module.W_out = torch.ones(4, 6, 8), torch.ones(4, 8, 6)
-    with pytest.raises(Uncovered, match="W_in of Module has 3 axes, and not 2"):
+    with pytest.raises(Uncovered, match="W_in of Module has 3 axes, not 2"):
         Sublayer("mlp", module, None, None, "hook_resid_mid").weights()
 
 

@@ -21,11 +21,8 @@ from tlcoupling.errors import UnsupportedModelError
 
 Topology = Literal["sequential", "parallel", "attn_only"]
 
-# TransformerLens's names of the weights that a sublayer needs, their number of axes, and the one that it writes with.
-_WEIGHTS = {
-    "attn": (("W_Q", "W_K", "W_V", "W_O"), 3, "W_O"),
-    "mlp": (("W_in", "W_out"), 2, "W_out"),
-}
+# TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
+_WEIGHTS = {"attn": (("W_Q", "W_K", "W_V", "W_O"), 3), "mlp": (("W_in", "W_out"), 2)}
 _GATE = "W_gate"  # of a gated MLP, beside the others
 # How far a block's float32 activations may lie from a formula that describes them, relative to the largest entry.
 _FIT = 1e-4
@@ -111,20 +108,20 @@ class Sublayer:
         Raises:
             Uncovered: a weight is missing, or has another number of axes, as those of experts have.
         """
-        names, axes, _ = _WEIGHTS[self.name]
+        names, axes = _WEIGHTS[self.name]
         weights = {name: weight_of(self.module, name) for name in names}
         for name, weight in weights.items():
             if weight is None:
                 raise Uncovered(f"{type(self.module).__name__} has no {name}")
             if weight.ndim != axes:
-                raise Uncovered(f"{name} of {type(self.module).__name__} has {weight.ndim} axes, and not {axes}")
+                raise Uncovered(f"{name} of {type(self.module).__name__} has {weight.ndim} axes, not {axes}")
         if self.name == "mlp":
             weights[_GATE] = weight_of(self.module, _GATE)
         return {name: weight.detach() for name, weight in weights.items() if weight is not None}
 
     def write_weight(self) -> Tensor | None:
         """The weight that it writes with, ``[..., d_model]``; None where it has none of TransformerLens's name."""
-        return weight_of(self.module, _WEIGHTS[self.name][2])
+        return weight_of(self.module, _WEIGHTS[self.name][0][-1])
 
     def write_factor(self, given: Float[Tensor, "pos d"] | None, written: Float[Tensor, "pos d"]) -> float:
         """Return c, the number by which the block multiplies what the module gives.

@@ -61,7 +61,8 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
     dtype = next(block.module.parameters()).dtype
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
     lifted = weights * size if dtype.itemsize < size else 0
-    attn, mlp = _attn_map(block), _mlp_map(block) if "mlp" in block.sublayers else None
+    maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
+    attn, mlp = maps["attn"], maps.get("mlp")
     heads = int(cfg.n_heads)
     column_bytes = autograd_column_bytes(block.module, heads, n_tokens, size)
     by_autograd = Cost(
@@ -92,10 +93,9 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + widest),
         )
 
-    maps: dict[str, LinearMap | None] = {"attn": attn, "mlp": mlp}
     costs = {name: closed(maps[name], width[name]) for name in modules}
     whole = attn
-    if "mlp" in modules:
+    if "mlp" in maps:
         whole = None if attn is None or mlp is None else block_map(block.topology, attn, mlp, same=True)
     return {"block": closed(whole, max(width[name] for name in modules)), **costs}
 
@@ -115,8 +115,8 @@ def layer_costs(
     return costs
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _numel(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
 def _widest(module: nn.Module | None) -> int:
@@ -125,48 +125,30 @@ def _widest(module: nn.Module | None) -> int:
     return max((max(shape) for shape in shapes), default=0)
 
 
-def _attn_map(block: Block) -> LinearMap | None:
-    """J_attn of shapes alone; None where a weight is missing."""
-    weights = _shapes(block.attn)
-    if weights is None:
-        return None
-    heads, d_model, size = weights["W_Q"].shape
-    n_groups = block.n_groups or weights["W_K"].shape[0]
-
-    def of_heads(count: int, size: int = size) -> Tensor:
-        return _empty(1, count, size)
-
-    core = AttentionCore(
-        pattern=_empty(heads, 1, 1),
-        values=of_heads(heads, weights["W_V"].shape[2]),
-        queries=of_heads(heads),
-        keys=of_heads(heads),
-        scores=Scores(1.0),
-        rotary=None,
-        q_norm=_head_norm(block.attn.part("q_norm"), of_heads(heads)),
-        k_norm=_head_norm(block.attn.part("k_norm"), of_heads(n_groups)),
-        n_groups=n_groups,
-    )
-    before, behind = (_derivative(norm, d_model) for norm in (block.attn.before, block.attn.behind))
-    return attention_map(core, weights, 0, 0, before, behind)
-
-
-def _mlp_map(block: Block) -> LinearMap | None:
-    """J_mlp of shapes alone; None where a weight is missing."""
-    weights = _shapes(block.mlp)
-    if weights is None:
-        return None
-    d_model, d_mlp = weights["W_in"].shape
-    before, behind = (_derivative(norm, d_model) for norm in (block.mlp.before, block.mlp.behind))
-    return mlp_map([_empty(d_mlp)] * (len(weights) - 1), weights, before, behind)
-
-
-def _shapes(sublayer: Sublayer) -> dict[str, Tensor] | None:
-    """A sublayer's weights without their numbers; None where one is missing."""
+def _map(block: Block, sublayer: Sublayer) -> LinearMap | None:
+    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
     try:
-        return {name: weight.to("meta") for name, weight in sublayer.weights().items()}
+        weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
     except Uncovered:
         return None
+    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, sublayer.behind))
+    if sublayer.name == "mlp":
+        return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
+    heads, _, size = weights["W_Q"].shape
+    n_groups = block.n_groups or weights["W_K"].shape[0]
+    queries, keys = _empty(1, heads, size), _empty(1, n_groups, size)
+    core = AttentionCore(
+        pattern=_empty(heads, 1, 1),
+        values=_empty(1, heads, weights["W_V"].shape[2]),
+        queries=queries,
+        keys=queries,
+        scores=Scores(1.0),
+        rotary=None,
+        q_norm=_head_norm(sublayer.part("q_norm"), queries),
+        k_norm=_head_norm(sublayer.part("k_norm"), keys),
+        n_groups=n_groups,
+    )
+    return attention_map(core, weights, 0, 0, before, behind)
 
 
 def _empty(*shape: int) -> Tensor:

@@ -60,8 +60,7 @@ def attention_map(
         heads = HeadMap(blocks, groups, n_groups)
         branches.append((heads if norm is None else heads @ norm.derivative(pos)) @ Projection(weight))
     write = weights["W_O"] if head is None else weights["W_O"][head : head + 1]
-    out = _scaled(factor, rearrange(write, "head e d -> d (head e)"))
-    return behind @ (out @ Sum(branches) @ before)
+    return behind @ (_scaled(factor, rearrange(write, "head e d -> d (head e)")) @ Sum(branches) @ before)
 
 
 def mlp_map(
