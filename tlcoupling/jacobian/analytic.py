@@ -26,7 +26,8 @@ from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.formula import attention_map, block_map, mlp_map
 from tlcoupling.jacobian.norms import Norm
 from tlcoupling.jacobian.runs import Run, Runner, run_sublayer
-from tlcoupling.linalg.maps import Identity, LinearMap, Shared, Zero
+from tlcoupling.linalg.maps import Identity, Shared, Zero
+from tlcoupling.linalg.operator import JacobianOperator
 
 _ATTN_VALUES = ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out")
 _MLP_VALUES = ("pre", "pre_linear", "post", "out")
@@ -61,9 +62,9 @@ class AnalyticLayer:
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
         self._norms: dict[nn.Module, Norm] = {}
-        self._shared: dict[str, tuple[tuple[int, ...], LinearMap]] = {}
+        self._shared: dict[str, tuple[tuple[int, ...], JacobianOperator]] = {}
 
-    def sublayer(self, name: str, src: int, dest: int, head: int | None = None) -> LinearMap:
+    def sublayer(self, name: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """Return the Jacobian of ``block``, ``attn`` or ``mlp`` (or of one head's share of ``attn``).
 
         Raises:
@@ -82,7 +83,7 @@ class AnalyticLayer:
         reached = topology == "sequential" or (topology == "parallel" and src == dest)
         return block_map(topology, attn, self.sublayer("mlp", dest, dest) if reached else None, src == dest)
 
-    def _share(self, name: str, positions: tuple[int, ...], make: Callable[..., LinearMap]) -> LinearMap:
+    def _share(self, name: str, positions: tuple[int, ...], make: Callable[..., JacobianOperator]) -> JacobianOperator:
         """Make a sublayer's map, or return the last one if it is of these positions.
 
         The block shares it, and so do all src of one dest.
@@ -91,7 +92,7 @@ class AnalyticLayer:
             self._shared[name] = (positions, Shared(make(*positions)))
         return self._shared[name][1]
 
-    def _attn(self, src: int, dest: int, head: int | None = None) -> LinearMap:
+    def _attn(self, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """J_attn; a head's share of the write is taken before the norm behind the attention, which mixes the heads."""
         attn, run = self.block.attn, self.attn_run
         core = self._core
@@ -99,7 +100,7 @@ class AnalyticLayer:
         behind = self._norm(attn.behind if head is None else None, "the norm behind the attention", run.unnormed, dest)
         return attention_map(core, self._weights(attn), src, dest, before, behind, self._attn_factor, head)
 
-    def _mlp(self, pos: int) -> LinearMap:
+    def _mlp(self, pos: int) -> JacobianOperator:
         """J_mlp at a position."""
         mlp, (run, row) = self.block.mlp, self.mlp_run(pos)
         if not self._mlp_slopes:
@@ -164,7 +165,7 @@ class AnalyticLayer:
 
     def _norm(
         self, module: nn.Module | None, name: str, inputs: Float[Tensor, "row d_model"] | None, row: int
-    ) -> LinearMap:
+    ) -> JacobianOperator:
         """The derivative of one of the block's norms at one of its inputs; the identity where there is none."""
         if module is None or inputs is None:
             return Identity(self.d_model, self.resid_pre)

@@ -21,8 +21,9 @@ from torch import Tensor
 from tlcoupling.forward.block import Block, Uncovered, close
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.jacobian.norms import Norm
+from tlcoupling.jacobian.parts import HeadMap
 from tlcoupling.jacobian.scores import Scores
-from tlcoupling.linalg.maps import HeadMap, LinearMap
+from tlcoupling.linalg.operator import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class HeadNorm:
             return self.norms[0](x.flatten(-2)).view_as(x)
         return torch.stack([norm(x[:, group]) for group, norm in enumerate(self.norms)], dim=1)
 
-    def derivative(self, pos: int) -> LinearMap:
+    def derivative(self, pos: int) -> JacobianOperator:
         """Return the Jacobian at one position, from all heads' coordinates to all heads' coordinates."""
         x = self.inputs[pos]
         if self.together:

@@ -20,7 +20,8 @@ from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
 from tlcoupling.jacobian.formula import attention_map, block_map, mlp_map
 from tlcoupling.jacobian.norms import Norm
 from tlcoupling.jacobian.scores import Scores
-from tlcoupling.linalg.maps import Identity, LinearMap
+from tlcoupling.linalg.maps import Identity
+from tlcoupling.linalg.operator import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
     # the values of the attention at all positions, one row of the MLP, and one cotangent
     run_flops = 4.0 * sum(_numel(module) * (n_tokens if name == "attn" else 1) for name, module in modules.items())
 
-    def closed(made: LinearMap | None, widest: int) -> Cost:
+    def closed(made: JacobianOperator | None, widest: int) -> Cost:
         if made is None or engine == "autograd":
             return by_autograd
         return Cost(
@@ -125,7 +126,7 @@ def _widest(module: nn.Module | None) -> int:
     return max((max(shape) for shape in shapes), default=0)
 
 
-def _map(block: Block, sublayer: Sublayer) -> LinearMap | None:
+def _map(block: Block, sublayer: Sublayer) -> JacobianOperator | None:
     """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
     try:
         weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
@@ -159,7 +160,7 @@ def _norm(size: int) -> Norm:
     return Norm(_empty(size), _empty(size), _empty(), centered=False)
 
 
-def _derivative(norm: nn.Module | None, size: int) -> LinearMap:
+def _derivative(norm: nn.Module | None, size: int) -> JacobianOperator:
     """The derivative of a norm of the stream; the identity where there is none."""
     return Identity(size, _empty()) if norm is None else _norm(size).derivative(_empty(size))
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from tlcoupling.forward.block import Topology
 from tlcoupling.jacobian.attention import AttentionCore
-from tlcoupling.linalg.maps import BlockMap, Diagonal, HeadMap, LinearMap, Projection, Sum
+from tlcoupling.jacobian.parts import BlockMap, HeadMap
+from tlcoupling.linalg.maps import Diagonal, Projection
+from tlcoupling.linalg.operator import JacobianOperator, Sum
 
 
 def attention_map(
@@ -28,11 +30,11 @@ def attention_map(
     weights: Mapping[str, Tensor],
     src: int,
     dest: int,
-    before: LinearMap,
-    behind: LinearMap,
+    before: JacobianOperator,
+    behind: JacobianOperator,
     factor: float = 1.0,
     head: int | None = None,
-) -> LinearMap:
+) -> JacobianOperator:
     """Compose J_attn from src to dest.
 
     Args:
@@ -66,10 +68,10 @@ def attention_map(
 def mlp_map(
     slopes: Sequence[Float[Tensor, " d_mlp"]],
     weights: Mapping[str, Tensor],
-    before: LinearMap,
-    behind: LinearMap,
+    before: JacobianOperator,
+    behind: JacobianOperator,
     factor: float = 1.0,
-) -> LinearMap:
+) -> JacobianOperator:
     """Compose J_mlp at one position.
 
     Args:
@@ -85,7 +87,7 @@ def mlp_map(
     return behind @ (_scaled(factor, weights["W_out"].mT) @ inner @ before)
 
 
-def block_map(topology: Topology, attn: LinearMap, mlp: LinearMap | None, same: bool) -> LinearMap:
+def block_map(topology: Topology, attn: JacobianOperator, mlp: JacobianOperator | None, same: bool) -> JacobianOperator:
     """Compose the Jacobian of a block.
 
     Args:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.forward.block import Uncovered, close
-from tlcoupling.linalg.maps import NormMap
+from tlcoupling.jacobian.parts import NormMap
 
 # Small enough that eps (1e-6 to 1e-5 in models) shows in what the norm makes of a probe of this size.
 _SMALL = 1e-3
