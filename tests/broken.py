@@ -6,8 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from cases import CASES, TOKENS
 from torch import Tensor, nn
+
+LLAMA = next((case for case in CASES if case.name == "bridge-llama"), None)
+needs_llama = pytest.mark.skipif(LLAMA is None, reason="edits the projections of a bridge")
+PAIRS = [(src, dest) for dest in range(len(TOKENS)) for src in range(dest + 1)]
+
+
+def part(model: Any, layer: int, path: str) -> nn.Module:
+    """HuggingFace's own module behind a bridge."""
+    module = model.blocks[layer]
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module.original_component
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from broken import adapter, forward, growing, shifting
+from broken import LLAMA, PAIRS, adapter, forward, growing, needs_llama, part, shifting
 from cases import CASES, TOKENS, Case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,18 +16,6 @@ import tlcoupling as tlc
 from tlcoupling.jacobian.engine import JacobianEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
-
-LLAMA = next((case for case in CASES if case.name == "bridge-llama"), None)
-needs_llama = pytest.mark.skipif(LLAMA is None, reason="edits the projections of a bridge")
-PAIRS = [(src, dest) for dest in range(len(TOKENS)) for src in range(dest + 1)]
-
-
-def part(model: torch.nn.Module, layer: int, path: str) -> torch.nn.Module:
-    """HuggingFace's own module behind a bridge."""
-    module = model.blocks[layer]
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module.original_component
 
 
 def agree_everywhere(trace: tlc.Trace, layer: int, pairs: list[tuple[int, int]], tolerance: float) -> set[str]:
@@ -116,9 +104,7 @@ def test_every_pair_of_a_healthy_model_keeps_its_engine(case: Case, dtype: torch
         for sublayer in trace.sublayers:
             for src, dest in PAIRS if sublayer != "mlp" else [(pos, pos) for pos in range(len(TOKENS))]:
                 engine.operator(1, sublayer, src, dest)
-    assert engine.used == {
-        name: "analytic" if name in case.analytic else "autograd" for name in trace.sublayers
-    }
+    assert engine.used == {name: "analytic" if name in case.analytic else "autograd" for name in trace.sublayers}
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)

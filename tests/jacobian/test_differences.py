@@ -6,11 +6,10 @@ import warnings
 
 import pytest
 import torch
-from broken import CUTS, forward, half_detached
+from broken import CUTS, LLAMA, PAIRS, forward, half_detached, needs_llama, part
 from cases import CASES, TOKENS, Case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_certificate import LLAMA, PAIRS, needs_llama, part
 
 import tlcoupling as tlc
 from tlcoupling.errors import DerivativeError, HookError, TLCouplingError

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.certificate import TOLERANCE, ModuleProducts, Pair, misses
 from tlcoupling.jacobian.differences import BlockDifferences
-from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.linalg.operator import JacobianOperator
 
 
