@@ -28,14 +28,13 @@ def part(model: Any, layer: int, path: str) -> nn.Module:
 def forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Replace a module's forward by a function of it."""
     had = module.__dict__.get("forward")
-    module.forward = wrap(module.forward)
+    module.__dict__["forward"] = wrap(module.forward)  # a bridge would hand an attribute on to what it wraps
     try:
         yield
     finally:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had
+        del module.__dict__["forward"]
+        if had is not None:
+            module.__dict__["forward"] = had
 
 
 def on_output(edit: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

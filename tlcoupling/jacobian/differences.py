@@ -152,6 +152,8 @@ def require_step_followed(
 ) -> str | None:
     """Check what autograd makes of a perturbation of a whole stream by one block, at each position.
 
+    The skip connection, which would hide small Jacobians, is taken off both sides.
+
     Args:
         trace: a trace of the model.
         step: the block's Jacobian, all positions in one vector.
@@ -171,14 +173,14 @@ def require_step_followed(
     @torch.no_grad()
     def moved(moves: Float[Tensor, "move pos d_model"]) -> Float[Tensor, "move pos d_model"]:
         still = trace.run_block(layer, start.clone(), {})[0]
-        return torch.stack([trace.run_block(layer, start + one.to(start), {})[0] - still for one in moves])
+        return torch.stack([trace.run_block(layer, start + one, {})[0] - still - one for one in moves])
 
     draws = torch.stack([random_vector(trace, layer, _seed(layer, index)) for index in range(len(move))])
     others = [draws.roll(index, 0).to(move) * lengths[:, None] for index in range(_DIRECTIONS - 1)]
     return Function(
         where=f"layer {layer}, block at position {{row}}",
         moved=moved,
-        product=lambda direction: step.mv(direction.to(step.device).flatten()).unflatten(0, move.shape),
+        product=lambda direction: step.mv(direction.flatten()).unflatten(0, move.shape) - direction,
         # no position moves by more than a step's share of its own stream
         size=float((trace.resid[layer].norm(dim=-1)[moving] / lengths[moving]).min()) or 1.0,
         lengths=trace.resid[layer + 1].norm(dim=-1).to(start),
@@ -206,6 +208,9 @@ class BlockDifferences:
 
     One pair of runs moves x^l at ``src``, and shows what the attention, the MLP and the block make of it at all
     ``dest``. All announced pairs are taken together, a batch of moves in one run, unless hooks of the user's act.
+
+    Attributes:
+        gap: the largest distance of a Jacobian's product from a difference that confirmed it, relative to the larger.
     """
 
     def __init__(self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair] = ()) -> None:
@@ -221,6 +226,7 @@ class BlockDifferences:
         self._pairs = frozenset(pairs)
         self._batched = not hooked
         self._known: dict[tuple[str, int, int], Quotient] = {}
+        self.gap = 0.0
 
     def quotient(self, sublayer: str, src: int, dest: int) -> Quotient:
         """Return the difference of a sublayer at ``dest`` for a move of its input at ``src``.
@@ -255,6 +261,8 @@ class BlockDifferences:
         """
         one = self.quotient(sublayer, src, dest)
         if product.norm() > 0 and agree(product, one.value, one.rounding):
+            larger = torch.maximum(product.norm(), one.value.norm())
+            self.gap = max(self.gap, float((product - one.value).norm() / larger))
             return None
         trace, layer = self._trace, self.layer
         inside = self._inside(sublayer)

@@ -30,6 +30,8 @@ class JacobianEngine:
 
     Attributes:
         hooked: the blocks in whose Jacobians hooks of the user's act.
+        difference_gap: the largest relative distance of a Jacobian's product from a central difference that
+            confirmed it.
     """
 
     def __init__(self, trace: Trace, engine: EngineName = "auto", pairs: Iterable[Pair] = ()) -> None:
@@ -48,6 +50,7 @@ class JacobianEngine:
         self.trace, self.engine = trace, engine
         self._pairs = frozenset(pairs)
         self.hooked = trace.hooked_layers | trace.layers_hooked_now()
+        self.difference_gap = 0.0
         self._evidence: Evidence | None = None
         self._closed: AnalyticLayer | None = None
         self._refusals: dict[tuple[int, str, int, int], str | None] = {}  # by layer, sublayer, src, dest
@@ -87,7 +90,9 @@ class JacobianEngine:
         if key not in self._confirmed:
             if whole is None:
                 whole = made if head is None else AutogradJacobian(self.trace, *key, None)
-            self.warn_once((layer, sublayer), self._evidence_of(layer).contradiction(whole, sublayer, src, dest))
+            evidence = self._evidence_of(layer)
+            self.warn_once((layer, sublayer), evidence.contradiction(whole, sublayer, src, dest))
+            self.difference_gap = max(self.difference_gap, evidence.gap)
             self._confirmed.add(key)
         return made
 

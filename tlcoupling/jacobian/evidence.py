@@ -64,6 +64,11 @@ class Evidence:
         """
         return self._differences.require(operator, sublayer, src, dest, self._product(operator, sublayer, src, dest))
 
+    @property
+    def gap(self) -> float:
+        """The largest relative distance of a Jacobian's product from a difference that confirmed it."""
+        return self._differences.gap
+
     def _refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         sequential = self._topology == "sequential"
         if sublayer == "block":
