@@ -15,6 +15,7 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.plan import Job, Plan, make_plan
 from tlcoupling.coupling.token import token_groups
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import Topology, model_name_of, require_supported, topology_of_model
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
@@ -106,6 +107,7 @@ class _Outline:
         return sublayers_of(self.topology)
 
 
+@measured
 def estimate(
     model: Any,
     prompt: Any,

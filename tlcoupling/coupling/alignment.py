@@ -15,10 +15,10 @@ from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
 from tlcoupling.coupling.groups import Place
 from tlcoupling.coupling.metric import projector_moments
 from tlcoupling.coupling.pairs import decompose
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -81,7 +81,7 @@ class HeadAlignment(Result):
         return {"layer": self.layers, "k": self.ks, "head": range(self.writes.shape[-1])}
 
 
-@full_precision()
+@measured
 def head_alignment(
     trace: Trace,
     k: KSpec = 10,

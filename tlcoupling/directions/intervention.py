@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.hooked import block_hook
+from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
 Positions = int | Sequence[int] | None
@@ -57,6 +58,7 @@ def keep_only(
     return _intervention(directions, layer, site, positions, lambda activation, part: part)
 
 
+@full_precision()
 def random_directions(
     directions: Float[Tensor, "d_model k"],
     activation: Float[Tensor, " d_model"],
@@ -132,6 +134,7 @@ def _intervention(
     basis, name = orthonormal(directions), block_hook(layer, f"hook_{site}")
     chosen = None if positions is None else [positions] if isinstance(positions, int) else list(positions)
 
+    @full_precision()
     def act(activation: Tensor, hook: Any) -> Tensor:
         n_tokens, width = activation.shape[-2:]
         if basis.shape[-2] != width:

@@ -24,11 +24,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 Tokens = Literal["same", "all"]
@@ -84,6 +84,7 @@ class LinearizationGap(Result):
         return {"size": self.sizes, "depth": self.depths}
 
 
+@measured
 def linearized(
     trace: Trace,
     perturbation: Float[Tensor, " d_model"],
@@ -130,7 +131,6 @@ def _check_tokens(tokens: str) -> None:
         raise ArgumentError("tokens", tokens, f"one of {', '.join(get_args(Tokens))}")
 
 
-@full_precision()
 def _linearized(
     trace: Trace, perturbation: Tensor, layer: int, pos: int, tokens: Tokens, jacobians: JacobianEngine
 ) -> Float[Tensor, "depth pos d_model"]:
@@ -153,6 +153,7 @@ def _linearized(
     return torch.stack(carried)[:, pos:]
 
 
+@measured
 def linearization_gap(
     trace: Trace,
     direction: Float[Tensor, " d_model"] | None = None,
@@ -215,7 +216,7 @@ def linearization_gap(
         warnings.warn(
             "the perturbation does not change the real model at some size and depth, so the linearisation has nothing "
             "to be compared with: gap and cosine are NaN there",
-            stacklevel=2,
+            stacklevel=3,
         )
     settings = {"layer": layer, "pos": pos, "sizes": list(sizes), "tokens": tokens, "engine": engine, "seed": seed}
     return LinearizationGap(
@@ -230,7 +231,6 @@ def linearization_gap(
     )
 
 
-@full_precision()
 def _real(trace: Trace, stream: Float[Tensor, "pos d_model"], layer: int) -> Float[Tensor, "depth pos d_model"]:
     """The residual streams x^layer .. x^L that the model's own blocks make of a stream at ``layer``."""
     streams = [stream]

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from tlcoupling.errors import ArgumentError, CertificateError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.stream import Outline
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
@@ -17,7 +18,6 @@ from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.differences import require_followed
 from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.precision import full_precision
 
 EngineName = Literal["auto", "analytic", "autograd"]
 
@@ -160,7 +160,7 @@ class JacobianEngine:
         )
 
 
-@full_precision()
+@measured
 def residual_jacobian(
     trace: Trace,
     layer: int,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.precision import full_precision
+
 
 class JacobianOperator(ABC):
     """A linear map J from R^n to R^m, ``shape = (m, n)``, known by its products.
+
+    Products are taken in full precision, whatever autocast, inference mode or precision of float32 products is in
+    force where they are asked for.
 
     Attributes:
         shape: ``(rows, columns)``: rows are output coordinates, columns input coordinates.
@@ -28,6 +34,13 @@ class JacobianOperator(ABC):
     product_flops: float
     dense_flops: float
     concurrent: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take the products of every kind of operator in full precision: users keep operators and use them anywhere."""
+        super().__init_subclass__(**kwargs)
+        for name in ("mm", "rmm", "dense"):
+            if name in vars(cls):
+                setattr(cls, name, full_precision()(vars(cls)[name]))
 
     @abstractmethod
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:

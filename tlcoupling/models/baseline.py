@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import norms_are_folded, require_supported
 from tlcoupling.forward.weights import weight_of
 from tlcoupling.models.generators import generators_kept
@@ -23,6 +24,7 @@ _CENTERED = 1e-3  # mean over standard deviation of what is centred in half prec
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
+@measured
 def random_baseline(model: Any, seed: int = 0) -> Any:
     """The same architecture with fresh weights, drawn as its own library draws them.
 
@@ -83,7 +85,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         warnings.warn(
             "the model's weights were processed, but its writing weights cannot be read: the random model's are not "
             "centred, which shifts residual streams by their mean",
-            stacklevel=2,
+            stacklevel=3,
         )
     return fresh.eval()
 

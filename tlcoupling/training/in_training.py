@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.context import measuring, modules_of
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.load import _transformer_bridge
@@ -27,10 +27,9 @@ from tlcoupling.models.offline import answered_locally, offline
 
 @contextmanager
 def evaluated(model: Any) -> Iterator[Any]:
-    """The model as it can be measured, for a while.
+    """Hold a model that is being trained as it can be measured: in eval mode, and in ``measuring``.
 
-    Whatever was in force around it: mode of each module, gradients, random generators, autocast, ``no_grad`` and
-    ``inference_mode`` are as they were afterwards, and do not act within.
+    The mode of each module, gradients and the random generators are as they were afterwards.
 
     Args:
         model: a ``HookedTransformer``, a ``TransformerBridge`` or a HuggingFace model; also in the wrappers of
@@ -40,12 +39,7 @@ def evaluated(model: Any) -> Iterator[Any]:
         UnsupportedModelError: none of these, or of a kind that cannot be measured; see ``trace``.
     """
     model = unwrapped(model)
-    with ExitStack() as stack:
-        stack.enter_context(generators_kept())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-        stack.enter_context(torch.autocast(device, enabled=False))
+    with generators_kept(), measuring(model), ExitStack() as stack:
         if _is_huggingface(model):
             model = _bridge_around(model)
         else:
@@ -72,11 +66,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     The flags are set one by one: ``model.eval()`` would forget which parts were frozen in eval mode, and is overridden
     in some libraries to change weights.
     """
-    original = getattr(model, "original_model", None)  # a bridge does not list it among its modules
-    modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
-    modes = [(module, module.training) for module in modules]
+    modes = [(module, module.training) for _, module in modules_of(model)]
     try:
-        for module in modules:
+        for module, _ in modes:
             module.training = False
         yield
     finally:

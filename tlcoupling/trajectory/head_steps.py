@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace
 from tlcoupling.forward.weights import output_of_heads
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -83,6 +83,7 @@ class HeadSteps(Result):
         }
 
 
+@measured
 def head_steps(trace: Trace) -> HeadSteps:
     """How much of each token's step each head writes, in every layer.
 
@@ -123,7 +124,6 @@ def head_steps(trace: Trace) -> HeadSteps:
     )
 
 
-@full_precision()
 def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     """What each head of a layer adds to the stream; the attention's write is their sum and a bias.
 
