@@ -123,6 +123,5 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
             if tensor.is_inference():
                 raise UnsupportedModelError(
                     f"{name} was made under torch.inference_mode(), so nothing can be differentiated through it. Load "
-                    "the model outside of it, or call, outside of it: for t in [*model.parameters(), "
-                    "*model.buffers()]: t.data = t.data.clone()"
+                    "the model outside of it, or take copy.deepcopy(model) there"
                 )
