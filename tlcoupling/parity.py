@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec, resolve_k
+from tlcoupling.arguments import KSpec, check_index, check_name, resolve_k
 from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Result
@@ -180,9 +180,8 @@ def published(
     started = time.perf_counter()
     traced = trace(model, prompt, prepend_bos=prepend_bos)
     ks = resolve_k(k, traced.d_model)
-    for argument, value, allowed in (("normalizer", normalizer, Normalizer), ("bases", bases, Bases)):
-        if value not in get_args(allowed):
-            raise ArgumentError(argument, value, f"one of {', '.join(get_args(allowed))}")
+    check_name("normalizer", normalizer, get_args(Normalizer))
+    check_name("bases", bases, get_args(Bases))
     src, dest = check_index("src", src, traced.n_tokens), check_index("dest", dest, traced.n_tokens)
     if src > dest:
         raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")

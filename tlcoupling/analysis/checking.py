@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tlcoupling.coupling.arguments import resolve_indices
+from tlcoupling.arguments import Indices, resolve_indices
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
@@ -74,7 +74,7 @@ class Check:
 
 
 @measured
-def check(model: Any, prompt: Any = None, *, layers: Sequence[int] | None = None) -> Check:
+def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> Check:
     """Run the residual identity, the certificate and a comparison with autograd on a model.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec
+from tlcoupling.arguments import Indices, KSpec, as_plain
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
@@ -164,7 +164,7 @@ def analyze_many(
     prompts: Mapping[str, Any] | Sequence[Any],
     *,
     k: KSpec = 10,
-    tokens: int | Sequence[int] | Literal["all"] = -1,
+    tokens: Indices = -1,
     sublayers: str | Sequence[str] | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
@@ -206,7 +206,7 @@ def analyze_many(
         >>> many.interval("excess"), many.baseline.interval("excess")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    named = named_prompts(prompts)
+    named, tokens = named_prompts(prompts), as_plain(tokens)
     settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []
@@ -245,7 +245,7 @@ def analyze_many(
     provenance = Provenance(
         model_name=traced.model_name,
         weight_processing=traced.weight_processing,
-        settings={**measured.provenance.settings, "tokens": tokens if isinstance(tokens, (int, str)) else list(tokens)},
+        settings={**measured.provenance.settings, "tokens": tokens},
         engine=engines_of_prompts(engines),
         seconds=time.perf_counter() - started,
     )

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
+from tlcoupling.arguments import Indices, KSpec, check_index, check_sublayer, resolve_indices
 from tlcoupling.coupling.groups import Place
 from tlcoupling.coupling.metric import projector_moments
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.results.base import Result
 
@@ -88,7 +89,7 @@ def head_alignment(
     *,
     of: str = "block",
     token: int = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
 ) -> HeadAlignment:
@@ -116,10 +117,10 @@ def head_alignment(
         >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # of the heads of layer 3 # doctest: +SKIP
     """
     started = time.perf_counter()
-    check_sublayers(trace, (of,), "of")
-    options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
+    check_sublayer("of", of, trace.sublayers)
+    options = Options.resolve(trace.d_model, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     jacobians = JacobianEngine(trace, engine, (pos,))
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:

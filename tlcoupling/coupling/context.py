@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, check_index, check_name, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, check_index
+from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
 Fixed = Literal["src", "dest"]
@@ -56,7 +57,7 @@ def context_coupling(
     *,
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = "all",
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -100,16 +101,15 @@ def context_coupling(
     Example:
         >>> coupling = tlc.context_coupling(trace, "dest", -1)  # doctest: +SKIP
     """
-    if fixed not in get_args(Fixed):
-        raise ArgumentError("fixed", fixed, f"one of {', '.join(get_args(Fixed))}")
-    names = ("block", "attn") if sublayers is None else resolve_sublayers(trace, sublayers)
+    check_name("fixed", fixed, get_args(Fixed))
+    names = ("block", "attn") if sublayers is None else resolve_sublayers(sublayers, trace.sublayers)
     if "mlp" in names:
         raise ArgumentError("sublayers", "mlp", "block, attn: an MLP does not reach another position")
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     default = 0 if fixed == "src" else -1
     held = check_index("position", default if position is None else position, trace.n_tokens)
     positions = _reached(trace, fixed, held, tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     return measure(
         ContextCoupling,
         trace,

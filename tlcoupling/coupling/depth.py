@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName
@@ -45,7 +46,7 @@ def depth_coupling(
     *,
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -83,10 +84,10 @@ def depth_coupling(
         >>> coupling = tlc.depth_coupling(trace, k=10)  # doctest: +SKIP
         >>> coupling.mean("excess")  # doctest: +SKIP
     """
-    names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    names = resolve_sublayers(sublayers, trace.sublayers)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     return measure(
         DepthCoupling,
         trace,

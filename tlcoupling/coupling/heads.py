@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
+from tlcoupling.arguments import Indices, KSpec, check_index, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import Coupling, measure
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, check_index
+from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
 
@@ -45,7 +46,7 @@ def head_coupling(
     k: KSpec = 10,
     *,
     token: int = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -76,9 +77,9 @@ def head_coupling(
     Example:
         >>> tlc.head_coupling(trace, k=10).mean("excess")  # doctest: +SKIP
     """
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     heads = range(trace.model.cfg.n_heads)
     return measure(
         HeadCoupling,

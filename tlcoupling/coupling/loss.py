@@ -14,14 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
+from tlcoupling.arguments import Indices, check_index, check_name, check_sublayer, resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.forward.context import in_training_mode, measured
 from tlcoupling.forward.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
-from tlcoupling.jacobian.engine import check_index
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]
@@ -35,7 +34,7 @@ def coupling_loss(
     tokens: Any,
     k: int | float = 10,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     sublayer: Sublayer = "block",
     token: int = -1,
     quantity: Quantity = "values",
@@ -81,14 +80,10 @@ def coupling_loss(
         raise UnsupportedModelError(f"the weights are {dtype}: singular vectors have no usable derivative in it")
     ids = to_tokens(model, tokens, None)
     topology = topology_of_model(model)
-    for argument, value, allowed in (
-        ("sublayer", sublayer, sublayers_of(topology)),
-        ("quantity", quantity, get_args(Quantity)),
-        ("normalizer", normalizer, get_args(Normalizer)),
-    ):
-        if value not in allowed:
-            raise ArgumentError(argument, value, f"one of {', '.join(allowed)}")
-    chosen = resolve_indices("layers", "all" if layers is None else layers, len(model.blocks))
+    check_sublayer("sublayer", sublayer, sublayers_of(topology))
+    check_name("quantity", quantity, get_args(Quantity))
+    check_name("normalizer", normalizer, get_args(Normalizer))
+    chosen = resolve_indices("layers", layers, len(model.blocks))
     if len(chosen) < 2:
         raise ArgumentError("layers", layers, "at least two layers to compare")
     pos = check_index("token", token, ids.shape[1])

@@ -16,12 +16,13 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Place, schedule
 from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.plan import Plan
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, cheapest, spectra_of
 from tlcoupling.coupling.workers import Workers
+from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.progress import ticking
 
@@ -78,7 +79,8 @@ def _decomposed(made: Sequence[Decomposition], options: Options, workers: Worker
     """Their spectra, in order, each worker's share in one stack."""
     share = -(-len(made) // workers.count)
     shares = [made[start : start + share] for start in range(0, len(made), share)]
-    at_once = all(one.operator.concurrent for one in made)
+    # one that runs the modules of the model must not run them from several threads
+    at_once = not any(isinstance(one.operator, GraphJacobian) for one in made)
     found = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
     return [spectrum for spectra in found for spectrum in spectra]
 

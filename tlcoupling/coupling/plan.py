@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group, schedule
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS, PROBES, Way, cheapest
 from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.hooked import Topology

@@ -13,14 +13,15 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_one_k, resolve_sublayers
+from tlcoupling.arguments import Indices, check_index, resolve_indices, resolve_one_k, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.metric import Bases, coupling, null_coupling
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.results.base import Result
 
@@ -96,7 +97,7 @@ class ProjectedJacobians(Result):
 @measured
 def projected_jacobians(
     trace: Trace,
-    layers: Sequence[int],
+    layers: Indices,
     k: int | float = 10,
     *,
     sublayers: str | Sequence[str] | None = None,
@@ -129,8 +130,9 @@ def projected_jacobians(
         >>> tlc.viz.figures.projected_jacobians(projected)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, resolve_one_k("k", k, trace.d_model), "frobenius", bases, True, engine, solver)
+    names = resolve_sublayers(sublayers, trace.sublayers)
+    size = resolve_one_k("k", k, trace.d_model)
+    options = Options.resolve(trace.d_model, size, "frobenius", bases, True, engine, solver)
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])

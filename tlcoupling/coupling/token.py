@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, as_int, as_list, check_index, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, check_index
+from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
 
@@ -49,8 +50,8 @@ def token_coupling(
     *,
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = "all",
-    layers: Sequence[int] | None = None,
-    basis_layers: int | Sequence[int] | None = None,
+    layers: Indices | None = None,
+    basis_layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -93,12 +94,12 @@ def token_coupling(
         >>> coupling = tlc.token_coupling(trace, k=10)  # doctest: +SKIP
         >>> coupling.z[0, 3, 0]  # of all pairs of tokens in the block of layer 3 # doctest: +SKIP
     """
-    names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    names = resolve_sublayers(sublayers, trace.sublayers)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     given = chosen if basis_layers is None else basis_layers
-    others = [given] * len(chosen) if isinstance(given, int) else list(given)
+    others = as_list(given) if as_int(given) is None else [given] * len(chosen)
     if len(others) != len(chosen):
         raise ArgumentError("basis_layers", basis_layers, f"one layer, or one for each of the {len(chosen)} layers")
     others = tuple(check_index("basis_layers", layer, trace.n_layers) for layer in others)

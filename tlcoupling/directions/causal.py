@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
+from tlcoupling.arguments import Indices, check_int, resolve_indices, resolve_one_k
 from tlcoupling.directions.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
@@ -99,7 +99,7 @@ def causal_effect(
     prompts: Mapping[str, Any] | Sequence[Any],
     directions: int | float | Float[Tensor, "d_model k"] = 10,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     sublayer: Literal["attn", "mlp"] = "mlp",
     draws: int = 10,
     seed: int = 0,
@@ -135,8 +135,7 @@ def causal_effect(
         >>> found.effect, found.control_mean, found.control_std  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ArgumentError("draws", draws, "an int from 1")
+    draws = check_int("draws", draws, 1)
     named = named_prompts(prompts)
     generator = torch.Generator().manual_seed(seed)
     fields: dict[str, list[Any]] = {name: [] for name in ("loss", "effect", "control", "share", "control_share")}
@@ -148,7 +147,7 @@ def causal_effect(
             raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is of the next one")
         if sublayer not in traced.sublayers or sublayer == "block":
             raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
-        chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)
+        chosen = resolve_indices("layers", layers, traced.n_layers)
         given = (
             directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
         )

@@ -6,19 +6,20 @@ The functions give ``(hook_name, function)`` pairs for ``fwd_hooks=`` of ``tlc.t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.arguments import as_list, check_int, check_name, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.hooked import block_hook
 from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
-Positions = int | Sequence[int] | None
+Positions = SupportsIndex | Iterable[SupportsIndex] | None
 Intervention = tuple[str, Callable[..., Tensor]]
 
 
@@ -127,30 +128,25 @@ def orthonormal(directions: Float[Tensor, "*d"]) -> Float[Tensor, "*batch d_mode
 def _intervention(
     directions: Tensor, layer: int, site: str, positions: Positions, combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Intervention:
-    if site not in get_args(Site):
-        raise ArgumentError("site", site, f"one of {', '.join(get_args(Site))}")
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise ArgumentError("layer", layer, "a block index, an int from 0")
+    check_name("site", site, get_args(Site))
+    layer = check_int("layer", layer, 0, note="the index of a block")
     basis, name = orthonormal(directions), block_hook(layer, f"hook_{site}")
-    chosen = None if positions is None else [positions] if isinstance(positions, int) else list(positions)
+    chosen = None if positions is None else as_list(positions)
 
     @full_precision()
     def act(activation: Tensor, hook: Any) -> Tensor:
         n_tokens, width = activation.shape[-2:]
         if basis.shape[-2] != width:
             raise ArgumentError("directions", tuple(directions.shape), f"directions of width {width}, that of {name}")
-        rows = list(range(n_tokens)) if chosen is None else chosen
-        for pos in rows:
-            if not -n_tokens <= pos < n_tokens:
-                raise ArgumentError("positions", pos, f"positions from {-n_tokens} to {n_tokens - 1}")
+        rows = resolve_indices("positions", chosen, n_tokens)
         if basis.ndim == 3 and len(basis) != len(rows):
             raise ArgumentError(
                 "directions", tuple(directions.shape), f"one subspace for each of {len(rows)} positions"
             )
         index = torch.tensor(rows, device=activation.device)
-        picked = activation.index_select(-2, index % n_tokens)
+        picked = activation.index_select(-2, index)
         q = basis.to(picked)
         part = (q @ (q.mT @ picked[..., None]))[..., 0]
-        return activation.index_copy(-2, index % n_tokens, combine(picked, part))
+        return activation.index_copy(-2, index, combine(picked, part))
 
     return name, act

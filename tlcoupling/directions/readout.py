@@ -19,14 +19,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.arguments import check_index, check_int, check_sublayer
+from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import require_same_product
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Result
 
@@ -146,12 +147,11 @@ def read_directions(
     """
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    check_sublayers(trace, (sublayer,), "sublayer")
+    check_sublayer("sublayer", sublayer, trace.sublayers)
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= words:
-        raise ArgumentError("top", top, f"an int from 1 to {words}, the size of the vocabulary")
+    top = check_int("top", top, 1, words, "the size of the vocabulary")
     jacobians = JacobianEngine(trace, engine)
     pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
     generator = torch.Generator().manual_seed(0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import resolve_indices
+from tlcoupling.arguments import Indices, check_int, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.stream import stream_of
 from tlcoupling.precision import full_precision
@@ -64,9 +64,7 @@ class TrajectoryComponents(Result):
 
 
 @full_precision()
-def trajectory_components(
-    source: Any, n: int = 2, *, tokens: int | Sequence[int] | Literal["all"] = "all"
-) -> TrajectoryComponents:
+def trajectory_components(source: Any, n: int = 2, *, tokens: Indices = "all") -> TrajectoryComponents:
     """The principal components of token trajectories, by an exact singular value decomposition.
 
     The first token of a prompt often has a residual stream many times longer than all others, and takes the first
@@ -91,8 +89,7 @@ def trajectory_components(
     points = stream.resid[:, list(positions)]
     cloud = points.flatten(0, 1)
     most = min(cloud.shape)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-        raise ArgumentError("n", n, f"an int from 1 to {most}, the smaller of the number of points and d_model")
+    n = check_int("n", n, 1, most, "the smaller of the number of points and d_model")
     center = cloud.mean(0)
     _, s, vh = torch.linalg.svd(cloud - center, full_matrices=False)
     if not s[0] > 10 * torch.finfo(s.dtype).eps * cloud.norm():  # what rounding of the mean leaves

@@ -23,12 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.arguments import check_index, check_name
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.results.base import Result
 
 Tokens = Literal["same", "all"]
@@ -119,16 +120,11 @@ def linearized(
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    _check_tokens(tokens)
+    check_name("tokens", tokens, get_args(Tokens))
     if tuple(perturbation.shape) != (trace.d_model,):
         raise ArgumentError("perturbation", tuple(perturbation.shape), f"a vector of d_model = {trace.d_model} numbers")
     jacobians = JacobianEngine(trace, engine)
     return _linearized(trace, perturbation.to(trace.resid), layer, pos, tokens, jacobians)
-
-
-def _check_tokens(tokens: str) -> None:
-    if tokens not in get_args(Tokens):
-        raise ArgumentError("tokens", tokens, f"one of {', '.join(get_args(Tokens))}")
 
 
 def _linearized(
@@ -190,7 +186,7 @@ def linearization_gap(
     """
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    _check_tokens(tokens)
+    check_name("tokens", tokens, get_args(Tokens))
     sizes = tuple(float(size) for size in sizes)
     if not sizes or not all(0 < size < float("inf") for size in sizes):
         raise ArgumentError("sizes", sizes, "one or more numbers above 0")

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from tlcoupling.arguments import check_int, check_name
 from tlcoupling.errors import ArgumentError
 from tlcoupling.linalg.dense import dense_svd
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
@@ -53,10 +54,8 @@ def truncated_svds(
     """
     first = operators[0]
     size = min(first.shape)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
-        raise ArgumentError("k", k, f"an int from 1 to {size}, the size of the Jacobian")
-    if solver not in get_args(SolverName):
-        raise ArgumentError("solver", solver, f"one of {', '.join(get_args(SolverName))}")
+    k = check_int("k", k, 1, size, "the size of the Jacobian")
+    check_name("solver", solver, get_args(SolverName))
     if tolerance is None:
         tolerance = TOLERANCE[first.dtype]
     if not tolerance > 0:

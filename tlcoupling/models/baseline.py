@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.arguments import check_int
+from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import norms_are_folded, require_supported
 from tlcoupling.forward.weights import weight_of
@@ -57,8 +58,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         >>> tlc.analyze(random, prompt).coupling.mean("excess")  # about 0  # doctest: +SKIP
     """
     require_supported(model)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError("seed", seed, "an int from 0 on")
+    seed = check_int("seed", seed, 0)
     first = next(model.blocks.parameters())
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:

@@ -1,4 +1,4 @@
-"""The base of all results: long-form tables and provenance; ``result_files`` has their file format.
+"""The base of all results: long-form tables, provenance, saving and loading; ``files`` is the file format.
 
 A result is a frozen dataclass. Each of its tensor fields is declared in ``_axes`` with the names of its axes, and
 ``_coords`` gives the labels of each axis; from these two come ``to_dataframe``, ``to_xarray``, ``save`` and ``load``,
@@ -11,13 +11,14 @@ import functools
 import importlib.metadata
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.results.files import opened, write_file
 
 if TYPE_CHECKING:
     import pandas
@@ -156,9 +157,78 @@ class Result:
         Raises:
             ResultFileError: the file cannot be written; the message says why.
         """
-        from tlcoupling.results.files import write_result
-
         return write_result(self, path)
+
+
+def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
+    """Save a result, with a note in the header that ``files.read_note`` returns.
+
+    Args:
+        result: the result.
+        path: the file to write; its folder must exist.
+        note: facts about the result, of JSON's types.
+
+    Raises:
+        ResultFileError: the file cannot be written; the message says why.
+    """
+    tensors, header = _flatten(result)
+    return write_file(path, tensors, header if note is None else {**header, "note": note})
+
+
+def load(path: str | Path) -> Any:
+    """Read a result of any kind that ``save`` wrote.
+
+    Raises:
+        ResultFileError: the file is missing, damaged, or not a tlcoupling result.
+    """
+    return read_result(path)[0]
+
+
+def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
+    """Read a result and the note that was written with it.
+
+    Raises:
+        ResultFileError: as ``load``.
+    """
+    with opened(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _unflatten(header, tensors, prefix=""), header.get("note", {})
+
+
+def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a result into tensors and a JSON header; a result in a field is flattened under the field's name."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {"kind": type(result).__name__, "plain": {}, "nested": {}}
+    for spec in fields(result):
+        value = getattr(result, spec.name)
+        if isinstance(value, Tensor):
+            tensors[prefix + spec.name] = value.detach().cpu().contiguous()
+        elif isinstance(value, Result):
+            inner, header["nested"][spec.name] = _flatten(value, f"{prefix}{spec.name}.")
+            tensors |= inner
+        elif isinstance(value, Provenance):
+            header["provenance"] = asdict(value)
+        elif spec.metadata.get("saved", True):
+            header["plain"][spec.name] = value
+    return tensors, header
+
+
+def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Result:
+    """Build the result from its tensors and header: the inverse of ``_flatten``."""
+    kind = Result._kinds[header["kind"]]
+    values = {name: _tuples(value) for name, value in header["plain"].items()}
+    values["provenance"] = Provenance(**{name: _tuples(value) for name, value in header["provenance"].items()})
+    for name, inner in header["nested"].items():
+        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
+    for spec in fields(kind):
+        if prefix + spec.name in tensors:
+            values[spec.name] = tensors[prefix + spec.name]
+    return kind(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """Turn JSON's lists back into the tuples that results hold."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def check_writable(path: str | Path, argument: str) -> Path:

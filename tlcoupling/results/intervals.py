@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.base import Result
 
@@ -121,8 +122,7 @@ def check_bootstrap(confidence: float, resamples: int) -> None:
     """
     if not 0 < confidence < 1:
         raise ArgumentError("confidence", confidence, "a number between 0 and 1")
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
-        raise ArgumentError("resamples", resamples, "an int from 100 on")
+    check_int("resamples", resamples, 100)
 
 
 def bca(

@@ -22,7 +22,7 @@ from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.results.intervals import bca, check_bootstrap
 from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
-from tlcoupling.scores.tables import Joined, Missing, join, published, read_table
+from tlcoupling.scores.tables import Joined, Missing, join, published_points, read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -153,7 +153,7 @@ def correlate(
     Args:
         table: a ``SweepStore`` or its folder, a DataFrame, or a CSV or parquet file: the table of a store, or one row
             per model with ``model``, any of ``coupling``, ``null``, ``excess``, ``lss``, ``ed``, and of ``d_model``,
-            ``n_layers``, ``n_params``, ``family``. None: the paper's published points (``published``).
+            ``n_layers``, ``n_params``, ``family``. None: the paper's published points (``tables.published_points``).
         scores: names and scores, or a table (DataFrame, CSV, parquet) with ``model``, scores, and where models are
             measured at several, ``revision`` or ``step``; ``family`` if the model's name does not begin with it. None
             where the table has them itself, in a column ``score``.
@@ -178,7 +178,7 @@ def correlate(
     """
     started = time.perf_counter()
     check_bootstrap(confidence, resamples)
-    joined = join(published() if table is None else read_table(table, "table"), scores, score, missing)
+    joined = join(published_points() if table is None else read_table(table, "table"), scores, score, missing)
     families = tuple(dict.fromkeys(joined.families))
     rows = [_row(name, joined, families, confidence, resamples, seed) for name in joined.predictors]
     columns = {name: torch.tensor(np.array([row[name] for row in rows])) for name in rows[0]}

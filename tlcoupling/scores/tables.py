@@ -47,7 +47,7 @@ class Joined:
     nulls: Mapping[str, str]
 
 
-def published() -> Frame:
+def published_points() -> Frame:
     """The points of the paper's figure, with a null made of width alone.
 
     28 models, read off the last figure of the paper's project page (coupling to about 0.0005, the average of the Open

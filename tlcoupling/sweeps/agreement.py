@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcoupling.results.files import read_result
+from tlcoupling.results.base import read_result
 
 # Of a tensor's root mean square. On SmolLM2 in float32, which all models are measured in, another solver or engine
 # moves a tensor by 1e-6 to 1e-5 of it; the weights rounded to bfloat16, by 1e-3.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from tlcoupling.arguments import as_list, as_plain, check_name
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName
@@ -63,8 +64,7 @@ class Settings:
             ("engine", EngineName),
             ("solver", SolverName),
         ):
-            if getattr(self, name) not in get_args(kind):
-                raise ArgumentError(name, getattr(self, name), f"one of {', '.join(get_args(kind))}")
+            check_name(name, getattr(self, name), get_args(kind))
         if not isinstance(self.absolute, bool):
             raise ArgumentError("absolute", self.absolute, "true or false")
         if self.prepend_bos is not None and not isinstance(self.prepend_bos, bool):
@@ -79,10 +79,8 @@ class Settings:
         """
         for name in ("k", "tokens", "sublayers"):
             value = values.get(name)
-            if isinstance(value, list):
-                values[name] = tuple(value)
-            elif isinstance(value, (int, float)) or (isinstance(value, str) and (name, value) != ("tokens", "all")):
-                values[name] = (value,)
+            if value is not None and not (name == "tokens" and isinstance(value, str) and value == "all"):
+                values[name] = tuple(as_list(as_plain(value)))
         return cls(**values)
 
     def arguments(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tlcoupling.analysis.estimate import matmul_rate
 from tlcoupling.errors import ArgumentError, PlanError, StoreError
 from tlcoupling.sweeps.cost import CellCost, cell_costs
 from tlcoupling.sweeps.plan import Plan
-from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore
 
 
@@ -92,14 +92,14 @@ def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = N
         except StoreError:
             pass  # nothing is measured yet
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    by_model: dict[str, list[Group]] = {}
+    by_model: dict[str, list[CellGroup]] = {}
     for group in plan.groups:
         by_model.setdefault(group.source.model, []).append(group)
     groups = tuple(_of_model(model, found, kept, plan.name) for model, found in by_model.items())
     return Forecast(groups, matmul_rate(device) if rate is None else rate, rate is None)
 
 
-def _of_model(model: str, groups: list[Group], kept: set[str], plan: str) -> ModelForecast:
+def _of_model(model: str, groups: list[CellGroup], kept: set[str], plan: str) -> ModelForecast:
     cells = [cell for group in groups for cell in group.cells]
     counts = {
         "model": model,

@@ -11,7 +11,7 @@ from typing import Any
 from tlcoupling.errors import PlanError
 from tlcoupling.sweeps.cells import Cell
 from tlcoupling.sweeps.plan_file import Reader
-from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.source import CellGroup
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
         name: of the file it was read from.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[CellGroup, ...]
     cells_per_job: int | None = None
     name: str = "plan"
 
@@ -80,7 +80,7 @@ class Plan:
         groups, per_job = Reader(Path(base), name, text).read(content)
         return cls(groups, per_job, name)
 
-    def pending(self, measured: Collection[str], at_most: int | None = None) -> list[Group]:
+    def pending(self, measured: Collection[str], at_most: int | None = None) -> list[CellGroup]:
         """The groups of what is not measured yet, split so that none has more than ``at_most`` cells."""
         found = []
         for group in self.groups:

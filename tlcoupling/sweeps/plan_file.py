@@ -16,7 +16,7 @@ from tlcoupling.sweeps.cells import Cell, Settings
 from tlcoupling.sweeps.checkpoints import pick_steps, published_steps, steps_in_folder
 from tlcoupling.sweeps.cost import Shape, shape_at_hand
 from tlcoupling.sweeps.executors import check_resources
-from tlcoupling.sweeps.source import Group, Source, digest_of_folder
+from tlcoupling.sweeps.source import CellGroup, Source, digest_of_folder
 
 _TOP = ("models", "prompts", "settings", "random_baseline", "local_files_only", "resources", "cells_per_job")
 _OF_MODEL = (
@@ -41,7 +41,7 @@ class Reader:
     text: str
     _loaded: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # by label
 
-    def read(self, content: Mapping[str, Any]) -> tuple[tuple[Group, ...], int | None]:
+    def read(self, content: Mapping[str, Any]) -> tuple[tuple[CellGroup, ...], int | None]:
         """All groups, each cell in one of them, and the most cells of a unit of work.
 
         Raises:
@@ -52,7 +52,7 @@ class Reader:
         local = self._bool(content, "local_files_only", False)
         prompts = self._prompts(content, local)
         settings = self._settings(content)
-        groups: list[Group] = []
+        groups: list[CellGroup] = []
         seen: set[str] = set()
         for index, entry in enumerate(models):
             spec = {"name": entry} if isinstance(entry, str) else self._table(entry, f"models[{index}]")
@@ -74,7 +74,7 @@ class Reader:
         local: bool,
         prompts: Sequence[str],
         settings: Sequence[Settings],
-    ) -> Iterable[Group]:
+    ) -> Iterable[CellGroup]:
         """A model's groups, one for each of its revisions; fresh weights are measured beside the last of them."""
         self._known(spec, _OF_MODEL, where)
         seeds = self._seeds(spec.get("random_baseline", content.get("random_baseline", False)))
@@ -97,7 +97,7 @@ class Reader:
                 for one in settings
                 for prompt in prompts
             ]
-            yield Group(source, tuple(cells), resources, shape or shape_at_hand(source.name))
+            yield CellGroup(source, tuple(cells), resources, shape or shape_at_hand(source.name))
 
     def _sources(self, spec: Mapping[str, Any], where: str, local: bool) -> list[Source]:
         name = spec.get("name")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tlcoupling.analysis.analyze import analyze
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.models.baseline import random_baseline
 from tlcoupling.sweeps.cells import Cell, ModelFacts
 from tlcoupling.sweeps.executors import Requeued, process_pool
 from tlcoupling.sweeps.plan import Plan
-from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore, as_store, describe
 
 _POLL_SECONDS = 2.0
@@ -103,8 +104,8 @@ def sweep(
     """
     started = time.perf_counter()
     for name, value in (("workers", workers), ("cells_per_job", cells_per_job)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ArgumentError(name, value, "an int from 1 on")
+        if value is not None:
+            check_int(name, value, 1)
     if executor is not None and workers is not None:
         raise ArgumentError("workers", workers, "None where an executor is given")
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
@@ -135,7 +136,7 @@ def sweep(
     )
 
 
-def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> list[tuple[str, str | None]]:
+def measure_group(group: CellGroup, folder: str, on_cell: OnCell | None = None) -> list[tuple[str, str | None]]:
     """Measure the cells of a group that a store has not: what an executor runs, in whatever process.
 
     Args:
@@ -200,16 +201,16 @@ def _by_seed(cells: Sequence[Cell]) -> Iterator[tuple[int | None, list[Cell]]]:
         yield seed, [cell for cell in cells if cell.random_seed == seed]
 
 
-def _here(groups: Sequence[Group], store: SweepStore, meter: _Meter) -> list[str]:
+def _here(groups: Sequence[CellGroup], store: SweepStore, meter: _Meter) -> list[str]:
     for group in groups:
         meter.show(str(group.source))
         measure_group(group, str(store.folder), lambda cell, error: meter.add(1, error is not None))
     return []
 
 
-def _elsewhere(groups: Sequence[Group], store: SweepStore, executor: Executor, meter: _Meter) -> list[str]:
+def _elsewhere(groups: Sequence[CellGroup], store: SweepStore, executor: Executor, meter: _Meter) -> list[str]:
     """Hand groups to an executor and wait; a process or job that ends without a result is no reason to stop."""
-    futures: dict[Future[list[tuple[str, str | None]]], Group] = {}
+    futures: dict[Future[list[tuple[str, str | None]]], CellGroup] = {}
     reasons: dict[str, None] = {}
     try:
         for group in groups:

@@ -79,7 +79,7 @@ def _no_bars() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Group:
+class CellGroup:
     """Cells of one model, which is loaded once for them: the unit of work that an executor gets.
 
     Attributes:

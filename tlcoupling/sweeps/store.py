@@ -17,9 +17,18 @@ from typing import TYPE_CHECKING, Any
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.errors import ResultFileError, StoreError, TLCouplingError
 from tlcoupling.results.atomic import remove_abandoned, replacing
-from tlcoupling.results.files import read_note, read_result, write_result
+from tlcoupling.results.base import read_result, write_result
+from tlcoupling.results.files import read_note
 from tlcoupling.sweeps.agreement import differences
 from tlcoupling.sweeps.cells import Cell, ModelFacts
+from tlcoupling.sweeps.table import (
+    frame,
+    row_of_damage,
+    row_of_failure,
+    row_of_outdated,
+    rows_of_cell,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -198,21 +207,29 @@ class SweepStore:
                 raise StoreError(f"{str(self._failed / key)!r}.json is no record of a failure: {error!r}") from error
         return found
 
-    def table(self) -> pandas.DataFrame:
-        """One row per cell, sublayer and K; ``tlcoupling.sweeps.table.COLUMNS`` says what each column is."""
-        from tlcoupling.sweeps.table import to_pandas
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the table: cells with a result in the order of their keys, then those that failed."""
+        for key in sorted(self.keys() - self.failed_keys()):
+            try:
+                cell, analysis, facts = self.read(key)
+            except ResultFileError as error:
+                yield row_of_damage(key, str(error))
+                continue
+            yield from rows_of_cell(cell, analysis, facts) if cell.key == key else [row_of_outdated(cell, key)]
+        for failure in self.failures():
+            yield row_of_failure(failure.cell, failure.error, failure.seconds)
 
-        return to_pandas(self)
+    def table(self) -> pandas.DataFrame:
+        """Return one row per cell, sublayer and K; ``tlcoupling.sweeps.table.COLUMNS`` describes each column."""
+        return frame(self.rows())
 
     def write_table(self, path: str | Path) -> Path:
         """Write ``table`` to one parquet file.
 
         Raises:
-            ResultFileError: it cannot be written.
+            ResultFileError: the file cannot be written.
         """
-        from tlcoupling.sweeps.table import write_parquet
-
-        return write_parquet(self, Path(path))
+        return write_parquet(self.rows(), Path(path))
 
     def add(self, other: SweepStore) -> int:
         """Copy the cells of another store that this one lacks, and say how many these were.

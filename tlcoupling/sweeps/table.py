@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    from tlcoupling.sweeps.store import SweepStore
-
 _OUTDATED = "measured in the way of another version of tlcoupling; a sweep measures it anew"
 _ONE_ROW = ("model", "revision", "step", "settings", "prompt_id", "sublayer", "k", "k_asked")
 _MEAN = "mean over the ordered pairs of different layers, and over the tokens measured"
@@ -89,20 +87,15 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
 
 
-def to_pandas(store: SweepStore) -> pandas.DataFrame:
-    """The table of a store."""
-    return frame(rows(store))
-
-
-def write_parquet(store: SweepStore, path: Path) -> Path:
-    """The same as one parquet file, written whole or not at all.
+def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Write rows to one parquet file, whole or not at all; return its path.
 
     Raises:
-        ResultFileError: it cannot be written.
+        ResultFileError: the file cannot be written.
     """
     import pyarrow.parquet as pq
 
-    table = to_arrow(rows(store))
+    table = to_arrow(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -112,20 +105,14 @@ def write_parquet(store: SweepStore, path: Path) -> Path:
     return path
 
 
-def rows(store: SweepStore) -> Iterator[dict[str, Any]]:
-    """The rows: those of cells with a result in the order of their keys, then one for each that failed."""
-    for key in sorted(store.keys() - store.failed_keys()):
-        try:
-            cell, analysis, facts = store.read(key)
-        except ResultFileError as error:
-            yield {"key": key, "status": "damaged", "error": str(error)}
-            continue
-        if cell.key == key:
-            yield from rows_of_cell(cell, analysis, facts)
-        else:
-            yield {**cell_columns(cell), "key": key, "status": "outdated", "error": _OUTDATED}
-    for failure in store.failures():
-        yield row_of_failure(failure.cell, failure.error, failure.seconds)
+def row_of_damage(key: str, error: str) -> dict[str, Any]:
+    """Return the row of a cell whose result file cannot be read."""
+    return {"key": key, "status": "damaged", "error": error}
+
+
+def row_of_outdated(cell: Cell, key: str) -> dict[str, Any]:
+    """Return the row of a cell that another version of tlcoupling measured, under the key that it had there."""
+    return {**cell_columns(cell), "key": key, "status": "outdated", "error": _OUTDATED}
 
 
 def row_of_failure(cell: Cell, error: str, seconds: float) -> dict[str, Any]:

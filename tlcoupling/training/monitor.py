@@ -5,7 +5,6 @@ The training run must not notice: its loss is bit-identical with and without the
 
 from __future__ import annotations
 
-import operator
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis.analyze import analyze
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.prompt import named_prompts, to_tokens
@@ -96,8 +96,7 @@ class TrainingMonitor:
         verbose: bool = True,
         **settings: Any,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ArgumentError("every", every, "an int from 1")
+        every = check_int("every", every, 1)
         check_loggers(loggers)
         self.model, self.every, self.verbose = model, every, verbose
         self.calls, self.seconds = 0, 0.0
@@ -131,7 +130,7 @@ class TrainingMonitor:
         Raises:
             ArgumentError: no step, or a setting that the model does not allow.
         """
-        return None if _checked_step(step) % self.every else self.measure(step)
+        return None if check_int("step", step, 0) % self.every else self.measure(step)
 
     def measure(self, step: int) -> dict[str, float]:
         """Measure now.
@@ -149,7 +148,7 @@ class TrainingMonitor:
         Warns:
             UserWarning: a prompt could not be measured, the store not be written to, or a logger failed.
         """
-        step = _checked_step(step)
+        step = check_int("step", step, 0)
         with generators_kept():  # loggers draw from them too
             return self._measured(step)
 
@@ -232,21 +231,6 @@ class TrainingMonitor:
         """
         with steps_counted(self.model, self, start):
             yield self
-
-
-def _checked_step(step: Any) -> int:
-    """A step as an int.
-
-    Raises:
-        ArgumentError: it is none, or below zero.
-    """
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(step, bool):
-        raise ArgumentError("step", step, "an int from 0")
-    return number
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
