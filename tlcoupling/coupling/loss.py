@@ -90,7 +90,7 @@ def coupling_loss(
     size = resolve_one_k("k", k, model.cfg.d_model)
     reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
     writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
-    if in_training_mode(model) is not None:
+    if in_training_mode(model):
         _require_repeatable(model, ids)
     jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]

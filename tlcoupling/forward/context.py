@@ -79,20 +79,21 @@ def _lock_of(source: Any) -> threading.RLock:
 
 
 def modules_of(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of a model by name, those of the wrapped HuggingFace model too, which a bridge does not list."""
-    yield from model.named_modules()
+    """Go through all modules of a model by name, once each: a bridge does not list those of the model it wraps."""
+    seen: set[nn.Module] = set()
+    yield from model.named_modules(seen)
     original = getattr(model, "original_model", None)
     if isinstance(original, nn.Module):
-        yield from original.named_modules(prefix="original_model")
+        yield from original.named_modules(seen, "original_model")
 
 
-def in_training_mode(model: Any) -> str | None:
-    """The name of the first module in training mode, None where all are in eval mode."""
-    return next((name or "the model" for name, module in modules_of(model) if module.training), None)
+def in_training_mode(model: Any) -> bool:
+    """Whether any module of a model is in training mode."""
+    return any(module.training for _, module in modules_of(model))
 
 
 def require_own_state(model: Any, in_training: bool = False) -> None:
-    """Refuse a model whose passes are no fixed function, or none that can be differentiated.
+    """Refuse a model whose forward pass is not a fixed function that can be differentiated.
 
     Args:
         model: the model.
@@ -102,26 +103,23 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
         UnsupportedModelError: a module in training mode; weights that are not in memory, or were made under
             ``torch.inference_mode``; the message names the first.
     """
-    if not in_training and (name := in_training_mode(model)) is not None:
-        also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
-        raise UnsupportedModelError(
-            f"{name} is in training mode, where dropout makes every forward pass another function: call "
-            f"model.eval(){also} first"
-        )
-    seen: set[int] = set()
-    for prefix, module in modules_of(model):
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for name, tensor in chain(module.named_parameters(prefix, False), module.named_buffers(prefix, False)):
+    for where, module in modules_of(model):
+        if module.training and not in_training:
+            also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
+            raise UnsupportedModelError(
+                f"{where or 'the model'} is in training mode, where dropout makes every forward pass another function: "
+                f"call model.eval(){also} first"
+            )
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is None or not (tensor.is_meta or tensor.is_inference()):
+                continue
             if tensor.is_meta:
                 raise UnsupportedModelError(
-                    f"{name} lies on the device 'meta', so its numbers are not in memory: accelerate offloads it "
-                    "(device_map= with 'cpu' or 'disk'), or it was never loaded. Load the whole model onto devices, "
+                    f"{where}.{name} lies on the device 'meta', so its numbers are not in memory: accelerate offloads "
+                    "it (device_map= with 'cpu' or 'disk'), or it was never loaded. Load the whole model onto devices, "
                     "in bfloat16 where memory is short"
                 )
-            if tensor.is_inference():
-                raise UnsupportedModelError(
-                    f"{name} was made under torch.inference_mode(), so nothing can be differentiated through it. Load "
-                    "the model outside of it, or take copy.deepcopy(model) there"
-                )
+            raise UnsupportedModelError(
+                f"{where}.{name} was made under torch.inference_mode(), so nothing can be differentiated through it. "
+                "Load the model outside of it, or take copy.deepcopy(model) there"
+            )
