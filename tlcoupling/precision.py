@@ -1,9 +1,9 @@
-"""PyTorch as it is when nobody has set anything: the state in which every number of the library is computed.
+"""PyTorch's own state, in which the library computes every number.
 
-Around a call, a user may have switched on autocast or ``torch.inference_mode``, another default dtype or device, or
-float32 matrix products of reduced precision. ``torch.set_float32_matmul_precision("high")`` takes these in TF32 (a
-mantissa of 10 bits) on GPUs from Ampere on, ``"medium"`` in bfloat16, also on CPUs. Each is of use elsewhere, and each
-is too coarse for singular vectors and for a certificate of 1e-4, or has no derivatives.
+A user may have set autocast, ``torch.inference_mode``, a default dtype or device, or a lower precision for float32
+products. ``torch.set_float32_matmul_precision("high")`` allows TF32 (10-bit mantissa) on Ampere and later GPUs.
+``"medium"`` allows bfloat16, also on CPUs. These are too coarse for singular vectors and for a certificate of 1e-4;
+inference mode has no derivatives.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _ProcessSetting:
 
 
 def _matmul_precision() -> Any:
-    """The setting, or those of each backend where it was made by the newer names, which the older getter refuses."""
+    """Return the setting, or that of each backend: the older getter refuses what the newer ``fp32_precision`` set."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -61,7 +61,7 @@ def _set_matmul_precision(precision: Any) -> None:
 
 
 def _matmul_backends() -> tuple[Any, ...]:
-    """Those that ``set_float32_matmul_precision`` sets."""
+    """Return the backends whose precision ``set_float32_matmul_precision`` sets."""
     return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -1,4 +1,4 @@
-"""Linear algebra that knows no transformer.
+"""Linear algebra without transformers.
 
 ``operator`` is a linear map known by its products, with ``@``, ``+`` and ``.T``; ``maps`` are elementary ones. ``svd``
 computes the top singular triplets (``triplets``) of any operator: it chooses between ``dense``, which decomposes the

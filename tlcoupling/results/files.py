@@ -62,11 +62,11 @@ def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
                 raise ResultFileError(
-                    f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
+                    f"{str(path)!r} is a safetensors file, but not a result of this version of tlcoupling "
                     f"(its header lacks {FORMAT!r})"
                 )
             yield file, json.loads(metadata[FORMAT])
     except (SafetensorError, OSError) as error:
-        raise ResultFileError(f"{str(path)!r} is damaged or is no safetensors file: {error}") from error
+        raise ResultFileError(f"{str(path)!r} is damaged or is not a safetensors file: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
