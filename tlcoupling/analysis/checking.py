@@ -12,11 +12,11 @@ import torch
 
 from tlcoupling.arguments import Indices, resolve_indices
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.precision import full_precision
 
 if TYPE_CHECKING:
     import pandas
@@ -71,6 +71,7 @@ class Check:
         return pd.DataFrame([vars(one) for one in self.findings])
 
 
+@measured
 def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> Check:
     """Run the residual identity, the differences, the certificate and a comparison with autograd on a model.
 
@@ -119,7 +120,6 @@ def _pairs(traced: Trace, sublayer: str) -> list[tuple[int, int]]:
     return sorted({(last, last)} if sublayer == "mlp" else {(last, last), (last // 2, last)})
 
 
-@full_precision()
 def _differences(traced: Trace, layers: Sequence[int]) -> Finding:
     """Hold autograd against central differences of what is run."""
     what = f"central differences of layers {', '.join(map(str, layers))}"
@@ -139,7 +139,6 @@ def _differences(traced: Trace, layers: Sequence[int]) -> Finding:
     return Finding(what, "holds", f"autograd's derivative is the function's own, to {engine.difference_gap:.1e}")
 
 
-@full_precision()
 def _compare(traced: Trace, sublayer: str, layers: Sequence[int]) -> Finding:
     """Compare both engines on random vectors, at the last position and between two positions."""
     what = f"{sublayer} Jacobians of layers {', '.join(map(str, layers))}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tlcoupling.arguments import check_index, check_int, check_sublayer
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.trace import Trace
@@ -28,7 +29,6 @@ from tlcoupling.jacobian.certificate import random_vector
 from tlcoupling.jacobian.differences import Function
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class DirectionReadout(Result):
         return table
 
 
-@full_precision()
+@measured
 def read_directions(
     trace: Trace,
     layer: int,

@@ -9,13 +9,13 @@ from typing import Literal, get_args
 
 from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.certificate import Pair
 from tlcoupling.jacobian.evidence import Evidence
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.precision import full_precision
 
 EngineName = Literal["auto", "analytic", "autograd"]
 
@@ -134,7 +134,7 @@ class JacobianEngine:
         return False
 
 
-@full_precision()
+@measured
 def residual_jacobian(
     trace: Trace,
     layer: int,
