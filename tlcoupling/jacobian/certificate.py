@@ -9,11 +9,13 @@ graph of its own: its closed form is the chain rule over its sublayers, and ``di
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.forward.hooked import Hook
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import autograd_column_bytes, vectors_at_once
 from tlcoupling.linalg.operator import JacobianOperator
@@ -71,8 +73,8 @@ class ModuleProducts:
         leaf = trace.block_input(layer).clone().requires_grad_()
         mid = trace.mlp_input(layer).clone().requires_grad_() if trace.topology == "sequential" else leaf
         kept: dict[str, Tensor] = {}
-        hooks = {
-            name: lambda tensor, name=name: kept.__setitem__(name, tensor)
+        hooks: dict[str, Hook] = {
+            name: partial(kept.__setitem__, name)
             for name in ("hook_attn_out", "hook_mlp_out")
             if trace.point(layer, name) is not None
         }

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlcoupling.errors import DerivativeError, HookError
+from tlcoupling.forward.hooked import Hook
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import autograd_column_bytes, vectors_at_once
 from tlcoupling.jacobian.certificate import Pair, random_vector
@@ -323,7 +324,7 @@ class BlockDifferences:
             if src != dest:
                 return
             direction = direction + self._known["attn", src, dest].value
-        wrote = sum(part[self.layer, dest].norm() for part in _writes(trace, name))
+        wrote = torch.stack([part[self.layer, dest].norm() for part in _writes(trace, name)]).sum()
         self._known[name, src, dest] = Quotient(direction, value.clone(), _ROUNDING * wrote.to(step) / step)
 
     def _change(
@@ -355,7 +356,7 @@ class BlockDifferences:
     def _run_together(self, inside: bool, moves: Float[Tensor, "move pos d"]) -> dict[str, Tensor]:
         trace, layer = self._trace, self.layer
         kept: dict[str, Tensor] = {}
-        hooks = {
+        hooks: dict[str, Hook] = {
             f"hook_{name}_out": lambda tensor, name=name: kept.__setitem__(name, tensor.clone())
             for name in trace.sublayers
             if name != "block"
@@ -388,7 +389,7 @@ class BlockDifferences:
 def _writes(trace: Trace, name: str) -> list[Tensor]:
     """The recorded writes of a sublayer, or of all of a block."""
     every = {"attn": trace.attn_out, "mlp": trace.mlp_out}
-    return [every[part] for part in trace.sublayers if part != "block" and name in (part, "block")]
+    return [write for part, write in every.items() if write is not None and name in (part, "block")]
 
 
 def _seed(layer: int, src: int) -> int:

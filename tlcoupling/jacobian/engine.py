@@ -172,6 +172,7 @@ def residual_jacobian(
         ArgumentError: an index out of range, an unknown sublayer or engine.
         CertificateError: ``engine="analytic"`` where no certified closed form exists.
         HookError: a hook of the user's hides from autograd what it does.
+        DerivativeError: the model itself hides from autograd what it does.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:

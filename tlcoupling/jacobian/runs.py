@@ -46,7 +46,7 @@ class Run:
         """
         out, leaves = self._in_graph[output], [self._in_graph[name] for name in inputs]
         self._in_graph.clear()
-        if not out.requires_grad:
+        if not (out.requires_grad and all(leaf.requires_grad for leaf in leaves)):
             return [None for _ in leaves]
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
         return [None if grad is None else grad[0] for grad in grads]
