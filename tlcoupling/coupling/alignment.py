@@ -121,7 +121,7 @@ def head_alignment(
     options = Options.resolve(trace.d_model, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
-    jacobians, cfg = JacobianEngine(trace, engine, (pos,)), trace.model.cfg
+    jacobians, cfg = JacobianEngine(trace, engine, {(pos, pos)}), trace.model.cfg
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
         top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets

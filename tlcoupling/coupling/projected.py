@@ -137,7 +137,7 @@ def projected_jacobians(
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])
     plan = make_plan(Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options))
-    jacobians = JacobianEngine(trace, engine, {position})
+    jacobians = JacobianEngine(trace, engine, {(position, position)})
     spectra = {
         (name, place): decompose(jacobians, name, place, options, len(chosen), plan.keep)
         for place in sorted(groups[0].places)

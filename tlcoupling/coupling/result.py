@@ -189,7 +189,8 @@ def measure(
     started = time.perf_counter()
     job = Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
     plan = make_plan(job)
-    jacobians = JacobianEngine(trace, options.engine, {place.dest for group in groups for place in group.places})
+    pairs = {(place.src, place.dest) for group in groups for place in group.places}
+    jacobians = JacobianEngine(trace, options.engine, pairs)
     fields = compare_groups(jacobians, sublayers, plan, options, progress)
     if "sublayer" not in kind._axes["values"]:
         fields = {name: tensor[0] for name, tensor in fields.items()}
