@@ -10,14 +10,11 @@ PACKAGE = TESTS.parent / "tlcoupling"
 # Modules that are tested through a caller, whose tests fail when they are wrong.
 TESTED_IN = {
     "analysis/summary": "viz/test_page",
-    "cli/sweep_tables": "sweeps/test_run",
     "cli/terminal": "cli/test_report",
     "coupling/options": "coupling/test_depth",
     "coupling/context": "coupling/test_token",
-    "coupling/groups": "coupling/test_depth",
     "coupling/pairs": "coupling/test_depth",
     "coupling/result": "coupling/test_depth",
-    "coupling/workers": "coupling/test_depth",
     "forward/cache": "forward/test_trace",
     "forward/hooked": "forward/test_user_hooks",
     "forward/lifting": "test_devices",
@@ -42,8 +39,6 @@ TESTED_IN = {
     "models/generators": "models/test_baseline",
     "models/offline": "models/test_load",
     "progress": "analysis/test_analyze",
-    "results/intervals": "analysis/test_many",
-    "sweeps/agreement": "sweeps/test_store",
     "sweeps/cost": "sweeps/test_forecast",
     "sweeps/plan": "sweeps/test_plan_file",
     "sweeps/source": "sweeps/test_plan_file",

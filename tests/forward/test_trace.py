@@ -258,6 +258,9 @@ def test_an_encoder_is_refused():
     bert = bridge.TransformerBridge.boot_transformers("bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer())
     with pytest.raises(UnsupportedModelError, match="encoder"):
         tlc.trace(bert, TOKENS)
+    bert.cfg.attention_dir = "causal"  # the pattern says otherwise, of two tokens too
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        tlc.trace(bert, TOKENS[:2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
