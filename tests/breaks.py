@@ -175,6 +175,13 @@ BREAKS = (
         "linalg/test_svd",
     ),
     _slip(
+        "off by one: a prompt may not fill the context",
+        "forward/prompt",
+        "if context and tokens.shape[1] > context:",
+        "if context and tokens.shape[1] >= context:",
+        "forward/test_trace::test_a_prompt_may_fill_the_context",
+    ),
+    _slip(
         "wrong tolerance of the residual identity",
         "forward/stream",
         "torch.float32: 1e-4,",
@@ -427,11 +434,25 @@ BREAKS = (
         "training/test_monitor::test_numbers_go_to_loggers_and_the_cost_is_printed",
     ),
     _slip(
+        "the hub may be asked",
+        "models/offline",
+        'patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True)',
+        'patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False)',
+        "models/test_load",
+    ),
+    _slip(
+        "a run refuses a store of other runs",
+        "training/record",
+        "for cell in _cells(store) if cell.model == self.name",
+        "for cell in _cells(store)",
+        "training/test_monitor::test_a_run_does_not_begin_where_another_of_its_name_is",
+    ),
+    _slip(
         "NumPy's generator is not restored",
         "models/generators",
         "np.random.set_state(arrays)",
         "pass",
-        "models/test_baseline::test_the_seed_is_all_that_matters_and_no_generator_moves",
+        "models/test_generators",
     ),
     _slip(
         "a forecast swaps what is left and what is done",
@@ -445,13 +466,13 @@ BREAKS = (
         "cli/sweep_tables",
         '(60.0, "min")',
         '(60.0, "h")',
-        "sweeps/test_forecast::test_a_dry_run_prints_and_writes_nothing",
+        "cli/test_sweep_tables",
     ),
     _slip(
         "a report counts the kept cells as failed",
         "cli/sweep_tables",
         "[red]{len(report.failed)} failed[/]",
         "[red]{report.n_kept} failed[/]",
-        "sweeps/test_run::test_the_command_sweeps_goes_on_and_merges",
+        "cli/test_sweep_tables",
     ),
 )

@@ -36,7 +36,6 @@ TESTED_IN = {
     "linalg/stack": "linalg/test_svd",
     "linalg/triplets": "linalg/test_svd",
     "memory": "coupling/test_plan",
-    "models/generators": "models/test_baseline",
     "models/offline": "models/test_load",
     "progress": "analysis/test_analyze",
     "sweeps/cost": "sweeps/test_forecast",

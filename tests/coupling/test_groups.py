@@ -8,8 +8,9 @@ import tlcoupling as tlc
 
 
 def test_jacobians_that_no_later_group_needs_are_let_go():
-    """Token-wise coupling compares tokens within a layer, so that many layers take hardly more memory than one."""
-    one, all_of_them = (
+    """Token-wise coupling compares tokens within a layer, so that three layers take hardly more memory than one."""
+    one, three = (
         tlc.estimate(CASES[0].model(), TOKENS, 4, token_layers=layers).memory_bytes for layers in ([0], [0, 1, 2])
     )
-    assert one <= all_of_them < 1.5 * one
+    layer = 3 * len(TOKENS) * 32**2 * 8  # the matrices of one: of each sublayer and token
+    assert one <= three < one + layer / 2

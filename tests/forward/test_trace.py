@@ -202,6 +202,10 @@ def test_bad_prompts(model: torch.nn.Module, prompt: object, message: str):
         tlc.trace(model, prompt)
 
 
+def test_a_prompt_may_fill_the_context(model: torch.nn.Module):
+    assert tlc.trace(model, list(range(model.cfg.n_ctx))).n_tokens == model.cfg.n_ctx == 32
+
+
 def test_training_mode_is_refused_and_not_switched_off(model: torch.nn.Module):
     model.train()
     try:
