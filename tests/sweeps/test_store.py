@@ -79,6 +79,22 @@ def test_stores_are_joined(tmp_path: Path):
     assert ours.add(theirs) == 0
 
 
+def test_a_failure_in_both_stores_keeps_our_reason(tmp_path: Path):
+    ours, theirs = (tlc.SweepStore(tmp_path / name, create=True) for name in "ab")
+    ours.fail(cell_of(), ValueError("ours"))
+    theirs.fail(cell_of(), ValueError("theirs"))
+    assert ours.add(theirs) == 0
+    assert [one.error for one in ours.failures()] == ["ValueError: ours"]
+
+
+def test_the_result_of_another_cell_is_not_the_cells(store: tlc.SweepStore):
+    """Files may be renamed or copied by hand."""
+    cell, other = cell_of(), cell_of((5, 6, 7, 8))
+    path = store.save(cell, *measured(cell))
+    path.rename(store.path(other.key))
+    assert not store.has(other) and not store.has(cell)
+
+
 def test_stores_that_disagree_are_not_joined(tmp_path: Path):
     ours, theirs = (tlc.SweepStore(tmp_path / name, create=True) for name in "ab")
     cell, only = cell_of(), cell_of((5, 6, 7, 8))

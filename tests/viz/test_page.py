@@ -133,7 +133,10 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     rows, columns = torch.tril_indices(4, 4)
     patterns[..., rows, columns] = unpacked(data["pairs"]["attention"]["patterns"])
     torch.testing.assert_close(patterns, analysis.attention.double(), atol=step, rtol=0)
-    numbers = data["tokens"]
+    numbers, growth = data["tokens"], analysis.growth
+    assert numbers["norm"] == pytest.approx(growth.norms[-1].tolist(), abs=5e-3)  # of two digits
+    assert data["growth"]["alpha"] == pytest.approx(growth.alpha.mean(1).tolist(), abs=5e-5)
+    assert len(data["growth"]["log_norms"]) == len(analysis.tokens)
     assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], abs=6e-4)
     both = [a + m for a, m in zip(numbers["attn_share"], numbers["mlp_share"], strict=True)]
     assert both == pytest.approx(numbers["rate"], abs=1.6e-4)  # three numbers rounded to four digits
@@ -162,6 +165,8 @@ def test_summary_reduces_over_pairs_and_tokens() -> None:
         assert row.overlap_null == row.k / 16
     growth = growth_summary(analysis.growth)
     assert growth.attn_share + growth.mlp_share == pytest.approx(growth.mean_rate, abs=1e-6)
+    assert growth.mean_slope == pytest.approx(float(analysis.growth.slope.mean()), rel=1e-6)
+    assert growth.mean_rate == pytest.approx(float(analysis.growth.rate.mean()), rel=1e-6)
     assert d_model_of(analysis.coupling) == 16
 
 
