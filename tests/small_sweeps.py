@@ -56,7 +56,9 @@ def plan_of(folder: Path, models: list[Any], count: int = 3, **more: Any) -> tlc
 
 
 def contents_apart_from_times(path: str | Path) -> tuple[Any, bytes]:
-    """All of a result file but the seconds that its measurements took, and the checksum, which is of them too: equal for results that are equal to the bit.
+    """All of a result file but the seconds that its measurements took: equal for results that are equal to the bit.
+
+    The checksum is left out too, since it covers the seconds.
 
     Raises:
         ResultFileError: as ``load``.

@@ -222,7 +222,9 @@ def parse_result(content: bytes, name: str | Path) -> tuple[Any, Mapping[str, An
         result = _unflatten(header, tensors, "", "checksum" in header)
         if tensors:
             raise ValueError(f"unknown tensors {sorted(tensors)}")
-        return result, header.get("note", {})
+        if not isinstance(note := header.get("note", {}), dict):
+            raise TypeError("the note is not a mapping")
+        return result, note
 
 
 def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
