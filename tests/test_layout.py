@@ -28,6 +28,7 @@ TESTED_IN = {
     "jacobian/autograd": "jacobian/test_engine",
     "jacobian/cost": "coupling/test_plan",
     "jacobian/differences": "jacobian/test_engine",
+    "jacobian/formula": "jacobian/test_engine",
     "jacobian/norms": "jacobian/test_engine",
     "jacobian/parts": "linalg/test_operator",
     "jacobian/runs": "jacobian/test_engine",
