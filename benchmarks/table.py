@@ -18,7 +18,7 @@ import wide_block
 from measure import Row, table
 from rich.console import Console
 
-from tlcoupling.analysis.estimate import matmul_rate
+from tlcoupling.linalg.work import matmul_rate
 
 
 def main() -> None:

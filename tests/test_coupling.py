@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from oracle import plain_coupling
 
 import tlcoupling as tlc
+from tlcoupling.coupling.method import cheapest, methods
 from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
-from tlcoupling.coupling.spectra import cheapest, ways
 from tlcoupling.errors import ArgumentError
 
 
@@ -65,8 +65,8 @@ def test_workers_change_no_number(case: Case, stacked: int, monkeypatch: pytest.
 
     alone = measured()
     threads = torch.get_num_threads()
-    monkeypatch.setattr("tlcoupling.coupling.plan._most_workers", lambda *_: 3)
-    monkeypatch.setattr("tlcoupling.coupling.plan.STACKED", stacked)
+    monkeypatch.setattr("tlcoupling.coupling.schedule._most_workers", lambda *_: 3)
+    monkeypatch.setattr("tlcoupling.coupling.schedule.STACKED", stacked)
     for found, expected in zip(measured(), alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
     assert torch.get_num_threads() == threads
@@ -258,9 +258,9 @@ def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
     formed = tlc.depth_coupling(trace, 4)
     assert formed.frobenius_error.max() == 0
     for index, name in ((1, "matrix dropped"), (2, "products")):
-        chosen = lambda *arguments, index=index: ways(*arguments[:-1])[index]  # noqa: E731
+        chosen = lambda *arguments, index=index: methods(*arguments[:-1])[index]  # noqa: E731
         assert chosen(SimpleNamespace(product_flops=1.0, dense_flops=1.0), 8, 2, 3, "auto", True).name == name
-        monkeypatch.setattr("tlcoupling.coupling.pairs.cheapest", chosen)
+        monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", chosen)
         by_products = tlc.depth_coupling(trace, 4)
         torch.testing.assert_close(by_products.values, formed.values, rtol=0, atol=1e-9)
         assert bool(by_products.frobenius_error.max() > 0) is (name == "products")

@@ -10,9 +10,9 @@ import torch
 from cases import CASES, TOKENS
 
 import tlcoupling as tlc
-from tlcoupling.analysis.estimate import matmul_rate
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.linalg.work import matmul_rate
 from tlcoupling.precision import full_precision
 
 MODEL = CASES[0]

@@ -1,9 +1,8 @@
-"""What a measurement would cost: its work, its memory and its time, known before anything of it is run."""
+"""Estimates of the work, memory and time of a measurement, made before it is run."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +12,19 @@ from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indic
 from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group
-from tlcoupling.coupling.plan import Job, Plan, make_plan
+from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.forward.hooked import Topology, model_name_of, require_supported, topology_of_model
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
+from tlcoupling.linalg.work import Rates, Work, measured_rates
 
 if TYPE_CHECKING:
     import pandas
+
+TRACE_CALLS = 150.0  # module calls that take as long as the fixed cost of a block in a traced forward pass
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Stage:
 
     Attributes:
         name: what is done.
-        way: how; empty where there is one way.
+        method: how; empty where there is only one method.
         flops: floating-point operations.
+        seconds: estimated time on this machine.
     """
 
     name: str
-    way: str
+    method: str
     flops: float
+    seconds: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +56,7 @@ class Estimate:
         stages: the parts of the work.
         memory_bytes: memory needed beyond the model, at most.
         free_bytes: memory that is free.
-        rate: floating-point operations per second of this machine's matrix products, measured.
+        rates: how fast this machine works, measured.
     """
 
     model_name: str
@@ -63,7 +66,7 @@ class Estimate:
     stages: tuple[Stage, ...]
     memory_bytes: float
     free_bytes: float
-    rate: float
+    rates: Rates
 
     @property
     def flops(self) -> float:
@@ -72,8 +75,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds at the rate of matrix products: a lower bound. Calls reach a tenth to a quarter of that rate."""
-        return self.flops / self.rate
+        """Estimated seconds of the call on this machine, within a factor of two where nothing else loads it."""
+        return sum(stage.seconds for stage in self.stages)
 
     def __repr__(self) -> str:
         """One line."""
@@ -81,21 +84,20 @@ class Estimate:
 
         return (
             f"Estimate({self.model_name}: {self.n_measured} of {self.n_tokens} tokens, {self.flops / 1e9:.4g} GFLOP, "
-            f"{self.seconds:.2g} s at {self.rate / 1e9:.0f} GFLOP/s, {decimal(int(self.memory_bytes))} of "
+            f"about {self.seconds:.2g} s, {decimal(int(self.memory_bytes))} of "
             f"{decimal(int(self.free_bytes))} free)"
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per stage: name, way, flops, seconds."""
+        """Return one row per stage: name, method, flops, seconds."""
         import pandas as pd
 
-        rows = [{**vars(stage), "seconds": stage.flops / self.rate} for stage in self.stages]
-        return pd.DataFrame(rows)
+        return pd.DataFrame([vars(stage) for stage in self.stages])
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """What is known of a trace before it is taken."""
+    """The part of a trace that is known before it is taken."""
 
     n_layers: int
     d_model: int
@@ -119,11 +121,12 @@ def estimate(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
 ) -> Estimate:
-    """What ``trace`` and ``depth_coupling`` (or ``analyze``) would cost with these arguments; the model is not run.
+    """Estimate what ``trace`` and ``depth_coupling`` (or ``analyze``) would cost; the model is not run.
 
-    The work is that of the way that the call would take (matrices or products, kept or made again), counted from the
-    shapes of the weights. Which sublayers have closed forms is a guess from the names of their weights; with hooks of
-    yours attached, pass ``engine="autograd"``.
+    Counts the work of the schedule that the call would follow, from the shapes of the weights, and turns it into
+    seconds by rates of this machine. These are measured once per process, in a fraction of a second. Which sublayers
+    have closed forms is a guess from the names of their weights. With your own hooks attached, pass
+    ``engine="autograd"``. Writing files and pages is not counted.
 
     Args:
         model: as in ``trace``.
@@ -138,7 +141,7 @@ def estimate(
         solver: as in ``depth_coupling``.
 
     Returns:
-        ``Estimate``: work, memory, and seconds at the matrix-product rate, which is measured meanwhile (a moment).
+        ``Estimate``: work, memory and seconds.
 
     Raises:
         UnsupportedModelError, ArgumentError: as ``trace`` and ``depth_coupling`` would.
@@ -159,31 +162,52 @@ def estimate(
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, outline.n_layers)
     jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, n_tokens, names)
-    plans = {
-        kind: make_plan(Job(model, topology, n_tokens, dtype, parts, groups, options))
+    schedules = {
+        kind: make_schedule(Comparison(model, topology, n_tokens, dtype, parts, groups, options))
         for kind, (parts, groups) in jobs.items()
     }
-    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    run_again = sum(plan.run_flops for plan in plans.values())
-    stages = [Stage("forward pass", "", 2.0 * weights * n_tokens), Stage("blocks run again", "", run_again)]
-    for kind, plan in plans.items():
-        stages += _stages(f"{kind} " if kind else "", plan)
+    rates = measured_rates(first.device, dtype)
     return Estimate(
         model_name=model_name_of(model),
         n_tokens=n_tokens,
         n_measured=len(positions),
         ks=options.k,
-        stages=tuple(stages),
-        memory_bytes=max(plan.peak_bytes for plan in plans.values()),
-        free_bytes=min(plan.free_bytes for plan in plans.values()),
-        rate=matmul_rate(first.device, dtype),
+        stages=stages_of(model, n_tokens, schedules, rates),
+        memory_bytes=max(schedule.peak_bytes for schedule in schedules.values()),
+        free_bytes=min(schedule.free_bytes for schedule in schedules.values()),
+        rates=rates,
     )
+
+
+def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rates: Rates) -> tuple[Stage, ...]:
+    """List the work of a trace and of some schedules.
+
+    Args:
+        model: the model, or the shapes of its weights.
+        n_tokens: length of the prompt.
+        schedules: by the kind of coupling; empty for that across depth.
+        rates: how fast the machine works.
+    """
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    forward = Work(matmul=2.0 * weights * n_tokens, calls=TRACE_CALLS * len(model.blocks))
+    running = sum((schedule.running for schedule in schedules.values()), Work())
+    stages = [
+        Stage(name, "", work.flops, rates.seconds(work))
+        for name, work in (("forward pass", forward), ("blocks run again", running))
+    ]
+    for kind, schedule in schedules.items():
+        for (sublayer, stage), work in schedule.stages.items():
+            shared = stage == "Jacobians" and work.flops == 0 and "products" not in schedule.method_names(sublayer)
+            method = "the block's" if shared else schedule.method_names(sublayer)
+            name = f"{kind} {sublayer}: {stage}".lstrip()
+            stages.append(Stage(name, method, work.flops, rates.seconds(work, schedule.workers)))
+    return tuple(stages)
 
 
 def _pairs_of_tokens(
     layers: Sequence[int], n_tokens: int, sublayers: Sequence[str]
 ) -> dict[str, tuple[tuple[str, ...], list[Group]]]:
-    """What ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
+    """Return what ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
     if not layers:
         return {}
     positions, reach = range(n_tokens), tuple(name for name in sublayers if name != "mlp")
@@ -192,36 +216,3 @@ def _pairs_of_tokens(
         pairs["fixed src"] = (reach, context_groups(layers, "src", 0, positions))
         pairs["fixed dest"] = (reach, context_groups(layers, "dest", n_tokens - 1, positions))
     return pairs
-
-
-def _stages(kind: str, plan: Plan) -> list[Stage]:
-    """The work of a plan: making, decomposing and comparing the Jacobians of each sublayer."""
-    stages = []
-    for name, (way, count) in plan.ways.items():
-        part_of_block = way.formed == 0 and way.name != "products"
-        stages.append(
-            Stage(f"{kind}{name}: Jacobians", "the block's" if part_of_block else way.name, count * way.formed)
-        )
-        stages.append(Stage(f"{kind}{name}: decomposition", way.name, count * way.thin))
-        stages.append(Stage(f"{kind}{name}: comparison", way.name, count * way.compared))
-    return stages
-
-
-@full_precision()
-def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """A device's matrix-product rate in floating-point operations per second, the fastest of several products."""
-    size, rounds = (4096, 5) if device.type == "cuda" else (1024, 10)
-    a, seconds = torch.randn(size, size, device=device, dtype=dtype), []
-    for _ in range(rounds):
-        _finish(device)
-        started = time.perf_counter()
-        _ = a @ a
-        _finish(device)
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * size**3 / min(seconds)
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -15,8 +15,6 @@ from tlcoupling.sweeps.run import SweepReport
 
 _SHOWN = 40  # models
 _ERRORS = 5
-# of the rate of matrix products, what measured calls reach (``Estimate.seconds``)
-_REACHED = (0.1, 0.25)
 
 
 def print_forecast(found: Forecast) -> None:
@@ -33,7 +31,7 @@ def print_forecast(found: Forecast) -> None:
                 _number(group.flops / 1e12),
                 decimal(int(group.file_bytes or 0)),
                 decimal(int(group.memory_bytes or 0)),
-                _span(group.flops, found.rate),
+                _span(group.seconds or 0.0),
             )
         name = group.model.rpartition("/")[2]
         if group.n_revisions > 1:
@@ -50,15 +48,15 @@ def print_forecast(found: Forecast) -> None:
         _number(found.flops / 1e12),
         decimal(int(found.file_bytes)),
         "",
-        _span(found.flops, found.rate),
+        _span(found.seconds),
         style="bold",
     )
     console.print(table)
     whose = "this machine's, measured" if found.measured else "as given"
     some = next((group.model for group in found.groups if group.flops is None), "")
     console.print(
-        f"\nTime at a quarter to a tenth of {found.rate / 1e12:.3g} TFLOP/s of matrix products\n"
-        f"({whose}), as measured calls reach. Loading comes on top.\n"
+        f"\nTimes are estimates at {found.rate / 1e12:.3g} TFLOP/s of matrix products ({whose}).\n"
+        "Expect up to twice or half of them. Loading comes on top.\n"
         "Memory is that of one cell, beyond the model's own.\n"
         "Lengths of prompts are guessed from their characters."
     )
@@ -93,12 +91,11 @@ def print_report(report: SweepReport) -> None:
     console.print(Text(f"store   {report.store.folder}"))
 
 
-def _span(flops: float, rate: float) -> str:
-    """The times that a quarter and a tenth of the rate give, in one unit."""
-    low, high = (flops / (rate * share) for share in reversed(_REACHED))
+def _span(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
     sizes = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-    size, name = next(((size, name) for size, name in sizes if high >= size), (1e-3, "ms"))
-    return f"{_number(low / size)} to {_number(high / size)} {name}"
+    size, name = next(((size, name) for size, name in sizes if seconds >= size), (1e-3, "ms"))
+    return f"{_number(seconds / size)} {name}"
 
 
 def _number(value: float) -> str:

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
-from tlcoupling.coupling.groups import Place
+from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import projector_moments
 from tlcoupling.coupling.pairs import decompose
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
 from tlcoupling.linalg.svd import SolverName
@@ -120,10 +121,14 @@ def head_alignment(
     options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    groups = [Group.of([Place(layer, pos, pos)]) for layer in chosen]
+    schedule = make_schedule(
+        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, (of,), groups, options)
+    )
     jacobians = JacobianEngine(trace, engine, (pos,))
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
-        top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets
+        top = decompose(jacobians, schedule, of, Place(layer, pos, pos)).triplets
         heads = [
             _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, _d_head(trace))
             for head in range(trace.model.cfg.n_heads)

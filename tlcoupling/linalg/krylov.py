@@ -20,7 +20,7 @@ from tlcoupling.linalg.triplets import Triplets, residuals
 OVERSAMPLING = 6  # columns of a block beyond k
 FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
 FIRST_CHECK_OF_PRODUCTS = 3  # without matrices a step costs far more than a look, so that each is looked at
-USUAL_STEPS = 10  # of a top-10 spectrum: bases have room for as many before they grow
+USUAL_STEPS = 10  # for the top 10 triplets of a trained block; plans count on them and bases start with room for them
 DECAY = 5.0  # by which a step lowers the residual, at least as a rule; it tells when to look again
 ROUNDS = 4  # of orthogonalisation, at most: where products are inexact, no more of them help
 

@@ -13,11 +13,14 @@ from tlcoupling.linalg.dense import dense_svd
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.triplets import Triplets
+from tlcoupling.linalg.work import Work
 
 SolverName = Literal["auto", "dense", "krylov"]
 
 # A residual of 1e-4 moves the coupling of SmolLM2's blocks by 2e-6; float32 products allow 1e-6.
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
+
+SVD_CALLS = 40.0  # module calls that take as long as the fixed cost of a Krylov step, or of a dense decomposition
 
 
 def truncated_svd(
@@ -59,7 +62,9 @@ def truncated_svds(
         tolerance = TOLERANCE[first.dtype]
     if not tolerance > 0:
         raise ArgumentError("tolerance", tolerance, "a number above 0")
-    if solver == "dense" or (solver == "auto" and all(_dense_is_cheaper(one, k) for one in operators)):
+    if solver == "dense" or (
+        solver == "auto" and all(dense_is_cheaper(size, k, one.product_flops, one.dense_flops) for one in operators)
+    ):
         found = [dense_svd(one, k) for one in operators]
     else:
         found = krylov_svd(operators, k, tolerance)
@@ -80,15 +85,44 @@ def truncated_svds(
     return found
 
 
-def _dense_is_cheaper(operator: JacobianOperator, k: int) -> bool:
-    """Whether the whole SVD costs less than the Krylov steps that it usually takes."""
-    size = min(operator.shape)
+def dense_is_cheaper(size: int, k: int, product_flops: float, dense_flops: float) -> bool:
+    """Return whether the whole SVD costs less than the Krylov steps that are usually taken.
+
+    Args:
+        size: the smaller dimension of the operator.
+        k: number of triplets.
+        product_flops: floating-point operations of one product with one vector.
+        dense_flops: floating-point operations of forming the matrix.
+    """
     vectors = (k + OVERSAMPLING) * USUAL_STEPS
     if vectors >= size // 2:
         return True
-    whole = operator.dense_flops + 20.0 * size**3
-    steps = 2 * vectors * operator.product_flops + 8.0 * size * vectors**2
+    whole = dense_flops + 20.0 * size**3
+    steps = 2 * vectors * product_flops + 8.0 * size * vectors**2
     return whole < steps
+
+
+def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver: SolverName = "auto") -> Work:
+    """Return the work of ``truncated_svd``: of the solver that it would choose, at the usual number of Krylov steps.
+
+    Args:
+        size: the smaller dimension of the operator.
+        k: number of triplets.
+        product_flops: floating-point operations of one product with one vector.
+        dense_flops: floating-point operations of forming the matrix.
+        solver: as in ``truncated_svd``.
+    """
+    if solver == "dense" or (solver == "auto" and dense_is_cheaper(size, k, product_flops, dense_flops)):
+        return Work(matmul=dense_flops, thin=8.0 * size**2 * k, svd=20.0 * size**3, calls=SVD_CALLS)
+    width = min(k + OVERSAMPLING, size)
+    vectors = min(width * USUAL_STEPS, size)
+    orthogonal = 12.0 * size * vectors**2 + 8.0 * size * width * vectors  # three projections and a QR on either side
+    checked = 4.0 * size * vectors**2
+    return Work(
+        thin=2 * vectors * product_flops + orthogonal + checked,
+        svd=1.25 * 20.0 * vectors**3,  # the last check, and an earlier one in a smaller space
+        calls=SVD_CALLS * USUAL_STEPS,
+    )
 
 
 def _require_rank(operator: JacobianOperator, found: Triplets) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tlcoupling.models.offline import offline
 from tlcoupling.sweeps.cells import Cell
-from tlcoupling.sweeps.cost import Shape
+from tlcoupling.sweeps.shapes import Shape
 
 # What a model's numbers depend on; a Trainer's folder holds optimiser states beside it
 _FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "vocab*", "merges.txt", "*.model")
