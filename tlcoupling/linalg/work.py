@@ -40,7 +40,7 @@ class Work:
         """Both."""
         return Work(self.matmul + other.matmul, self.thin + other.thin, self.svd + other.svd, self.calls + other.calls)
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: int | float) -> Work:
         """The same work several times."""
         return Work(times * self.matmul, times * self.thin, times * self.svd, times * self.calls)
 
