@@ -22,10 +22,12 @@ LANE ?= 2.18
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-LANE_TESTS := $(patsubst %,tests/test_%.py,\
-	jacobian trace processing models hooks recorder baseline readout checking smollm2 cli_sweep monitor)
+LANE_TESTS := $(patsubst %,tests/%.py,\
+	jacobian/test_engine forward/test_trace forward/test_user_hooks test_processing test_errors models/test_load \
+	models/test_smollm2 models/test_baseline trajectory/test_recorder directions/test_readout analysis/test_checking \
+	smollm2/test_published cli/test_sweep training/test_monitor)
 # What says the same on every generation, and takes its time.
-LANE_SKIPS := $(patsubst %,--deselect tests/test_monitor.py::test_%,\
+LANE_SKIPS := $(patsubst %,--deselect tests/training/test_monitor.py::test_%,\
 	nothing_of_a_measurement_stays_in_memory \
 	wrappers_of_training_are_seen_through_and_autocast_and_no_grad_do_not_act \
 	a_trainer_runs_as_without_the_callback)

@@ -1,9 +1,9 @@
-"""The causal test on SmolLM2-135M: next-token loss without coupled directions, on the shared prompts, with its control.
+"""Measure the next-token loss of SmolLM2-135M without coupled directions, with a control, on the shared prompts.
 
     python benchmarks/causal_effect.py
 
-In each layer by itself the top K left singular vectors of a sublayer's Jacobian at each position are taken out of its
-write there; the control takes out random subspaces of as many dimensions and of the same share of the write's norm.
+For one layer at a time, the top K left singular vectors of a sublayer's Jacobian are projected out of its write, at
+every position. The control projects out random subspaces of the same dimension and the same share of the write's norm.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ def main() -> None:
     prompts = json.loads((files("tlcoupling") / "data/prompts.json").read_text())
     model, console = tlc.load_model("smollm2-135m"), Console(width=110)
     for sublayer in ("attn", "mlp"):
-        found = tlc.causal_effect(
+        result = tlc.causal_effect(
             model, prompts, options.k, layers=options.layers, sublayer=sublayer, draws=options.draws
         )
-        by_prompt = Table(title=f"{sublayer}, K = {found.k}, mean over layers {', '.join(map(str, found.layers))}")
-        by_layer = Table(title=f"{sublayer}, K = {found.k}, mean over the {len(found.prompts)} prompts")
+        by_prompt = Table(title=f"{sublayer}, K = {result.k}, mean over layers {', '.join(map(str, result.layers))}")
+        by_layer = Table(title=f"{sublayer}, K = {result.k}, mean over the {len(result.prompts)} prompts")
         for table, what in ((by_prompt, "prompt"), (by_layer, "layer")):
             for column in (what, "share", "effect", "control", "sd of draws", "effect - control", "above all draws"):
                 table.add_column(column, justify="left" if column == what else "right")
-        # the draws of one row are averaged over the other axis first, so that their deviation is that of the row's mean
-        for table, axis, labels in ((by_prompt, 1, found.prompts), (by_layer, 0, found.layers)):
-            effect, share, draws = found.effect.mean(axis), found.share.mean(axis), found.control.mean(axis)
+        # average the draws over the other axis first: their deviation is then that of the row's mean
+        for table, axis, labels in ((by_prompt, 1, result.prompts), (by_layer, 0, result.layers)):
+            effect, share, draws = result.effect.mean(axis), result.share.mean(axis), result.control.mean(axis)
             for row, label in enumerate(labels):
                 numbers = (effect[row], draws[row].mean(), draws[row].std(), effect[row] - draws[row].mean())
                 above = "yes" if effect[row] > draws[row].max() else "no"
                 table.add_row(str(label), f"{share[row]:.3f}", *(f"{number:+.4f}" for number in numbers), above)
             console.print(table)
-        overall = found.control.mean((0, 1))
+        overall = result.control.mean((0, 1))
         console.print(
-            f"{sublayer}: effect {found.effect.mean():+.4f}, control {overall.mean():+.4f} (sd of {len(overall)} draws "
-            f"{overall.std():.4f}), mean loss {found.loss.mean():.4f} nats; the directions do more than the control's "
-            f"mean in {int((found.excess > 0).sum())} of {found.excess.numel()} cases, less in "
-            f"{int((found.excess < 0).sum())}; {found.provenance.seconds:.0f} s"
+            f"{sublayer}: effect {result.effect.mean():+.4f}, control {overall.mean():+.4f} (sd of "
+            f"{len(overall)} draws {overall.std():.4f}), mean loss {result.loss.mean():.4f} nats; the effect "
+            f"exceeds the control's mean in {int((result.excess > 0).sum())} of {result.excess.numel()} cases and is "
+            f"below it in {int((result.excess < 0).sum())}; {result.provenance.seconds:.0f} s"
         )
 
 

@@ -1,4 +1,4 @@
-"""Small random Llamas with a tokenizer of words, in folders as HuggingFace saves them: what sweeps are tried on."""
+"""Make small random Llamas with a word tokenizer, saved as HuggingFace folders, for benchmarks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 
 def word_tokenizer(words: int, end: str = "<end>", **special: str) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of the words w0, w1, ...
+    """Return a tokenizer of the words w0, w1, ...
 
     Args:
-        words: how many.
-        end: the token that ends, pads and stands for every other word; one of the words, or one more.
-        **special: more special tokens, as transformers names them: ``bos_token``.
+        words: number of words.
+        end: the end, padding and unknown token; one of the words, or an additional one.
+        **special: further special tokens by their transformers name, such as ``bos_token``.
     """
     ids = {f"w{index}": index for index in range(words)}
     ids.setdefault(end, words)
@@ -29,7 +29,7 @@ def word_tokenizer(words: int, end: str = "<end>", **special: str) -> transforme
 
 
 def llama(width: int, layers: int, heads: int, vocabulary: int, **more: Any) -> transformers.LlamaForCausalLM:
-    """A Llama with fresh weights, from torch's generator; the last word ends, unless ``more`` says otherwise."""
+    """Return a Llama with random weights from torch's generator; the last word is the end token by default."""
     config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -44,7 +44,7 @@ def llama(width: int, layers: int, heads: int, vocabulary: int, **more: Any) -> 
 
 
 def save(model: transformers.LlamaForCausalLM, tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> Path:
-    """Both in one folder, which ``tlc.load_model`` takes."""
+    """Save both in one folder that ``tlc.load_model`` accepts."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Seconds, peak memory and the matrix-product rate of one machine, and a row of the benchmark's table."""
+"""Measure seconds and peak memory of calls, and format rows of the benchmark table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT = 20.0  # seconds
 
 @dataclass(frozen=True)
 class Measured:
-    """One call: its wall-clock seconds, its peak memory beyond what was there before (bytes), and what it gave."""
+    """One call: wall-clock seconds, peak memory above the level before the call (bytes), and its result."""
 
     seconds: float
     peak_bytes: float
@@ -31,8 +31,8 @@ class Measured:
 def measured(function: Callable[[], Any], device: torch.device, fresh: bool = False) -> Measured:
     """Call a function and measure it.
 
-    ``fresh`` gives back to the system what earlier calls left behind, so that the peak does not hide in it; a short
-    call is then slower, since it has to ask for its memory anew.
+    ``fresh`` first returns free memory to the system. Otherwise memory left by earlier calls can hide the peak. A short
+    call is then slower, because it has to allocate its memory again.
     """
     if fresh:
         _tidy(device)
@@ -65,38 +65,36 @@ def measured(function: Callable[[], Any], device: torch.device, fresh: bool = Fa
 
 
 def _tidy(device: torch.device) -> None:
-    """Give free memory back, so that a peak does not hide in what an earlier call left behind."""
+    """Return free memory to the system, so memory left by an earlier call does not hide a peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         return
-    with suppress(OSError):  # another C library: peaks may then be understated, for both procedures
+    with suppress(OSError):  # another C library: peaks may be understated, for both procedures
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def alternating(
     functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device
 ) -> list[tuple[float, float, Any]]:
-    """Call functions in turn, several rounds; for each the fastest seconds, the largest peak and the last result.
+    """Call functions in turn for several rounds; return each one's fastest seconds, largest peak and last result.
 
-    A short call has four turns in a round, of which a busy moment does not take all, the first one with fresh memory.
+    A short call runs four times per round, so that a busy moment does not slow all of them. The first has fresh memory.
     """
     calls: list[list[Measured]] = [[] for _ in functions]
     for _ in range(rounds):
-        for found, function in zip(calls, functions, strict=True):
-            found.append(measured(function, device, fresh=True))
-            found += [measured(function, device) for _ in range(3) if found[0].seconds < SHORT]
-    return [
-        (min(one.seconds for one in found), max(one.peak_bytes for one in found), found[-1].result) for found in calls
-    ]
+        for runs, function in zip(calls, functions, strict=True):
+            runs.append(measured(function, device, fresh=True))
+            runs += [measured(function, device) for _ in range(3) if runs[0].seconds < SHORT]
+    return [(min(one.seconds for one in runs), max(one.peak_bytes for one in runs), runs[-1].result) for runs in calls]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the same work by the published procedure and by tlcoupling.
+    """One row of the table: the same work by the published procedure and by tlcoupling.
 
-    ``flops`` is what tlcoupling's call computes, from which its share of the peak follows; None: not counted.
+    ``flops`` counts the operations of tlcoupling's call and gives its share of the peak; None if not counted.
     """
 
     work: str
@@ -108,7 +106,7 @@ class Row:
 
 
 def table(title: str, rows: Sequence[Row], peak: float) -> Table:
-    """Rows as a table; ``peak`` in operations per second."""
+    """Format rows as a table; ``peak`` is in operations per second."""
     shown = Table(title=title, title_justify="left")
     columns = ("work", "published s", "ours s", "ratio", "share of peak", "published GiB", "ours GiB")
     for index, name in enumerate(columns):

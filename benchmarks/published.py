@@ -1,8 +1,9 @@
 """The published procedure for depth-wise coupling, as the paper's authors describe and release it.
 
-Per block: one vector-Jacobian product over the whole sequence for each of the d output coordinates of the last token,
-minus the identity; a full SVD; then the misalignment of each pair of blocks. It works on the plain HuggingFace model,
-without hooks. Source: arXiv 2407.07810, section 3 and its published code (text here is ours).
+For each block, it takes one vector-Jacobian product over the whole sequence for each of the d output coordinates of the
+last token, subtracts the identity, and computes a full SVD. Then it computes the misalignment of each pair of blocks.
+It uses the plain HuggingFace model without hooks. Source: arXiv 2407.07810, section 3, and its published code. This
+implementation is our own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def block_calls(model: Any, token_ids: Tensor) -> list[tuple[Any, tuple, dict]]:
-    """Each decoder block of a HuggingFace model with the arguments that the model calls it with."""
+    """Return each decoder block of a HuggingFace model, with the arguments of its call."""
     calls: list[tuple[Any, tuple, dict]] = []
     layers = model.get_decoder().layers
 
@@ -32,7 +33,7 @@ def block_calls(model: Any, token_ids: Tensor) -> list[tuple[Any, tuple, dict]]:
 
 
 def block_jacobian(block: Any, args: tuple, kwargs: dict, n_rows: int | None = None) -> Tensor:
-    """The last token's residual Jacobian of one block, row by row; ``n_rows`` stops early, for extrapolation."""
+    """Return the last token's residual Jacobian of one block, row by row; ``n_rows`` limits them, for extrapolation."""
     stream = (args[0] if args else kwargs["hidden_states"]).detach().clone().requires_grad_()
     rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     out = block(stream, *args[1:], **rest)
@@ -43,16 +44,16 @@ def block_jacobian(block: Any, args: tuple, kwargs: dict, n_rows: int | None = N
 
 
 def misalignment(jacobians: list[Tensor], k: int) -> Tensor:
-    """|| abs(U2^T J1 V2) - S1 ||_F / ||S1||_F of each ordered pair, from full SVDs."""
+    """Return || abs(U2^T J1 V2) - S1 ||_F / ||S1||_F of each ordered pair, from full SVDs."""
     decompositions = [torch.linalg.svd(jacobian) for jacobian in jacobians]
-    found = torch.zeros(len(jacobians), len(jacobians))
+    matrix = torch.zeros(len(jacobians), len(jacobians))
     for row, (jacobian, (_, s1, _)) in enumerate(zip(jacobians, decompositions, strict=True)):
         for column, (u2, _, vh2) in enumerate(decompositions):
             aligned = (u2[:, :k].T @ jacobian @ vh2[:k].T).abs()
-            found[row, column] = (aligned - s1[:k].diag()).norm() / s1[:k].norm()
-    return found
+            matrix[row, column] = (aligned - s1[:k].diag()).norm() / s1[:k].norm()
+    return matrix
 
 
 def depth_misalignment(model: Any, token_ids: Tensor, k: int) -> Tensor:
-    """The whole published procedure for one prompt, ``[layer, layer]``."""
+    """Run the whole published procedure for one prompt; return the misalignment ``[layer, layer]``."""
     return misalignment([block_jacobian(*call) for call in block_calls(model, token_ids)], k)

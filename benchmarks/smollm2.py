@@ -1,4 +1,4 @@
-"""SmolLM2-135M: depth-wise coupling of blocks, K = 10, against the published procedure on the same model and prompt."""
+"""Time depth-wise coupling of SmolLM2-135M's blocks, K = 10, against the published procedure on the same prompt."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ K = 10
 
 
 def rows(device: torch.device, rounds: int, lengths: tuple[int, ...] = (28, 128)) -> Iterator[Row | str]:
-    """Lines of the table, and remarks about them."""
+    """Yield rows of the table, and remarks about them."""
     hf_model, tokenizer = smollm2_huggingface()
     hf_model, model = hf_model.to(device), tlc.load_model("smollm2-135m", device=str(device))
-    _coupling(model, _prompt(tokenizer, 28))  # first calls pay for lazy imports and thread pools
+    _coupling(model, _prompt(tokenizer, 28))  # the first call pays for lazy imports and thread pools
     for length in lengths:
         ids = _prompt(tokenizer, length).to(device)
         theirs, ours = alternating(
@@ -34,7 +34,7 @@ def rows(device: torch.device, rounds: int, lengths: tuple[int, ...] = (28, 128)
         )
         gap = (1 - ours[2].values[0, 0, 0] - theirs[2].cpu())[:-1, :-1].abs().max()
         yield Row(f"{length} tokens, the last one", *theirs[:2], *ours[:2], _flops(model, ids, -1))
-        yield f"{length} tokens: misalignments agree to {gap:.1e} (the last block, which has the final norm, left out)"
+        yield f"{length} tokens: misalignments agree to {gap:.1e} (without the last block, which has the final norm)"
         if length == lengths[0]:
             every = measured(partial(_coupling, model, ids, "all"), device, fresh=True)
             work = f"{length} tokens, all of them (published: one)"
@@ -44,14 +44,14 @@ def rows(device: torch.device, rounds: int, lengths: tuple[int, ...] = (28, 128)
 
 
 def _prompt(tokenizer: Any, n_tokens: int) -> torch.Tensor:
-    """The prompt of the examples, repeated to a length."""
+    """Return the prompt of the examples, repeated to a length."""
     prompts = json.loads((files("tlcoupling") / "data/prompts.json").read_text())
     ids = torch.tensor(tokenizer(prompts["landmarks"])["input_ids"])
     return ids.repeat(-(-n_tokens // len(ids)))[:n_tokens]
 
 
 def _coupling(model: Any, ids: torch.Tensor, tokens: Any = -1) -> tlc.DepthCoupling:
-    """The whole call, with its forward pass and its certificate."""
+    """Run the whole call, with its forward pass and its certificate."""
     return tlc.depth_coupling(tlc.trace(model, ids), K, sublayers="block", tokens=tokens)
 
 
@@ -60,32 +60,32 @@ def _flops(model: Any, ids: torch.Tensor, tokens: Any) -> float:
 
 
 def _jacobian_stage(hf_model: Any, model: Any, ids: torch.Tensor, device: torch.device) -> Row:
-    """The last token's Jacobians of all blocks alone: operators that are there become matrices."""
+    """Time only the last token's Jacobians of all blocks: existing operators are turned into matrices."""
     trace, last = tlc.trace(model, ids), len(ids) - 1
 
     def operators() -> list[tlc.JacobianOperator]:
         engine = JacobianEngine(trace)
         return [engine.operator(layer, "block", last, last) for layer in range(trace.n_layers)]
 
-    flops, found = sum(one.dense_flops for one in operators()), []
-    for _ in range(5):  # operators keep the matrices of their parts: each round takes new ones
-        made = operators()
-        found.append(measured(partial(_dense, made), device, fresh=not found))
-    ours = min(found, key=lambda one: one.seconds)
+    flops, runs = sum(one.dense_flops for one in operators()), []
+    for _ in range(5):  # operators keep the matrices of their parts, so each round uses new ones
+        fresh = operators()
+        runs.append(measured(partial(_dense, fresh), device, fresh=not runs))
+    ours = min(runs, key=lambda one: one.seconds)
     calls = block_calls(hf_model, ids[None])
     theirs = measured(lambda: [block_jacobian(*call) for call in calls], device, fresh=True)
     work = f"{len(ids)} tokens, Jacobians of all blocks alone"
-    return Row(work, theirs.seconds, theirs.peak_bytes, ours.seconds, found[0].peak_bytes, flops)
+    return Row(work, theirs.seconds, theirs.peak_bytes, ours.seconds, runs[0].peak_bytes, flops)
 
 
 def _dense(operators: list[tlc.JacobianOperator]) -> list[torch.Tensor]:
-    """All matrices, one a thread on a CPU, as the coupling makes them."""
+    """Form all matrices, one per thread on a CPU, as coupling does."""
     with Workers(torch.get_num_threads() if operators[0].device.type == "cpu" else 1) as workers:
         return workers.map(lambda one: one.dense(), operators, at_once=True)
 
 
 def _certificate_share(model: Any, ids: torch.Tensor, device: torch.device) -> float:
-    """Share of the whole call's time that goes without its certificate, from the fastest of several calls each."""
+    """Return the certificate's share of the whole call's time, from the fastest calls with and without it."""
     with_it, without = [], []
     for _ in range(5):
         with_it.append(measured(partial(_coupling, model, ids), device).seconds)
@@ -96,6 +96,6 @@ def _certificate_share(model: Any, ids: torch.Tensor, device: torch.device) -> f
 
 @contextmanager
 def _uncertified() -> Iterator[None]:
-    """Leave the certificate out: neither its derivative of the real modules nor the comparison."""
+    """Skip the certificate: the derivative of the real modules and the comparison."""
     with mock.patch.object(JacobianEngine, "_certify", lambda *arguments: None):
         yield

@@ -1,9 +1,11 @@
-"""Cells per second of a sweep with one process and with two, of one thread each: ``python benchmarks/sweep.py``.
+"""Measure the cells per second of a sweep with one process and with two, one thread each.
 
-The model is a small random Llama, so that the work is that of a real cell and nothing is downloaded. Both sweeps are
-processes of a pool, so that starting Python and loading the model weigh on both; rounds alternate, and each rate is
-the best of its rounds. A rate counts from the first cell to the last, which leaves the start out. Two processes should
-do at least 1.6 times the cells of one; the last line says whether they did, and so does the exit code (0 or 1).
+    python benchmarks/sweep.py
+
+The model is a small random Llama: a cell does the work of a real one, and nothing is downloaded. Both sweeps use a pool
+of processes, so both pay for starting Python and loading the model. Rounds alternate, and each rate is the best of its
+rounds. A rate counts from the first finished cell to the last, which excludes the start. Two processes should measure
+at least 1.6 times the cells of one. The last line says whether they did, and so does the exit code (0 or 1).
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def verdict(one: float, two: float) -> tuple[str, bool]:
-    """What the best rates of one and of two processes say, and whether that is what is expected."""
+    """Return a line that compares the best rates of one and two processes, and whether their ratio is as expected."""
     enough = two / one >= EXPECTED
     compared = "at least" if enough else "below"
     return f"best: {one:.2f} and {two:.2f} cells/s, ratio {two / one:.2f}: {compared} the {EXPECTED} expected", enough

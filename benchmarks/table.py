@@ -1,10 +1,11 @@
-"""Our time, memory and share of the machine's peak beside the published procedure's, in one table for this machine.
+"""Compare our time, memory and share of the machine's peak with the published procedure's, in one table.
 
     python benchmarks/table.py
 
-Both run in one process on the same work, alternating; the fastest call and the largest peak of memory count. Ratios are
-of seconds. The peak is the fastest of several float32 matrix products, and shares count the floating-point operations
-that the work takes. About ten minutes on two CPU cores, nearly all of it the published procedure's.
+Both run in one process on the same work, alternating. The table shows the fastest call and the largest memory peak, and
+the ratio of seconds. The machine's peak is the fastest of several float32 matrix products; the share of it counts the
+floating-point operations of the work. This takes about ten minutes on two CPU cores, nearly all of it for the published
+procedure.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     peak = matmul_rate(device)
-    found: list[Row | str] = []
+    lines: list[Row | str] = []
     for part in (smollm2.rows(device, options.rounds), wide_block.rows(device)):
         for one in part:
-            found.append(one)
-            if isinstance(one, Row):  # a sign of life: the published procedure takes minutes
+            lines.append(one)
+            if isinstance(one, Row):  # show progress: the published procedure takes minutes
                 print(f"{one.work}: {one.published_s:.4g} s, {one.ours_s:.4g} s", flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     console = Console(width=120)
     title = f"blocks, K = 10, float32; {name} ({platform.machine()}), {peak / 1e9:.0f} GFLOP/s"
-    console.print(table(title, [one for one in found if isinstance(one, Row)], peak))
-    for remark in found:
+    console.print(table(title, [one for one in lines if isinstance(one, Row)], peak))
+    for remark in lines:
         if isinstance(remark, str):
             console.print(remark, highlight=False)
 

@@ -1,9 +1,9 @@
-"""Blocks of Llama-3-8B's width, random and in bfloat16: our work for their coupling against the published procedure's.
+"""Time coupling of blocks of Llama-3-8B's width, random and in bfloat16, against the published procedure.
 
-d_model 4096, MLP 14336, 32 query and 8 key heads. Ours for one block: its Jacobian as an operator (certificate
-included), its top 10 triplets, ||J||_F, and its products with the 320 base vectors of a model of 32 layers. The
-published procedure forms the Jacobian by 4096 vector-Jacobian products and decomposes it whole; a part of its rows is
-timed, and extrapolated. On a GPU, the whole of a model of 32 layers too.
+d_model 4096, MLP 14336, 32 query and 8 key heads. Our work for one block is its Jacobian as an operator (with its
+certificate), its top 10 triplets, ||J||_F, and its products with the 320 basis vectors of a model of 32 layers. The
+published procedure forms the Jacobian by 4096 vector-Jacobian products and computes its full SVD; some of its rows are
+timed and extrapolated. On a GPU, a whole model of 32 layers is timed too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PUBLISHED_ROWS = 24
 
 
 def rows(device: torch.device) -> Iterator[Row | str]:
-    """Lines of the table, and remarks about them."""
+    """Yield rows of the table, and remarks about them."""
     model = _bridge(1, device)
     tokens = torch.arange(TOKENS)
     trace = tlc.trace(model, tokens)
@@ -53,7 +53,7 @@ def rows(device: torch.device) -> Iterator[Row | str]:
 
 
 def _huggingface(n_layers: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A random Llama of that width with a small vocabulary."""
+    """Return a random Llama of that width with a small vocabulary."""
     config = transformers.LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=14336,
@@ -71,11 +71,11 @@ def _huggingface(n_layers: int, dtype: torch.dtype, device: torch.device) -> Any
 
 
 def _bridge(n_layers: int, device: torch.device) -> Any:
-    """Such a model in bfloat16, hooked."""
+    """Return such a model in bfloat16 as a bridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
     tokenizer = smollm2_huggingface()[1]
-    tokenizer.init_kwargs["add_bos_token"] = True  # or TransformerLens asks the hub for a tokenizer that adds it
+    tokenizer.init_kwargs["add_bos_token"] = True  # otherwise TransformerLens asks the hub for a tokenizer that adds it
     return TransformerBridge.boot_transformers(
         "meta-llama/Llama-3.2-1B",
         hf_model=_huggingface(n_layers, torch.bfloat16, device),
@@ -86,7 +86,7 @@ def _bridge(n_layers: int, device: torch.device) -> Any:
 
 
 def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
-    """A block's share of the work for coupling with 32 layers, and its floating-point operations."""
+    """Do one block's share of the work of coupling 32 layers; return its spectrum and floating-point operations."""
     engine, last = JacobianEngine(trace), trace.n_tokens - 1
 
     def make() -> tlc.JacobianOperator:
@@ -101,7 +101,7 @@ def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
 
 
 def _published_seconds(device: torch.device) -> float:
-    """The published procedure's time for one block, extrapolated; it runs in float32."""
+    """Return the published procedure's extrapolated time for one block, in float32."""
     (call,) = block_calls(_huggingface(1, torch.float32, device), torch.arange(TOKENS, device=device)[None])
     some = measured(partial(block_jacobian, *call, n_rows=PUBLISHED_ROWS), device).seconds
     quarter = torch.randn(WIDTH // 4, WIDTH // 4, device=device)

@@ -1,17 +1,17 @@
-"""A zoo of small transformers on a synthetic language: does coupling go with validation loss at a fixed width?
+"""Train a zoo of small transformers: does coupling correlate with validation loss at a fixed width?
 
-    python benchmarks/zoo.py            # trains, sweeps and reports into out/zoo; a second run does what is missing
-    python benchmarks/zoo.py --k 20 --out ~/zoo             # elsewhere: `make clean` removes out/
-    python benchmarks/zoo.py --quick --out out/zoo-quick    # in about a minute, of models too small to mean anything
+    python benchmarks/zoo.py            # trains, sweeps and reports into out/zoo; a second run adds what is missing
+    python benchmarks/zoo.py --k 20 --out ~/zoo             # another folder: `make clean` removes out/
+    python benchmarks/zoo.py --quick --out out/zoo-quick    # about a minute; models too small to mean anything
 
-The language has 64 words. A sentence follows one of four grammars, each a sparse Markov chain (every word has eight
-successors, with Zipf's probabilities); which one, the first words tell. Between, the word 0 announces that a span of
-earlier words is repeated, so that induction pays. Models are Llamas; at each width they differ in depth, in the number
-of sentences they are trained on (fewer: more passes over each), and in their seed. Each keeps checkpoints, as
-HuggingFace folders named by step.
+The language has 64 words. A sentence follows one of four grammars, which its first words reveal. Each grammar is a
+sparse Markov chain: every word has eight successors, with Zipf's probabilities. In between, the word 0 announces the
+repetition of a span of earlier words, so induction lowers the loss. Models are Llamas. At each width they differ in
+depth, in the number of training sentences (fewer sentences mean more passes over each), and in their seed. Each model
+keeps its checkpoints, as HuggingFace folders named by step.
 
-The report sets measurements against validation loss, at the end of training and along it, with width held fixed:
-correlations within groups of equal width, with p-values from permuting the losses within these groups.
+The report correlates measurements with validation loss, at the end of training and during it, with width held fixed. It
+takes correlations within groups of equal width, with p-values from permuting the losses within these groups.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MEASURES = ("coupling", "null", "excess", "lss", "ed")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The models to train and measure.
 
     Attributes:
-        widths, depths, sentences: every combination is a model; sentences: how many different ones it is trained on.
-        steps: of the optimiser.
-        checkpoints: steps that are kept.
-        prompts: sentences that coupling is measured on.
+        widths, depths, sentences: every combination is a model; sentences: the number of different training sentences.
+        steps: number of optimiser steps.
+        checkpoints: steps at which a checkpoint is kept.
+        prompts: number of sentences that coupling is measured on.
         k: as in ``tlc.depth_coupling``.
     """
 
@@ -67,7 +67,7 @@ QUICK = Setting((16, 32), (2, 3), (32, 256), 20, (0, 20), 1, 4)
 
 @dataclass(frozen=True)
 class Model:
-    """One of the zoo."""
+    """One model of the zoo."""
 
     width: int
     depth: int
@@ -76,18 +76,18 @@ class Model:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"w{self.width}-d{self.depth}-n{self.sentences}-s{self.seed}"
 
 
 def zoo(setting: Setting) -> list[Model]:
-    """All models, each with a seed of its own."""
+    """Return all models, each with its own seed."""
     sizes = itertools.product(setting.widths, setting.depths, setting.sentences)
     return [Model(*size, seed) for seed, size in enumerate(sizes)]
 
 
 class Language:
-    """Sentences, from a seed."""
+    """A random language; the seed fixes its grammars."""
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ class Language:
         self._below = np.cumsum(odds / odds.sum())
 
     def sentences(self, count: int, seed: int) -> torch.Tensor:
-        """Token ids, ``[count, LENGTH]``."""
+        """Return token ids ``[count, LENGTH]``."""
         rng = np.random.default_rng(seed)
         first, grammar = rng.integers(1, VOCABULARY, count).tolist(), rng.integers(GRAMMARS, size=count)
         chosen = np.searchsorted(self._below, rng.random((count, LENGTH)).clip(max=self._below[-1])).tolist()
@@ -110,7 +110,7 @@ class Language:
     def _sentence(
         self, first: int, grammar: list[list[int]], chosen: list[int], chance: list[list[float]]
     ) -> list[int]:
-        """One sentence: the word at t is followed by its ``chosen[t]``-th successor, or by a repeated span."""
+        """Return one sentence: the word at t is followed by its ``chosen[t]``-th successor, or by a repeated span."""
         words = [first]
         while (t := len(words)) < LENGTH:
             copies, size, start = chance[t]
@@ -124,7 +124,7 @@ class Language:
 
 
 def train(model: Model, setting: Setting, language: Language, folder: Path) -> None:
-    """Train one model, keep its checkpoints, and last of all its losses: with these it is done."""
+    """Train one model and save its checkpoints, then its losses, which mark it as complete."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(model.seed)
     network = llama(
@@ -163,7 +163,7 @@ def train(model: Model, setting: Setting, language: Language, folder: Path) -> N
 
 
 def _batches(data: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """Pass after pass over the data, in a new order each."""
+    """Yield batches of one pass after another, each in a new order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from data[torch.randperm(len(data), generator=generator)].split(BATCH)
@@ -178,18 +178,16 @@ def _validation(network: Any, held_out: torch.Tensor) -> float:
 
 
 def losses_of(folder: Path, setting: Setting) -> dict[int, float] | None:
-    """Validation loss by step; None of a model that is not trained to its end.
-
-    Of a setting, training depends on the number of steps alone, and what can be measured on the checkpoints.
+    """Return the validation loss by step, or None if training is not complete.
 
     Raises:
-        SystemExit: it is trained for another number of steps, or lacks a checkpoint.
+        SystemExit: the model was trained for another number of steps, or lacks a checkpoint of the setting.
     """
     try:
-        found = json.loads((folder / "losses.json").read_text())
+        record = json.loads((folder / "losses.json").read_text())
     except (OSError, ValueError):
         return None
-    losses = {int(step): loss for step, loss in found["losses"].items()}
+    losses = {int(step): loss for step, loss in record["losses"].items()}
     if max(losses) != setting.steps or not losses.keys() >= set(setting.checkpoints):
         kept = ", ".join(map(str, losses))
         raise SystemExit(
@@ -222,7 +220,7 @@ def measure(models: list[Model], setting: Setting, language: Language, out: Path
     if not report.complete:
         raise SystemExit(f"not all cells were measured: {report.failed or report.unfinished}")
     table = report.store.table()
-    table = table[table["key"].isin([cell.key for cell in plan.cells])]  # an older zoo may be in the store too
+    table = table[table["key"].isin([cell.key for cell in plan.cells])]  # the store may also hold an older zoo
     means = table.groupby(["model", "step", "sublayer"], as_index=False)[list(MEASURES)].mean()
     losses = {one.name: losses_of(out / "models" / one.name, setting) or {} for one in models}
     by_name = {one.name: one for one in models}
@@ -233,13 +231,13 @@ def measure(models: list[Model], setting: Setting, language: Language, out: Path
 
 
 def at_the_end(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-    """Each measurement of the trained models against their validation loss, at equal width and depth, by sublayer."""
-    found = []
+    """Correlate each measurement of the trained models with validation loss, at equal width and depth, by sublayer."""
+    correlations = []
     last = table[table["step"] == setting.steps]
     for sublayer, rows in last.groupby("sublayer", sort=False):
         for name in MEASURES:
             if name == "ed" and sublayer != "block":
-                continue  # expodistance is the block's alone
+                continue  # expodistance exists only for blocks
             x, y = rows[name].to_numpy(float), rows["loss"].to_numpy(float)
             widths = rows["width"].tolist()
             cells = list(zip(rows["width"], rows["depth"], strict=True))
@@ -249,18 +247,18 @@ def at_the_end(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
             for width in setting.widths:
                 at = rows["width"].to_numpy() == width
                 row[f"r, width {width}"] = partial_correlation(x[at], y[at]).r
-            found.append(row)
-    return pd.DataFrame(found)
+            correlations.append(row)
+    return pd.DataFrame(correlations)
 
 
 def along_training(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's correlation with validation loss over a model's own checkpoints: mean over models, and its interval.
+    """Return Spearman's correlation with validation loss over each model's checkpoints: mean over models and interval.
 
-    Interval: mean +- t(0.975) standard errors over models.
+    The interval is the mean +- t(0.975) standard errors over models.
     """
     from scipy.stats import spearmanr, t
 
-    found = []
+    correlations = []
     for sublayer, rows in table.groupby("sublayer", sort=False):
         for name in MEASURES:
             if name == "ed" and sublayer != "block":
@@ -270,12 +268,12 @@ def along_training(table: pd.DataFrame) -> pd.DataFrame:
             ]
             half = t.ppf(0.975, len(rhos) - 1) * np.std(rhos, ddof=1) / math.sqrt(len(rhos))
             row = {"measurement": name, "sublayer": sublayer, "mean rho": np.mean(rhos)}
-            found.append(row | {"low": np.mean(rhos) - half, "high": np.mean(rhos) + half})
-    return pd.DataFrame(found)
+            correlations.append(row | {"low": np.mean(rhos) - half, "high": np.mean(rhos) + half})
+    return pd.DataFrame(correlations)
 
 
 def permutation_p(x: np.ndarray, y: np.ndarray, groups: list[Any], draws: int = 4999, seed: int = 0) -> float:
-    """Two-sided p-value of the correlation within groups, from permuting y within them."""
+    """Return the two-sided p-value of the correlation within groups, from permuting y within them."""
     labels = pd.factorize(pd.Series(groups))[0]
     centred = [each - pd.Series(each).groupby(labels).transform("mean").to_numpy() for each in (x, y)]
     if any(np.linalg.norm(each) == 0 for each in centred):
@@ -285,13 +283,13 @@ def permutation_p(x: np.ndarray, y: np.ndarray, groups: list[Any], draws: int = 
     above = 0
     for _ in range(draws):
         shuffled = np.empty_like(centred[1])
-        shuffled[order] = centred[1][np.argsort(ties + rng.random(len(labels)))]  # the labels stay in order
+        shuffled[order] = centred[1][np.argsort(ties + rng.random(len(labels)))]  # keeps groups together
         above += abs(centred[0] @ shuffled) >= truth * (1 - 1e-12)
     return (above + 1) / (draws + 1)
 
 
 def write_report(table: pd.DataFrame, setting: Setting, models: list[Model], seconds: float, out: Path) -> str:
-    """The findings as text, written to ``report.md``."""
+    """Write the report to ``report.md`` and return its text."""
     last = table[(table["step"] == setting.steps) & (table["sublayer"] == "block")].set_index("model")
     columns = ["width", "depth", "sentences", "loss", "coupling", "null", "excess", "lss", "ed"]
     end = at_the_end(table, setting)
@@ -307,13 +305,13 @@ def write_report(table: pd.DataFrame, setting: Setting, models: list[Model], sec
             "# The zoo: coupling against validation loss at a fixed width",
             f"{len(models)} models, {setting.steps} steps of {BATCH} sentences of {LENGTH} words, K = {setting.k}, "
             f"{setting.prompts} prompts, 2 tokens each; {torch.get_num_threads()} thread(s), {seconds:.0f} s in this "
-            "run. A negative correlation means: the larger the measurement, the lower the loss.",
+            "run. A negative correlation means that a larger measurement goes with a lower loss.",
             "Blocks, at the end of training, against validation loss:\n\n- " + "\n- ".join(sentences),
             "## The trained models (blocks)",
             _markdown(last[[name for name in columns if name in last]].reset_index()),
             "## Correlation with validation loss at the end of training",
             _markdown(end),
-            "## Along training: rank correlation with validation loss over each model's own checkpoints",
+            "## During training: rank correlation with validation loss over each model's checkpoints",
             f"At steps {', '.join(map(str, setting.checkpoints))}; mean over models with its 95 % interval.",
             _markdown(along_training(table)),
         ]
@@ -323,22 +321,24 @@ def write_report(table: pd.DataFrame, setting: Setting, models: list[Model], sec
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """A table as markdown; numbers to four digits."""
+    """Format a table as markdown, with four significant digits."""
     shown = table.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else str(cell))
     lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def run(setting: Setting, out: Path) -> pd.DataFrame:
-    """Train what is not trained, measure what is not measured, and report."""
+    """Train and measure what is missing, and report."""
     started, language, models = time.perf_counter(), Language(), zoo(setting)
     for number, model in enumerate(models, 1):
         folder, began = out / "models" / model.name, time.perf_counter()
         if losses_of(folder, setting) is None:
             train(model, setting, language, folder)
-            found = losses_of(folder, setting) or {}
+            losses = losses_of(folder, setting) or {}
             cost = time.perf_counter() - began
-            print(f"{number} of {len(models)}: {model.name}, loss {found[setting.steps]:.4f}, {cost:.0f} s", flush=True)
+            print(
+                f"{number} of {len(models)}: {model.name}, loss {losses[setting.steps]:.4f}, {cost:.0f} s", flush=True
+            )
     table = measure(models, setting, language, out)
     table.to_csv(out / "measurements.csv", index=False)
     print(write_report(table, setting, models, time.perf_counter() - started, out))
@@ -346,13 +346,13 @@ def run(setting: Setting, out: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Run it."""
+    """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="models too small to mean anything, in about a minute")
+    parser.add_argument("--quick", action="store_true", help="models too small to mean anything; about a minute")
     for field in fields(Setting):
         kind = {"type": int} if isinstance(field.default, int) else {"type": int, "nargs": "+"}
-        parser.add_argument(f"--{field.name}", **kind, metavar="N", help=f"by default {field.default}")
-    parser.add_argument("--out", type=Path, default=Path("out/zoo"), help="folder for everything")
+        parser.add_argument(f"--{field.name}", **kind, metavar="N", help=f"default: {field.default}")
+    parser.add_argument("--out", type=Path, default=Path("out/zoo"), help="folder of all files")
     options = parser.parse_args()
     setting = QUICK if options.quick else Setting()
     given = {field.name: getattr(options, field.name) for field in fields(Setting)}

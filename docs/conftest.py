@@ -1,12 +1,19 @@
-"""The Python blocks of the pages are run as tests, each page in one namespace."""
+"""The Python blocks of the pages are run as tests, each page in one namespace.
+
+A block uses the names of the blocks above it. A test process that is given only some blocks of a page (by xdist, or by
+``pytest docs/page.md::line:31,column:1``) runs the blocks above them first.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
+import unittest
 from typing import Any
 
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -16,7 +23,9 @@ load_model = functools.cache(tlc.load_model)  # every page loads the same one
 
 
 def setup(namespace: dict[str, Any]) -> None:
-    """Let files be written where none stay, and load a model once for all pages."""
+    """Begin a page: no names, an empty folder to write to, and one loaded model for all pages."""
+    namespace.clear()
+    namespace["_run"] = set()  # where the blocks start that this namespace has seen
     namespace["_directory"], namespace["_home"] = tempfile.TemporaryDirectory(), os.getcwd()
     os.chdir(namespace["_directory"].name)
     tlc.load_model = load_model
@@ -27,6 +36,18 @@ def teardown(namespace: dict[str, Any]) -> None:
     os.chdir(namespace["_home"])
     namespace["_directory"].cleanup()
     tlc.load_model = load_model.__wrapped__
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Run the blocks above this one that have not been run in this namespace."""
+    block = item.example
+    for above in block.document.examples():
+        if above.start < block.start and above.start not in block.namespace["_run"]:
+            block.namespace["_run"].add(above.start)
+            with contextlib.suppress(unittest.SkipTest):
+                above.evaluate()
+    block.namespace["_run"].add(block.start)
 
 
 pytest_collect_file = Sybil(

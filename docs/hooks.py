@@ -1,4 +1,4 @@
-"""What the site needs beyond its plugins: demos as pages, formulas as MathML, tables from the code."""
+"""Extend the site build: demos as pages, formulas as MathML, tables from the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REMOTE_IMAGE = re.compile(r'<img [^>]*?src="https?://[^>]*?>')
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: Any) -> Files:
-    """Add the notebooks, which lie beside ``docs/``."""
+    """Add the notebooks, which are outside ``docs/``."""
     root = Path(config.config_file_path).parent
     for notebook in sorted((root / "demos").glob("*.ipynb")):
         path = notebook.relative_to(root).as_posix()
@@ -30,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put a table in place of ``<!-- table of module.NAME -->``, where NAME is a dictionary of columns."""
+    """Replace ``<!-- table of module.NAME -->`` by a table, where NAME is a dictionary of columns."""
 
     def table(match: re.Match[str]) -> str:
         columns = getattr(importlib.import_module(match[1]), match[2])
@@ -41,12 +41,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Put MathML in place of the LaTeX that ``pymdownx.arithmatex`` marks, and text in place of remote images."""
+    """Replace the LaTeX that ``pymdownx.arithmatex`` marks by MathML, and remote images by their text."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2]).strip(), display=display)
 
-    # the badges of the notebooks lie on another server: a page shows their text
+    # the badges of the notebooks are on another server, so a page shows their text
     content = _REMOTE_IMAGE.sub(lambda image: "".join(re.findall(r'alt="([^"]*)"', image[0])[:1]), content)
     return _FORMULA.sub(formula, content)

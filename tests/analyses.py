@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tlcoupling import Analysis, ContextCoupling, DepthCoupling, Growth, Linearity, TokenCoupling
+import tlcoupling as tlc
+from tlcoupling import Analysis, ContextCoupling, DepthCoupling, Growth, Linearity, TokenCoupling, viz
 from tlcoupling.results.base import Provenance
 
 HOSTILE_TOKENS = (
@@ -140,3 +141,34 @@ def make_analysis(
         **couplings,
     }
     return Analysis(**{**fields, **changes})
+
+
+def every_widget(analysis: Analysis) -> dict[str, viz.Widget]:
+    """One widget of each kind."""
+    return {
+        "attention_and_coupling": viz.attention_and_coupling(analysis, 1),
+        "depth_coupling": viz.depth_coupling(analysis),
+        "tokens": viz.tokens(analysis),
+        "dashboard": viz.dashboard(analysis),
+    }
+
+
+def projected_by_hand(n_layers: int, token: str = " the", k: int = 3) -> tlc.ProjectedJacobians:
+    """Projected Jacobians of random numbers, with a diagonal as singular vectors give it."""
+    generator = torch.Generator().manual_seed(0)
+    s = torch.rand(1, n_layers, k, generator=generator).sort(descending=True).values + 0.5
+    values = 0.1 * torch.randn(1, n_layers, n_layers, k, k, generator=generator)
+    for layer in range(n_layers):
+        values[0, layer, layer] = torch.diag(s[0, layer])
+    return tlc.ProjectedJacobians(
+        provenance=Provenance(model_name="maker/tiny"),
+        values=values,
+        singular_values=s,
+        frobenius=s.norm(dim=-1) + 1,
+        sublayers=("block",),
+        layers=tuple(range(0, 2 * n_layers, 2)),
+        position=3,
+        token=token,
+        d_model=32,
+        bases="uv",
+    )

@@ -55,3 +55,25 @@ def opened(browser: Any, path: Path, *, strict: bool = True, **options: Any) -> 
             assert faults == [f"request: {address}"]
     finally:
         context.close()
+
+
+def numbers(text: str) -> list[float]:
+    """The decimal numbers of a text, in order."""
+    words = text.replace("−", "-").replace(",", " ").replace(";", " ").split()
+    return [float(word) for word in words if word.lstrip("-").replace(".", "", 1).isdigit() and "." in word]
+
+
+def wait_for_heads(page: Any, count: int) -> None:
+    """Until circuitsvis has drawn its heads and the zoomed one, none of them blank."""
+    page.wait_for_function(
+        "count => { const canvases = [...document.querySelectorAll('.circuitsvis canvas')];"
+        "const copy = document.createElement('canvas').getContext('2d', { willReadFrequently: true });"
+        "return canvases.length === count + 1 && canvases.every(c => { copy.drawImage(c, 0, 0, 100, 100);"
+        "return c.width && copy.getImageData(0, 0, 100, 100).data.some(x => x > 0 && x < 255); }); }",
+        arg=count,
+    )
+
+
+def print_weight(name: str, path: Path, page: Any) -> None:
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000")
+    print(f"{name}: {path.stat().st_size / 1e6:.2f} MB, first paint {paint:.2f} s")

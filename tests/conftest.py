@@ -15,6 +15,7 @@ from pathlib import Path  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from cases import TOKENS, Case  # noqa: E402
 
 import tlcoupling as tlc  # noqa: E402
 import tlcoupling.models.smollm2  # noqa: E402
@@ -59,3 +60,9 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def case_trace(case: Case) -> tlc.Trace:
+    """The shared tokens through the case that a test is parametrised with."""
+    return tlc.trace(case.model(), TOKENS)

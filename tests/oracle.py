@@ -1,4 +1,7 @@
-"""Jacobians of the whole model by plain autograd: nothing of the library but the hooks that reach into the model."""
+"""What results are held against: Jacobians by autograd, plain formulas, and random bases.
+
+``full_model_jacobian`` uses nothing of the library but the hooks that reach into the model.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import math
 import torch
 from cases import CASES, TOKENS, Case
 
+import tlcoupling as tlc
 from tlcoupling.forward.hooked import attached
 
 # one of each topology, and a gated, rotary, grouped-query one; what the installed TransformerLens has of them
@@ -21,6 +25,7 @@ _NAMES = {
     "hooked-attention-only",
 }
 REPRESENTATIVE = [case for case in CASES if case.name in _NAMES]
+NORMED = [case for case in CASES if case.name in ("hooked-sandwich", "bridge-gemma2")]  # of what a sublayer writes
 
 
 @functools.cache
@@ -60,3 +65,20 @@ def plain_coupling(j1: torch.Tensor, j2: torch.Tensor, k: int, normalizer: str, 
             total += (entry - (float(s1[i]) if i == j else 0.0)) ** 2
     divisor = math.sqrt(float((s1[:k] ** 2).sum())) if normalizer == "frobenius" else float(s1[:k].sum())
     return 1 - math.sqrt(total) / divisor
+
+
+def haar(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Return k orthonormal columns in d dimensions, Haar-random."""
+    return haar_of(torch.randn(d, k, generator=generator, dtype=torch.float64))
+
+
+def haar_of(normal: torch.Tensor) -> torch.Tensor:
+    """Haar-random bases of normal columns; Q alone is not, since LAPACK leaves the signs of R's diagonal to itself."""
+    q, r = torch.linalg.qr(normal)
+    return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+
+
+def head_jacobians(trace: tlc.Trace, layer: int, pos: int) -> list[torch.Tensor]:
+    """Return each head's Jacobian, by autograd through the block's modules."""
+    heads = range(trace.model.cfg.n_heads)
+    return [tlc.residual_jacobian(trace, layer, "attn", pos, pos, head, engine="autograd").dense() for head in heads]

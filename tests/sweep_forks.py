@@ -1,6 +1,6 @@
 """One process that has loaded torch and a model and forks sweeps from there: 50 of them cost no 50 imports.
 
-Run by test_sweep_run.py: ``kills MODELS FOLDER COUNT``, ``two MODELS FOLDER``, ``memory MODELS FOLDER CELLS``. Prints
+Run by sweeps/test_run.py: ``kills MODELS FOLDER COUNT``, ``two MODELS FOLDER``, ``memory MODELS FOLDER CELLS``. Prints
 one number a line.
 """
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import psutil
 import torch
-from sweeps import plan_of
+from small_sweeps import plan_of
 
 import tlcoupling as tlc
 from tlcoupling.results import atomic

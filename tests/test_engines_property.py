@@ -1,4 +1,4 @@
-"""Whatever configuration is drawn, the engines agree."""
+"""The engines agree on whatever configuration is drawn: from the forward pass to both engines."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from cases import FEW, TOKENS, Case
-from test_coupling import haar, plain_coupling
+from oracle import haar, plain_coupling
 
 import tlcoupling as tlc
 from tlcoupling.coupling.metric import coupling, null_coupling

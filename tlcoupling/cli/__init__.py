@@ -1,7 +1,7 @@
-"""The ``tlcoupling`` command: one module a command, on the application in ``app``.
+"""The ``tlcoupling`` command: one module per command, registered on the application in ``app``.
 
-Mistyped options and a folder that cannot be written to are found before any model is loaded, and what only a command
-needs is imported by that command.
+Mistyped options and unwritable folders are reported before a model is loaded. Each command imports what only it needs.
+``terminal`` and ``sweep_tables`` print the tables.
 """
 
 from tlcoupling.cli import check, correlate, report, sweep

@@ -1,4 +1,4 @@
-"""``python -m tlcoupling.cli``."""
+"""Run the command line as ``python -m tlcoupling.cli``."""
 
 from tlcoupling.cli import app
 

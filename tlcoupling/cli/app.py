@@ -1,4 +1,4 @@
-"""What the commands share: the application, the model, the default prompt, and errors as one line."""
+"""Parts that all commands share: the application, loading a model, the default prompt, errors as one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PROMPT = "landmarks"
 
 app = typer.Typer(
-    help="Transformer models as dynamical systems: coupling, linearity and growth.",
+    help="Measure transformers as dynamical systems: coupling, linearity and growth.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,14 +43,14 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Transformer models as dynamical systems: coupling, linearity and growth."""
+    """Measure transformers as dynamical systems: coupling, linearity and growth."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a token that a terminal cannot show must not end the command
+            stream.reconfigure(errors="replace")  # a token that the terminal cannot encode must not crash the command
 
 
 def load(name: str) -> Any:
-    """Load a model, with a sign of life on a terminal's stderr."""
+    """Load a model, with a spinner on stderr in a terminal."""
     from rich.console import Console
     from rich.text import Text
 
@@ -61,7 +61,7 @@ def load(name: str) -> Any:
 
 
 def prompt_or_default(given: str | None) -> str:
-    """The prompt, or the one of the examples."""
+    """Return the given prompt, or the default prompt for None."""
     if given is not None:
         return given
     prompts = resources.files("tlcoupling") / "data" / "prompts.json"
@@ -69,11 +69,11 @@ def prompt_or_default(given: str | None) -> str:
 
 
 def refuse(given: Mapping[str, bool], allowed: str) -> None:
-    """End with exit code 2 where an option is given that would do nothing.
+    """Reject options that would have no effect, with exit code 2.
 
     Args:
-        given: options as they are typed, and whether each was.
-        allowed: where they are, as the end of the sentence "Invalid value for --option: ...".
+        given: for each option as it is typed, whether it was given.
+        allowed: the end of the message "Invalid value for --option: ...".
     """
     for option, present in given.items():
         if present:
@@ -82,7 +82,7 @@ def refuse(given: Mapping[str, bool], allowed: str) -> None:
 
 @contextmanager
 def errors_as_one_line() -> Iterator[None]:
-    """End with exit code 1 and one line on stderr where tlcoupling refuses on purpose."""
+    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1."""
     try:
         yield
     except TLCouplingError as error:

@@ -1,4 +1,4 @@
-"""``tlcoupling check``: what holds on a model of the user's own."""
+"""``tlcoupling check``: test the library's guarantees on a model of the user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check(
         str, typer.Argument(help="A model name that TransformerLens knows, or a local HuggingFace folder.")
     ] = DEFAULT_MODEL,
     prompt: Annotated[
-        str | None, typer.Option(help="What to run it on.", show_default="eight tokens spread over the vocabulary")
+        str | None, typer.Option(help="Prompt to check on.", show_default="eight tokens spread over the vocabulary")
     ] = None,
 ) -> None:
     """Check a model: what holds, what falls back to autograd, and what is refused and why. Exit code 1 if refused."""
@@ -23,7 +23,7 @@ def check(
         from tlcoupling.analysis.checking import check as check_model
         from tlcoupling.cli.terminal import print_check
 
-        found = check_model(load(model), prompt)
-        print_check(found)
-    if not found.passed:
+        result = check_model(load(model), prompt)
+        print_check(result)
+    if not result.passed:
         raise typer.Exit(1)

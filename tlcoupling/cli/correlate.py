@@ -1,4 +1,4 @@
-"""``tlcoupling correlate``: coupling, linearity and growth against scores of the models, and against width alone."""
+"""``tlcoupling correlate``: coupling, linearity and growth against scores of models, and against width alone."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ def correlate(
     table: Annotated[
         str | None,
         typer.Argument(
-            help="A store of `tlcoupling sweep`, or a CSV or parquet file with a row per model.",
+            help="A store of `tlcoupling sweep`, or a CSV or parquet file with one row per model.",
             show_default="the published points of the paper's figure",
         ),
     ] = None,
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="A CSV or parquet file with the columns model, score and, if you like, revision or step, and family.",
+            help="A CSV or parquet file with columns model and score; optional: revision or step, and family.",
             show_default="the table's own column 'score'",
         ),
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="The column of the scores.", show_default="score, or the only one of numbers")
+        str | None, typer.Option(help="The column of the scores.", show_default="score, or the only numeric column")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path("tlcoupling-correlate"),
+    output: Annotated[Path, typer.Option(help="Folder for the files; created if missing.")] = Path(
+        "tlcoupling-correlate"
+    ),
     drop_missing: Annotated[
-        bool, typer.Option("--drop-missing", help="Leave measured models without a score out, instead of refusing.")
+        bool, typer.Option("--drop-missing", help="Skip measured models without a score; otherwise they are an error.")
     ] = False,
-    confidence: Annotated[float, typer.Option(help="Level of the bootstrap intervals.")] = 0.95,
-    resamples: Annotated[int, typer.Option(help="Bootstrap samples.")] = 9999,
+    confidence: Annotated[float, typer.Option(help="Confidence level of the bootstrap intervals.")] = 0.95,
+    resamples: Annotated[int, typer.Option(help="Number of bootstrap samples.")] = 9999,
 ) -> None:
-    """Set measurements against scores: correlations, intervals, what is left at a fixed null, width or size.
+    """Correlate measurements with scores: intervals, and partial correlations at a fixed null, width or size.
 
-    Without a table: the 28 published points, whose coupling goes with the score at R^2 = 0.80, and of whose variance
-    1 - 1/sqrt(0.1 d_model), a function of width alone, explains 93 %.
+    Without a table, the 28 published points are used. Their coupling correlates with the score at R^2 = 0.80. The
+    function 1 - 1/sqrt(0.1 d_model) of width alone explains 93 % of the coupling's variance.
     """
     with errors_as_one_line():
         from tlcoupling.results.base import check_writable
         from tlcoupling.scores.correlate import correlate as correlate_models
 
         check_writable(output, "output")
-        found = correlate_models(
+        result = correlate_models(
             table,
             None if scores is None else str(scores),
             score=score,
@@ -60,79 +62,80 @@ def correlate(
             resamples=resamples,
             missing="drop" if drop_missing else "error",
         )
-        _print(found, table)
-        _write(found, output)
+        _print(result, table)
+        _write(result, output)
 
 
-def _print(found: Correlations, table: str | None) -> None:
-    """Three tables and what they say in words."""
+def _print(result: Correlations, table: str | None) -> None:
+    """Print three tables and a summary in words."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     title = "The published points" if table is None else table
     console.print(Text(title, style="bold"))
-    console.print(f"{len(found.models)} models, {len(found.families)} families")
-    for heading, columns, rows in (_against(found), _fixed(found), _without(found)):
+    console.print(f"{len(result.models)} models, {len(result.families)} families")
+    for heading, columns, rows in (_against(result), _fixed(result), _without(result)):
         console.print(f"\n{heading}")
         console.print(_table(columns, rows))
-    for line in summary(found):
+    for line in summary(result):
         console.print(f"\n{line}")
 
 
-def summary(found: Correlations) -> list[str]:
-    """What the numbers say of the blocks' coupling and excess, in words."""
+def summary(result: Correlations) -> list[str]:
+    """Summarise the correlations of the blocks' coupling and excess in sentences."""
     lines = []
-    for name in found.predictors:
+    for name in result.predictors:
         if " " in name and " block " not in name:
             continue
-        of = found.of(name)
+        of = result.of(name)
         if name.startswith("coupling") and not math.isnan(of["by_null"]):
             lines.append(
                 f"{name} goes with the score at R² = {of['r_squared']:.2f}. Its null explains {of['by_null']:.0%} of "
-                f"its variance over these models, and width in any form {of['by_width']:.0%}; with the null held "
-                f"fixed, r = {of['partial given null']:+.2f} (p = {_p(of['partial_p given null'])}) is left."
+                f"its variance over these models; width in any form explains {of['by_width']:.0%}. With the null held "
+                f"fixed, the partial correlation is {of['partial given null']:+.2f} "
+                f"(p = {_p(of['partial_p given null'])})."
             )
         if name.startswith("excess"):
             lines.append(f"{name}, coupling above its null, goes with the score at R² = {of['r_squared']:.2f}.")
     return lines
 
 
-def _against(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
-    interval = f"{found.confidence:.0%} interval"
+def _against(result: Correlations) -> tuple[str, list[str], list[list[str]]]:
+    interval = f"{result.confidence:.0%} interval"
     rows = []
-    for name in found.predictors:
-        of = found.of(name)
+    for name in result.predictors:
+        of = result.of(name)
         between = f"{of['low']:+.2f} to {of['high']:+.2f}" if not math.isnan(of["low"]) else "–"
         cells = [_number(of["r_squared"]), _p(of["p"]), _signed(of["r"]), between, _signed(of["rho"])]
         rows.append([name, str(int(of["n"])), *cells])
     return "Against the score", ["predictor", "n", "R²", "p", "r", interval, "Spearman"], rows
 
 
-def _fixed(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
+def _fixed(result: Correlations) -> tuple[str, list[str], list[list[str]]]:
     rows = []
-    for name in found.predictors:
-        of = found.of(name)
+    for name in result.predictors:
+        of = result.of(name)
         held = [
             "–" if math.isnan(r := of[f"partial given {each}"]) else f"{r:+.2f} ({_p(of[f'partial_p given {each}'])})"
-            for each in found.given
+            for each in result.given
         ]
         rows.append([name, *held])
-    return "What is left of r (and p) when something is held fixed", ["predictor", *found.given], rows
+    return "Partial correlation r (and p) with one variable held fixed", ["predictor", *result.given], rows
 
 
-def _without(found: Correlations) -> tuple[str, list[str], list[list[str]]]:
+def _without(result: Correlations) -> tuple[str, list[str], list[list[str]]]:
     rows = []
-    for name, by_family in zip(found.predictors, found.r_without.square(), strict=True):
+    for name, by_family in zip(result.predictors, result.r_without.square(), strict=True):
         known = [
-            (float(value), family) for value, family in zip(by_family, found.families, strict=True) if value == value
+            (float(value), family) for value, family in zip(by_family, result.families, strict=True) if value == value
         ]
         ends = [part for r, family in (min(known), max(known)) for part in (_number(r), family)] if known else ["–"] * 4
-        of = found.of(name)
+        of = result.of(name)
         rows.append([name, _share(of["by_null"]), _share(of["by_width"]), *ends])
     heading = (
-        "Share of a predictor's own variance that its null explains, and width in any\n"
-        "form; R² with one family of models left out, at its lowest and highest"
+        "Share of a predictor's variance explained by its null, and by width in any form;\n"
+        "lowest and highest R² with one family of models left out"
     )
     return heading, ["predictor", "null", "width", "low", "without", "high", "without "], rows
 
@@ -167,23 +170,23 @@ def _p(value: float) -> str:
     return "–" if math.isnan(value) else "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0")
 
 
-def _write(found: Correlations, folder: Path) -> None:
-    """Numbers as CSV and JSON, the result itself, and a figure where matplotlib is installed."""
-    typer.echo(f"\nresult  {found.save(folder / 'correlations.safetensors')}")
-    by_name = {name: {key: _plain(value) for key, value in found.of(name).items()} for name in found.predictors}
+def _write(result: Correlations, folder: Path) -> None:
+    """Write the result, its numbers as CSV and JSON, and figures if matplotlib is installed."""
+    typer.echo(f"\nresult  {result.save(folder / 'correlations.safetensors')}")
+    by_name = {name: {key: _plain(value) for key, value in result.of(name).items()} for name in result.predictors}
     try:
-        found.to_dataframe().to_csv(folder / "correlations.csv", index=False)
+        result.to_dataframe().to_csv(folder / "correlations.csv", index=False)
         (folder / "correlations.json").write_text(json.dumps(by_name, indent=1, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise ResultFileError(f"cannot write to {str(folder)!r}: {error}") from error
     typer.echo(f"table   {folder / 'correlations.csv'}\nnumbers {folder / 'correlations.json'}")
-    for name in found.predictors:
+    for name in result.predictors:
         if name.startswith("coupling") and (" " not in name or " block " in name):
-            typer.echo(_figure(found, name, folder / f"{name.replace(' ', '-').replace('=', '')}.png"))
+            typer.echo(_figure(result, name, folder / f"{name.replace(' ', '-').replace('=', '')}.png"))
 
 
-def _figure(found: Correlations, coupling: str, path: Path) -> str:
-    """Draw a coupling against the score, beside its null, and say where; or why not."""
+def _figure(result: Correlations, coupling: str, path: Path) -> str:
+    """Draw a coupling and its null against the score; return a line with the path, or with the reason for none."""
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
@@ -191,7 +194,7 @@ def _figure(found: Correlations, coupling: str, path: Path) -> str:
     from tlcoupling.viz import figures
 
     null = coupling.replace("coupling", "null", 1)
-    figure = figures.coupling_against_score(found.by_model(), coupling=coupling, null=null, width="width")
+    figure = figures.coupling_against_score(result.by_model(), coupling=coupling, null=null, width="width")
     return f"figure  {figures.save(figure, path)}"
 
 

@@ -1,4 +1,4 @@
-"""``tlcoupling report``: measure a model on a prompt, print tables, and write numbers and a page."""
+"""``tlcoupling report``: measure a model on a prompt, print tables, and write the numbers and a web page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tlcoupling.analysis.analyze import Analysis
 
 FOLDER = "tlcoupling-report"
-# The longest prompt whose tokens are compared in some layers without being asked for: the work grows with its square.
+# The longest prompt whose tokens are compared by default: the work grows with the square of its length.
 SHORT = 64
 
 
@@ -30,7 +30,7 @@ class Engine(str, Enum):
 
 
 def _k(text: str) -> int | float:
-    """An int, or a fraction of d_model."""
+    """Parse an int, or a fraction of d_model."""
     try:
         return int(text)
     except ValueError:
@@ -42,7 +42,7 @@ def _k(text: str) -> int | float:
 
 
 def _tokens(text: str) -> list[int] | Literal["all"]:
-    """Positions separated by commas, or ``all``."""
+    """Parse positions separated by commas, or ``all``."""
     if text == "all":
         return "all"
     try:
@@ -54,7 +54,7 @@ def _tokens(text: str) -> list[int] | Literal["all"]:
 
 
 def _token_layers(text: str | None) -> list[int] | Literal["all", "none", "some"]:
-    """Layers separated by commas, ``all``, ``none``, or some of our choice."""
+    """Parse layers separated by commas, ``all`` or ``none``; None becomes ``some``, the default layers."""
     if text is None:
         return "some"
     if text in ("all", "none"):
@@ -73,15 +73,15 @@ def report(
         str, typer.Argument(help="A model name that TransformerLens knows, or a local HuggingFace folder.")
     ] = DEFAULT_MODEL,
     prompt: Annotated[
-        str | None, typer.Option(help="What to measure on.", show_default=f"the prompt {DEFAULT_PROMPT!r}")
+        str | None, typer.Option(help="Prompt to measure on.", show_default=f"the prompt {DEFAULT_PROMPT!r}")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the files; made if missing.", show_default=FOLDER)
+        Path | None, typer.Option(help="Folder for the files; created if missing.", show_default=FOLDER)
     ] = None,
     k: Annotated[
         list[str] | None,
         typer.Option(
-            help="Singular vectors to compare: an int, or a fraction of d_model. Repeatable.", show_default="10"
+            help="Number of singular vectors: an int, or a fraction of d_model. Repeatable.", show_default="10"
         ),
     ] = None,
     tokens: Annotated[
@@ -90,18 +90,18 @@ def report(
     token_layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers whose tokens are compared with each other, token-wise and across context: such as 0,15,-1, "
-            "'all' or 'none'.",
+            help="Layers in which tokens are compared with each other (token-wise and context coupling): such as "
+            "0,15,-1, 'all' or 'none'.",
             show_default=f"first, middle and last; none at more than {SHORT} tokens",
         ),
     ] = None,
     engine: Annotated[Engine, typer.Option(help="How Jacobians are computed.")] = Engine.auto,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print work, memory and time, and measure nothing.")
+        bool, typer.Option("--estimate", help="Print work, memory and time without measuring.")
     ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Measure coupling, linearity and growth of a model on a prompt; print tables, save numbers and a web page."""
+    """Measure coupling, linearity and growth of a model on a prompt. Print tables; save the numbers and a web page."""
     if estimate:
         refuse({"--output": output is not None, "--open": open_page}, "an estimate writes nothing")
     folder = Path(FOLDER) if output is None else output
@@ -137,7 +137,7 @@ def report(
 def _layers_of(
     model: Any, prompt: str, chosen: list[int] | Literal["all", "none", "some"]
 ) -> list[int] | Literal["all"] | None:
-    """The layers whose tokens are compared: where none were asked for, the first, the middle and the last."""
+    """Return the layers whose tokens are compared; by default the first, the middle and the last."""
     if chosen == "none":
         return None
     if chosen != "some":
@@ -151,7 +151,7 @@ def _layers_of(
 
 
 def _save(analysis: Analysis, folder: Path) -> Path:
-    """Write the result, its long table and the page; say where they are, and return the page."""
+    """Write the result, its long table and the page; print their paths, and return that of the page."""
     from tlcoupling.viz import write_html
 
     typer.echo(f"\nresult  {analysis.save(folder / 'result.safetensors')}")

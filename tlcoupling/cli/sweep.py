@@ -1,4 +1,4 @@
-"""``tlcoupling sweep`` and ``tlcoupling merge``: many models and prompts, and the stores of several machines."""
+"""``tlcoupling sweep`` measures many models and prompts; ``tlcoupling merge`` joins the stores of several machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Where(str, Enum):
-    """What runs the cells."""
+    """Where the cells run."""
 
     here = "here"
     slurm = "slurm"
@@ -30,37 +30,37 @@ def sweep(
     plan: Annotated[
         Path,
         typer.Argument(
-            help="A TOML file of models, prompts and settings. The smallest has two lines: models = ['gpt2'] and "
+            help="A TOML file of models, prompts and settings. The shortest has two lines: models = ['gpt2'] and "
             "prompts.text = 'Once upon a time'."
         ),
     ],
     store: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results; made if missing.", show_default="PLAN.store, beside the plan"),
+        typer.Option(help="Folder of the results; created if missing.", show_default="PLAN.store, beside the plan"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print cells, bytes and estimated time, and measure nothing.")
+        bool, typer.Option("--dry-run", help="Print cells, bytes and estimated time without measuring.")
     ] = False,
     rate: Annotated[
         float | None,
         typer.Option(
-            help="With --dry-run: TFLOP/s of matrix products of the machine that will run it.",
+            help="With --dry-run: TFLOP/s of matrix products on the machine that will run the plan.",
             show_default="this machine's, measured",
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of this machine.", show_default="this process alone")
+        int | None, typer.Option(min=1, help="Number of processes on this machine.", show_default="only this process")
     ] = None,
-    executor: Annotated[Where, typer.Option(help="What runs the cells; 'slurm' submits job arrays.")] = Where.here,
+    executor: Annotated[Where, typer.Option(help="Where the cells run; 'slurm' submits job arrays.")] = Where.here,
     logs: Annotated[
         Path | None,
         typer.Option(help="With --executor slurm: folder for its logs.", show_default="'slurm' in the store"),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Write all results of the store to this parquet file afterwards.")
+        Path | None, typer.Option(help="Then write all results of the store to this parquet file.")
     ] = None,
 ) -> None:
-    """Measure what a plan has and its store has not; run it again to go on. Exit code 1 if cells are missing."""
+    """Measure the cells of a plan that its store lacks. Run it again to continue. Exit code 1 if cells are missing."""
     if dry_run:
         measuring = {"--workers": workers, "--logs": logs, "--table": table}
         refuse({option: value is not None for option, value in measuring.items()}, "a dry run measures nothing")
@@ -99,7 +99,7 @@ def sweep(
 
 
 def _dry_run(plan: Plan, folder: Path, rate: float | None) -> None:
-    """Print what the plan would measure and what that would cost."""
+    """Print what the plan would measure, and the cost."""
     from tlcoupling.cli.sweep_tables import print_forecast
     from tlcoupling.sweeps.forecast import forecast
 
@@ -109,12 +109,12 @@ def _dry_run(plan: Plan, folder: Path, rate: float | None) -> None:
 @app.command()
 def merge(
     stores: Annotated[list[Path], typer.Argument(help="Stores of sweep results.")],
-    into: Annotated[Path, typer.Option(help="The store that gets all of their cells; made if missing.")],
+    into: Annotated[Path, typer.Option(help="The store that receives all cells; created if missing.")],
     table: Annotated[
-        Path | None, typer.Option(help="Write all results of that store to this parquet file afterwards.")
+        Path | None, typer.Option(help="Then write all results of that store to this parquet file.")
     ] = None,
 ) -> None:
-    """Join the stores of several machines. Two results of one cell must agree in all but their times."""
+    """Join the stores of several machines. Two results of the same cell must agree up to rounding."""
     with errors_as_one_line():
         from tlcoupling.sweeps.store import SweepStore
 

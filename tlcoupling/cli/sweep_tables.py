@@ -1,4 +1,4 @@
-"""Forecasts and reports of sweeps for the terminal."""
+"""Print forecasts and reports of sweeps in the terminal."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SHOWN = 40  # models
 _ERRORS = 5
 
 
-def print_forecast(found: Forecast) -> None:
-    """Print what a plan would measure and cost."""
+def print_forecast(forecast: Forecast) -> None:
+    """Print what a plan would measure, and the cost."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("model", header_style="dim", no_wrap=True, max_width=20)
     for name in ("cells", "done", "TFLOP", "files", "memory", "time"):
         table.add_column(name, justify="right", header_style="dim", no_wrap=True)
-    for group in found.groups[:_SHOWN]:
+    for group in forecast.groups[:_SHOWN]:
         costs = ("?",) * 4
         if group.flops is not None:
             costs = (
@@ -37,39 +37,41 @@ def print_forecast(found: Forecast) -> None:
         if group.n_revisions > 1:
             name += f" x {group.n_revisions}"
         table.add_row(Text(name), str(group.n_cells), str(group.n_kept), *costs)
-    hidden = len(found.groups) - _SHOWN
+    hidden = len(forecast.groups) - _SHOWN
     if hidden > 0:
         table.add_row(Text(f"... and {hidden} more", style="dim"))
     table.add_section()
-    total = (str(sum(group.n_cells for group in found.groups)), str(sum(group.n_kept for group in found.groups)))
+    total = (str(sum(group.n_cells for group in forecast.groups)), str(sum(group.n_kept for group in forecast.groups)))
     table.add_row(
-        "all" if len(found.known) == len(found.groups) else "what is known",
+        "all" if len(forecast.known) == len(forecast.groups) else "known models",
         *total,
-        _number(found.flops / 1e12),
-        decimal(int(found.file_bytes)),
+        _number(forecast.flops / 1e12),
+        decimal(int(forecast.file_bytes)),
         "",
-        _span(found.seconds),
+        _span(forecast.seconds),
         style="bold",
     )
     console.print(table)
-    whose = "this machine's, measured" if found.measured else "as given"
-    some = next((group.model for group in found.groups if group.flops is None), "")
+    whose = "measured on this machine" if forecast.measured else "from --rate"
+    some = next((group.model for group in forecast.groups if group.flops is None), "")
     console.print(
-        f"\nTimes are estimates at {found.rate / 1e12:.3g} TFLOP/s of matrix products ({whose}).\n"
-        "Expect up to twice or half of them. Loading comes on top.\n"
-        "Memory is that of one cell, beyond the model's own.\n"
-        "Lengths of prompts are guessed from their characters."
+        f"\nTimes are estimates at {forecast.rate / 1e12:.3g} TFLOP/s of matrix products\n"
+        f"({whose}). Expect up to twice or half of them. Loading takes extra time.\n"
+        "Memory is that of one cell, in addition to the model.\n"
+        "Prompt lengths are estimated from their characters."
     )
     if some:
+        missing = len(forecast.groups) - len(forecast.known)
         console.print(
-            f"?: {len(found.groups) - len(found.known)} of {len(found.groups)} models are not on this machine, such as "
-            f"{some};\ntheir shape may be stated: shape = {{n_layers = 32, d_model = 4096, n_heads = 32}}",
+            f"?: {missing} of {len(forecast.groups)} models are not on this machine,\n"
+            f"such as {some}. Give their shape in the plan:\n"
+            "shape = {n_layers = 32, d_model = 4096, n_heads = 32}",
             markup=False,
         )
 
 
 def print_report(report: SweepReport) -> None:
-    """Print how a sweep went, with what failed and why."""
+    """Print the counts of a sweep, and each failure with its reason."""
     console = Console(highlight=False)
     counts = f"{report.n_measured} measured in {report.seconds:.1f} s, {report.n_kept} measured before"
     if report.failed:
@@ -83,11 +85,11 @@ def print_report(report: SweepReport) -> None:
         console.print(Text(f"  {count} x {error}", style="red", overflow="fold"))
         console.print(Text(f"      such as {example}", style="dim"))
     if len(errors) > _ERRORS:
-        console.print(f"  and {len(errors) - _ERRORS} other errors; {report.store.folder / 'failed'} has them all")
+        console.print(f"  and {len(errors) - _ERRORS} other errors; {report.store.folder / 'failed'} lists all")
     for reason in report.reasons[:_ERRORS]:
         console.print(Text(f"  {reason}", style="yellow"))
     if not report.complete:
-        console.print("Run the same command again to try what is missing.")
+        console.print("Run the same command again to measure the missing cells.")
     console.print(Text(f"store   {report.store.folder}"))
 
 

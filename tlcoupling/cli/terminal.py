@@ -1,4 +1,4 @@
-"""Analyses, checks and estimates as tables for the terminal: 80 columns are enough, a pipe gets plain text."""
+"""Print analyses, checks and estimates as tables that fit in 80 columns; a pipe gets plain text."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def print_analysis(analysis: Analysis) -> None:
     prompt = "".join(analysis.tokens).splitlines()
     console.print(Text("\n".join(map(visible, prompt)), style="dim"))
     for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
-        title, table.title = table.title, None  # a table wraps its title to its own width
+        title, table.title = table.title, None  # rich wraps a title to the width of its table
         console.print()
         console.print(title)
         console.print(table)
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """Print what a measurement would cost."""
+    """Print the cost of a measurement."""
     console = Console(highlight=False)
     console.print(Text(estimate.model_name, style="bold"))
     ks = ", ".join(map(str, estimate.ks))
@@ -63,7 +63,7 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def print_check(check: Check) -> None:
-    """Print what holds on a model, what falls back and what is refused."""
+    """Print what holds on a model, what falls back to autograd and what is refused."""
     console = Console(highlight=False)
     console.print(Text(check.model_name, style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -136,7 +136,7 @@ def _tokens(analysis: Analysis) -> list[Table]:
 
 
 def _table(title: str, columns: Sequence[str], left: int = 1) -> Table:
-    """A plain table whose first ``left`` columns hold words."""
+    """Make a plain table whose first ``left`` columns are text, aligned left."""
     table = Table(title=Text(title, style="bold"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=True, header_style="dim")
@@ -144,7 +144,7 @@ def _table(title: str, columns: Sequence[str], left: int = 1) -> Table:
 
 
 def _add(table: Table, cells: Sequence[str], emphasised: int) -> None:
-    """A row of plain text: nothing in a token is markup."""
+    """Add a row of plain text, so that rich reads no markup in a token."""
     table.add_row(*(Text(cell, style="bold cyan" if i == emphasised else "") for i, cell in enumerate(cells)))
 
 
@@ -153,6 +153,6 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token in quotes, with what a terminal would obey or hide written out."""
+    """Quote a token; control and invisible characters are escaped."""
     quoted = repr(token)
     return quoted if len(quoted) <= _LONGEST_TOKEN else f"{quoted[: _LONGEST_TOKEN - 2]}…{quoted[-1]}"

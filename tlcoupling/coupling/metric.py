@@ -94,7 +94,7 @@ def null_std(
       sqrt(2 / pi) Gamma(n + 1/2) / (Gamma(n) sqrt(n)), n = 1 / (2 r); Var |M_ii| = (1 - e^2) spread^2, and
       Cov(||M||_F^2, sum_i s_i |M_ii|) = spread^3 e (1 + 2 K r) sum S1.
 
-    What t holds beyond the top K is taken as flat. Sampled in ``tests/test_coupling.py``.
+    What t holds beyond the top K is taken as flat. Sampled in ``tests/coupling/test_metric.py``.
 
     Args:
         s1: the top K singular values of J1.

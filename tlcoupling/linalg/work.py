@@ -59,22 +59,24 @@ class Rates:
         thin: floating-point operations per second of products with 16 columns, on all threads.
         svd: floating-point operations per second of a singular value decomposition, on one thread.
         calls: small module calls per second, on one thread.
+        shared: whether worker threads share what the last two count; not known of a machine that is not at hand.
     """
 
     matmul: float
     thin: float
     svd: float
     calls: float
+    shared: bool = True
 
     def seconds(self, work: Work, workers: int = 1) -> float:
         """Return the seconds that some work takes when ``workers`` threads share the decompositions."""
         alone = work.svd / self.svd + work.calls / self.calls
-        return work.matmul / self.matmul + work.thin / self.thin + alone / workers
+        return work.matmul / self.matmul + work.thin / self.thin + alone / (workers if self.shared else 1)
 
     @classmethod
     def typical(cls, matmul: float) -> Rates:
         """Return the rates of a machine of which only the matrix-product rate is known."""
-        return cls(matmul, _THIN_SHARE * matmul, _SVD_SHARE * matmul, _CALLS)
+        return cls(matmul, _THIN_SHARE * matmul, _SVD_SHARE * matmul, _CALLS, shared=False)
 
 
 @functools.cache

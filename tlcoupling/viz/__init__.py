@@ -1,10 +1,8 @@
-"""What a reader sees: notebook widgets and the report page.
+"""Notebook widgets, the report page and figures.
 
-``widgets`` makes the widgets, of which the dashboard is the whole report. They hand the numbers that ``payload`` (and
-``panes``, for the heat maps) takes from a result to ``page``, which joins them with the HTML, CSS and JavaScript in
-``assets``. ``plain`` turns numbers and tokens into what a page can hold. ``summary`` reduces an analysis to the few
-numbers that the page and the terminal print. ``figures`` draws for print, with matplotlib, which is imported when it is
-first used.
+``widgets`` makes the widgets; the dashboard is the whole report. ``payload`` and ``panes`` (heat maps) take the numbers
+from a result, and ``page`` joins them with the HTML, CSS and JavaScript in ``assets``. ``plain`` encodes numbers and
+tokens for a page. ``figures`` draws for print with matplotlib, which is imported at its first use.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``figures`` when it is first asked for."""
+    """Import ``figures`` at its first use."""
     if name != "figures":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

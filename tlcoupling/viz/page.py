@@ -1,9 +1,8 @@
-"""One self-contained HTML page from sections, data and the files in ``assets``.
+"""Render one self-contained HTML page from sections, data and the files in ``assets``.
 
-Whatever comes from a model or a prompt enters the page as JSON, escaped so that it cannot end its element, and the
-page's scripts show it as text. Nothing but the scripts put here may run, and nothing may be fetched: the page says so
-in its Content-Security-Policy, by the scripts' hashes. The circuitsvis bundle is inside once, compressed, and is run by
-the page's own scripts, under its hash.
+Text from a model or a prompt enters the page as JSON, escaped so that it cannot end its element. The page's scripts
+show it as text. The Content-Security-Policy lists the hashes of the page's own scripts: nothing else may run, and
+nothing may be fetched. The circuitsvis bundle is included once, compressed; the page's scripts run it, under its hash.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from string import Template
 from typing import Any
 
 _ASSETS = resources.files("tlcoupling.viz") / "assets"
-# In the order in which they rely on each other.
+# In order of dependence.
 _SCRIPTS = (
     "dom",
     "arrays",
@@ -43,12 +42,12 @@ _SCRIPTS = (
 
 
 def render(title: str, sections: Mapping[str, Any]) -> str:
-    """A page of the named sections, in the order given.
+    """Render a page of the named sections, in the given order.
 
     Args:
         title: the document's title, as text.
-        sections: the data of each section, by the name of its file in ``assets/sections``; a section whose data is None
-            is left out.
+        sections: the data of each section, by the name of its file in ``assets/sections``; a section with data None is
+            omitted.
     """
     sections = {name: data for name, data in sections.items() if data is not None}
     script = "\n".join(_asset(f"scripts/{name}.js") for name in _SCRIPTS)
@@ -71,7 +70,7 @@ def _asset(name: str) -> str:
 
 @cache
 def _circuitsvis() -> str:
-    """The JavaScript bundle inside the circuitsvis package, found without importing it.
+    """Return the JavaScript bundle of the circuitsvis package, without importing the package.
 
     Raises:
         ImportError: circuitsvis is not installed.
@@ -81,17 +80,17 @@ def _circuitsvis() -> str:
     if not folders:
         raise ImportError("attention patterns need circuitsvis: pip install circuitsvis")
     bundle = Path(folders[0], "dist", "cdn", "iife.js").read_text(encoding="utf-8")
-    return bundle.partition("\n//# sourceMappingURL=")[0]  # a file of its own, which the page does not have
+    return bundle.partition("\n//# sourceMappingURL=")[0]  # the page does not include the source map
 
 
 @cache
 def _compressed(script: str) -> str:
-    """A script as zlib-compressed base64: less than half as long, and without a character that HTML could take up."""
+    """Compress a script with zlib to base64: less than half as long, and without characters special to HTML."""
     return base64.b64encode(zlib.compress(script.encode(), 9)).decode()
 
 
 def _policy(scripts: list[str]) -> str:
-    """A Content-Security-Policy that lets these inline scripts run, and no request leave."""
+    """Return a Content-Security-Policy that allows these inline scripts and no request."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
     return (
@@ -101,6 +100,6 @@ def _policy(scripts: list[str]) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON in ASCII that no HTML parser takes for markup."""
+    """Encode data as ASCII JSON that contains no HTML markup."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

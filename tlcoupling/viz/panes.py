@@ -1,4 +1,4 @@
-"""Coupling and attention as plain data for the page's heat maps."""
+"""Convert coupling and attention to plain data for the page's heat maps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.viz.plain import formula, label, packed, rounded, visible
 
-# Cells that the attention component draws without a noticeable wait: all heads, and the zoomed one once more.
+# Cells that the attention component draws without a noticeable delay: all heads, and the zoomed one again.
 ATTENTION_CELLS = 40_000
 # Numbers of all token x token matrices on one page, at two bytes each.
 PAIR_NUMBERS = 500_000
 
 
 def depth(result: DepthCoupling) -> dict[str, Any]:
-    """Layer x layer matrices ``[sublayer, token, k, row, column]``, whose null depends on the row alone; profiles."""
+    """Return layer x layer matrices ``[sublayer, token, k, row, column]``, with a null by row, and profiles."""
     return {
         **_metric(result),
         "sublayers": result.sublayers,
@@ -42,15 +42,15 @@ def pairs(
     couplings: Iterable[TokenCoupling | ContextCoupling],
     layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Token x token matrices of layers: attention patterns, token-wise and context coupling, on one pair of axes.
+    """Return token x token matrices of layers: attention patterns, token-wise and context coupling, on the same axes.
 
-    The axes hold the last tokens where all of them would be too many to draw or too large for a page.
+    If there are too many tokens to draw, or too many numbers for a page, the axes hold only the last tokens.
 
     Args:
         tokens: all tokens of the prompt.
-        analysis: what the attention is taken of.
+        analysis: the analysis with the attention patterns.
         couplings: the coupling to show.
-        layers: layers to show, by default all that there are.
+        layers: layers to show; by default all.
     """
     attention, attention_layers, couplings = None, (), list(couplings)
     if analysis is not None and analysis.attention is not None:
@@ -75,9 +75,9 @@ def _drawn(
     couplings: Sequence[TokenCoupling | ContextCoupling],
     layers: Sequence[int] | None,
 ) -> int:
-    """How many tokens the axes may hold."""
+    """Return how many tokens the axes can hold."""
     n_layers, n_heads = (0, 0) if attention is None else attention.shape[:2]
-    matrices = n_layers * n_heads / 2  # of which the upper triangle is empty
+    matrices = n_layers * n_heads / 2  # the upper triangle is empty
     for result in couplings:
         shown = [layer for layer in result.layers if layers is None or layer in layers]
         matrices += len(result.sublayers) * len(result.ks) * len(shown)
@@ -86,7 +86,7 @@ def _drawn(
 
 
 def _kind(result: TokenCoupling | ContextCoupling, first: int, layers: Sequence[int] | None) -> dict[str, Any]:
-    """One kind of coupling, ``[sublayer, layer, k, row, column]``, of the tokens from ``first`` on."""
+    """Return one kind of coupling, ``[sublayer, layer, k, row, column]``, for the tokens from ``first`` on."""
     at_layers = [i for i, layer in enumerate(result.layers) if layers is None or layer in layers]
     at_tokens = [i for i, pos in enumerate(result.positions) if pos >= first]
     values = result.values[:, at_layers][..., at_tokens, :][..., at_tokens]
@@ -102,27 +102,27 @@ def _kind(result: TokenCoupling | ContextCoupling, first: int, layers: Sequence[
 
 
 def _title(result: TokenCoupling | ContextCoupling) -> dict[str, Any]:
-    """What is compared, in words."""
+    """Describe in words which Jacobians are compared."""
     if isinstance(result, TokenCoupling):
         return {"name": "token", "title": "token-wise", "compared": "J[t → t]", "fixed": None}
-    way = "from" if result.fixed == "src" else "to"
+    preposition = "from" if result.fixed == "src" else "to"
     compared = f"J[{result.position} → t]" if result.fixed == "src" else f"J[s → {result.position}]"
     return {
         "name": f"context {result.fixed}",
-        "title": f"{way} token {result.position}",
+        "title": f"{preposition} token {result.position}",
         "compared": compared,
         "fixed": result.position,
     }
 
 
 def _lower_triangle(patterns: torch.Tensor) -> torch.Tensor:
-    """``[layer, head, dest, src]`` with src <= dest as ``[layer, head, pair]``, row by row; the rest is zero."""
+    """Pack ``[layer, head, dest, src]`` row by row as ``[layer, head, pair]`` with src <= dest; the rest is zero."""
     rows, columns = torch.tril_indices(patterns.shape[-1], patterns.shape[-1])
     return patterns[..., rows, columns]
 
 
 def _metric(result: DepthCoupling | TokenCoupling | ContextCoupling) -> dict[str, Any]:
-    """The coupling as it was measured."""
+    """Return the metric that was used: its formula, and whether the diagonal is 1 by definition."""
     return {
         "formula": formula(result),
         "diagonal_is_one": result.bases == "uv",

@@ -1,4 +1,4 @@
-"""An analysis as plain data for the page's sections: what is not a heat map (those are in ``panes``)."""
+"""Convert an analysis to plain data for the page's sections, except the heat maps (those are in ``panes``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tlcoupling.viz.plain import rounded, visible
 
 
 def header(analysis: Analysis) -> dict[str, Any]:
-    """What was measured, on what, and how."""
+    """Return what was measured, on which model and prompt, and with which settings."""
     provenance, coupling = analysis.provenance, analysis.coupling
     measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
     compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
@@ -45,7 +45,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
-    """The headline numbers."""
+    """Return the headline numbers."""
     return {
         "coupling": [rounded(asdict(row)) for row in coupling_rows(analysis.coupling)],
         "linearity": [rounded(asdict(row)) for row in linearity_rows(analysis.linearity)],
@@ -55,7 +55,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
 
 
 def controls(analysis: Analysis) -> dict[str, Any]:
-    """What a reader of the whole page chooses from: layers, tokens and K, with what was measured of each."""
+    """Return the selectable layers, tokens and K of the whole page, and which of them were measured."""
     n_layers = len(analysis.growth.alpha)
     compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     return {
@@ -74,7 +74,7 @@ def controls(analysis: Analysis) -> dict[str, Any]:
 
 
 def depth_controls(coupling: DepthCoupling) -> dict[str, Any]:
-    """The same for depth-wise coupling alone: only what was measured."""
+    """Return the selectable tokens and K of depth-wise coupling alone."""
     return {
         "layers": [],
         "compared": [],
@@ -87,7 +87,7 @@ def depth_controls(coupling: DepthCoupling) -> dict[str, Any]:
 
 
 def layer_controls(layer: int, ks: Sequence[int]) -> dict[str, Any]:
-    """The same for one layer."""
+    """Return the selectable K of one layer."""
     return {
         "layers": [layer],
         "compared": [],
@@ -100,7 +100,7 @@ def layer_controls(layer: int, ks: Sequence[int]) -> dict[str, Any]:
 
 
 def tokens(analysis: Analysis) -> dict[str, Any]:
-    """Each token's numbers, and their order by straightness."""
+    """Return each token's numbers, and the tokens' order by straightness."""
     linearity, growth = analysis.linearity, analysis.growth
     lss = linearity.path("block")
     shares = {"attn_share": growth.attn_share, "mlp_share": growth.mlp_share}
@@ -119,7 +119,7 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
 
 
 def growth(analysis: Analysis) -> dict[str, Any]:
-    """Logarithms of the norms by token and depth, and their mean growth per layer split by sublayer."""
+    """Return logarithms of the norms by token and depth, and the mean growth per layer split by sublayer."""
     result = analysis.growth
     log_norms = result.norms.log()
     shares = {"attn": result.attn_share, "mlp": result.mlp_share}
@@ -133,14 +133,14 @@ def growth(analysis: Analysis) -> dict[str, Any]:
 
 
 def _few(layers: Sequence[int], longest: int = 6) -> str:
-    """Layers in words: not more than a few, one after the other."""
+    """List the layers, or describe them if there are more than ``longest``."""
     if len(layers) > longest:
         return f"{len(layers)} of them, {layers[0]} to {layers[-1]}"
     return ", ".join(map(str, layers))
 
 
 def _plain(mapping: Mapping[str, Any]) -> str:
-    """A mapping of provenance in words; one word where all its values are the same."""
+    """Describe a mapping of the provenance in words, with a value that all keys share only once."""
     if len(mapping) > 1 and all(value == next(iter(mapping.values())) for value in mapping.values()):
         return f"{next(iter(mapping.values()))} ({', '.join(mapping)})"
     words = {True: "yes", False: "no"}

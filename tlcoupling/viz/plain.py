@@ -1,4 +1,7 @@
-"""What a page or a figure says: numbers (NaN and infinity as None, large arrays packed), tokens, and the metric."""
+"""Encode numbers and tokens for pages and figures, and describe the metric.
+
+NaN and infinity become None, and large arrays are packed in 16 bits.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _LARGEST, _UNDEFINED = 32767, -32768  # of 16 bits
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
-    """Numbers rounded, with None for NaN and infinity (JSON has neither), in tensors, lists and dictionaries."""
+    """Round numbers in tensors, lists and dictionaries; NaN and infinity become None, since JSON has neither."""
     if isinstance(value, Tensor):
         return rounded(value.tolist(), digits)
     if isinstance(value, list):
@@ -30,22 +33,22 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 
 def packed(array: Tensor) -> dict[str, Any]:
-    """An array in 16 bits a number: ``scale`` times a signed integer, base64 of little-endian ones.
+    """Pack an array as 16-bit integers: a number is ``scale`` times its integer; ``data`` is base64, little-endian.
 
-    The error is at most half of ``scale``, which is 1/32767 of the largest magnitude. What is not finite is the integer
-    -32768.
+    The error is at most half of ``scale``, which is 1/32767 of the largest magnitude. The integer -32768 stands for a
+    number that is not finite.
     """
     array = array.detach().double()
     finite = array.isfinite()
     scale = float(array[finite].abs().max()) / _LARGEST if finite.any() else 0.0
-    scale = scale or 1.0  # of zeros
+    scale = scale or 1.0  # all zeros
     steps = torch.where(finite, array / scale, float(_UNDEFINED)).round().to(torch.int16)
     data = base64.b64encode(steps.contiguous().numpy().astype("<i2").tobytes()).decode()
     return {"shape": list(array.shape), "scale": scale, "data": data}
 
 
 def visible(text: str) -> str:
-    """A token with line breaks and invisible characters as signs, so that no token looks empty or reorders others."""
+    """Replace line breaks and invisible characters by visible signs, so no token looks empty or reorders others."""
 
     def shown(char: str) -> str:
         if char.isprintable() or (char in _JOINERS and len(text) > 1):
@@ -56,13 +59,13 @@ def visible(text: str) -> str:
 
 
 def label(text: str, longest: int = 16) -> str:
-    """A token short enough for an axis."""
+    """Shorten a token for an axis."""
     text = visible(text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def formula(result: Coupling) -> str:
-    """The coupling as it was measured."""
+    """Return the formula of the coupling with the options that were used."""
     projected = "U₂ᵀ J₁ V₂" if result.bases == "uv" else "V₂ᵀ J₁ U₂"
     size = "‖S₁‖" if result.normalizer == "frobenius" else "tr S₁"
     return f"c = 1 − ‖ {f'|{projected}|' if result.absolute else projected} − S₁ ‖ / {size}"

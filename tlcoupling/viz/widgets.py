@@ -1,7 +1,7 @@
-"""Widgets: sections of the report, each a page that a notebook shows in a frame of its own.
+"""Widgets: sections of the report, each a page that a notebook shows in its own frame.
 
-A widget displays itself in Jupyter, JupyterLab, VS Code and Colab, in saved notebooks too, and needs no network. In any
-other place its ``html`` is a whole document, which ``save`` writes.
+A widget displays itself in Jupyter, JupyterLab, VS Code and Colab, also in saved notebooks, and needs no network.
+Elsewhere, its ``html`` is a complete document, which ``save`` writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Widget:
     """An HTML page that a notebook shows in a frame.
 
     Attributes:
-        html: the page: one document, with no file beside it and no request to any network.
+        html: the page as one document that needs no other file and no network.
         height: height of the frame in pixels; the page scrolls inside it.
     """
 
@@ -34,14 +34,14 @@ class Widget:
     height: int
 
     def _repr_html_(self) -> str:
-        """A frame that shares neither styles nor scripts with the notebook around it."""
+        """Return a frame that shares no styles or scripts with the notebook."""
         return (
             f'<iframe sandbox="allow-scripts" width="100%" height="{self.height}" style="border: 0" '
             f'srcdoc="{html.escape(self.html)}"></iframe>'
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, which any browser opens.
+        """Write the page to a file that any browser opens.
 
         Returns:
             The path written.
@@ -51,7 +51,7 @@ class Widget:
         """
         path = Path(path)
         try:
-            # The data is ASCII; what a title may hold beyond UTF-8 (half of a character) becomes a reference.
+            # The data is ASCII. A lone surrogate in a title is not valid UTF-8 and becomes a character reference.
             path.write_text(self.html, encoding="utf-8", errors="xmlcharrefreplace")
         except OSError as error:
             raise ResultFileError(f"cannot write the page to {str(path)!r}: {error}") from error
@@ -59,33 +59,33 @@ class Widget:
 
 
 def attention_and_coupling(result: Analysis | TokenCoupling | ContextCoupling, layer: int) -> Widget:
-    """One layer's attention heads and, on the same token axes, its token-wise and context coupling.
+    """Show one layer's attention heads and, on the same token axes, its token-wise and context coupling.
 
-    The heads are drawn by circuitsvis. Panes that the result does not hold say how to get them.
+    circuitsvis draws the heads. A pane without data says how to measure it.
 
     Args:
         result: ``analyze(..., token_layers=...)``; or token-wise or context coupling alone, without attention.
         layer: the layer.
 
     Raises:
-        ArgumentError: a layer that is not there, a result of another kind, or one that holds neither the attention nor
+        ArgumentError: the layer does not exist, the result is of another kind, or it holds neither the attention nor
             the coupling of tokens in that layer.
         ImportError: circuitsvis, which draws the attention patterns, is not installed.
     """
     if isinstance(result, Analysis):
         layer = check_index("layer", layer, len(result.growth.alpha))
-        found = [result.token_coupling, result.context_src, result.context_dest]
-        couplings = [one for one in found if one is not None]
-        tokens, analysis, there = result.tokens, result, {*result.attention_layers}
+        kinds = [result.token_coupling, result.context_src, result.context_dest]
+        couplings = [one for one in kinds if one is not None]
+        tokens, analysis, available = result.tokens, result, {*result.attention_layers}
     elif isinstance(result, (TokenCoupling, ContextCoupling)):
-        couplings, analysis, there = [result], None, set()
+        couplings, analysis, available = [result], None, set()
         tokens = result.provenance.str_tokens
     else:
         raise _wrong_kind(result, "an Analysis, a TokenCoupling or a ContextCoupling")
-    there = there.union(*(one.layers for one in couplings))
-    if layer not in there:
+    available = available.union(*(one.layers for one in couplings))
+    if layer not in available:
         raise ArgumentError(
-            "layer", layer, f"one of {sorted(there)}, whose attention or coupling of tokens this result holds"
+            "layer", layer, f"one of {sorted(available)}, for which this result holds attention or coupling of tokens"
         )
     couplings = [one for one in couplings if layer in one.layers]
     sections = {
@@ -96,7 +96,7 @@ def attention_and_coupling(result: Analysis | TokenCoupling | ContextCoupling, l
 
 
 def depth_coupling(result: DepthCoupling | Analysis) -> Widget:
-    """Layer x layer coupling, null and excess of each sublayer on one colour scale, and the profile by distance.
+    """Show layer x layer coupling, null and excess of each sublayer on one colour scale, and the profile by distance.
 
     Raises:
         ArgumentError: a result of another kind.
@@ -109,7 +109,7 @@ def depth_coupling(result: DepthCoupling | Analysis) -> Widget:
 
 
 def tokens(result: Analysis) -> Widget:
-    """The tokens coloured by line-shape score, ED, CV, final norm, or attention's or the MLP's share of growth.
+    """Show the tokens coloured by line-shape score, ED, CV, final norm, or attention's or the MLP's share of growth.
 
     Raises:
         ArgumentError: a result of another kind.
@@ -120,10 +120,11 @@ def tokens(result: Analysis) -> Widget:
 
 
 def dashboard(result: Analysis) -> Widget:
-    """All of an analysis on one page: the report.
+    """Show a whole analysis on one page, the report.
 
-    Its parts are linked: choosing a layer changes the attention and the coupling of tokens, choosing a token the
-    coupling across depth. What was not measured says how to get it (``analyze(..., tokens=..., token_layers=...)``).
+    The parts are linked. Selecting a layer changes the attention and the coupling of tokens. Selecting a token changes
+    the coupling across depth. A part that was not measured says how to measure it
+    (``analyze(..., tokens=..., token_layers=...)``).
 
     Raises:
         ArgumentError: a result of another kind.
@@ -135,7 +136,7 @@ def dashboard(result: Analysis) -> Widget:
 
 
 def render_html(analysis: Analysis) -> str:
-    """The report as one HTML document: no file beside it, no request to any network.
+    """Return the report as one HTML document that needs no other file and no network.
 
     Raises:
         ImportError: circuitsvis, which draws the attention patterns, is not installed.

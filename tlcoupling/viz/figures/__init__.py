@@ -1,12 +1,13 @@
-"""Figures for papers and talks: what the results look like in print.
+"""Figures of results for papers and talks.
 
-Each function takes a result and returns a matplotlib ``Figure``, made apart from pyplot and without a change to
-matplotlib's settings. A figure shows itself in a notebook; ``save`` (or the figure's own ``savefig``) writes PNG, SVG
-and PDF, the latter two with text as text. Colours are told apart with any colour vision; scales are shared within a
-figure and stated; chance stands beside coupling.
+Each function takes a result and returns a matplotlib ``Figure``. It does not use pyplot or change matplotlib's
+settings. A figure displays itself in a notebook. ``save`` (or the figure's own ``savefig``) writes PNG, SVG and PDF; in
+SVG and PDF, text stays text. Colours can be told apart with any colour vision. All panels of a figure share stated
+scales, and every coupling is drawn with its null.
 
-``matrices`` has layer by layer matrices, ``depth`` curves against depth and distance, ``clouds`` points with names,
-``distributions`` histograms, ``training`` curves along it; ``style`` is how all of them look.
+``matrices`` draws layer x layer matrices, ``depth`` curves against depth and distance, ``clouds`` points with names,
+``distributions`` histograms, and ``training`` curves over training steps. ``point_labels`` writes names beside points;
+``style`` sets the look of all figures.
 """
 
 from tlcoupling.viz.figures.clouds import coupling_against_score, trajectories

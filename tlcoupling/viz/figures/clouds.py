@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from tlcoupling.dynamics.components import TrajectoryComponents
 from tlcoupling.errors import ArgumentError
-from tlcoupling.viz.figures.places import write_beside
+from tlcoupling.viz.figures.point_labels import label_points
 from tlcoupling.viz.figures.select import measured_on
 from tlcoupling.viz.figures.style import FAINT, NULL, WIDTH, depth_colors, heading, label, new_figure, settle, style
 
@@ -27,13 +27,13 @@ _MOST_PANELS = 3
 
 
 def trajectories(result: TrajectoryComponents) -> Figure:
-    """Token trajectories in their principal components, coloured by depth, with equal units on both axes.
+    """Draw token trajectories in their principal components, coloured by depth, with equal units on both axes.
 
-    The first component is drawn against each of the next (three panels at most), or against depth where there is no
-    other. A circle marks x^0, a dot x^L; tokens are named where there is room.
+    The first component is drawn against each of the next (at most three panels), or against depth if it is the only
+    one. A circle marks x^0 and a dot x^L. Tokens are named if there is room.
 
     Args:
-        result: of ``tlc.trajectory_components``.
+        result: the result of ``tlc.trajectory_components``.
     """
     points, shares = result.coordinates.double().numpy(), result.explained.tolist()
     depth, count, n = points.shape
@@ -52,8 +52,8 @@ def trajectories(result: TrajectoryComponents) -> Figure:
                 axes.set_xlabel(_component(0, shares))
                 axes.set_ylabel(_component(pairs[index][1], shares))
             else:
-                places = np.broadcast_to(np.arange(depth)[:, None], (depth, count))
-                paths = np.stack([places, points[:, :, 0]], axis=-1).transpose(1, 0, 2)
+                depths = np.broadcast_to(np.arange(depth)[:, None], (depth, count))
+                paths = np.stack([depths, points[:, :, 0]], axis=-1).transpose(1, 0, 2)
                 axes.set_xlabel("depth l of x^l")
                 axes.set_ylabel(_component(0, shares))
             _paths(axes, paths, norm, colors)
@@ -70,7 +70,7 @@ def trajectories(result: TrajectoryComponents) -> Figure:
         )
         settle(figure)
         for axes, paths in drawn:
-            write_beside(figure, axes, paths[:_MOST_NAMES, -1], texts[:_MOST_NAMES], avoid=paths[:, -1])
+            label_points(figure, axes, paths[:_MOST_NAMES, -1], texts[:_MOST_NAMES], avoid=paths[:, -1])
     return figure
 
 
@@ -83,23 +83,22 @@ def coupling_against_score(
     null: str | None = "null",
     width: str | None = "d_model",
 ) -> Figure:
-    """Coupling against a score, one point per model, with the least-squares line and its R^2.
+    """Draw coupling against a score, one point per model, with the least-squares line and its R^2.
 
-    Chance stands beside coupling: an open grey circle at each model's null, joined to its point. Where the table has
-    no null (published points have none), the figure says so; colour then still shows the width, with which the null
-    grows.
+    An open grey circle marks each model's null and is joined to its point. If the table has no null, as for published
+    points, the figure says so. The colour then still shows the width, with which the null grows.
 
     Args:
-        table: one row per model: a DataFrame, or a mapping of column names to numbers.
-        name: column of the models' names.
-        coupling: column of the coupling, or of the excess.
-        score: column of the score.
-        null: column of the null; a table without that column has no nulls.
-        width: column of the width; a table without that column is not coloured.
+        table: a DataFrame or a mapping of columns, with one row per model.
+        name: column with the models' names.
+        coupling: column with the coupling, or the excess.
+        score: column with the score.
+        null: column with the null; if the table lacks it, no nulls are drawn.
+        width: column with the width; if the table lacks it, points have one colour.
 
     Raises:
-        ArgumentError: a column that is not there, columns of different lengths, or fewer than three models with a
-            coupling and a score.
+        ArgumentError: a column is missing, columns differ in length, or fewer than three models have both a coupling
+            and a score.
     """
     columns = {title: list(table[title]) for title in table}
     for argument, column in (("name", name), ("coupling", coupling), ("score", score)):
@@ -140,11 +139,11 @@ def coupling_against_score(
             bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])
             bar.ax.yaxis.set_minor_formatter(NullFormatter())
             bar.ax.minorticks_off()
-        note = "" if chance is not None else " · the table has no null: part of this is what width alone gives"
+        note = "" if chance is not None else " · no null in the table: width alone explains part of this"
         heading(figure, "Coupling against score", f"{len(x)} models · line: least squares, R² = {r_squared:.2f}{note}")
         settle(figure)
         marked = np.stack([x, y], axis=1)
-        write_beside(figure, axes, marked, texts)
+        label_points(figure, axes, marked, texts)
     return figure
 
 
@@ -153,12 +152,12 @@ def _component(index: int, shares: Sequence[float]) -> str:
 
 
 def _words(column: str) -> str:
-    """A column's name as an axis has it."""
+    """Return a column's name as an axis label."""
     return "width, d_model" if column == "d_model" else label(column.replace("_", " "))
 
 
 def _paths(axes: Axes, paths: np.ndarray, norm: Normalize, colors: Any) -> None:
-    """One line per token, ``[token, depth, 2]``; each step has the colour of its beginning."""
+    """Draw one line per token, ``[token, depth, 2]``; each step has the colour of its start."""
     count = len(paths)
     thin = float(np.clip(12 / count, 0.25, 1.0))
     steps = np.stack([paths[:, :-1], paths[:, 1:]], axis=2).reshape(-1, 2, 2)
@@ -173,7 +172,7 @@ def _paths(axes: Axes, paths: np.ndarray, norm: Normalize, colors: Any) -> None:
 
 
 def _spread(values: np.ndarray, least: float = 0.09) -> list[float]:
-    """Those of the values that lie far enough apart, as logarithms, to be written beside a colour bar."""
+    """Return the values whose logarithms are far enough apart to label on a colour bar."""
     logs = np.log(values)
     kept: list[float] = []
     for value in logs:

@@ -1,4 +1,4 @@
-"""Curves against depth: singular values with the law that is fitted to them, and coupling by distance."""
+"""Curves against depth: singular values with their fitted law, and coupling by distance."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _RESAMPLES = 1999
 
 
 def singular_values(result: SingularValueProfile, *, token: int | None = None) -> Figure:
-    """Top singular values against depth, one panel per sublayer, and the law 1 / (a + b l) fitted to the largest.
+    """Draw top singular values against depth, one panel per sublayer, and the law 1 / (a + b l) fitted to the largest.
 
     Args:
-        result: of ``tlc.singular_value_profile``.
-        token: a position measured; by default the last of them.
+        result: the result of ``tlc.singular_value_profile``.
+        token: a measured position; by default the last.
 
     Raises:
-        ArgumentError: a token that was not measured.
+        ArgumentError: the token was not measured.
     """
     index = len(result.positions) - 1 if token is None else index_of("token", token, result.positions)
     n, ranks = len(result.sublayers), result.singular_values.shape[-1]
@@ -89,22 +89,22 @@ def singular_values(result: SingularValueProfile, *, token: int | None = None) -
 def coupling_by_distance(
     result: Couplings, *, baseline: Couplings | None = None, k: int | None = None, confidence: float = 0.95
 ) -> Figure:
-    """Mean coupling of layers that lie 1, 2, ... apart, beside the null, one panel per sublayer on one scale.
+    """Draw the mean coupling of layers at distance 1, 2, ... and the null, one panel per sublayer on one scale.
 
-    A band around the mean is its bootstrap interval: over prompts where several couplings are given, else over the
-    tokens of the one. Tokens of one prompt are alike, so that their interval is too narrow for other prompts.
+    The band around the mean is its bootstrap interval: over prompts if several couplings are given, else over the
+    tokens of the one. Tokens of one prompt are alike, so their interval is too narrow for other prompts.
 
     Args:
-        result: a depth coupling, or those of several prompts.
-        baseline: the same of another model, such as ``tlc.random_baseline(model)``.
-        k: one of the K measured; by default the first.
+        result: a depth coupling, or the couplings of several prompts.
+        baseline: the same for another model, such as ``tlc.random_baseline(model)``.
+        k: a measured K; by default the first.
         confidence: level of the intervals.
 
     Raises:
-        ArgumentError: a K that was not measured, fewer than two layers, or couplings that differ in what was measured.
+        ArgumentError: K was not measured, there are fewer than two layers, or the couplings differ in layers or metric.
 
     Warns:
-        There is no interval: units that are all equal.
+        No interval exists, because all units are equal.
     """
     many, other = _listed("result", result), [] if baseline is None else _listed("baseline", baseline)
     first = many[0]
@@ -136,7 +136,7 @@ def coupling_by_distance(
                 _curve(axes, apart, _profiles(other, "values", which, k), RANDOM, "-", "s", "baseline", interval)
                 _curve(axes, apart, _profiles(other, "null", which, k), NULL, ":", "", "null of the baseline")
             axes.set_title(name, color=color)
-            axes.set_xlabel("layers apart" if (steps == steps[0]).all() else "places apart among the layers measured")
+            axes.set_xlabel("layers apart" if (steps == steps[0]).all() else "distance in the list of measured layers")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid[0, 0].legend(loc="upper right", handlelength=2.4)
         grid[0, 0].set_ylabel(f"coupling c, K = {chosen_k(first, k)[1]}")
@@ -152,17 +152,17 @@ def coupling_by_distance(
 
 
 def _listed(argument: str, given: Any) -> list[DepthCoupling]:
-    """Couplings of one prompt or several."""
+    """Return the couplings of one or several prompts as a list."""
     if isinstance(given, DepthCoupling):
         return [given]
-    found = list(given.values() if isinstance(given, Mapping) else given)
-    if not found:
+    couplings = list(given.values() if isinstance(given, Mapping) else given)
+    if not couplings:
         raise ArgumentError(argument, given, "one depth coupling or several")
-    return found
+    return couplings
 
 
 def _profiles(couplings: Sequence[DepthCoupling], quantity: Any, sublayer: int, k: int | None) -> torch.Tensor:
-    """By distance, ``[unit, distance]``: a unit is a prompt, or a token of the only one."""
+    """Return profiles ``[unit, distance]``; a unit is a prompt, or a token if there is only one prompt."""
     profiles = [one.profile(quantity)[sublayer, :, chosen_k(one, k)[0]].double() for one in couplings]
     return torch.stack([profile.nanmean(0) for profile in profiles]) if len(profiles) > 1 else profiles[0]
 
@@ -170,12 +170,12 @@ def _profiles(couplings: Sequence[DepthCoupling], quantity: Any, sublayer: int, 
 def _curve(
     axes: Axes, x: np.ndarray, values: torch.Tensor, color: str, line: Any, mark: str, name: str, interval: Any = None
 ) -> None:
-    """The mean over units, with its interval where there are several."""
+    """Draw the mean over units, and its interval if there are several."""
     axes.plot(x, values.nanmean(0).numpy(), color=color, linestyle=line, marker=mark, label=name, markersize=2.5)
     if interval is not None and len(values) > 1:
         confidence, unit = interval
-        found = bootstrap_mean(values, confidence, _RESAMPLES, 0, name, unit)
-        axes.fill_between(x, found["low"].numpy(), found["high"].numpy(), color=color, alpha=0.2, linewidth=0)
+        band = bootstrap_mean(values, confidence, _RESAMPLES, 0, name, unit)
+        axes.fill_between(x, band["low"].numpy(), band["high"].numpy(), color=color, alpha=0.2, linewidth=0)
 
 
 def _every(ranks: int) -> int:

@@ -34,19 +34,19 @@ _OTHERS = (TRAINED, RANDOM, "#009E73", "#CC79A7", "#000000")  # Okabe and Ito's
 
 
 def distributions(result: Runs, *, path: str = "block") -> Figure:
-    """Histograms of the tokens' line-shape scores and expodistances, of a model beside others.
+    """Draw histograms of the tokens' line-shape scores and expodistances, for one or several models.
 
-    All models share the bins of a panel, and each model's bars add up to 100 % of its tokens; dashed lines are medians.
-    Tokens whose number is not defined (NaN) are left out and counted in the legend.
+    All models share the bins of a panel. Each model's bars add up to 100 % of its tokens. Dashed lines are medians.
+    Tokens with an undefined value (NaN) are omitted; the legend counts them.
 
     Args:
-        result: of ``tlc.analyze_many``, whose ``baseline`` is drawn as "random"; or analyses of one or several prompts
-            by the name of the model: ``{"trained": [...], "random": [...]}``. The latter have all tokens of a prompt,
-            whichever tokens the coupling was measured at.
-        path: the path whose score is shown.
+        result: the result of ``tlc.analyze_many``, whose ``baseline`` is drawn as "random"; or analyses of one or
+            several prompts by model name: ``{"trained": [...], "random": [...]}``. Analyses contribute all tokens of a
+            prompt, not only those at which coupling was measured.
+        path: the path whose score is drawn.
 
     Raises:
-        ArgumentError: an unknown path, no analysis, or more than five models.
+        ArgumentError: the path is unknown, there is no analysis, or there are more than five models.
     """
     scores, distances, steps, model = _gathered(result, path)
     if len(scores) > len(_OTHERS):
@@ -68,7 +68,7 @@ def distributions(result: Runs, *, path: str = "block") -> Figure:
 
 
 def _mark_random_steps(axes: Axes, steps: int) -> None:
-    """The score that independent random steps give, about sqrt(n)."""
+    """Mark the score of independent random steps, about sqrt(n)."""
     axes.axvline(math.sqrt(steps), color=NULL, linestyle=":", linewidth=1.0)
     axes.annotate(
         f"√{steps}: random steps",
@@ -82,7 +82,7 @@ def _mark_random_steps(axes: Axes, steps: int) -> None:
 
 
 def _gathered(result: Runs, path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int | None, str]:
-    """Scores and expodistances by model, the path's number of steps where it is known, and the model's name."""
+    """Return scores and expodistances by model, the path's number of steps (if known) and the model's name."""
     if isinstance(result, ManyAnalyses):
         both = {"trained": result} if result.baseline is None else {"trained": result, "random": result.baseline}
         index = index_of("path", path, result.paths)
@@ -107,7 +107,7 @@ def _gathered(result: Runs, path: str) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def _histogram(axes: Axes, values: Mapping[str, np.ndarray], logarithmic: bool) -> None:
-    """Shares of the tokens by model, in bins that all share."""
+    """Draw each model's share of tokens per bin, in shared bins."""
     finite = {name: each[np.isfinite(each)] for name, each in values.items()}
     cloud = np.concatenate(list(finite.values()))
     low, high = (cloud.min(), cloud.max()) if len(cloud) else (0.5, 1.5)

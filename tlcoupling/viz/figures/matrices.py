@@ -1,4 +1,4 @@
-"""Layer x layer matrices: depth coupling beside its null, and the projected Jacobians that it is taken of."""
+"""Layer x layer matrices: depth coupling with its null, and the projected Jacobians behind it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tlcoupling.viz.figures.style import (
 )
 from tlcoupling.viz.plain import formula
 
-MOST_LAYERS = 12  # panels of chosen layers: more are too small to read
+MOST_LAYERS = 12  # more panels are too small to read
 _TICKS = 7
 
 
@@ -41,21 +41,20 @@ def depth_coupling(
     token: int | None = None,
     k: int | None = None,
 ) -> Figure:
-    """Coupling, null and excess of all pairs of layers, one row per sublayer, on shared scales.
+    """Draw coupling, null and excess of all pairs of layers, one row per sublayer, on shared scales.
 
-    Coupling and null share one scale, from the least to the largest of all values off the diagonal; the excess has a
-    diverging one around 0. With the ``"uv"`` bases the diagonal is 1 by definition: it is left grey, and sets no scale.
-    So is a pair without a number (NaN).
+    Coupling and null share one scale, from the smallest to the largest value off the diagonal. The excess has a
+    diverging scale around 0. With the ``"uv"`` bases the diagonal is 1 by definition: it is grey and does not affect
+    the scales. An undefined pair (NaN) is grey too.
 
     Args:
-        result: a depth coupling, or several by name (such as trained and random), whose rows stand below each other
-            on the same scales.
-        token: a position measured; by default the mean over all of them.
-        k: one of the K measured; by default the first.
+        result: a depth coupling, or several by name (such as trained and random), drawn in rows on the same scales.
+        token: a measured position; by default the mean over all of them.
+        k: a measured K; by default the first.
 
     Raises:
-        ArgumentError: a token or K that was not measured, fewer than two layers, or results that differ in what was
-            measured.
+        ArgumentError: a token or K was not measured, there are fewer than two layers, or the results differ in
+            sublayers or metric.
     """
     results = {
         name: one.coupling if isinstance(one, Analysis) else one for name, one in named("result", result).items()
@@ -105,22 +104,23 @@ def depth_coupling(
 
 
 def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = None) -> Figure:
-    """The matrices |U2^T J1 V2| of all pairs of layers, relative to the largest singular value of J1.
+    """Draw the matrices |U2^T J1 V2| of all pairs of layers, relative to the largest singular value of J1.
 
-    All panels share one logarithmic scale, which begins at a third of what chance gives; the mark on the colour bar is
-    the mean of an entry under independent random bases. Each panel carries its coupling, with the null in brackets.
+    All panels share one logarithmic scale, which starts at the power of ten below half of the chance level. The mark on
+    the colour bar is the mean of an entry under independent random bases. Each panel shows its coupling, with the null
+    in brackets.
 
     Args:
-        result: of ``tlc.projected_jacobians``.
-        sublayer: one of those measured; by default the first.
+        result: the result of ``tlc.projected_jacobians``.
+        sublayer: a measured sublayer; by default the first.
 
     Raises:
-        ArgumentError: a sublayer that was not measured, or more than twelve layers.
+        ArgumentError: the sublayer was not measured, or there are more than twelve layers.
     """
     which = index_of("sublayer", sublayer, result.sublayers)
     n, k = len(result.layers), result.values.shape[-1]
     if n > MOST_LAYERS:
-        raise ArgumentError("result", result, f"one of at most {MOST_LAYERS} layers, or the panels are too small")
+        raise ArgumentError("result", result, f"at most {MOST_LAYERS} layers: more panels are too small to read")
     largest = result.singular_values[which, :, 0].double()
     shown = (result.values[which].double().abs() / largest[:, None, None, None]).numpy()
     chance = (result.null_entry[which].double() / largest).numpy()
@@ -173,7 +173,7 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
 def _panes(
     result: DepthCoupling, sublayer: int, token: int | None, k: tuple[int, int]
 ) -> tuple[np.ma.MaskedArray, np.ma.MaskedArray, np.ma.MaskedArray]:
-    """Coupling, null and excess; what has no number, and a diagonal that is 1 by definition, is masked."""
+    """Return coupling, null and excess; undefined cells, and a diagonal of 1 by definition, are masked."""
     chosen = slice(None) if token is None else index_of("token", token, result.positions)
 
     def pane(matrix: Tensor) -> np.ma.MaskedArray:
@@ -202,7 +202,7 @@ def _show(axes: Axes, matrix: np.ndarray, norm: Normalize, colors: str) -> AxesI
 
 
 def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
-    """A few layers by their own numbers."""
+    """Label a few layers with their indices."""
     step = next(size for size in (1, 2, 5, 10, 20, 50, 100, 200) if len(layers) <= _TICKS * size)
     ticks = range(0, len(layers), step)
     names = [str(layers[index]) for index in ticks]

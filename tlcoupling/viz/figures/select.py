@@ -1,4 +1,4 @@
-"""What of a result a figure shows, and how it names it."""
+"""Select the part of a result that a figure shows, and name it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def named(argument: str, given: T | Mapping[str, T]) -> dict[str, T]:
-    """Results by name; a single one has the empty name.
+    """Return results by name; a single result has the empty name.
 
     Raises:
-        ArgumentError: none.
+        ArgumentError: the mapping is empty.
     """
     if not isinstance(given, Mapping):
         return {"": given}
@@ -27,10 +27,10 @@ def named(argument: str, given: T | Mapping[str, T]) -> dict[str, T]:
 
 
 def index_of(argument: str, value: Any, measured: Sequence[Any]) -> int:
-    """Where a value stands among those measured; None stands for the first.
+    """Return the index of a value among those measured; None selects the first.
 
     Raises:
-        ArgumentError: it was not measured.
+        ArgumentError: the value was not measured.
     """
     if value is None:
         return 0
@@ -40,15 +40,15 @@ def index_of(argument: str, value: Any, measured: Sequence[Any]) -> int:
 
 
 def chosen_k(result: Coupling, k: int | None) -> tuple[int, int]:
-    """The place of a K among those measured, and the K.
+    """Return the index of a K among those measured, and the K.
 
     Raises:
-        ArgumentError: it was not measured.
+        ArgumentError: the value was not measured.
     """
     index = index_of("k", k, result.ks)
     return index, result.ks[index]
 
 
 def measured_on(result: Result) -> str:
-    """The model's own name, without the account that publishes it."""
+    """Return the model's name, without the account that publishes it."""
     return label(result.provenance.model_name.rpartition("/")[2])

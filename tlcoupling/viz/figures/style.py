@@ -1,6 +1,6 @@
-"""How figures look, hold foreign text, and are saved.
+"""The style of figures, text from models and prompts in them, and saving.
 
-The style is in force while a figure is made and while it is saved; matplotlib's global settings stay as they are.
+The style applies only while a figure is made or saved. It does not change matplotlib's global settings.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tlcoupling.viz.payload import visible
 
 WIDTH = 7.0  # inches: the text width of a page
 FORMATS = ("png", "svg", "pdf")
-# Okabe and Ito's colours, told apart with any colour vision; the null is grey and dashed everywhere.
+# Okabe and Ito's colours can be told apart with any colour vision. The null is grey and dashed everywhere.
 SUBLAYER_COLORS = {"block": "#000000", "attn": "#0072B2", "mlp": "#D55E00"}
 TRAINED, RANDOM, NULL, FAINT = "#0072B2", "#E69F00", "#707070", "#B0B0B0"
 FIT = SUBLAYER_COLORS["mlp"]
 EXCESS = "RdBu_r"
 NO_VALUE = "#DCDCDC"
-_FONT = "DejaVu Sans"  # comes with matplotlib, so that a figure is the same everywhere
+_FONT = "DejaVu Sans"  # comes with matplotlib, so a figure looks the same everywhere
 _GENERIC = {"serif", "sans-serif", "sans", "monospace", "cursive", "fantasy"}
 _MISSING = "□"
 _STYLE: dict[str, Any] = {
@@ -63,23 +63,23 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a token may hold dollar signs
     "svg.fonttype": "none",  # text stays text
     "pdf.fonttype": 42,
-    "svg.hashsalt": "tlcoupling",  # equal figures, equal files
+    "svg.hashsalt": "tlcoupling",  # equal figures give equal files
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The library's matplotlib settings, for as long as the context lasts."""
-    # from matplotlib's own defaults on: a dark style of the user's would leave white text on white
+    """Apply the library's matplotlib settings within a ``with`` block."""
+    # start from matplotlib's defaults: a dark style of the user would put white text on white
     with matplotlib.style.context(["default", {**_STYLE, "font.family": list(_families())}]):
         yield
 
 
 class TextFigure(Figure):
-    """A figure of ours: it shows itself in a notebook, and keeps its text as text when it is saved."""
+    """A figure that displays itself in a notebook and keeps its text as text when it is saved."""
 
     def savefig(self, fname: Any, **kwargs: Any) -> None:
-        """As ``matplotlib.figure.Figure.savefig``, in the style that the figure was made in."""
+        """Save like ``matplotlib.figure.Figure.savefig``, in the library's style."""
         with style():
             super().savefig(fname, **kwargs)
 
@@ -90,7 +90,7 @@ class TextFigure(Figure):
 
 
 def new_figure(width: float, height: float) -> TextFigure:
-    """An empty figure, of a size in inches, apart from pyplot and its state."""
+    """Make an empty figure of a size in inches, independent of pyplot."""
     figure = TextFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -99,17 +99,17 @@ def new_figure(width: float, height: float) -> TextFigure:
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure to a file: PNG at 300 dots per inch, or SVG or PDF with text as text.
 
-    Equal figures give equal files: no date is written.
+    Equal figures give equal files, because no date is written.
 
     Args:
-        figure: a figure of this module, or any of matplotlib's.
-        path: the file to write; its ending tells the format.
+        figure: any matplotlib figure.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         The path written.
 
     Raises:
-        ArgumentError: another ending.
+        ArgumentError: the suffix is not one of these.
         ResultFileError: the file cannot be written; the message says why.
     """
     path = Path(path)
@@ -126,11 +126,11 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def label(text: str, longest: int = 40) -> str:
-    """Foreign text as a figure can draw it.
+    """Return text from a model or prompt in a form that a figure can draw.
 
-    Line breaks and invisible characters become signs, as on the report page; characters that no font in use has become
-    an empty box. The fonts in use are those that ``matplotlib.rcParams["font.family"]`` names (unless it has a generic
-    name, as by default) and DejaVu Sans, which comes with matplotlib: name a font there for scripts that it lacks.
+    Line breaks and invisible characters become visible signs, as on the report page. Characters that no font has become
+    an empty box. The fonts are those of ``matplotlib.rcParams["font.family"]`` (unless that is generic, as by default)
+    and DejaVu Sans, which comes with matplotlib. Add a font there for scripts that DejaVu Sans lacks.
     """
     known = _known(_families())
     shown = "".join(char if ord(char) in known else _MISSING for char in visible(text))
@@ -138,29 +138,29 @@ def label(text: str, longest: int = 40) -> str:
 
 
 def token_label(pos: int, text: str, longest: int = 24) -> str:
-    """A token as titles name it."""
+    """Return a token as titles show it."""
     return f"token {pos} “{label(text, longest)}”"
 
 
 def depth_colors() -> Colormap:
-    """Perceptually uniform, without the end that is too light for lines on white."""
+    """Return a perceptually uniform colour map without its light end, which is invisible as lines on white."""
     return ListedColormap(colormaps["viridis"](range(236)), "viridis, dark part")
 
 
 def matrix_colors(name: str) -> Colormap:
-    """A colour map whose cells without a value are grey."""
+    """Return a colour map that draws cells without a value in grey."""
     return colormaps[name].with_extremes(bad=NO_VALUE)
 
 
 def plain_log(axis: Axis) -> None:
-    """Plain numbers on a logarithmic axis."""
+    """Label a logarithmic axis with plain numbers."""
     axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
 
 def heading(figure: Figure, title: str, below: str) -> None:
-    """A title, and below it in small what was measured; both above everything else."""
+    """Write a title at the top of the figure and, in small print below it, what was measured."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(below, round(20 * width))
     left, top, space = 0.06 / width, 1 - 0.06 / height, 0.24 + 0.14 * len(lines)
@@ -180,19 +180,19 @@ def heading(figure: Figure, title: str, below: str) -> None:
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out, once: what is saved at any resolution is what was placed, and quickly."""
+    """Compute the layout once and fix it, so every resolution is saved with the same layout, and quickly."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
 @functools.cache
 def _known(families: tuple[str, ...]) -> frozenset[int]:
-    """Code points that the fonts have between them."""
+    """Return the code points that at least one of the fonts has."""
     return frozenset().union(*(get_font(findfont(FontProperties(family=name))).get_charmap() for name in families))
 
 
 def _families() -> tuple[str, ...]:
-    """The user's own fonts that are installed, and ours."""
+    """Return the user's installed fonts, and DejaVu Sans."""
     named = [name for name in matplotlib.rcParams["font.family"] if name not in _GENERIC and name != _FONT]
     return (*filter(_installed, named), _FONT)
 

@@ -1,4 +1,4 @@
-"""Measurements along training."""
+"""Draw measurements against training steps."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _NEEDED = ("step", "sublayer", "k", "coupling", "null", "lss", "ed", "model")
 def training(
     table: pandas.DataFrame, loss: Mapping[int, float] | None = None, *, k: int | None = None, loss_label: str = "loss"
 ) -> Figure:
-    """Coupling beside its null, line-shape score and expodistance over the steps of training.
+    """Draw coupling with its null, line-shape score and expodistance against training steps.
 
-    Lines are means over prompts, bands the middle half of the prompts. The null is dashed, in its sublayer's colour.
-    Fresh weights (a plan's ``random_baseline``) are at no step: their mean is a dotted line across each panel.
+    Lines are means over prompts; bands are the middle half of the prompts. The null is dashed, in its sublayer's
+    colour. Fresh weights (a plan's ``random_baseline``) have no step: their mean is a dotted line across each panel.
 
     Args:
-        table: of ``tlc.TrainingMonitor.table()``, or of a sweep over the checkpoints of one model.
-        loss: the loss by step, for a panel of its own.
-        k: one of the K measured; by default the smallest.
-        loss_label: what that panel is of.
+        table: the table of ``tlc.TrainingMonitor.table()``, or of a sweep over the checkpoints of one model.
+        loss: the loss by step, drawn in its own panel.
+        k: a measured K; by default the smallest.
+        loss_label: the axis label of that panel.
 
     Raises:
-        ArgumentError: a table without those columns or without steps, of several models, of several settings or
-            weights at one step, or a K that was not measured.
+        ArgumentError: the table lacks columns or steps, has several models, or several settings or weights at one step;
+            or K was not measured.
     """
     missing = [column for column in _NEEDED if column not in table]
     if missing:
-        raise ArgumentError("table", list(table), f"one with columns {', '.join(missing)} too")
+        raise ArgumentError("table", list(table), f"one that also has the columns {', '.join(missing)}")
     rows: Any = table[table["step"].notna() & table["coupling"].notna()]
     is_fresh = rows["random_seed"].notna() if "random_seed" in rows else rows["step"].isna()
     rows, fresh = rows[~is_fresh], rows[is_fresh]
@@ -93,13 +93,13 @@ def training(
 
 
 def _level(axes: Axes, rows: Any, column: str, color: str) -> None:
-    """The mean of fresh weights, where there are some: the same at every step."""
+    """Draw the mean of fresh weights, if there are any, as a horizontal line."""
     if len(rows):
         axes.axhline(rows[column].mean(), color=color, linestyle=":", linewidth=1.0)
 
 
 def _line(axes: Axes, rows: Any, column: str, color: str, line: Any, name: str) -> None:
-    """The mean over prompts at each step, with the middle half of the prompts."""
+    """Draw the mean over prompts at each step, with a band for the middle half of the prompts."""
     steps: Any = rows.groupby("step")[column]
     x = np.asarray(list(steps.groups), dtype=float)
     axes.plot(x, steps.mean().to_numpy(), color=color, linestyle=line, label=name or "_", linewidth=1.2)

@@ -1,4 +1,4 @@
-/* Arrays as the page carries them: 16-bit multiples of a scale, the lowest integer where a number is not defined. */
+/* Arrays in the page are 16-bit multiples of a scale. The lowest integer marks an undefined number. */
 
 /** {shape, scale, data} -> {shape, at(...indices), row(...indices) of the last axis}. */
 tlc.array = ({ shape, scale, data }) => {
@@ -19,7 +19,7 @@ tlc.array = ({ shape, scale, data }) => {
   };
 };
 
-/** Text from its zlib-compressed form in base64. */
+/** Decompress text from base64 of zlib. */
 tlc.inflate = (data) => {
   const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();

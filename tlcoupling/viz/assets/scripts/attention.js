@@ -1,7 +1,7 @@
-/* circuitsvis's AttentionHeads draws tokens on a canvas, so that no token can become markup there. */
+/* circuitsvis's AttentionHeads draws tokens on a canvas, where no token can become markup. */
 
 {
-  /** Run the bundle that the page carries compressed; its hash is in the page's policy. */
+  /** Run the compressed bundle in the page; its hash is in the page's Content-Security-Policy. */
   const load = async () => {
     const text = await tlc.inflate(document.getElementById("circuitsvis-bundle").textContent);
     document.head.append(tlc.html("script", {}, text));
@@ -9,8 +9,8 @@
   let loaded = null;
   let serial = 0;
 
-  /** Its head selectors listen to the mouse alone: give the keyboard the same events. */
-  const reach = (root) =>
+  /** The head selectors listen only to the mouse: send the same events from the keyboard. */
+  const addKeyboard = (root) =>
     root.querySelectorAll("h4").forEach((name) => {
       const head = name.parentElement.parentElement;
       if (head.tabIndex === 0) return;
@@ -27,21 +27,21 @@
       });
     });
 
-  /** Draw [head][dest][src] patterns into a place; the last call wins where several overlap. */
-  tlc.attentionHeads = async (place, patterns, tokens) => {
+  /** Draw [head][dest][src] patterns into an element. If calls overlap, the last one wins. */
+  tlc.attentionHeads = async (container, patterns, tokens) => {
     serial += 1;
     const mine = serial;
     try {
       await (loaded ??= load());
     } catch (error) {
-      place.replaceChildren(tlc.html("p", { class: "note" }, `This browser cannot unpack the attention patterns: ${error}`));
+      container.replaceChildren(tlc.html("p", { class: "note" }, `This browser cannot decompress the attention patterns: ${error}`));
       return;
     }
     if (mine !== serial) return;
-    // React keeps what it has drawn into; a fresh element each time is let go with all that is in it.
+    // React keeps a reference to an element that it draws into. A new element each time lets the old one be freed.
     const root = tlc.html("div", { class: "circuitsvis", id: `circuitsvis-${mine}` });
-    place.replaceChildren(root);
-    new MutationObserver(() => reach(root)).observe(root, { childList: true, subtree: true });
+    container.replaceChildren(root);
+    new MutationObserver(() => addKeyboard(root)).observe(root, { childList: true, subtree: true });
     CircuitsVis.render(root.id, CircuitsVis.AttentionHeads, {
       attention: patterns,
       tokens,

@@ -1,6 +1,6 @@
 /* Small line and bar charts in SVG. */
 
-/** Round numbers from low to high, at most `count` steps apart, and the decimals that they need. */
+/** Round numbers from low to high, with at most `count` steps, and the number of decimals that they need. */
 tlc.ticks = (low, high, count) => {
   const span = high - low || 1;
   const power = 10 ** Math.floor(Math.log10(span / count));
@@ -10,11 +10,11 @@ tlc.ticks = (low, high, count) => {
   return { ticks: Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step), digits };
 };
 
-/** Axes with room for marks: x (whole numbers) and y are {low, high, label}; y gets some air around it, but starts at 0 where it can. */
+/** Make axes; x (whole numbers) and y are {low, high, label}. y has a margin, except that it starts at 0 if low is 0. */
 tlc.axes = ({ width = 480, height = 280, x, y, description }) => {
   const [left, right, top, bottom] = [52, width - 10, 10, height - 40];
-  const air = 0.04 * (y.high - y.low || 1);
-  const [floor, ceiling] = [y.low === 0 ? 0 : y.low - air, y.high + air];
+  const margin = 0.04 * (y.high - y.low || 1);
+  const [floor, ceiling] = [y.low === 0 ? 0 : y.low - margin, y.high + margin];
   const vertical = tlc.ticks(floor, ceiling, 6);
   const at = {
     x: (value) => left + ((value - x.low) / (x.high - x.low || 1)) * (right - left),
@@ -42,7 +42,7 @@ tlc.axes = ({ width = 480, height = 280, x, y, description }) => {
   return { svg, marks, at };
 };
 
-/** A line through [x, y] points, broken where y is not defined. */
+/** Make a line through [x, y] points, with a gap where y is undefined. */
 tlc.line = (at, points, kind) => {
   let pen = "M";
   let path = "";
@@ -56,7 +56,7 @@ tlc.line = (at, points, kind) => {
   return tlc.svg("path", { class: `line ${kind}`, d: path });
 };
 
-/** The lowest and highest defined numbers, with `include` among them. */
+/** The lowest and highest of the defined numbers and `include`. */
 tlc.extent = (values, include = []) => {
   const defined = values.filter((value) => value !== null).concat(include);
   return defined.length ? { low: Math.min(...defined), high: Math.max(...defined) } : { low: 0, high: 1 };

@@ -1,4 +1,4 @@
-/* What the reader has chosen, for the whole page: a layer, a token (its position) and K. Sections listen to it. */
+/* The selection of the whole page: a layer, a token (its position) and K. Sections listen for changes. */
 
 tlc.choice = {
   layer: null,
@@ -17,7 +17,7 @@ tlc.choice = {
   },
 };
 
-/** The token that the reader points at, which need not be the one chosen. */
+/** The token under the pointer, which may differ from the selected one. */
 tlc.token = {
   listeners: [],
   point: (position) => tlc.token.listeners.forEach((listen) => listen(position)),

@@ -1,4 +1,4 @@
-/* Colours of numbers. The ramps are custom properties of the style sheet, so that the scheme (light, dark) chooses them. */
+/* Colours of numbers. The ramps are custom properties of the style sheet, so the light or dark scheme selects them. */
 
 {
   const property = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -7,15 +7,15 @@
   const ramp = (name) => {
     const anchors = property(name).split(/\s+/).map(channels);
     return (share) => {
-      const place = Math.min(Math.max(share, 0), 1) * (anchors.length - 1);
-      const low = Math.min(Math.floor(place), anchors.length - 2);
-      return anchors[low].map((from, i) => Math.round(from + (anchors[low + 1][i] - from) * (place - low)));
+      const position = Math.min(Math.max(share, 0), 1) * (anchors.length - 1);
+      const low = Math.min(Math.floor(position), anchors.length - 2);
+      return anchors[low].map((from, i) => Math.round(from + (anchors[low + 1][i] - from) * (position - low)));
     };
   };
 
   const css = (color) => `rgb(${color.join(" ")})`;
 
-  /** value -> colour: 0 is the ground, limit the end of the ramp, negative values have a ramp of their own. */
+  /** value -> colour: 0 is the start of the ramp and limit its end. Negative values have a separate ramp. */
   tlc.scale = (limit) => {
     const [positive, negative] = [ramp("--ramp"), ramp("--ramp-negative")];
     return (value) => {
@@ -37,13 +37,13 @@
 
   tlc.neutral = () => property("--diagonal");
 
-  /** Run now, and again when the reader's scheme changes. */
+  /** Run now, and again when the colour scheme changes. */
   tlc.inScheme = (draw) => {
     draw();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   };
 
-  /** A bar from low to high in the colours of a function of the value, with labels: pairs of share and text. */
+  /** Make a colour bar from low to high; color maps a value to a colour, labels are pairs of share and text. */
   tlc.colorbar = ({ low, high, color, labels, description }) => {
     const stops = Array.from({ length: 33 }, (_, i) => color(low + ((high - low) * i) / 32));
     const bar = tlc.html("div", { class: "bar" });

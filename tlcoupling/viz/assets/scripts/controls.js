@@ -28,8 +28,8 @@ tlc.sections.controls = (section, data) => {
   show("token", positions.length);
   if (others.length) {
     token.append(
-      tlc.html("optgroup", { label: "layers compared" }, ...known.map(option)),
-      tlc.html("optgroup", { label: "layers not compared" }, ...others.map(option)),
+      tlc.html("optgroup", { label: "coupling across depth measured" }, ...known.map(option)),
+      tlc.html("optgroup", { label: "not measured" }, ...others.map(option)),
     );
   } else token.append(...known.map(option));
   token.addEventListener("change", () => tlc.choice.set("token", Number(token.value)));

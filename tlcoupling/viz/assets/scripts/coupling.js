@@ -7,7 +7,7 @@ tlc.sections.coupling = (section, data) => {
 
   const isOne = (l, m) => data.diagonal_is_one && l === m;
 
-  /** A quantity of sublayer s at row l, column m, for a token and a K (by their indices); none where it is 1 by definition. */
+  /** A quantity of sublayer s at row l, column m, for a token index; undefined where it is 1 by definition. */
   const valueOf = (quantity, s, l, m, token = shown.token) => {
     if (isOne(l, m)) return undefined;
     const value = values.at(s, token, shown.k, l, m);
@@ -17,7 +17,7 @@ tlc.sections.coupling = (section, data) => {
     return value === null || random === null ? null : value - random;
   };
 
-  /** One colour scale for all panes and tokens at the chosen K, so that colours can be compared. */
+  /** One colour scale for all panes and tokens at the selected K, to make colours comparable. */
   const range = () => {
     let [low, high, undefinedCells] = [0, 0, false];
     for (let s = 0; s < sublayers.length; s += 1)
@@ -59,7 +59,7 @@ tlc.sections.coupling = (section, data) => {
     );
     const captions = quantities.map(() => tlc.html("figcaption"));
     const panes = maps.map((map, i) => tlc.html("figure", { class: quantities[i] }, captions[i], map.node));
-    const readout = tlc.html("output", { class: "readout" }, "Point at a cell, or focus here and use the arrow keys.");
+    const readout = tlc.html("output", { class: "readout" }, "Point at a cell, or focus this pane and use the arrow keys.");
     const group = tlc.html(
       "div",
       { class: "panes", tabindex: 0, role: "group", "aria-label": `${sublayer}: coupling, null and excess`, onkeydown: keydown },
@@ -122,7 +122,7 @@ tlc.sections.coupling = (section, data) => {
     );
   };
 
-  /** Show the chosen token and K; say so where they were not measured. */
+  /** Show the selected token and K, or a note if they were not measured. */
   const draw = () => {
     const { token, k } = tlc.choice;
     [shown.token, shown.k] = [data.positions.indexOf(token), data.ks.indexOf(k)];
@@ -132,8 +132,8 @@ tlc.sections.coupling = (section, data) => {
     tlc.part(section, "token").replaceChildren(...(token === null ? [] : [` of token ${token}`]));
     if (missing) {
       tlc.part(section, "missing").textContent =
-        `The layers were not compared at token ${token}. In Python: tlc.analyze(model, prompt, tokens=[${token}]); ` +
-        `on the command line: tlcoupling report --tokens ${token}. "all" stands for every token.`;
+        `Coupling across depth was not measured at token ${token}. In Python: tlc.analyze(model, prompt, tokens=[${token}]). ` +
+        `On the command line: tlcoupling report --tokens ${token}. "all" selects every token.`;
       return;
     }
     drawMaps();

@@ -1,4 +1,4 @@
-/* Elements, numbers and tables. Text reaches the document as text alone, never as markup. */
+/* Elements, numbers and tables. Text enters the document as text, never as markup. */
 "use strict";
 
 const tlc = { sections: {} };
@@ -20,14 +20,14 @@ const tlc = { sections: {} };
     fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 }
 
-/** A section's element that carries data-part="name". */
+/** The element of a section with data-part="name". */
 tlc.part = (section, name) => section.querySelector(`[data-part="${name}"]`);
 
-/** A number for reading; what is not defined (null in the data) is a dash. */
+/** Format a number; an undefined one (null in the data) is a dash. */
 tlc.number = (value, digits = 4) =>
   value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 
-/** A table from rows of cells; the first cell of a row names it, the others are numbers. */
+/** Make a table from rows of cells. The first cell names the row, the others are numbers. */
 tlc.table = (columns, rows) => {
   const head = columns.map((name) => tlc.html("th", { scope: "col" }, name));
   const body = rows.map(([name, ...cells]) =>
@@ -46,6 +46,6 @@ tlc.table = (columns, rows) => {
   );
 };
 
-/** A labelled sample of each line or bar of a chart: pairs of class and text. */
+/** Make a legend with one sample per line or bar; entries are pairs of class and text. */
 tlc.legend = (entries) =>
   entries.map(([kind, text]) => tlc.html("span", {}, tlc.html("i", { class: kind }), text));

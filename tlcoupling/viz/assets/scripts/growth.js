@@ -6,7 +6,7 @@ tlc.sections.growth = (section, data) => {
     const { svg, marks, at } = tlc.axes({
       x: { low: 0, high: depth - 1, label: "depth l" },
       y: { low: Math.min(low, 0), high, label: "ln ‖xˡ‖" },
-      description: "ln of the residual norm of each token by depth, and the median over tokens",
+      description: "Logarithm of each token’s residual norm against depth, and the median over tokens",
     });
     const along = (values) => values.map((value, i) => [i, value]);
     const lines = data.log_norms.map((values, i) => {
@@ -23,7 +23,7 @@ tlc.sections.growth = (section, data) => {
     );
     tlc.part(section, "norms").append(svg);
     tlc.part(section, "norm-legend").append(
-      ...tlc.legend([["token", "each token"], ["chosen", "chosen token"], ["median", "median"]]),
+      ...tlc.legend([["token", "each token"], ["chosen", "selected token"], ["median", "median"]]),
     );
   };
 
@@ -39,7 +39,7 @@ tlc.sections.growth = (section, data) => {
     const { svg, marks, at } = tlc.axes({
       x: { low: -0.5, high: depth - 1.5, label: "layer l" },
       y: { low, high, label: "growth of ln ‖x‖" },
-      description: "Growth of ln of the norm in each layer, by attention and MLP",
+      description: "Growth of the logarithm of the norm in each layer, by attention and MLP",
     });
     const width = Math.max((at.x(1) - at.x(0)) * 0.8, 1);
     data.alpha.forEach((alpha, l) => {
@@ -49,7 +49,7 @@ tlc.sections.growth = (section, data) => {
         const side = share[l] >= 0 ? "up" : "down";
         const [from, to] = [ends[side], ends[side] + share[l]];
         ends[side] = to;
-        const text = `layer ${l}: ${names[name] ?? "growth"} ${tlc.number(share[l])}, together ${tlc.number(alpha)}`;
+        const text = `layer ${l}: ${names[name] ?? "growth"} ${tlc.number(share[l])}, total ${tlc.number(alpha)}`;
         const y = at.y(Math.max(from, to));
         marks.append(
           tlc.svg(

@@ -1,6 +1,6 @@
 /* Heat maps: a raster of cells, and a pane with labelled axes around it. */
 
-/** Rows and columns of valueAt(row, column) in the colours of scale, as the address of an image; undefined is neutral. */
+/** Draw valueAt(row, column) in the colours of scale; return the image as a data URL. Undefined cells are neutral. */
 tlc.raster = (rows, columns, valueAt, scale) => {
   const [pixels, neutral] = [8, tlc.neutral()];
   const canvas = tlc.html("canvas", { width: columns * pixels, height: rows * pixels });
@@ -17,11 +17,11 @@ tlc.raster = (rows, columns, valueAt, scale) => {
 
 /**
  * A square pane whose rows and columns have the same labels.
- * labels: of rows and columns; axes: {row, column} titles; turned: long labels, upright under the columns;
- * onpoint(row, column): the pointer or a key has come to a cell; onchoose(row, column): a click or Enter on it.
+ * labels: of rows and columns; axes: {row, column} titles; turned: whether labels are long, and vertical below the columns;
+ * onpoint(row, column): called when the pointer or a key reaches a cell; onchoose(row, column): on a click or Enter.
  */
 tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, onchoose = () => {} }) => {
-  const small = turned && innerWidth < 480; // where the pane is shrunk, fewer labels, and larger
+  const small = turned && innerWidth < 480; // a shrunk pane has fewer and larger labels
   const longest = Math.max(...labels.map((text) => text.length));
   const margin = turned ? Math.min(34 + (small ? 9.5 : 5.8) * longest, 150) : 42;
   const [left, top, width, height] = [margin, 4, margin + side + 4, side + margin + 4];
@@ -59,7 +59,7 @@ tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, oncho
   svg.addEventListener("pointerdown", (event) => locate(event, onpoint));
   svg.addEventListener("click", (event) => locate(event, onchoose));
 
-  const place = (rect, x, y, w, h) =>
+  const setRect = (rect, x, y, w, h) =>
     Object.entries({ x, y, width: w, height: h }).forEach(([name, value]) => rect.setAttribute(name, value));
 
   return {
@@ -71,25 +71,25 @@ tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, oncho
 
     /** Point at a cell. */
     point(r, c) {
-      place(row, left, top + r * cell, side, cell);
-      place(column, left + c * cell, top, cell, side);
-      place(box, left + c * cell, top + r * cell, cell, cell);
+      setRect(row, left, top + r * cell, side, cell);
+      setRect(column, left + c * cell, top, cell, side);
+      setRect(box, left + c * cell, top + r * cell, cell, cell);
       cross.setAttribute("visibility", "visible");
     },
 
-    /** Mark the chosen row and column; none where it is not on the axes. */
+    /** Mark the selected row and column; clear the mark if it is not on the axes. */
     mark(i) {
       marks.replaceChildren();
       if (i < 0 || i >= n) return;
       const [across, down] = [tlc.svg("rect", { class: "chosen" }), tlc.svg("rect", { class: "chosen" })];
-      place(across, left - 3, top + i * cell, 3, cell);
-      place(down, left + i * cell, top + side, cell, 3);
+      setRect(across, left - 3, top + i * cell, 3, cell);
+      setRect(down, left + i * cell, top + side, cell, 3);
       marks.append(across, down);
     },
   };
 };
 
-/** Arrow keys move a cell [row, column] of n rows; Enter and the space bar choose it. */
+/** Arrow keys move the current cell [row, column] of n rows; Enter and the space bar select it. */
 tlc.cellKeys = (n, current, onpoint, onchoose) => (event) => {
   const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const within = (i) => Math.min(Math.max(i, 0), n - 1);
@@ -102,7 +102,7 @@ tlc.cellKeys = (n, current, onpoint, onchoose) => (event) => {
   event.preventDefault();
 };
 
-/** A colour bar of a scale that starts at 0 or below, its title, and samples of what has no colour on it. */
+/** Make a colour bar for a scale that starts at 0 or below, with a title and samples of the colours outside the scale. */
 tlc.scaleBar = ({ low, high, scale, title, swatches }) => {
   const labels = low < 0 && -low > 0.08 * (high - low) ? [[0, tlc.number(low, 3)]] : [];
   labels.push([-low / (high - low || 1), "0"], [1, tlc.number(high, 3)]);

@@ -6,7 +6,7 @@ tlc.sections.pairs = (section, data) => {
   const part = (name) => tlc.part(section, name);
 
   const attention = data.attention && { layers: data.attention.layers, patterns: tlc.array(data.attention.patterns) };
-  /** Attention [head][dest][src] of a layer; only src <= dest is in the data. */
+  /** Attention [head][dest][src] of a layer; the data has only src <= dest. */
   const patternsOf = (layer) => {
     const l = attention.layers.indexOf(layer);
     return Array.from({ length: attention.patterns.shape[1] }, (_, head) => {
@@ -18,14 +18,14 @@ tlc.sections.pairs = (section, data) => {
   /** A pane per kind of coupling and sublayer. */
   const panes = data.kinds.flatMap((kind) => {
     const [values, nulls] = [tlc.array(kind.values), tlc.array(kind.null)];
-    const places = new Map(kind.positions.map((position, i) => [position - first, i]));
+    const indices = new Map(kind.positions.map((position, i) => [position - first, i]));
     return kind.sublayers.map((sublayer, s) => ({
       kind,
       sublayer,
       measured: (layer) => kind.layers.includes(layer) && kind.ks.includes(tlc.choice.k),
-      /** Coupling, null and excess at a row and column of the axes; none on the diagonal of ones and off the context. */
+      /** Coupling, null and excess at a row and column; undefined on a diagonal of ones and outside the context. */
       at: (layer, r, c) => {
-        const [row, column] = [places.get(r), places.get(c)];
+        const [row, column] = [indices.get(r), indices.get(c)];
         if (row === undefined || column === undefined || (data.diagonal_is_one && r === c)) return undefined;
         const [l, k] = [kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k)];
         const [coupling, random] = [values.at(s, l, k, row, column), nulls.at(s, l, k, row)];
@@ -34,20 +34,20 @@ tlc.sections.pairs = (section, data) => {
     }));
   });
   const valueAt = (pane) => (r, c) => {
-    const found = pane.at(shown.layer, r, c);
-    return found && found[shown.quantity];
+    const cell = pane.at(shown.layer, r, c);
+    return cell && cell[shown.quantity];
   };
   const cells = Array.from({ length: n * n }, (_, i) => [Math.floor(i / n), i % n]);
 
-  /** One colour scale for all panes and layers at the chosen K and quantity. */
+  /** One colour scale for all panes and layers at the selected K and quantity. */
   const range = () => {
     let [low, high, undefinedCells] = [0, 0, false];
     for (const pane of panes)
       for (const layer of pane.kind.layers.filter(pane.measured))
         for (const [r, c] of cells) {
-          const found = pane.at(layer, r, c);
-          if (!found) continue;
-          const value = found[shown.quantity];
+          const cell = pane.at(layer, r, c);
+          if (!cell) continue;
+          const value = cell[shown.quantity];
           undefinedCells ||= value === null;
           low = Math.min(low, value ?? 0);
           high = Math.max(high, value ?? 0);
@@ -61,15 +61,15 @@ tlc.sections.pairs = (section, data) => {
     const pane = panes[shown.pane];
     if (!pane?.measured(shown.layer)) return;
     zoom.point(r, c);
-    const found = pane.at(shown.layer, r, c);
-    const numbers = found
-      ? ["coupling", "null", "excess"].map((quantity) => `${quantity} ${tlc.number(found[quantity])}`).join(", ")
+    const cell = pane.at(shown.layer, r, c);
+    const numbers = cell
+      ? ["coupling", "null", "excess"].map((quantity) => `${quantity} ${tlc.number(cell[quantity])}`).join(", ")
       : r === c && data.diagonal_is_one
         ? "1 by definition"
         : "not compared";
     const heads = attention && r >= c && attention.layers.includes(shown.layer) ? patternsOf(shown.layer) : [];
     const best = heads.reduce((top, head, i) => (head[r][c] > heads[top][r][c] ? i : top), 0);
-    const attends = heads.length ? `; attention from row to column: at most ${tlc.number(heads[best][r][c], 3)}, head ${best}` : "";
+    const attends = heads.length ? `; strongest attention from row to column: ${tlc.number(heads[best][r][c], 3)}, head ${best}` : "";
     part("readout").textContent = `Jacobian of ${name(r)}, bases of ${name(c)}: ${numbers}${attends}`;
   };
   const choose = (r) => tlc.choice.set("token", first + r);
@@ -89,7 +89,7 @@ tlc.sections.pairs = (section, data) => {
       class: "zoom",
       tabindex: 0,
       role: "group",
-      "aria-label": "The chosen pane: arrow keys move along its cells, Enter chooses the row’s token",
+      "aria-label": "The selected pane: arrow keys move between cells, Enter selects the row’s token",
       onkeydown: tlc.cellKeys(n, () => shown.cell, point, choose),
     },
     zoom.node,
@@ -131,8 +131,8 @@ tlc.sections.pairs = (section, data) => {
     part("no-coupling").hidden = !missing;
     if (missing) {
       part("no-coupling").textContent =
-        `The tokens of layer ${layer} were not compared. In Python: tlc.analyze(model, prompt, token_layers=[${layer}]); ` +
-        `on the command line: tlcoupling report --token-layers ${layer}. "all" stands for every layer.`;
+        `Coupling of tokens was not measured in layer ${layer}. In Python: tlc.analyze(model, prompt, token_layers=[${layer}]). ` +
+        `On the command line: tlcoupling report --token-layers ${layer}. "all" selects every layer.`;
       return;
     }
     const { low, high, undefinedCells, limit } = range();
@@ -167,8 +167,8 @@ tlc.sections.pairs = (section, data) => {
     part("attention").hidden = missing;
     if (missing) {
       part("no-attention").textContent = attention
-        ? `The attention patterns of layer ${layer} were not kept, this prompt being long. In Python: tlc.analyze(model, prompt, token_layers=[${layer}]).`
-        : "There are no attention patterns here: the model has none, or this result is of coupling alone.";
+        ? `The attention patterns of layer ${layer} were not kept, because the prompt is long. In Python: tlc.analyze(model, prompt, token_layers=[${layer}]).`
+        : "There are no attention patterns: the model has none, or this result contains only coupling.";
     } else tlc.attentionHeads(part("attention"), patternsOf(layer), tokens);
   };
 
@@ -181,7 +181,7 @@ tlc.sections.pairs = (section, data) => {
     });
     part("quantity").append(tlc.html("label", {}, input, quantity));
   }
-  if (first > 0) part("cut").append(`The axes hold the last ${n} of ${data.n_tokens} tokens.`);
+  if (first > 0) part("cut").append(`The axes show the last ${n} of ${data.n_tokens} tokens.`);
   part("readout").textContent = "Point at a cell, or focus the pane and use the arrow keys.";
   tlc.choice.on(["layer"], (layer) => {
     shown.layer = layer;

@@ -17,7 +17,7 @@ tlc.sections.tokens = (section, data) => {
   tlc.part(section, "random").append(`${tlc.number(Math.sqrt(data.n_steps), 2)} for ${data.n_steps} blocks`);
 
   const readout = tlc.part(section, "readout");
-  readout.textContent = "Point at a token, or focus the row and use the arrow keys; a click or Enter chooses it.";
+  readout.textContent = "Point at a token, or focus the row and use the arrow keys. A click or Enter selects it.";
   const point = (i) => {
     readout.textContent = describe(i);
     tlc.token.point(i);
@@ -57,13 +57,13 @@ tlc.sections.tokens = (section, data) => {
   const draw = () => {
     const { log, digits, label } = numbers[shown];
     const usable = (x) => x !== null && (!log || x > 0);
-    const place = (x) => (log ? Math.log(x) : x);
-    const { low, high } = tlc.extent(data[shown].filter(usable).map(place));
+    const scaled = (x) => (log ? Math.log(x) : x);
+    const { low, high } = tlc.extent(data[shown].filter(usable).map(scaled));
     const tint = tlc.tint();
     const share = (x) => (high > low ? (x - low) / (high - low) : 0.5);
     chips.forEach((chip, i) => {
       const x = data[shown][i];
-      const colors = usable(x) ? tint(share(place(x))) : { background: "", text: "" };
+      const colors = usable(x) ? tint(share(scaled(x))) : { background: "", text: "" };
       chip.classList.toggle("undefined", !usable(x));
       chip.style.background = colors.background;
       chip.style.color = colors.text;

@@ -1,0 +1,117 @@
+"""Everything at once: what an analysis holds of tokens and attention is what each measurement gives alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, TOKENS
+
+import tlcoupling as tlc
+import tlcoupling.analysis.analyze
+from tlcoupling.analysis.analyze import _patterns
+from tlcoupling.errors import ArgumentError
+from tlcoupling.results.base import Result
+
+MODEL = CASES[0]
+
+
+@pytest.fixture(scope="module")
+def analysis() -> tlc.Analysis:
+    return tlc.analyze(MODEL.model(), TOKENS, k=4, token_layers=[0, -1])
+
+
+def assert_same(found: Result, expected: Result) -> None:
+    assert found.provenance.settings == expected.provenance.settings
+    for name, (axes, array) in expected._arrays().items():
+        assert found._arrays()[name][0] == axes
+        assert torch.equal(found._arrays()[name][1], array), name
+
+
+def test_tokens_are_compared_in_the_layers_asked_for(analysis: tlc.Analysis) -> None:
+    assert_same(analysis.token_coupling, tlc.token_coupling(analysis.trace, 4, layers=[0, 2]))
+    assert_same(analysis.context_src, tlc.context_coupling(analysis.trace, "src", 0, 4, layers=[0, 2]))
+    assert_same(analysis.context_dest, tlc.context_coupling(analysis.trace, "dest", -1, 4, layers=[0, 2]))
+    assert analysis.provenance.settings["token_layers"] == [0, 2]
+    without = tlc.analyze(MODEL.model(), TOKENS, k=4)
+    assert list(without.parts) == ["coupling", "linearity", "growth"]
+    assert_same(analysis.coupling, without.coupling)
+    every = tlc.analyze(MODEL.model(), TOKENS, k=4, token_layers="all")
+    assert every.token_coupling.layers == every.context_src.layers == (0, 1, 2)
+
+
+def test_attention_is_that_of_every_layer(analysis: tlc.Analysis) -> None:
+    _, cache = MODEL.model().run_with_cache(TOKENS[None])
+    assert analysis.attention_layers == (0, 1, 2)
+    for layer in analysis.attention_layers:
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0].float()
+        torch.testing.assert_close(analysis.attention[layer], pattern, atol=1e-6, rtol=0)  # float32
+
+
+def test_patterns_are_read_without_a_graph() -> None:
+    """What is only looked at holds no graph meanwhile."""
+    traced, modes = tlc.trace(MODEL.model(), TOKENS), []
+    handle = traced.model.blocks[1].register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    try:
+        patterns = _patterns(traced, [1])
+    finally:
+        handle.remove()
+    assert modes == [False] and torch.is_grad_enabled()
+    assert patterns is not None and not patterns.requires_grad
+
+
+def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    model = MODEL.model()
+    tlc.analyze_many(model, [TOKENS], k=2)
+    assert capsys.readouterr().err == ""
+    tlc.analyze_many(model, [TOKENS], k=2, progress=True)
+    assert "prompts: 100%" in capsys.readouterr().err
+    tlc.depth_coupling(tlc.trace(model, TOKENS), 2, progress=True)
+    assert "coupling: " in capsys.readouterr().err
+
+
+def test_attention_of_long_prompts_is_kept_of_chosen_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODEL.model()
+    numbers = 3 * model.cfg.n_heads * len(TOKENS) ** 2
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "ATTENTION_LIMIT", numbers)
+    assert tlc.analyze(model, TOKENS, k=4).attention_layers == (0, 1, 2)
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "ATTENTION_LIMIT", numbers - 1)
+    middle, chosen = tlc.analyze(model, TOKENS, k=4), tlc.analyze(model, TOKENS, k=4, token_layers=[2, 0])
+    assert middle.attention_layers == (1,) and middle.attention.shape[0] == 1
+    assert chosen.attention_layers == (2, 0)
+    assert torch.equal(chosen.attention[1], tlc.analyze(model, TOKENS, k=4, token_layers=0).attention[0])
+
+
+def test_an_analysis_of_tokens_comes_back_whole(analysis: tlc.Analysis, tmp_path: Path) -> None:
+    back = tlc.load(analysis.save(tmp_path / "analysis.safetensors"))
+    assert list(back.parts) == list(analysis.parts)
+    for name, part in analysis.parts.items():
+        assert_same(back.parts[name], part)
+    assert torch.equal(back.attention, analysis.attention) and back.attention_layers == (0, 1, 2)
+    assert tlc.viz.render_html(back) == tlc.viz.render_html(analysis)
+    table = analysis.to_dataframe()
+    assert set(table["measurement"]) == set(analysis.parts)
+    row = table.query(
+        "measurement == 'context_dest' and quantity == 'excess' and sublayer == 'attn' and layer == 2 and k == 4 "
+        "and pos == 5 and basis_pos == 1"
+    )
+    assert row["value"].item() == pytest.approx(float(analysis.context_dest.excess[1, 1, 0, 5, 1]))
+
+
+def test_what_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODEL.model()
+    with pytest.raises(ArgumentError, match="token_layers=0 .* one token"):
+        tlc.analyze(model, TOKENS[:1], k=4, token_layers=0)
+    with pytest.raises(ArgumentError, match="token_layers=3"):
+        tlc.analyze(model, TOKENS, k=4, token_layers=3)
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise ArgumentError("k", 4, "at most 3 (attn of layer 0, token 0 to token 1)")
+
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "context_coupling", refuse)
+    with pytest.warns(UserWarning, match=r"fixed (src|dest) is left out: k=4 .* \(attn of layer 0"):
+        partly = tlc.analyze(model, TOKENS, k=4, token_layers=0)
+    assert list(partly.parts) == ["coupling", "token_coupling", "linearity", "growth"]
+    titles = [kind["name"] for kind in tlc.viz.panes.pairs(partly.tokens, partly, [partly.token_coupling])["kinds"]]
+    assert titles == ["token"]

@@ -1,0 +1,37 @@
+"""The command line as a whole: its version, mistyped options, and what importing it loads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+from command_line import Report
+from typer.testing import CliRunner
+
+from tlcoupling.cli import app
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--engine", "magic"], ["--k", "ten"], ["--tokens", "first"], ["--token-layers", "top"], ["--colour", "red"]],
+)
+def test_mistyped_options_end_with_2_before_the_work(report: Report, loaded: list[str], options: list[str]) -> None:
+    result = report(*options)
+    assert result.exit_code == 2
+    assert options[0] in result.stderr
+    assert loaded == []
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, "tlcoupling 1.2.3\n")
+
+
+def test_importing_the_library_leaves_viewers_alone() -> None:
+    heavy = ("matplotlib", "circuitsvis", "pandas", "typer", "rich", "xarray", "scipy")
+    script = f"import sys, tlcoupling, tlcoupling.viz; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

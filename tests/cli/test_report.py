@@ -1,0 +1,160 @@
+"""``tlcoupling report``: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from analyses import HOSTILE_TOKENS, make_analysis
+from cases import D_MODEL
+from command_line import PROMPT, Report, assert_refused
+from typer.testing import CliRunner
+
+import tlcoupling as tlc
+from tlcoupling.cli import app
+
+
+def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
+    result = report("--tokens", "0,-1", "--token-layers", "1,-1")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    analysis = tlc.load(out / "result.safetensors")
+    assert analysis.coupling.positions == (0, 4)
+    assert analysis.coupling.ks == (4,)
+    assert analysis.token_coupling.layers == analysis.context_dest.layers == (1, 2)
+    assert len(pandas.read_csv(out / "result.csv")) == len(analysis.to_dataframe())
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    for name in ("result.safetensors", "result.csv", "report.html"):
+        assert str(out / name) in result.stdout
+    mean, null = analysis.coupling.mean()[0].mean(), analysis.coupling.mean("null")[0].mean()
+    (block,) = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
+    assert block.split()[2:4] == [f"{mean:.4f}", f"{null:.4f}"]
+    assert f"{analysis.growth.expodistance.nanquantile(0.5):.3f}" in result.stdout
+
+
+def test_output_in_a_pipe_is_plain_and_fits_80_columns(report: Report) -> None:
+    result = report("--k", "0.25")
+    tables = result.stdout.split("\nresult ")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert all(char.isprintable() or char == "\n" for char in result.stdout)
+    assert result.stderr == ""
+
+
+def test_repeated_k_and_fractions(report: Report, tmp_path: Path) -> None:
+    result = report("--k", "0.25", "--tokens", "all")
+    assert result.exit_code == 0, result.output
+    analysis = tlc.load(tmp_path / "out" / "result.safetensors")
+    assert analysis.coupling.ks == (4, D_MODEL // 4)
+    assert analysis.coupling.positions == tuple(range(5))
+
+
+def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prompts: dict[str, str]
+) -> None:
+    asked = []
+
+    def analyze(model: Any, prompt: str, **options: Any) -> tlc.Analysis:
+        asked.append((prompt, options))
+        return make_analysis()
+
+    monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", analyze)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["report"])
+    assert result.exit_code == 0, result.output
+    assert loaded == ["smollm2-135m"]
+    ((prompt, options),) = asked
+    assert prompt == prompts["landmarks"]
+    assert options["k"] == [10] and options["tokens"] == [-1] and options["engine"] == "auto"
+    assert options["token_layers"] == [0, 1, 2]
+    assert (tmp_path / "tlcoupling-report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "layers"),
+    [(5, [], [0, 1, 2]), (1, [], None), (6, [], None), (6, ["--token-layers", "0,-1"], [0, -1])],
+)
+def test_tokens_are_compared_in_some_layers_of_short_prompts(
+    report: Report, monkeypatch: pytest.MonkeyPatch, words: int, option: list[str], layers: list[int] | None
+) -> None:
+    asked = []
+    monkeypatch.setattr("tlcoupling.cli.report.SHORT", 5)
+    monkeypatch.setattr(
+        "tlcoupling.analysis.analyze.analyze", lambda *args, **options: asked.append(options) or make_analysis()
+    )
+    assert report(*option, prompt=" ".join(["w5"] * words)).exit_code == 0
+    assert [options["token_layers"] for options in asked] == [layers]
+
+
+def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens = (*HOSTILE_TOKENS, "\x1b[31mred", "[bold]x[/nonsense]", "\rover")
+    monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", lambda *args, **options: make_analysis(tokens))
+    result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert not set(result.stdout) & set("\x1b\r\u202e\ud83e")
+    assert "[bold]x[/nonsense]" in result.stdout
+
+
+def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    analysis = make_analysis(n_layers=1, sequential=False)
+    monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", lambda *args, **options: analysis)
+    result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.stdout
+    assert "–" in result.stdout
+
+
+def test_unwritable_output_is_found_before_the_work(report: Report, loaded: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(report(output=tmp_path / "file"), "output=", str(tmp_path / "file"))
+    assert loaded == []
+
+
+def test_result_file_in_the_way_still_prints_the_tables(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "out" / "result.csv").mkdir(parents=True)
+    result = report()
+    assert result.exit_code == 1
+    assert "Coupling of different layers" in result.stdout
+    assert "cannot write the table" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--k", "1000"], ["k=1000", f"d_model = {D_MODEL}"]),
+        (["--k", "0"], ["k=0", "1"]),
+        (["--tokens", "99"], ["tokens=99"]),
+        (["--token-layers", "99"], ["token_layers=99"]),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(report: Report, options: list[str], parts: list[str]) -> None:
+    assert_refused(report(*options), *parts)
+
+
+def test_an_estimate_measures_and_writes_nothing(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def estimate(*options: str) -> Any:
+        return CliRunner().invoke(app, ["report", "tiny", "--prompt", PROMPT, "--k", "4", "--estimate", *options])
+
+    result = estimate("--tokens", "all")
+    assert result.exit_code == 0, result.output
+    assert "block: Jacobians" in result.stdout
+    assert "Memory beyond the model: at most" in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert estimate("--tokens", "99").exit_code == 1
+    for option in (["--output", "out"], ["--open"]):
+        refused = estimate(*option)
+        assert refused.exit_code == 2 and option[0] in refused.stderr and "an estimate writes nothing" in refused.stderr
+
+
+def test_empty_prompt(report: Report) -> None:
+    assert_refused(report(prompt=""), "prompt=''", "empty")
+
+
+def test_model_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", "./no/such/model", "--output", str(tmp_path)])
+    assert_refused(result, "./no/such/model")

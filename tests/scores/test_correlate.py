@@ -1,0 +1,215 @@
+"""Measurements against scores: known values, and what holding something fixed leaves."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from score_tables import QUICK, models
+
+import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError
+from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
+from tlcoupling.scores.tables import family_of, published
+
+RNG = np.random.default_rng(0)
+
+
+def test_the_published_points_give_the_figures_r_squared_and_what_width_explains():
+    found = tlc.correlate(**QUICK)
+    table = published()
+    line = scipy.stats.linregress(table["coupling"], table["score"])
+    coupling = found.of("coupling")
+    assert found.models == tuple(table["model"]) and coupling["n"] == 28
+    assert coupling["r"] == pytest.approx(line.rvalue, abs=1e-12) and coupling["p"] == pytest.approx(line.pvalue)
+    assert round(coupling["r_squared"], 2) == 0.80  # as the figure states
+    of_width = np.corrcoef(1 - 1 / np.sqrt(0.1 * table["d_model"]), table["coupling"])[0, 1] ** 2
+    assert coupling["by_null"] == pytest.approx(of_width, abs=1e-12) and round(of_width, 2) == 0.93
+    assert found.of("excess")["r_squared"] < 0.01  # what is left of coupling above that null
+
+
+def test_each_number_of_a_predictor_is_scipys():
+    table = models(30)
+    found = tlc.correlate(table, **QUICK)
+    for name, column in (("coupling", "coupling"), ("excess", "excess"), ("depth", "n_layers"), ("width", "d_model")):
+        of = found.of(name)
+        pearson = scipy.stats.pearsonr(table[column], table["score"])
+        spearman = scipy.stats.spearmanr(table[column], table["score"])
+        assert (of["r"], of["p"]) == pytest.approx((pearson[0], pearson[1]), rel=1e-9)
+        assert (of["rho"], of["rho_p"]) == pytest.approx((spearman[0], spearman[1]), rel=1e-9)
+        assert of["low"] < of["r"] < of["high"]
+
+
+def test_the_interval_is_scipys_bootstrap_of_the_pairs():
+    table = models(20)
+    found = tlc.correlate(table, confidence=0.9, resamples=999, seed=5).of("coupling")
+    expected = scipy.stats.bootstrap(
+        (table["coupling"].to_numpy(), table["score"].to_numpy()),
+        lambda x, y: scipy.stats.pearsonr(x, y)[0],
+        paired=True,
+        vectorized=False,
+        n_resamples=999,
+        confidence_level=0.9,
+        random_state=np.random.default_rng(5),
+    ).confidence_interval
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_what_width_drives_alone_vanishes_when_width_is_held_fixed():
+    rng = np.random.default_rng(1)
+    width = rng.choice([64, 128, 256, 512], 400)
+    noise = rng.normal(size=(2, 400))
+    table = pd.DataFrame(
+        {
+            "model": [f"m{i}" for i in range(400)],
+            "coupling": np.sqrt(width) + noise[0],
+            "null": np.sqrt(width),
+            "score": np.sqrt(width) + noise[1],
+            "d_model": width,
+        }
+    )
+    of = tlc.correlate(table, **QUICK).of("coupling")
+    assert of["r_squared"] > 0.8 and of["by_null"] > 0.9
+    for held in ("null", "same width"):  # 400 independent pairs: standard deviation 0.05
+        assert abs(of[f"partial given {held}"]) < 0.15 and of[f"partial_p given {held}"] > 0.005
+
+
+def test_leaving_a_family_out_is_the_correlation_of_the_others():
+    table = models(18)
+    found = tlc.correlate(table, **QUICK)
+    families = table["model"].map(family_of)
+    assert found.family == tuple(families) and set(found.families) == {"pythia", "gpt", "llama"}
+    for index, family in enumerate(found.families):
+        others = table[families != family]
+        expected = scipy.stats.pearsonr(others["coupling"], others["score"])[0]
+        assert found.r_without[0, index].item() == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-50, 50), st.sampled_from([-1, 1]))
+def test_scores_in_other_units_and_rows_in_another_order_change_nothing(
+    seed: int, scale: float, shift: float, sign: int
+):
+    table = models(10, seed)
+    changed = table.assign(score=sign * scale * table["score"] + shift).sample(frac=1, random_state=seed)
+    before, after = (correlations_of(each) for each in (table, changed))
+    np.testing.assert_allclose(after, sign * before, atol=1e-7)
+
+
+def correlations_of(table: pd.DataFrame) -> np.ndarray:
+    """Plain, given the null, and at equal width."""
+    columns = {name: table[name].to_numpy(float) for name in ("coupling", "score", "null")}
+    x, y = columns["coupling"], columns["score"]
+    by_width = partial_correlation(x, y, within=table["d_model"].tolist()).r
+    return np.array([partial_correlation(x, y).r, partial_correlation(x, y, [columns["null"]]).r, by_width])
+
+
+def test_the_order_of_rows_does_not_change_the_result():
+    table = models(14)
+    one, other = (tlc.correlate(each, **QUICK) for each in (table, table.iloc[::-1]))
+    for name in one.predictors:
+        first, second = one.of(name), other.of(name)
+        for number in set(first) - {"low", "high"}:  # the bootstrap draws rows by their place
+            assert first[number] == pytest.approx(second[number], abs=1e-9, nan_ok=True)
+
+
+def test_models_at_several_steps_are_told_apart_by_the_scores():
+    steps = [(model, step) for model in "ab" for step in (0, 10, 20)]
+    table = pd.DataFrame(steps, columns=["model", "step"]).assign(coupling=RNG.normal(size=6))
+    table["revision"] = [f"step{step}" for _, step in steps]
+    scores = table[["model", "step"]].assign(score=range(6))
+    found = tlc.correlate(table, scores, **QUICK)
+    assert found.models == ("a@0", "a@10", "a@20", "b@0", "b@10", "b@20")
+    assert found.of("coupling")["r"] == pytest.approx(scipy.stats.pearsonr(table["coupling"], range(6))[0])
+    with pytest.raises(ArgumentError, match="a column 'revision' besides: 'a' is measured at 3"):
+        tlc.correlate(table, {"a": 1, "b": 2}, **QUICK)
+
+
+def test_a_result_survives_a_file_and_shows_its_models(tmp_path: Path):
+    found = tlc.correlate(models(), **QUICK)
+    again = tlc.load(found.save(tmp_path / "found.safetensors"))
+    pd.testing.assert_frame_equal(again.to_dataframe(), found.to_dataframe())
+    assert list(again.by_model()["model"]) == list(found.models)
+    assert "12 models" in repr(found)
+    with pytest.raises(KeyError, match="no such"):
+        found.of("no such")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": {"gpt-0": 1.0}}, "there is none for 'm0'; 'm1'; 'm2'; 'm3' \\("),
+        ({"scores": {"m0": 1, "m1": 2, "m2": 3, "m3x": 4}}, r"there is none for 'm3' \(nearest: 'm3x'\)"),
+        ({"scores": dict.fromkeys(("m0", "m1", "m2", "m3"), 7.0)}, "score.*scores that differ"),
+        ({"scores": {"m0": 1, "m1": 2}, "missing": "drop"}, "2 measured models with a score.*three or more"),
+        ({"scores": {"m0": "high", "m1": 1, "m2": 2, "m3": 3}}, "a column of numbers"),
+        ({"scores": pd.DataFrame({"model": ["m0", "m0"], "score": [1, 2]})}, "one score per model"),
+        ({"scores": pd.DataFrame({"name": ["m0"], "score": [1]})}, "a column 'model'"),
+        ({"scores": pd.DataFrame({"model": ["m0"], "mmlu": [1], "arc": [2]})}, "one of mmlu, arc"),
+        ({"scores": pd.DataFrame({"model": ["m0"], "mmlu": [1]}), "score": "mmul"}, "nearest: 'mmlu'"),
+        ({"scores": None}, "where the table has no column 'score'"),
+        ({"scores": "nowhere.csv"}, "nowhere.csv.*can be read"),
+        ({"table": pd.DataFrame({"name": [1]})}, "table.*a column 'model'"),
+        ({"table": 5}, "table=5"),
+        ({"missing": "guess"}, "missing='guess'"),
+        ({"confidence": 1.0}, "confidence=1.0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_an_error_that_names_it(changes: dict, message: str):
+    table = pd.DataFrame({"model": ["m0", "m1", "m2", "m3"], "coupling": [1.0, 2.0, 4.0, 3.0]})
+    with pytest.raises(ArgumentError, match=message):
+        tlc.correlate(**{"table": table, "scores": {"m0": 1, "m1": 2, "m2": 3, "m3": 5}, **QUICK, **changes})
+
+
+def test_a_score_that_is_no_number_is_left_out_with_a_warning():
+    table = models(8)
+    scores = dict(zip(table["model"], table["score"], strict=True)) | {table["model"][2]: np.nan}
+    with pytest.warns(UserWarning, match=f"1 models have no number.*{table['model'][2]}"):
+        found = tlc.correlate(table, scores, **QUICK)
+    rest = table.drop(index=2)
+    assert found.of("coupling")["r"] == pytest.approx(scipy.stats.pearsonr(rest["coupling"], rest["score"])[0])
+
+
+def test_a_measurement_that_is_everywhere_the_same_has_no_correlation():
+    table = models(8).assign(d_model=64, null=0.5)
+    with pytest.warns(UserWarning, match="width or the score is the same"):
+        of = tlc.correlate(table, **QUICK).of("width")
+    assert all(np.isnan(of[name]) for name in ("r", "p", "low", "rho", "by_width"))
+
+
+def test_what_is_not_known_of_every_model_explains_nothing():
+    """A width or a null that is blank makes no group of its own, and no error of an argument that nobody gave."""
+    table = models(8).astype({"d_model": float})
+    table.loc[[1, 4], "d_model"] = np.nan
+    with pytest.warns(UserWarning, match="width is not known of every model that has coupling"):
+        found = tlc.correlate(table, **QUICK)
+    assert np.isnan(found.of("coupling")["by_width"]) and np.isnan(found.of("coupling")["partial given same width"])
+    assert found.of("width")["by_width"] == 1.0 and not np.isnan(found.of("coupling")["by_null"])
+    table = models(8)
+    table.loc[2, "null"] = np.nan
+    with pytest.warns(UserWarning, match="null is not known of every model that has coupling"):
+        of = tlc.correlate(table, **QUICK).of("coupling")
+    assert of["n"] == 8 and np.isnan(of["by_null"]) and np.isnan(of["partial given null"])
+    assert of["by_width"] == pytest.approx(r_squared_of_groups(table["coupling"], table["d_model"].tolist()))
+
+
+def test_a_linear_function_of_what_is_held_fixed_leaves_nothing():
+    x = RNG.normal(size=9)
+    assert np.isnan(partial_correlation(3 * x - 1e3, RNG.normal(size=9), [x]).r)
+    assert np.isnan(partial_correlation([1.0, 2.0], [3.0, 5.0]).r)  # two always lie on a line
+    with pytest.raises(ArgumentError, match="one finite number per model"):
+        partial_correlation([1.0, np.nan], [1.0, 2.0])
+
+
+def test_importing_the_library_loads_neither_scipy_stats_nor_pandas():
+    module = importlib.import_module("tlcoupling.scores.correlate")
+    assert not {"pandas", "bootstrap", "scipy"} & set(vars(module))
+    assert "tlcoupling.scores.partial_correlation" in sys.modules

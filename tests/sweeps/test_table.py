@@ -1,0 +1,80 @@
+"""The table of a store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sweep_cells import cell_of, measured
+
+import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError
+from tlcoupling.sweeps import cells
+from tlcoupling.sweeps.table import COLUMNS, rows, to_arrow
+
+
+def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path: Path):
+    import pyarrow.parquet as pq
+
+    cell, lost = cell_of(revision="step7", step=7), cell_of((1, 2))
+    analysis, facts = measured(cell)
+    store.save(cell, analysis, facts)
+    store.fail(lost, RuntimeError("lost"))
+    path = store.write_table(tmp_path / "out" / "table.parquet")
+    schema = pq.read_schema(path)
+    assert schema.names == list(COLUMNS)
+    assert all(schema.field(name).metadata[b"description"].decode() == text for name, (_, text) in COLUMNS.items())
+    table = store.table()
+    assert pq.read_table(path).to_pylist() == to_arrow(rows(store)).to_pylist()
+    assert table.columns.tolist() == list(COLUMNS)
+    assert len(table) == 6 + 1
+    row = table.query("sublayer == 'mlp' and k_asked == '0.25'").iloc[0]
+    coupling = analysis.coupling
+    j, k = 1, coupling.ks[1]
+    assert (row["k"], row["step"], row["n_tokens"], row["n_measured"]) == (k, 7, 7, 2)
+    assert row["n_params"] == facts.n_params and row["d_model"] == coupling.overlap_null.reciprocal()[0] * 2
+    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
+    for column, name in (
+        ("coupling", "values"),
+        ("null", "null"),
+        ("null_std", "null_std"),
+        ("overlap_u", "overlap_u"),
+    ):
+        matrix = getattr(coupling, name)[2, :, j].double()
+        expected = sum(matrix[:, a, b].sum() for a, b in pairs) / (2 * len(pairs))
+        assert row[column] == pytest.approx(float(expected), rel=1e-6)
+    assert row["excess"] == pytest.approx(row["coupling"] - row["null"])
+    assert row["lss"] == pytest.approx(float(analysis.linearity.path("mlp")[[0, -1]].mean()))
+    distances = analysis.growth.expodistance[[0, -1]].double().numpy()
+    assert row["ed"] == pytest.approx(np.median(distances)) and row["cv"] == pytest.approx(np.median(distances**0.5))
+    assert distances.min() < 0.99 * row["ed"]
+    failed = table.query("status == 'failed'").iloc[0]
+    assert failed["error"] == "RuntimeError: lost" and failed["key"] == lost.key
+    assert json.loads(failed["prompt"]) == [1, 2]
+
+
+def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepStore, monkeypatch: pytest.MonkeyPatch):
+    """Cells that differ in these alone are rows that differ, and no mean is taken over them."""
+    analysis, facts = measured(cell_of())
+    for weights, dtype in (("a", None), ("b", None), ("b", "bfloat16")):
+        store.save(cell_of(weights=weights, load={"dtype": dtype}), analysis, facts)
+    table = store.table()
+    assert set(zip(table["weights"], table["load"], strict=True)) == {
+        ("a", '{"dtype": null}'), ("b", '{"dtype": null}'), ("b", '{"dtype": "bfloat16"}')
+    }  # fmt: skip
+    with pytest.raises(ArgumentError, match="table='2 different weights of tiny'"):
+        tlc.correlate(table, {"tiny": 1.0})
+    with pytest.raises(ArgumentError, match="table='2 different load of tiny'"):
+        tlc.correlate(table[table["weights"] == "b"], {"tiny": 1.0})
+    import pandas as pd
+
+    once = table[table["weights"] == "a"]
+    with pytest.raises(ArgumentError, match="table='6 rows twice, such as tiny'"):
+        tlc.correlate(pd.concat([once, once]), {"tiny": 1.0})
+
+    monkeypatch.setattr(cells, "MEASUREMENT", 0)
+    outdated = store.table()
+    assert set(outdated["status"]) == {"outdated"} and set(outdated["key"]) == store.keys()
+    assert outdated["coupling"].isna().all() and set(outdated["weights"]) == {"a", "b"}

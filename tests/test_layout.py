@@ -1,0 +1,84 @@
+"""Where tests lie: tests of ``tlcoupling/a/b.py`` in ``tests/a/test_b.py``; at the top, what concerns many modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "tlcoupling"
+
+# Modules that are tested through a caller, whose tests fail when they are wrong.
+TESTED_IN = {
+    "analysis/summary": "viz/test_page",
+    "cli/sweep_tables": "sweeps/test_run",
+    "cli/terminal": "cli/test_report",
+    "coupling/arguments": "coupling/test_depth",
+    "coupling/context": "coupling/test_token",
+    "coupling/groups": "coupling/test_depth",
+    "coupling/pairs": "coupling/test_depth",
+    "coupling/result": "coupling/test_depth",
+    "coupling/workers": "coupling/test_depth",
+    "forward/cache": "forward/test_trace",
+    "forward/hooked": "forward/test_user_hooks",
+    "forward/lifting": "test_devices",
+    "forward/prompt": "forward/test_trace",
+    "forward/stream": "forward/test_trace",
+    "jacobian/analytic": "jacobian/test_engine",
+    "jacobian/attention": "jacobian/test_engine",
+    "jacobian/autograd": "jacobian/test_engine",
+    "jacobian/cost": "coupling/test_schedule",
+    "coupling/spectra": "coupling/test_method",
+    "jacobian/differences": "jacobian/test_engine",
+    "jacobian/norms": "jacobian/test_engine",
+    "jacobian/runs": "jacobian/test_engine",
+    "jacobian/scores": "jacobian/test_engine",
+    "linalg/dense": "linalg/test_svd",
+    "linalg/krylov": "linalg/test_svd",
+    "linalg/maps": "jacobian/test_engine",
+    "linalg/operator": "jacobian/test_engine",
+    "linalg/stack": "linalg/test_svd",
+    "linalg/triplets": "linalg/test_svd",
+    "linalg/work": "analysis/test_estimate",
+    "memory": "coupling/test_schedule",
+    "models/generators": "models/test_baseline",
+    "models/offline": "models/test_load",
+    "progress": "analysis/test_analyze",
+    "results/intervals": "analysis/test_many",
+    "sweeps/agreement": "sweeps/test_store",
+    "sweeps/plan": "sweeps/test_plan_file",
+    "sweeps/shapes": "sweeps/test_forecast",
+    "sweeps/source": "sweeps/test_plan_file",
+    "training/in_training": "training/test_monitor",
+    "training/loops": "training/test_monitor",
+    "training/means": "training/test_monitor",
+    "training/record": "training/test_monitor",
+    "trajectory/line": "trajectory/test_linearity",
+    **{f"viz/figures/{path.stem}": "viz/test_figures" for path in PACKAGE.glob("viz/figures/[!_]*.py")},
+    "viz/panes": "viz/test_page",
+    "viz/payload": "viz/test_page",
+    "viz/plain": "viz/test_page",
+}
+
+# Test files in folders that are named after no module.
+OF_SEVERAL_MODULES = {
+    "sweeps/test_slurm": "executors and runs, through a real Slurm",
+}
+
+
+def test_each_module_has_its_tests():
+    modules = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")}
+    modules = {name for name in modules if not name.endswith(("__init__", "__main__"))}
+    files = {str(path.relative_to(TESTS).with_suffix("")) for path in TESTS.rglob("test_*.py")}
+    own = {name: str(Path(name).parent / f"test_{Path(name).name}") for name in modules}
+    assert modules - TESTED_IN.keys() == {name for name, file in own.items() if file in files}
+    assert TESTED_IN.keys() <= modules
+    assert {*TESTED_IN.values()} <= files
+
+
+def test_each_file_in_a_folder_is_named_after_a_module():
+    packages = {path.parent for path in PACKAGE.rglob("__init__.py")}
+    for path in TESTS.rglob("*/test_*.py"):
+        name, module = path.relative_to(TESTS), PACKAGE / path.parent.relative_to(TESTS) / path.stem[len("test_") :]
+        if name.parts[0] == "smollm2" or str(name.with_suffix("")) in OF_SEVERAL_MODULES:
+            continue
+        assert module.with_suffix(".py").exists() or module in packages, f"{name} is named after no module"

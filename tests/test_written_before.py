@@ -1,0 +1,35 @@
+"""Result files and a store that version 0.1.0 wrote load, with the numbers that it measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tlcoupling as tlc
+
+OLD = Path(__file__).parent / "data" / "written_by_0_1_0"
+NUMBERS = json.loads((OLD / "numbers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"store"}))
+def test_a_result_file_of_0_1_0_loads(name: str):
+    result, then = tlc.load(OLD / f"{name}.safetensors"), NUMBERS[name]
+    assert type(result).__name__ == then["kind"]
+    assert repr(result) == then["repr"]
+    assert result.provenance.versions["tlcoupling"] == "0.1.0"
+    for quantity, total in then["sums"].items():
+        # the same numbers, which a sum may add up in another order
+        assert float(result._arrays()[quantity][1].double().nansum()) == pytest.approx(total, rel=1e-12), quantity
+
+
+def test_a_store_of_0_1_0_loads(tmp_path: Path):
+    shutil.copytree(OLD / "store", tmp_path / "store")
+    store = tlc.SweepStore(tmp_path / "store")
+    table = store.table()
+    assert sorted(set(table["key"])) == NUMBERS["store"]["keys"]
+    assert sorted(table["coupling"]) == pytest.approx(NUMBERS["store"]["coupling"], rel=1e-12)
+    for key in NUMBERS["store"]["keys"]:
+        assert isinstance(store.load(key), tlc.Analysis)

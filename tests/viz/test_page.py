@@ -1,0 +1,257 @@
+"""The report page: whole without a network, and safe whatever a token holds."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from analyses import HOSTILE_TOKENS, every_widget, make_analysis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlcoupling import viz
+from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
+from tlcoupling.errors import ArgumentError, ResultFileError
+from tlcoupling.viz import panes
+from tlcoupling.viz.plain import packed, visible
+
+NAN = float("nan")
+
+
+def data_of(page: str) -> dict:
+    """The data that a page carries."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def unpacked(array: dict) -> torch.Tensor:
+    """What a page's script makes of a packed array, with NaN for what is not defined."""
+    steps = torch.frombuffer(bytearray(base64.b64decode(array["data"])), dtype=torch.int16).reshape(array["shape"])
+    return torch.where(steps == -32768, NAN, steps.double() * array["scale"])
+
+
+def bundles(page: str) -> int:
+    """How often a page carries circuitsvis."""
+    found = re.findall(r'<script type="text/plain" id="circuitsvis-bundle">([^<]*)</script>', page)
+    scripts = [zlib.decompress(base64.b64decode(one)).decode() for one in found if one]
+    assert all("var CircuitsVis=(" in script for script in scripts)
+    return len(scripts) + page.count("var CircuitsVis=(")
+
+
+def elements_of(page: str) -> str:
+    """The page without what its scripts and styles hold."""
+    return re.sub(r"(<(script|style)[^>]*>).*?(</\2>)", r"\1\3", page, flags=re.S)
+
+
+def test_a_page_carries_the_circuitsvis_bundle_once_where_it_shows_attention() -> None:
+    pages = {name: widget.html for name, widget in every_widget(make_analysis(token_layers=(1,))).items()}
+    assert {name: bundles(page) for name, page in pages.items()} == {
+        "attention_and_coupling": 1,
+        "depth_coupling": 0,
+        "tokens": 0,
+        "dashboard": 1,
+    }
+    assert len(pages["depth_coupling"]) < 100_000 > len(pages["tokens"])
+
+
+@pytest.mark.parametrize("tokens", [("a", "b"), HOSTILE_TOKENS], ids=["plain", "hostile"])
+def test_page_refers_to_nothing_outside(tokens: tuple[str, ...]) -> None:
+    page = viz.render_html(make_analysis(tokens))
+    sources = re.findall(r"""(?:src|href|action)\s*=\s*["']?([^"'\s>]*)""", elements_of(page))
+    assert sources == ["data:,"]
+    assert not re.search(r"@import|url\(", page.split("<style>")[1].split("</style>")[0])
+    assert "default-src 'none'" in page
+
+
+def test_hostile_tokens_are_data_and_never_markup() -> None:
+    page = viz.render_html(make_analysis(HOSTILE_TOKENS))
+    calm = viz.render_html(make_analysis(["calm"] * len(HOSTILE_TOKENS)))
+    assert elements_of(page) == elements_of(calm)
+    assert page.count("<script") == calm.count("<script")
+    assert data_of(page)["header"]["prompt"] == "".join(HOSTILE_TOKENS)
+    for token in ("<bos>", "</script><script>window.x=1</script>", "<img src=x onerror=window.x=2>"):
+        assert token not in page
+        assert token in data_of(page)["tokens"]["tokens"]
+
+
+def test_model_name_is_text() -> None:
+    analysis = make_analysis()
+    object.__setattr__(analysis.provenance, "model_name", "</title><script>window.x=1</script>")
+    page = viz.render_html(analysis)
+    assert "<title>&lt;/title&gt;&lt;script&gt;" in page
+    assert "<script>window.x=1</script>" not in page
+
+
+def test_scripts_match_the_hashes_that_the_page_allows() -> None:
+    page = viz.render_html(make_analysis(HOSTILE_TOKENS))
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    bundle = re.search(r'id="circuitsvis-bundle">([^<]*)</script>', page)[1]
+    assert len(scripts) == 1 and page.count("'sha256-") == 2
+    for script in (*scripts, zlib.decompress(base64.b64decode(bundle)).decode()):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in page
+
+
+def test_nan_and_infinity_become_null() -> None:
+    analysis = make_analysis()
+    analysis.coupling.values[0, 0, 0, 1, 2] = NAN
+    analysis.linearity.lss[0, 1] = NAN
+    analysis.growth.expodistance[0] = float("inf")
+    data = data_of(viz.render_html(analysis))
+    assert unpacked(data["coupling"]["values"])[0, 0, 0, 1].isnan().tolist() == [False, False, True, False]
+    assert data["coupling"]["mean"]["values"][0][0][0] is None
+    assert data["tokens"]["lss"][1] is None
+    assert data["tokens"]["ed"][0] is None
+    assert 1 not in data["tokens"]["order"]
+
+
+def test_a_page_holds_the_numbers_of_its_analysis() -> None:
+    analysis = make_analysis(positions=(0, -1), ks=(2, 3), token_layers=(0, 2))
+    data = data_of(viz.render_html(analysis))
+    coupling, step = analysis.coupling, 1 / 32767  # 16 bits of numbers up to 1
+    torch.testing.assert_close(unpacked(data["coupling"]["values"]), coupling.values.double(), atol=step, rtol=0)
+    torch.testing.assert_close(unpacked(data["coupling"]["null"]), coupling.null[..., 0].double(), atol=step, rtol=0)
+    assert data["tokens"]["order"] == analysis.linearity.path("block").argsort().tolist()
+    assert data["coupling"]["positions"] == [0, 3]
+    assert data["coupling"]["ks"] == [2, 3]
+    kinds = {kind["name"]: kind for kind in data["pairs"]["kinds"]}
+    parts = {"token": "token_coupling", "context src": "context_src", "context dest": "context_dest"}
+    assert list(kinds) == list(parts)
+    for name, part in parts.items():
+        result, kind = getattr(analysis, part), kinds[name]
+        assert (kind["layers"], kind["sublayers"]) == ([0, 2], list(result.sublayers))
+        torch.testing.assert_close(unpacked(kind["values"]), result.values.double(), atol=step, rtol=0)
+        torch.testing.assert_close(unpacked(kind["null"]), result.null[..., 0].double(), atol=step, rtol=0)
+    patterns = torch.zeros(4, 2, 4, 4, dtype=torch.float64)
+    rows, columns = torch.tril_indices(4, 4)
+    patterns[..., rows, columns] = unpacked(data["pairs"]["attention"]["patterns"])
+    torch.testing.assert_close(patterns, analysis.attention.double(), atol=step, rtol=0)
+    numbers = data["tokens"]
+    assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], abs=6e-4)
+    both = [a + m for a, m in zip(numbers["attn_share"], numbers["mlp_share"], strict=True)]
+    assert both == pytest.approx(numbers["rate"], abs=1.6e-4)  # three numbers rounded to four digits
+
+
+@given(st.lists(st.floats(width=32) | st.just(NAN), min_size=1, max_size=20))
+def test_packing_keeps_numbers_to_half_a_step_and_says_what_is_undefined(numbers: list[float]) -> None:
+    array = torch.tensor(numbers, dtype=torch.float64)
+    packing = packed(array)
+    back, finite = unpacked(packing), array.isfinite()
+    assert torch.equal(back.isnan(), ~finite)
+    assert ((back - array)[finite].abs() <= 0.5 * packing["scale"] * (1 + 1e-6)).all()  # the product is rounded too
+    if finite.any() and (largest := array[finite].abs().max()) > 0:
+        assert packing["scale"] == pytest.approx(float(largest) / 32767)
+
+
+def test_summary_reduces_over_pairs_and_tokens() -> None:
+    analysis = make_analysis(positions=(0, 1, 2), ks=(2, 3))
+    rows = coupling_rows(analysis.coupling)
+    assert [(row.k, row.sublayer) for row in rows] == [(k, s) for k in (2, 3) for s in ("block", "attn", "mlp")]
+    off_diagonal = ~torch.eye(4, dtype=torch.bool)
+    expected = analysis.coupling.values[1, :, 1][:, off_diagonal].mean().item()
+    assert rows[4].coupling == pytest.approx(expected, rel=1e-6)  # float32 means in another order
+    for row in rows:
+        assert row.excess == pytest.approx(row.coupling - row.null, abs=1e-6)
+        assert row.overlap_null == row.k / 16
+    growth = growth_summary(analysis.growth)
+    assert growth.attn_share + growth.mlp_share == pytest.approx(growth.mean_rate, abs=1e-6)
+    assert d_model_of(analysis.coupling) == 16
+
+
+def test_summary_leaves_out_undefined_scores() -> None:
+    analysis = make_analysis()
+    analysis.linearity.lss[0] = torch.tensor([2.0, NAN, 1.0, 3.0])
+    analysis.linearity.lss[1] = NAN
+    block, sublayer, *_ = linearity_rows(analysis.linearity)
+    assert (block.mean, block.lowest, block.highest, block.random) == (2.0, 1.0, 3.0, 2.0)
+    assert sublayer.mean != sublayer.mean and sublayer.highest != sublayer.highest
+    assert by_straightness(analysis.linearity.lss[0]) == [2, 0, 3]
+
+
+def test_page_states_the_metric_that_was_used() -> None:
+    coupling = make_analysis().coupling
+    assert panes.depth(coupling)["formula"] == "c = 1 − ‖ |U₂ᵀ J₁ V₂| − S₁ ‖ / ‖S₁‖"
+    assert panes.depth(coupling)["diagonal_is_one"]
+    swapped = dataclasses.replace(coupling, bases="vu", absolute=False, normalizer="trace")
+    assert panes.depth(swapped)["formula"] == "c = 1 − ‖ V₂ᵀ J₁ U₂ − S₁ ‖ / tr S₁"
+    assert not panes.depth(swapped)["diagonal_is_one"]
+
+
+def test_parallel_blocks_have_no_shares() -> None:
+    analysis = make_analysis(sequential=False)
+    assert growth_summary(analysis.growth).attn_share is None
+    assert data_of(viz.render_html(analysis))["growth"]["shares"] == {}
+
+
+def test_invisible_characters_are_shown() -> None:
+    assert visible(" a\n\t\u202e\u200b") == " a↵⇥\\u{202e}\\u{200b}"
+    assert visible("") == "∅"
+    assert visible("\u200d") == "\\u{200d}"
+    assert visible("🏳️‍🌈") == "🏳️‍🌈"
+
+
+def test_long_prompts_show_their_end_on_all_axes() -> None:
+    analysis = make_analysis([str(i) for i in range(300)], n_heads=3, token_layers=(1,))
+    data = panes.pairs(analysis.tokens, analysis, [analysis.token_coupling, analysis.context_src], [1])
+    assert data["first"] == 200 and data["tokens"][0] == "200"  # 4 * 100^2 cells
+    patterns = unpacked(data["attention"]["patterns"])
+    assert float(patterns[0, 2, -1]) == pytest.approx(float(analysis.attention[1, 2, 299, 299]), abs=1e-4)
+    for kind, result in zip(data["kinds"], (analysis.token_coupling, analysis.context_src), strict=True):
+        assert kind["positions"] == list(range(200, 300))
+        torch.testing.assert_close(
+            unpacked(kind["values"]), result.values[..., 200:, 200:].double(), atol=1 / 32767, rtol=0
+        )
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    analysis = make_analysis(with_attention=False)
+    page = viz.render_html(analysis)
+    assert bundles(page) == 0
+    assert data_of(page)["pairs"]["attention"] is None and data_of(page)["pairs"]["kinds"] == []
+    with pytest.raises(ArgumentError, match=r"layer=1 .* one of \[\]"):
+        viz.attention_and_coupling(analysis, 1)
+    both = make_analysis(token_layers=(2,))
+    assert data_of(viz.attention_and_coupling(both, 1).html)["pairs"]["kinds"] == []
+    assert len(data_of(viz.attention_and_coupling(both, -2).html)["pairs"]["kinds"]) == 3
+    alone = data_of(viz.attention_and_coupling(both.context_dest, 2).html)["pairs"]
+    assert alone["attention"] is None and [kind["name"] for kind in alone["kinds"]] == ["context dest"]
+    with pytest.raises(ArgumentError, match=r"layer=1 .* one of \[2\]"):
+        viz.attention_and_coupling(both.token_coupling, 1)
+    with pytest.raises(ArgumentError, match="layer=9"):
+        viz.attention_and_coupling(both, 9)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_results_of_another_kind_are_refused() -> None:
+    analysis = make_analysis()
+    for make in (viz.tokens, viz.dashboard, lambda result: viz.attention_and_coupling(result, 0)):
+        with pytest.raises(ArgumentError, match="result='DepthCoupling' .* an Analysis"):
+            make(analysis.coupling)
+    with pytest.raises(ArgumentError, match="result='Growth' .* a DepthCoupling"):
+        viz.depth_coupling(analysis.growth)
+    assert viz.depth_coupling(analysis.coupling).html == viz.depth_coupling(analysis).html
+
+
+def test_widgets_are_isolated_frames_and_whole_files(tmp_path: Path) -> None:
+    for name, widget in every_widget(make_analysis(HOSTILE_TOKENS, token_layers=(1,))).items():
+        frame = widget._repr_html_()
+        inside = re.fullmatch(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"></iframe>', frame)
+        assert inside is not None
+        assert html.unescape(inside[1]) == widget.html
+        assert len(repr(widget)) < 100
+        assert widget.save(tmp_path / name).read_text(encoding="utf-8") == widget.html
+
+
+def test_write_html_says_why_it_cannot(tmp_path: Path) -> None:
+    analysis = make_analysis(HOSTILE_TOKENS)
+    written = viz.write_html(analysis, tmp_path / "report.html")
+    assert written.read_text(encoding="utf-8") == viz.render_html(analysis)
+    with pytest.raises(ResultFileError, match="No such file"):
+        viz.write_html(analysis, tmp_path / "missing" / "report.html")

@@ -1,0 +1,301 @@
+"""What a browser shows of the widgets, offline: the numbers of the result, linked, whatever a token holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from analyses import HOSTILE_TOKENS, every_widget, make_analysis
+from cases import _huggingface as bridge
+from chromium import browser, numbers, opened, print_weight, wait_for_heads
+from families import families
+
+from tlcoupling import Analysis, analyze, viz
+from tlcoupling.viz.panes import ATTENTION_CELLS
+
+__all__ = ["browser"]  # a fixture
+pytestmark = pytest.mark.slow
+
+NAN = float("nan")
+SHOWN_HOSTILE = ("<bos>", "</script><script>window.x=1</script>", "&lt;", "🦜", "שלום", '"><b>[red]', "\\u{202e}evil")
+
+
+def head_pixel(page: Any, head: int, dest: int, src: int, n_tokens: int) -> list[int]:
+    """The colour of a cell of a head's pattern, as circuitsvis has drawn it."""
+    return page.evaluate(
+        "([head, x, y]) => { const canvas = document.querySelectorAll('.circuitsvis [role=button] canvas')[head];"
+        "const copy = document.createElement('canvas').getContext('2d', { willReadFrequently: true });"
+        "copy.drawImage(canvas, -Math.floor(x * canvas.width), -Math.floor(y * canvas.height));"
+        "return [...copy.getImageData(0, 0, 1, 1).data]; }",
+        [head, (src + 0.5) / n_tokens, (dest + 0.5) / n_tokens],
+    )
+
+
+def cell(pane: Any, row: int, column: int, n: int) -> dict[str, Any]:
+    """Where in a heat map a cell is, as Playwright's pointer wants it."""
+    box = pane.bounding_box()
+    return {"position": {"x": box["width"] * (column + 0.5) / n, "y": box["height"] * (row + 0.5) / n}}
+
+
+@pytest.fixture
+def analysis() -> Analysis:
+    """Layers 0 and 2 have their tokens compared; attention differs starkly between layers 0 and 2 in head 1."""
+    analysis = make_analysis(positions=(0, -1), ks=(2, 3), token_layers=(0, 2))
+    analysis.attention[0, 1, 3] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    analysis.attention[2, 1, 3] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    return analysis
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_every_section_of_a_hostile_dashboard_is_drawn(browser: Any, tmp_path: Path, width: int) -> None:
+    analysis = make_analysis(HOSTILE_TOKENS, positions=(0, -1), ks=(2, 3), token_layers=(1,))
+    analysis.linearity.lss[0, 2] = NAN
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}) as page:
+        wait_for_heads(page, 2)
+        for selector, count in {
+            "#header dt": 9,
+            "#summary tbody tr": 6 + 4 + 6,
+            "#controls .chooser:not([hidden])": 3,
+            "#coupling .heatmap image[href^='data:image/png']": 9,
+            "#coupling .chart .line": 6,
+            "#pairs .thumbs img[src^='data:image/png']": 7,
+            "#pairs .heatmap image[href^='data:image/png']": 1,
+            "#tokens ol button": len(HOSTILE_TOKENS),
+            "#growth .line": len(HOSTILE_TOKENS) + 1,
+            "#growth .bar": 8,
+        }.items():
+            assert page.locator(selector).count() == count, selector
+        text = page.inner_text("body")
+        for token in SHOWN_HOSTILE:
+            assert token in text
+        assert "–" in page.locator("#tokens ol button").nth(2).get_attribute("title")
+        assert page.evaluate("typeof window.x") == "undefined"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_choosing_a_layer_changes_attention_and_coupling_of_tokens(
+    browser: Any, tmp_path: Path, analysis: Analysis
+) -> None:
+    with opened(browser, viz.write_html(analysis, tmp_path / "report.html")) as page:
+        readout, slider = page.locator("#pairs .readout"), page.locator("#controls input[type=range]")
+
+        def shows(layer: int, k: int, row: int, column: int) -> None:
+            """The pane that is open, token-wise of the block, reads out the numbers of a layer."""
+            result = analysis.token_coupling
+            at = (0, result.layers.index(layer), result.ks.index(k), row, column)
+            value, null, excess, *attention = numbers(readout.inner_text())
+            expected = [float(result.values[at]), float(result.null[at]), float(result.excess[at])]
+            assert [value, null, excess] == pytest.approx(expected, abs=1.1e-4)  # four digits, and 16 bits
+            if row >= column:
+                assert attention == pytest.approx([float(analysis.attention[layer, :, row, column].max())], abs=6e-4)
+
+        wait_for_heads(page, 2)
+        assert page.inner_text("#pairs-title").endswith("layer 2")  # the middle one of those measured
+        page.locator("#pairs .zoom").focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowDown")
+        shows(layer=2, k=2, row=2, column=1)
+        assert "2 “ sat”, bases of 1 “ cat”" in readout.inner_text()
+        white, blue = head_pixel(page, 1, 3, 0, 4), head_pixel(page, 1, 3, 1, 4)
+        assert white != blue
+
+        slider.focus()
+        page.keyboard.press("Home")
+        assert page.inner_text("#pairs-title").endswith("layer 0")
+        shows(layer=0, k=2, row=2, column=1)
+        wait_for_heads(page, 2)
+        assert (head_pixel(page, 1, 3, 0, 4), head_pixel(page, 1, 3, 1, 4)) == (blue, white)
+
+        page.locator("#controls select").nth(1).select_option("3")
+        shows(layer=0, k=3, row=2, column=1)
+
+        slider.focus()
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#pairs-title").endswith("layer 1")
+        assert "token_layers=[1]" in page.inner_text("#pairs") and "--token-layers 1" in page.inner_text("#pairs")
+        assert not page.locator("#pairs .thumbs").is_visible()
+        wait_for_heads(page, 2)
+
+        # a click on a cell of the coupling across depth chooses the row's layer
+        pane = page.locator("#coupling .heatmap image").first
+        pane.click(**cell(pane, 2, 0, 4))
+        assert page.inner_text("#pairs-title").endswith("layer 2")
+        assert page.locator("#controls input[type=range]").get_attribute("aria-valuetext") == "layer 2, tokens compared"
+
+
+def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    with opened(browser, viz.attention_and_coupling(analysis, 2).save(tmp_path / "widget.html")) as page:
+        assert page.locator("#controls .layer").is_hidden()
+        wait_for_heads(page, 2)
+        buttons = page.locator("#pairs .thumbs button")
+        parts = {"token-wise": "token_coupling", "from token 0": "context_src", "to token 3": "context_dest"}
+        seen = []
+        for index in range(buttons.count()):
+            buttons.nth(index).click()
+            pane = page.locator("#pairs .heatmap image")
+            pane.hover(**cell(pane, 3, 1, 4))
+            kind, sublayer = buttons.nth(index).get_attribute("aria-label").split(", ")
+            result = getattr(analysis, parts[kind])
+            at = (result.sublayers.index(sublayer), 1, 0, 3, 1)
+            expected = [float(result.values[at]), float(result.null[at]), float(result.excess[at])]
+            assert numbers(page.inner_text("#pairs .readout"))[:3] == pytest.approx(expected, abs=1.1e-4)
+            mean = float(result.mean()[at[:3]])
+            assert numbers(page.inner_text("#pairs [data-part=mean]")) == pytest.approx([mean], abs=1.1e-4)
+            seen.append((kind, sublayer))
+        assert len(set(seen)) == 7
+
+        # the keyboard moves along the panes, and along the quantities
+        buttons.nth(6).focus()
+        page.keyboard.press("ArrowLeft")
+        assert buttons.nth(5).get_attribute("aria-pressed") == "true"
+        page.get_by_label("excess").check()
+        mean = float(analysis.context_dest.mean("excess")[0, 1, 0])
+        assert numbers(page.inner_text("#pairs [data-part=mean]")) == pytest.approx([mean], abs=1.1e-4)
+
+        heads = page.locator(".circuitsvis [role=button]")
+        heads.nth(1).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('.circuitsvis').innerText.includes('Head 1 Zoomed')")
+
+
+def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    with opened(browser, viz.write_html(analysis, tmp_path / "report.html")) as page:
+
+        def shows(token: int, k: int) -> None:
+            """Every caption and readout has the numbers of a token."""
+            at = analysis.coupling.positions.index(token), analysis.coupling.ks.index(k)
+            assert page.inner_text("#coupling h2").endswith(f"token {token}")
+            for s in range(3):
+                means = [float(analysis.coupling.mean(name)[(s, *at)]) for name in ("values", "null", "excess")]
+                captions = page.locator("#coupling .panes").nth(s).locator("figcaption").all_inner_texts()
+                assert numbers(" ".join(captions)) == pytest.approx(means, abs=1.1e-4)
+                pair = (s, *at, 1, 2)
+                parts = (analysis.coupling.values, analysis.coupling.null, analysis.coupling.excess)
+                text = page.locator("#coupling .readout").nth(s).inner_text()
+                assert text.startswith("Jacobian of layer 1, bases of layer 2: ")
+                assert numbers(text) == pytest.approx([float(part[pair]) for part in parts], abs=1.1e-4)
+
+        page.locator("#coupling .panes").first.focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowRight")
+        shows(token=3, k=2)
+        chips = page.locator("#tokens ol button")
+        chips.nth(0).click()
+        shows(token=0, k=2)
+        assert chips.nth(0).get_attribute("aria-pressed") == "true"
+        assert page.locator("#growth .line.token.chosen.pointed").get_attribute("d") == (
+            page.locator("#growth .line.token").nth(0).get_attribute("d")
+        )
+        assert page.inner_text("#tokens .readout").startswith("0 “The”: LSS ")
+
+        page.keyboard.press("ArrowRight")  # points at the next token, and Enter chooses it: it was not measured
+        shows(token=0, k=2)
+        page.keyboard.press("Enter")
+        assert "tokens=[1]" in page.inner_text("#coupling") and "--tokens 1" in page.inner_text("#coupling")
+        assert not page.locator("#coupling .panes").first.is_visible()
+
+        page.locator("#controls select").first.select_option("3")
+        page.locator("#controls select").nth(1).select_option("3")
+        shows(token=3, k=3)
+
+        # a click on a cell of the coupling of tokens chooses the row's token
+        pane = page.locator("#pairs .heatmap image")
+        pane.click(**cell(pane, 0, 2, 4))
+        shows(token=0, k=3)
+
+
+def test_tokens_are_coloured_by_each_of_their_numbers(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    with opened(browser, viz.tokens(analysis).save(tmp_path / "tokens.html")) as page:
+        growth = analysis.growth
+        shown = {
+            "LSS": analysis.linearity.path("block"),
+            "ED": growth.expodistance,
+            "CV": growth.cv,
+            "final norm": growth.norms[-1],
+            "attention\u2019s share of growth": growth.attn_share.mean(0),
+            "MLP\u2019s share of growth": growth.mlp_share.mean(0),
+        }
+        assert page.locator("#tokens .switch label").all_inner_texts() == list(shown)
+        for name, values in shown.items():
+            page.get_by_label(name, exact=True).check()
+            ends = page.locator("#tokens .colorbar span").all_inner_texts()
+            assert [float(end) for end in ends] == pytest.approx([float(values.min()), float(values.max())], abs=0.051)
+            colours = page.eval_on_selector_all("#tokens ol button", "all => all.map(one => one.style.background)")
+            darkest = int(values.argmax())  # the light ramp ends dark
+            light = [sum(map(int, colour[4:-1].replace(",", " ").split()[:3])) for colour in colours]
+            assert light.index(min(light)) == darkest
+
+
+def test_a_notebook_without_a_kernel_shows_every_widget(browser: Any, tmp_path: Path) -> None:
+    nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
+    from IPython.core.formatters import DisplayFormatter
+
+    widgets = every_widget(make_analysis(HOSTILE_TOKENS, token_layers=(1,)))
+    cells = []
+    for name, widget in widgets.items():
+        data, _ = DisplayFormatter().format(widget)  # what a kernel sends
+        output = nbformat.v4.new_output("execute_result", data=data, execution_count=1)
+        cells.append(nbformat.v4.new_code_cell(f"tlc.viz.{name}(result)", outputs=[output], execution_count=1))
+    saved = tmp_path / "notebook.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), saved)
+    exporter = nbconvert.HTMLExporter()
+    # the template's own MathJax and RequireJS come from the network; ours must not need them
+    exporter.mathjax_url = exporter.require_js_url = ""
+    page_text, _ = exporter.from_notebook_node(nbformat.read(saved, as_version=4))
+    reopened = tmp_path / "notebook.html"
+    reopened.write_text(page_text, encoding="utf-8")
+    print(f"notebook of every widget: {saved.stat().st_size / 1e6:.2f} MB")
+    drawn = {
+        "attention_and_coupling": (".thumbs img[src^='data:']", 7),
+        "depth_coupling": (".heatmap image[href^='data:']", 9),
+        "tokens": ("ol button", len(HOSTILE_TOKENS)),
+        "dashboard": ("#growth .line", len(HOSTILE_TOKENS) + 1),
+    }
+    with opened(browser, reopened, strict=False) as page:
+        frames = page.locator("iframe[srcdoc]")
+        assert frames.count() == len(widgets)
+        for index, name in enumerate(widgets):
+            frame = frames.nth(index).element_handle().content_frame()
+            selector, count = drawn[name]
+            frame.wait_for_selector(selector, state="attached")
+            assert frame.locator(selector).count() == count
+            if "attention" in name or name == "dashboard":
+                wait_for_heads(frame, 2)
+            assert frame.evaluate("typeof window.x") == "undefined"
+        assert page.evaluate("typeof window.x") == "undefined"
+
+
+def test_512_hostile_tokens_through_a_model(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformer_lens.model_bridge", reason="this TransformerLens has no bridge")
+    hub_name, architecture, config = families()["gpt2"]
+    config.n_positions = 512
+    model = bridge(config, hub_name, architecture)(torch.float32)
+    tokens = [*(f" t{i}" for i in range(512 - len(HOSTILE_TOKENS))), *HOSTILE_TOKENS]
+    monkeypatch.setattr(model, "to_str_tokens", lambda ids: tokens)
+    analysis = analyze(model, torch.arange(512) % 40, k=4)
+    assert analysis.tokens == tuple(tokens)
+    shown = math.isqrt(ATTENTION_CELLS // (analysis.attention.shape[1] + 1))
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path) as page:
+        wait_for_heads(page, analysis.attention.shape[1])
+        print_weight("512 tokens", path, page)
+        assert f"last {shown} of 512 tokens" in page.inner_text("#pairs")
+        for section in ("#header", "#tokens"):
+            text = page.inner_text(section)
+            assert all(token in text for token in SHOWN_HOSTILE[:-1])
+        assert page.evaluate("typeof window.x") == "undefined"
+
+
+def test_everything_of_smollm2s_shape_is_under_3_mb(browser: Any, tmp_path: Path) -> None:
+    tokens = [f" token{i}" for i in range(28)]
+    analysis = make_analysis(tokens, n_heads=9, n_layers=30, ks=(10,), positions=range(28), token_layers=range(30))
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    assert path.stat().st_size < 3_000_000
+    with opened(browser, path) as page:
+        wait_for_heads(page, 9)
+        print_weight("everything of SmolLM2's shape", path, page)
+        assert not page.inner_text("#pairs [data-part=cut]")
