@@ -90,7 +90,7 @@ class Schedule:
         methods: by layer and sublayer.
         stages: the work by sublayer and stage (``"Jacobians"``, ``"decomposition"``, ``"comparison"``).
         running: work of running the model's own blocks again, certificates included.
-        peak_bytes: memory needed beyond the model, at most.
+        fitted_bytes: memory of tensors, at most, with the allocator's slack. It was fitted into what was free.
         free_bytes: memory that was free.
     """
 
@@ -103,8 +103,13 @@ class Schedule:
     methods: dict[tuple[int, str], Method]
     stages: dict[tuple[str, str], Work]
     running: Work
-    peak_bytes: float
+    fitted_bytes: float
     free_bytes: float
+
+    @property
+    def peak_bytes(self) -> float:
+        """Memory needed beyond the model, at most: of tensors, and of libraries' buffers."""
+        return self.fitted_bytes + self.workers * BUFFERS
 
     def method_names(self, sublayer: str) -> str:
         """Return the methods of a sublayer's Jacobians, separated by commas where its layers differ."""
@@ -266,7 +271,7 @@ def _peak_bytes(
         at_work = max(at_work, cost.run_bytes + needed)
     kept = _kept_bytes(comparison, groups) if keep else 0.0
     tensors = kept + bases + item * results + workers * stack * (projected + at_work)
-    return SLACK * tensors + workers * BUFFERS
+    return SLACK * tensors
 
 
 def _refusal(comparison: Comparison, costs: Iterable[dict[str, Cost]], peak: float, free: float) -> str:
