@@ -75,7 +75,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Estimated seconds of the call on this machine, within a factor of two where nothing else loads it."""
+        """Estimated seconds of the call on this machine, where nothing else loads it."""
         return sum(stage.seconds for stage in self.stages)
 
     def __repr__(self) -> str:

@@ -56,7 +56,7 @@ def print_forecast(forecast: Forecast) -> None:
     some = next((group.model for group in forecast.groups if group.flops is None), "")
     console.print(
         f"\nTimes are estimates at {forecast.rate / 1e12:.3g} TFLOP/s of matrix products\n"
-        f"({whose}). Expect up to twice or half of them. Loading takes extra time.\n"
+        f"({whose}). Loading takes extra time.\n"
         "Memory is that of one cell, in addition to the model.\n"
         "Prompt lengths are estimated from their characters."
     )

@@ -56,7 +56,7 @@ def print_estimate(estimate: Estimate) -> None:
     console.print(table)
     console.print(
         f"\nSeconds are estimates from rates measured on this machine (matrix products:\n"
-        f"{estimate.rates.matmul / 1e9:.0f} GFLOP/s). Expect up to twice or half of them.\n"
+        f"{estimate.rates.matmul / 1e9:.0f} GFLOP/s).\n"
         f"Memory beyond the model: at most {decimal(int(estimate.memory_bytes))}, of "
         f"{decimal(int(estimate.free_bytes))} free."
     )

@@ -27,10 +27,10 @@ from tlcoupling.memory import free_memory
 
 STACKED = 2**22  # numbers in the matrices that a worker decomposes together
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
-SLACK = 1.15  # memory that the allocator holds beyond what tensors fill, measured at most 10 %
-BUFFERS = 64 * 2**20  # bytes of a linear algebra library's own buffers and of threads, for each worker
+SLACK = 1.15  # assumed: memory that the allocator holds beyond what tensors fill
+BUFFERS = 64 * 2**20  # assumed: bytes of a linear algebra library's buffers and of threads, for each worker
 STAGES = ("Jacobians", "decomposition", "comparison")
-# Fixed costs in module calls, fitted to models so small that nothing else counts
+# Fixed costs in module calls, estimated from a profile
 RUN_CALLS, CERTIFICATE_CALLS, JACOBIAN_CALLS, PAIR_CALLS = 150.0, 250.0, 60.0, 2.0
 
 

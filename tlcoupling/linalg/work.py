@@ -1,7 +1,7 @@
 """Work counted by the kind of step, and the rate at which this machine does each kind.
 
 A decomposition of a small matrix reaches a fraction of the rate of a matrix product, and a small model spends its time
-between the products. Four measured rates tell seconds to within a factor of two.
+between the products. Four measured rates turn work into seconds.
 """
 
 from __future__ import annotations
