@@ -3,7 +3,7 @@
 # make test-lane LANE=2.18
 #                the tests of what depends on the generation of transformer-lens, on an older one (2.18 or 3.9) in
 #                a virtual environment of its own, .venv-2.18
-# make lint      ruff, check and format
+# make lint      ruff, check and format, and the import contract
 # make types     pyright
 # make docs      build the documentation site in site/
 # make notebooks run the notebooks in demos/, if there are any
@@ -50,6 +50,7 @@ test-lane:
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: setup-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python

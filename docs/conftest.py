@@ -1,7 +1,7 @@
-"""The Python blocks of the pages are run as tests, each page in one namespace.
+"""Run the Python blocks of the pages as tests, each page in one namespace.
 
-A block uses the names of the blocks above it. A test process that is given only some blocks of a page (by xdist, or by
-``pytest docs/page.md::line:31,column:1``) runs the blocks above them first.
+A block uses the names of the blocks above it. If a test process gets only some blocks of a page (from xdist, or as
+``pytest docs/page.md::line:31,column:1``), it runs the blocks above them first.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import tlcoupling as tlc
 
-load_model = functools.cache(tlc.load_model)  # every page loads the same one
+load_model = functools.cache(tlc.load_model)  # all pages share one model
 
 
 def setup(namespace: dict[str, Any]) -> None:
-    """Begin a page: no names, an empty folder to write to, and one loaded model for all pages."""
+    """Start a page with no names, an empty folder to write to, and one model that all pages share."""
     namespace.clear()
-    namespace["_run"] = set()  # where the blocks start that this namespace has seen
+    namespace["_run"] = set()  # start positions of the blocks that this namespace has run
     namespace["_directory"], namespace["_home"] = tempfile.TemporaryDirectory(), os.getcwd()
     os.chdir(namespace["_directory"].name)
     tlc.load_model = load_model
 
 
 def teardown(namespace: dict[str, Any]) -> None:
-    """Undo what the set-up did."""
+    """Undo the set-up."""
     os.chdir(namespace["_home"])
     namespace["_directory"].cleanup()
     tlc.load_model = load_model.__wrapped__
@@ -40,7 +40,7 @@ def teardown(namespace: dict[str, Any]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Run the blocks above this one that have not been run in this namespace."""
+    """Run the earlier blocks of the page that this namespace has not run."""
     block = item.example
     for above in block.document.examples():
         if above.start < block.start and above.start not in block.namespace["_run"]:

@@ -26,7 +26,7 @@ from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.models.baseline import random_baseline
 from tlcoupling.models.load import load_model
-from tlcoupling.results.files import load
+from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
 from tlcoupling.sweeps.executors import SlurmExecutor

@@ -12,8 +12,8 @@ class ArgumentError(TLCouplingError, ValueError):
 
     Args:
         name: The argument as the caller wrote it, such as ``"layer"``.
-        value: The value that came.
-        allowed: What is allowed instead, as the end of the sentence "allowed: ...".
+        value: The rejected value.
+        allowed: The allowed values, as the end of the sentence "allowed: ...".
 
     Example:
         >>> print(ArgumentError("layer", 40, "an int from -30 to 29"))
@@ -21,7 +21,7 @@ class ArgumentError(TLCouplingError, ValueError):
     """
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        """Keep the three parts and format them as one sentence."""
+        """Store the three parts and format them as one sentence."""
         self.name, self.value, self.allowed = name, value, allowed
         shown = repr(value)
         if len(shown) > 200:
@@ -29,7 +29,7 @@ class ArgumentError(TLCouplingError, ValueError):
         super().__init__(f"{name}={shown} is not allowed; allowed: {allowed}")
 
     def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, object, str]]:
-        """Pickle by the three parts, so that the error survives a process pool."""
+        """Pickle the three parts. The default would pickle the message alone, and a process pool would fail."""
         return type(self), (self.name, self.value, self.allowed)
 
 
@@ -38,7 +38,7 @@ class ModelLoadError(TLCouplingError):
 
 
 class UnsupportedModelError(TLCouplingError):
-    """The model is of a kind that cannot be measured here, or is in a wrong state for it."""
+    """The model is of an unsupported kind, or in a state that cannot be measured."""
 
 
 class ResidualIdentityError(TLCouplingError):
@@ -58,11 +58,11 @@ class StaleTraceError(TLCouplingError):
 
 
 class HookError(TLCouplingError):
-    """A hook of the user's cannot be followed: it changes a shape, or hides what it does from the derivative."""
+    """A user hook cannot be differentiated: it changes a shape or leaves the autograd graph."""
 
 
 class DegenerateSpectrumError(TLCouplingError):
-    """Singular values coincide, so that their singular vectors have no derivative."""
+    """Singular values coincide, so their singular vectors have no derivative."""
 
 
 class CertificateError(TLCouplingError):
@@ -70,7 +70,7 @@ class CertificateError(TLCouplingError):
 
 
 class InsufficientMemoryError(TLCouplingError):
-    """A measurement needs more memory than is free; nothing of it was begun."""
+    """A measurement needs more memory than is free. Raised before any work starts."""
 
 
 class EveryPromptFailedError(TLCouplingError):
@@ -82,7 +82,7 @@ class ResultFileError(TLCouplingError):
 
 
 class PlanError(TLCouplingError, ValueError):
-    """The plan of a sweep is not as it has to be; the message names the file, the key and what is allowed."""
+    """The plan of a sweep is invalid. The message names the file, the key and the allowed values."""
 
 
 class StoreError(TLCouplingError):

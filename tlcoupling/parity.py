@@ -1,6 +1,6 @@
-r"""The published procedure, number for number, to reconcile results with; and what is known to be wrong with it.
+r"""The published procedure, reproduced number for number, and a list of its known defects.
 
-Source: arXiv 2407.07810, section 3, and the code that its authors released. The text and the code here are ours.
+Source: arXiv 2407.07810, section 3, and the authors' released code. Text and code here are original.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec, resolve_k
+from tlcoupling.arguments import KSpec, check_index, check_name, resolve_k
 from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.precision import full_precision
@@ -32,10 +32,10 @@ class Defect:
     """A known defect of the published procedure.
 
     Attributes:
-        name: a short name; where ``published`` has a switch for it, the switch's name.
+        name: a short name; that of the switch in ``published``, if there is one.
         what: what the procedure does.
-        effect: what that does to a number.
-        instead: what this library does.
+        effect: how that changes the numbers.
+        instead: what this library does instead.
     """
 
     name: str
@@ -47,63 +47,64 @@ class Defect:
 DEFECTS = (
     Defect(
         "final_norm_in_last_block",
-        "The output of the last block is taken from HuggingFace's hidden_states[-1], which lies behind the final norm.",
-        "The last block's Jacobian is N (I + J) - I with N the Jacobian of the final norm: no block's Jacobian. Its "
-        "row and its column of the matrix are wrong, all others are right. On SmolLM2-135M (landmarks, K = 10) block "
-        "29's s_1 falls from 5.06 to 1.22, and the mean over different layers rises from 0.0391 to 0.0459.",
+        "The output of the last block is taken from HuggingFace's hidden_states[-1], which includes the final norm.",
+        "The last block's Jacobian becomes N (I + J) - I with N the final norm's Jacobian, which is no block's "
+        "Jacobian. Its row and column of the matrix are wrong; all others are right. On SmolLM2-135M (landmarks, "
+        "K = 10) block 29's s_1 falls from 5.06 to 1.22, and the mean over different layers rises from 0.0391 to "
+        "0.0459.",
         "x^L is blocks[-1].hook_resid_post, before the final norm.",
     ),
     Defect(
         "subtract_identity_off_diagonal",
-        "The identity is subtracted from the Jacobian of every pair of tokens, src < dest too.",
-        "A token reaches a later one without a skip connection, so -I is left in the Jacobian: where attention passes "
-        "little on, it is nearly -I, all its singular values are nearly 1, and its singular vectors are those of an "
+        "The identity is subtracted from the Jacobian of every pair of tokens, also for src < dest.",
+        "No skip connection leads from a token to a later one, so -I remains in the Jacobian. If attention passes "
+        "little on, the Jacobian is nearly -I: all its singular values are nearly 1, and its singular vectors are an "
         "arbitrary basis.",
-        "The identity is subtracted where src = dest alone.",
+        "The identity is subtracted only for src = dest.",
     ),
     Defect(
         "trace_normalizer",
         "The misalignment is divided by the sum of the singular values, tr S1, rather than by ||S1||_F.",
-        "tr S1 is up to sqrt(K) times ||S1||_F, so that the misalignment of unrelated matrices falls to about "
-        "1 / sqrt(K) and the coupling rises with K and with the flatness of the spectrum, which moves with width.",
-        "Frobenius by default, and for both the coupling that chance gives stands beside the number.",
+        "tr S1 is up to sqrt(K) times ||S1||_F. The misalignment of unrelated matrices falls to about 1 / sqrt(K), and "
+        "the coupling rises with K and with the flatness of the spectrum, which depends on width.",
+        "Frobenius by default. Both normalisers come with the coupling expected by chance.",
     ),
     Defect(
         "absolute_values",
         "Absolute values of U2^T J1 V2 are compared with S1; the paper's formula has none.",
-        "Flipping the sign of a pair (u, v) leaves the diagonal as it is, so that a negative diagonal is "
-        "anti-alignment; the absolute value counts it as alignment. Chance alone gives more coupling for it.",
+        "Diagonal signs do not depend on the sign of a pair (u, v), so a negative diagonal means anti-alignment. The "
+        "absolute value counts it as alignment, and raises the coupling expected by chance.",
         "absolute=True by default too, for comparability; absolute=False is the formula. The null follows the choice.",
     ),
     Defect(
         "diagonal_in_the_mean",
-        "The mean coupling of a model is taken over all pairs of layers, each layer with itself among them.",
-        "c(l, l) = 1 adds (1 - c) / L to the mean c of different layers: shallow models look more coupled. On "
+        "The mean coupling of a model is taken over all pairs of layers, including each layer with itself.",
+        "c(l, l) = 1 adds (1 - c) / L to the mean c of different layers, so shallow models look more coupled. On "
         "SmolLM2-135M (landmarks, K = 10, 30 layers) 0.0391 becomes 0.0712.",
         "Means are over ordered pairs of different layers, and ``profile`` gives the mean by distance.",
     ),
     Defect(
         "no_chance_level",
-        "No number is given for matrices that have nothing to do with each other.",
-        "A reader cannot tell coupling from width, K and normaliser: a random model of SmolLM2's shape has coupling "
-        "0.011 by the Frobenius normaliser and 0.686 by the trace.",
-        "The closed-form null and the excess over it beside every coupling.",
+        "No number is given for unrelated matrices.",
+        "A reader cannot separate coupling from the effects of width, K and normaliser. A random model of SmolLM2's "
+        "shape has coupling 0.011 with the Frobenius normaliser and 0.686 with the trace.",
+        "Every coupling comes with its closed-form null and the excess over it.",
     ),
 )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PublishedMisalignment(Result):
-    r"""What the published procedure gives for one prompt.
+    r"""The published procedure's result for one prompt.
 
     Attributes:
-        misalignment: m_K(J1, J2) = || abs(U2^T J1 V2) - S1 ||_F / norm(S1); the row gives J1, the column the bases.
-            ``[k, layer, basis_layer]``.
+        misalignment: m_K(J1, J2) = || abs(U2^T J1 V2) - S1 ||_F / norm(S1); ``layer`` gives J1, ``basis_layer`` the
+            bases. ``[k, layer, basis_layer]``.
         singular_values: the top singular values of each Jacobian, ``[layer, rank]``.
         ks: number of singular vectors compared.
         normalizer: ``"frobenius"`` or ``"trace"``.
         bases: ``"uv"`` or ``"vu"``.
-        final_norm_in_last_block: whether the last block's Jacobian has the final norm in it.
+        final_norm_in_last_block: whether the last block's Jacobian includes the final norm.
         identity_subtracted: whether the identity was subtracted.
     """
 
@@ -126,7 +127,7 @@ class PublishedMisalignment(Result):
         return f"PublishedMisalignment({len(self.singular_values)} layers, K={self.ks[0]}: mean coupling {mean:.4f})"
 
     def mean_coupling(self, include_diagonal: bool = True) -> Float[Tensor, " k"]:
-        """Mean of 1 - m_K over all pairs of layers, as published; or without each layer's pair with itself."""
+        """Return the mean of 1 - m_K over all pairs of layers, as published; or over pairs of different layers."""
         values = 1 - self.misalignment
         return values.mean((-2, -1)) if include_diagonal else off_diagonal_mean(values)
 
@@ -150,28 +151,28 @@ def published(
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
 ) -> PublishedMisalignment:
-    r"""Depth-wise misalignment exactly as the published procedure gives it.
+    r"""Return the depth-wise misalignment exactly as the published procedure computes it.
 
-    Its conventions: the last token; absolute values; full SVDs; misalignment m_K, not coupling 1 - m_K. Its defects
-    are listed in ``DEFECTS``. With ``final_norm_in_last_block=True`` it is the authors' code number for number; the
-    default leaves that out, so that the last row and column are a block's. Only how the Jacobians are computed differs.
+    Its conventions: the last token, absolute values, full SVDs, and misalignment m_K instead of coupling 1 - m_K. Its
+    defects are listed in ``DEFECTS``. ``final_norm_in_last_block=True`` reproduces the authors' numbers. The default
+    leaves the final norm out, so the last row and column describe a block. Only the Jacobians' computation differs.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode, weights not processed.
         prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
-        k: how many singular vectors to compare: an int, a fraction of d_model, or several of these.
+        k: number of singular vectors to compare: an int, a fraction of d_model, or several of these.
         normalizer: ``"frobenius"`` or ``"trace"``.
         bases: ``"uv"`` or ``"vu"``.
         src: input position.
         dest: output position, not before src.
-        final_norm_in_last_block: take the last block's output behind the model's final norm, as HuggingFace's
-            ``hidden_states[-1]`` is.
-        subtract_identity_off_diagonal: subtract the identity for src < dest too.
-        prepend_bos: as in ``trace``; the published procedure adds what the tokenizer adds.
+        final_norm_in_last_block: take the last block's output after the model's final norm, like HuggingFace's
+            ``hidden_states[-1]``.
+        subtract_identity_off_diagonal: subtract the identity also for src < dest.
+        prepend_bos: as in ``trace``; the published procedure uses the tokenizer's default.
         engine: as in ``depth_coupling``.
 
     Raises:
-        ArgumentError: an argument out of range, or a final norm that the model does not have.
+        ArgumentError: an argument out of range, or a model without the requested final norm.
         UnsupportedModelError, NonFiniteActivationError, ResidualIdentityError: see ``trace``.
 
     Example:
@@ -180,9 +181,8 @@ def published(
     started = time.perf_counter()
     traced = trace(model, prompt, prepend_bos=prepend_bos)
     ks = resolve_k(k, traced.d_model)
-    for argument, value, allowed in (("normalizer", normalizer, Normalizer), ("bases", bases, Bases)):
-        if value not in get_args(allowed):
-            raise ArgumentError(argument, value, f"one of {', '.join(get_args(allowed))}")
+    check_name("normalizer", normalizer, get_args(Normalizer))
+    check_name("bases", bases, get_args(Bases))
     src, dest = check_index("src", src, traced.n_tokens), check_index("dest", dest, traced.n_tokens)
     if src > dest:
         raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
@@ -234,7 +234,7 @@ def published(
 
 
 def _final_norm(traced: Trace, pos: int) -> Float[Tensor, "d_model d_model"]:
-    """The Jacobian of the model's own final norm at x^L of one token."""
+    """Return the Jacobian of the model's own final norm at x^L of one token."""
     norm = getattr(traced.model, "ln_final", None)
     if norm is None:
         raise ArgumentError("final_norm_in_last_block", True, "False: this model has no ln_final")

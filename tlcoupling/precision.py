@@ -1,8 +1,8 @@
-"""Matrix products of float32 in float32.
+"""Full precision for float32 matrix products.
 
-``torch.set_float32_matmul_precision("high")`` lets them be taken in TF32 (a mantissa of 10 bits) on GPUs from Ampere
-on, and ``"medium"`` in bfloat16, also on CPUs: faster in training, and too coarse for singular vectors, for a
-certificate of 1e-4 and for residuals of 3e-5.
+``torch.set_float32_matmul_precision("high")`` allows TF32 (10-bit mantissa) on Ampere and later GPUs. ``"medium"``
+allows bfloat16, also on CPUs. Both are too coarse for singular vectors, for a certificate of 1e-4 and for residuals
+of 3e-5.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Hold the precision of float32 matrix products at ``"highest"`` for a while, then put back what was set.
+    """Set float32 matrix products to ``"highest"`` precision, and restore the old setting on exit.
 
-    Also for functions, as ``@full_precision()``. The setting is the process's own: other threads see it meanwhile.
+    Works as a decorator too: ``@full_precision()``. The setting is global to the process: other threads see it.
     """
     try:
         before = torch.get_float32_matmul_precision()
         backends = {}
-    except RuntimeError:  # set by the newer names, fp32_precision of each backend: the older getter refuses these
+    except RuntimeError:  # the user set each backend's newer fp32_precision, which the older getter refuses to read
         before = "highest"
         backends = {backend: backend.fp32_precision for backend in _matmul_backends()}
     torch.set_float32_matmul_precision("highest")
@@ -36,5 +36,5 @@ def full_precision() -> Iterator[None]:
 
 
 def _matmul_backends() -> tuple[Any, ...]:
-    """Those that ``set_float32_matmul_precision`` sets."""
+    """Return the backends whose precision ``set_float32_matmul_precision`` sets."""
     return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]

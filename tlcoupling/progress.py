@@ -9,7 +9,7 @@ ItemT = TypeVar("ItemT")
 
 
 def ticking(items: Collection[ItemT], name: str, progress: bool) -> Iterator[ItemT]:
-    """The items one by one, with a bar of that name that moves as they are taken where progress is wanted."""
+    """Iterate over the items, with a progress bar called ``name`` if ``progress`` is True."""
     if not progress:
         return iter(items)
     from tqdm.auto import tqdm

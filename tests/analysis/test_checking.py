@@ -8,7 +8,7 @@ from cases import CASES, TOKENS, Case
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.linalg.maps import NormMap
+from tlcoupling.jacobian.parts import NormMap
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)

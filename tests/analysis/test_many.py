@@ -168,7 +168,7 @@ def ends(values: torch.Tensor, by: str = "prompt") -> dict[str, torch.Tensor]:
 
 def test_no_spread_no_interval():
     same = torch.full((5, 1), 0.1 + 0.2, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="all 5 prompts are equal, so that resampling shows no spread"):
+    with pytest.warns(UserWarning, match="all 5 prompts are equal, so resampling shows no spread"):
         found = ends(same)
     assert found["low"].isnan().all() and found["high"].isnan().all() and found["standard_error"].isnan().all()
     assert float(found["estimate"]) == pytest.approx(0.3) and found["units"].tolist() == [5]

@@ -43,7 +43,7 @@ def run(output: Path, *arguments: str) -> Any:
 def test_the_published_points_are_the_default(tmp_path: Path):
     result = run(tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "coupling goes with the score at R² = 0.80. Its null explains 93% of its variance" in " ".join(
+    assert "coupling correlates with the score at R² = 0.80. Its null explains 93% of its variance" in " ".join(
         result.stdout.split()
     )
     assert max(map(len, result.stdout.split("\nresult ")[0].splitlines())) <= 80

@@ -88,10 +88,10 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path, options: list
 @pytest.mark.parametrize(
     ("prompts", "refused", "allowed"),
     [
-        ('text = "a"\nfield = "body"', "field = 'body' says nothing of text", "allowed: limit"),
-        ('text = "a"\nsplit = "test"', "split = 'test' says nothing of text", "allowed: limit"),
-        ('file = "rows.jsonl"\nconfig = "en"', "config = 'en' says nothing of file", "allowed: field, limit"),
-        ('file = "rows.jsonl"\nsplit = "test"', "split = 'test' says nothing of file", "allowed: field, limit"),
+        ('text = "a"\nfield = "body"', "field = 'body' does not apply to text", "allowed: limit"),
+        ('text = "a"\nsplit = "test"', "split = 'test' does not apply to text", "allowed: limit"),
+        ('file = "rows.jsonl"\nconfig = "en"', "config = 'en' does not apply to file", "allowed: field, limit"),
+        ('file = "rows.jsonl"\nsplit = "test"', "split = 'test' does not apply to file", "allowed: field, limit"),
     ],
 )
 def test_keys_of_prompts_that_would_do_nothing_are_refused(tmp_path: Path, prompts: str, refused: str, allowed: str):

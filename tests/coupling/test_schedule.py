@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.depth import depth_groups
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
 from tlcoupling.jacobian.autograd import CHUNK, vectors_at_once
@@ -43,7 +43,7 @@ def test_shapes_tell_the_work_of_the_operators(case: Case):
 def comparison_of(case: Case, k: int = 4, positions: tuple[int, ...] = (6,), engine: Any = "auto") -> Comparison:
     model = case.model()
     outline = tlc.trace(model, TOKENS)
-    options = Options.resolve(outline, k, "frobenius", "uv", True, engine, "auto")
+    options = Options.resolve(outline.d_model, k, "frobenius", "uv", True, engine, "auto")
     groups = depth_groups(range(outline.n_layers), positions)
     return Comparison(model, case.topology, len(TOKENS), torch.float64, outline.sublayers, groups, options)
 

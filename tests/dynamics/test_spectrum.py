@@ -64,7 +64,7 @@ def test_the_profile_of_a_model_is_an_ordinary_least_squares_fit():
 
 
 def test_too_few_layers_and_constant_singular_values_have_no_fit():
-    with pytest.warns(UserWarning, match="2 layers is no fit"):
+    with pytest.warns(UserWarning, match="2 layers is not a fit"):
         found = tlc.singular_value_profile(coupling_of(torch.rand(1, 1, 2, 1)))
     assert found.slope.isnan().all() and found.r_squared.isnan().all()
     flat = tlc.singular_value_profile(coupling_of(torch.ones(1, 1, 5, 1)))

@@ -85,7 +85,7 @@ def test_equal_input_gives_equal_output():
 def test_a_spectrum_without_a_gap_is_said_or_solved_exactly():
     """Equal singular values give Krylov nothing to hold on to: it says so, and auto takes the dense solver."""
     matrix = with_spectrum(torch.linspace(1, 0.9999, 400, dtype=torch.float64), 400, 400)
-    with pytest.warns(UserWarning, match="gap in the singular values"):
+    with pytest.warns(UserWarning, match="gap between singular values"):
         tlc.truncated_svd(Projection(matrix), 3, solver="krylov", tolerance=1e-15)
     found = tlc.truncated_svd(Projection(matrix), 3, tolerance=1e-15)
     assert found.solver == "dense"

@@ -45,7 +45,7 @@ def test_foreign_and_damaged_files_are_refused(analysis: tlc.Analysis, tmp_path)
     with pytest.raises(ResultFileError, match="damaged"):
         tlc.load(path)
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(ResultFileError, match="no result of this version"):
+    with pytest.raises(ResultFileError, match="not a result of this version"):
         tlc.load(path)
     analysis.save(path)
     whole = path.read_bytes()

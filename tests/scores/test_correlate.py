@@ -17,14 +17,14 @@ from score_tables import QUICK, models
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
-from tlcoupling.scores.tables import family_of, published
+from tlcoupling.scores.tables import family_of, published_points
 
 RNG = np.random.default_rng(0)
 
 
 def test_the_published_points_give_the_figures_r_squared_and_what_width_explains():
     found = tlc.correlate(**QUICK)
-    table = published()
+    table = published_points()
     line = scipy.stats.linregress(table["coupling"], table["score"])
     coupling = found.of("coupling")
     assert found.models == tuple(table["model"]) and coupling["n"] == 28
@@ -128,7 +128,7 @@ def test_models_at_several_steps_are_told_apart_by_the_scores():
     found = tlc.correlate(table, scores, **QUICK)
     assert found.models == ("a@0", "a@10", "a@20", "b@0", "b@10", "b@20")
     assert found.of("coupling")["r"] == pytest.approx(scipy.stats.pearsonr(table["coupling"], range(6))[0])
-    with pytest.raises(ArgumentError, match="a column 'revision' besides: 'a' is measured at 3"):
+    with pytest.raises(ArgumentError, match="a column 'revision' as well: 'a' is measured at 3"):
         tlc.correlate(table, {"a": 1, "b": 2}, **QUICK)
 
 
@@ -154,7 +154,7 @@ def test_a_result_survives_a_file_and_shows_its_models(tmp_path: Path):
         ({"scores": pd.DataFrame({"name": ["m0"], "score": [1]})}, "a column 'model'"),
         ({"scores": pd.DataFrame({"model": ["m0"], "mmlu": [1], "arc": [2]})}, "one of mmlu, arc"),
         ({"scores": pd.DataFrame({"model": ["m0"], "mmlu": [1]}), "score": "mmul"}, "nearest: 'mmlu'"),
-        ({"scores": None}, "where the table has no column 'score'"),
+        ({"scores": None}, "if the table has no column 'score'"),
         ({"scores": "nowhere.csv"}, "nowhere.csv.*can be read"),
         ({"table": pd.DataFrame({"name": [1]})}, "table.*a column 'model'"),
         ({"table": 5}, "table=5"),
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_an_error_that_names_it(changes: dict, message: str
 def test_a_score_that_is_no_number_is_left_out_with_a_warning():
     table = models(8)
     scores = dict(zip(table["model"], table["score"], strict=True)) | {table["model"][2]: np.nan}
-    with pytest.warns(UserWarning, match=f"1 models have no number.*{table['model'][2]}"):
+    with pytest.warns(UserWarning, match=f"1 models have no numeric score.*{table['model'][2]}"):
         found = tlc.correlate(table, scores, **QUICK)
     rest = table.drop(index=2)
     assert found.of("coupling")["r"] == pytest.approx(scipy.stats.pearsonr(rest["coupling"], rest["score"])[0])
@@ -189,13 +189,13 @@ def test_what_is_not_known_of_every_model_explains_nothing():
     """A width or a null that is blank makes no group of its own, and no error of an argument that nobody gave."""
     table = models(8).astype({"d_model": float})
     table.loc[[1, 4], "d_model"] = np.nan
-    with pytest.warns(UserWarning, match="width is not known of every model that has coupling"):
+    with pytest.warns(UserWarning, match="width is unknown for some models with coupling"):
         found = tlc.correlate(table, **QUICK)
     assert np.isnan(found.of("coupling")["by_width"]) and np.isnan(found.of("coupling")["partial given same width"])
     assert found.of("width")["by_width"] == 1.0 and not np.isnan(found.of("coupling")["by_null"])
     table = models(8)
     table.loc[2, "null"] = np.nan
-    with pytest.warns(UserWarning, match="null is not known of every model that has coupling"):
+    with pytest.warns(UserWarning, match="null is unknown for some models with coupling"):
         of = tlc.correlate(table, **QUICK).of("coupling")
     assert of["n"] == 8 and np.isnan(of["by_null"]) and np.isnan(of["partial given null"])
     assert of["by_width"] == pytest.approx(r_squared_of_groups(table["coupling"], table["d_model"].tolist()))

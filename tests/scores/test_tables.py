@@ -52,5 +52,5 @@ def test_mixed_settings_and_unlike_prompts_are_not_averaged_without_a_word():
     table = models(6).assign(settings=["a"] * 3 + ["b"] * 3)
     with pytest.raises(ArgumentError, match="2 different settings"):
         tlc.correlate(table, **QUICK)
-    with pytest.warns(UserWarning, match="not all models are measured on the same prompts"):
+    with pytest.warns(UserWarning, match="models are measured on different prompts"):
         tlc.correlate(models(6).assign(prompt_id=["a"] * 5 + ["b"]), **QUICK)

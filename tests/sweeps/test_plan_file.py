@@ -49,7 +49,7 @@ def test_what_is_pending_is_split_and_loses_nothing(tmp_path: Path):
         (GOOD + "[settings]\nk = 0", ["line 6", "k=[0]", "from 1 on"]),
         (GOOD + "[settings]\nengine = 'magic'", ["line 6", "engine='magic'", "autograd"]),
         (GOOD.replace('["gpt2"]', "[]"), ["line 1", "needs models"]),
-        (GOOD.replace("models", "# models"), ["needs models", "there are none"]),
+        (GOOD.replace("models", "# models"), ["needs models", "has none"]),
         (GOOD.replace('["gpt2"]', '["./missing"]'), ["line 1", "'./missing'", "not a folder that exists"]),
         (GOOD.replace('["gpt2"]', '["./empty"]'), ["line 1", "'./empty'", "no config.json"]),
         (GOOD.replace('["gpt2"]', '[{ name = "gpt2", colour = 1 }]'), ["line 1", "'colour'", "models[0]"]),
@@ -62,7 +62,7 @@ def test_what_is_pending_is_split_and_loses_nothing(tmp_path: Path):
         (GOOD.replace("text = ", "file = 'none.txt' #"), ["line 3", "none.txt", "No such file"]),
         (GOOD.replace("text = ", "file = 'empty.txt' #"), ["line 3", "empty.txt", "holds no prompt"]),
         (GOOD.replace("text = ", "limit = 3 #"), ["no source", "one of text, file, dataset"]),
-        (GOOD.replace("text = ", "file = 'bad.jsonl' #"), ["bad.jsonl", "line 2 is no JSON"]),
+        (GOOD.replace("text = ", "file = 'bad.jsonl' #"), ["bad.jsonl", "line 2 is not JSON"]),
         (GOOD.replace("text = ", "field = 'body'\nfile = 'good.jsonl' #"), ["line 1 has no field 'body'", "text, n"]),
         (GOOD.replace("text = ", "field = 'n'\nfile = 'good.jsonl' #"), ["'n' holds a int"]),
         (GOOD + "limit = 0", ["limit = 0"]),
@@ -72,7 +72,7 @@ def test_what_is_pending_is_split_and_loses_nothing(tmp_path: Path):
         ("models = [", ["plan.toml", "cannot be read"]),
         (
             GOOD.replace('["gpt2"]', '["gpt2", { name = "gpt2-medium", label = "gpt2" }]'),
-            ["line 1", "'gpt2' and 'gpt2-medium' are both called 'gpt2'", "a label of its own"],
+            ["line 1", "'gpt2' and 'gpt2-medium' are both called 'gpt2'", "a different label"],
         ),
     ],
 )

@@ -308,7 +308,7 @@ def test_the_command_sweeps_goes_on_and_merges(models: Path, loaded, opened: lis
     table = pd.read_parquet(tmp_path / "all.parquet")
     assert table["model"].value_counts().to_dict() == {"one": 4, "two": 4}
     result = CliRunner().invoke(app, ["merge", str(tmp_path / "none"), "--into", str(tmp_path / "all")])
-    assert result.exit_code == 1 and "no store of sweep results" in result.stderr
+    assert result.exit_code == 1 and "not a store of sweep results" in result.stderr
 
 
 def test_an_interrupt_stops_the_sweep(models: Path, opened: list[str], tmp_path: Path):

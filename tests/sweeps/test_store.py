@@ -86,7 +86,7 @@ def test_stores_that_disagree_are_not_joined(tmp_path: Path):
     ours.save(cell, analysis, facts)
     theirs.save(cell, measured(only)[0], facts)
     theirs.save(only, *measured(only))
-    files = f"remove the one that is wrong: '{ours.path(cell.key)}' or '{theirs.path(cell.key)}'"
+    files = f"remove the wrong one: '{ours.path(cell.key)}' or '{theirs.path(cell.key)}'"
     with pytest.raises(StoreError, match=f"{cell.key}.*result.*{re.escape(files)}"):
         ours.add(theirs)
     assert ours.keys() == {cell.key}
@@ -125,7 +125,7 @@ def test_stores_of_two_machines_may_differ_by_rounding_and_versions(
 
 
 def test_no_store_is_an_error(tmp_path: Path):
-    with pytest.raises(StoreError, match="no store of sweep results"):
+    with pytest.raises(StoreError, match="not a store of sweep results"):
         tlc.SweepStore(tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be written to"):

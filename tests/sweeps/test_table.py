@@ -12,7 +12,7 @@ from sweep_cells import cell_of, measured
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.sweeps import cells
-from tlcoupling.sweeps.table import COLUMNS, rows, to_arrow
+from tlcoupling.sweeps.table import COLUMNS, to_arrow
 
 
 def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path: Path):
@@ -27,7 +27,7 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
     assert schema.names == list(COLUMNS)
     assert all(schema.field(name).metadata[b"description"].decode() == text for name, (_, text) in COLUMNS.items())
     table = store.table()
-    assert pq.read_table(path).to_pylist() == to_arrow(rows(store)).to_pylist()
+    assert pq.read_table(path).to_pylist() == to_arrow(store.rows()).to_pylist()
     assert table.columns.tolist() == list(COLUMNS)
     assert len(table) == 6 + 1
     row = table.query("sublayer == 'mlp' and k_asked == '0.25'").iloc[0]

@@ -414,7 +414,7 @@ def test_numbers_go_to_loggers_and_the_cost_is_printed(capsys: pytest.CaptureFix
     logged: list[tuple[int, dict[str, float]]] = []
     scalars: list[tuple[str, float, int]] = []
     monitor = tlc.TrainingMonitor(fresh(), PROMPTS, k=4, loggers=[Run(), Writer(), Broken()])
-    with pytest.warns(UserWarning, match="step 100 is not in Broken: OSError: no connection"):
+    with pytest.warns(UserWarning, match="Broken did not log step 100: OSError: no connection"):
         means = monitor(100)
     assert monitor(101) is None
     ((step, values),) = logged
@@ -447,7 +447,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path: Path, monkeypatch: pyte
         raise StoreError("no space left on device")
 
     monkeypatch.setattr(tlc.SweepStore, "save", full)
-    with pytest.warns(UserWarning, match="step 0: prompt 'one' is not in the store: no space left"):
+    with pytest.warns(UserWarning, match="step 0: prompt 'one' was not stored: no space left"):
         means = monitor(0)
     assert "excess/block/k4" in means
 

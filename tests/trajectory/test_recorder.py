@@ -107,7 +107,7 @@ def test_reading_before_a_whole_run_is_an_error():
     with pytest.raises(KeyboardInterrupt):
         model.run_with_hooks(TOKENS[None], fwd_hooks=hooks)
     for read in (recorder.linearity, recorder.growth):
-        with pytest.raises(MissingHookError, match="broken off in block 1"):
+        with pytest.raises(MissingHookError, match="stopped in block 1"):
             read()
 
 
@@ -126,7 +126,7 @@ def test_a_batch_is_refused_when_it_is_read_and_breaks_off_no_run():
 def test_activations_of_an_unknown_dtype_are_refused_when_they_are_read():
     recorder = tlc.TrajectoryRecorder(FEW[0].model())
     recorder.fwd_hooks[0][1](torch.zeros(1, 7, 4, dtype=torch.int32), None)
-    with pytest.raises(UnsupportedModelError, match="torch.int32; a run in float64, float32, float16, bfloat16"):
+    with pytest.raises(UnsupportedModelError, match="torch.int32; allowed: float64, float32, float16, bfloat16"):
         recorder.growth()
 
 

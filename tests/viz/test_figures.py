@@ -318,7 +318,7 @@ def test_the_published_points_have_the_published_fit():
 def test_a_table_without_nulls_says_so():
     given = {name: column for name, column in table().items() if name not in ("null", "d_model")}
     figure = figures.coupling_against_score(given)
-    assert "the table has no null" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "no null in the table" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert len(figure.axes) == 1  # no width, no colour bar
 
 

@@ -1,6 +1,6 @@
 """Everything that is measured on one model, in one call.
 
-``analyze`` measures one prompt and ``many`` several, with intervals; ``summary`` reduces an analysis to the few numbers
-that the terminal, the report page and a sweep's table show. ``checking`` holds a model's Jacobians against autograd and
-``estimate`` says what a call would take.
+``analyze`` measures one prompt and ``many`` several, with confidence intervals. ``summary`` reduces an analysis to the
+few numbers in the terminal, the report page and a sweep's table. ``checking`` compares a model's Jacobians with
+autograd, and ``estimate`` predicts the cost of a call.
 """

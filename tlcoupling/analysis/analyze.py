@@ -1,4 +1,4 @@
-"""Everything at once: coupling, linearity and growth of one model on one prompt."""
+"""Coupling, linearity and growth of one model on one prompt, in one call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Indices, KSpec, resolve_indices
+from tlcoupling.arguments import Indices, KSpec, resolve_indices
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
@@ -27,7 +27,7 @@ from tlcoupling.results.base import Result
 from tlcoupling.trajectory.growth import Growth, growth
 from tlcoupling.trajectory.linearity import Linearity, linearity
 
-# Numbers of attention patterns (256 MB of them) up to which those of all layers are kept.
+# Largest number of attention pattern entries (256 MB) up to which all layers' patterns are kept.
 ATTENTION_LIMIT = 64_000_000
 
 
@@ -39,15 +39,14 @@ class Analysis(Result):
         coupling: depth-wise coupling.
         linearity: how straight the token trajectories are.
         growth: how residual norms grow.
-        attention: attention patterns of ``attention_layers``; None where the model has no hook_pattern, or where they
-            were not wanted.
-        attention_layers: those layers: all, unless the prompt is too long for that (see ``analyze``).
+        attention: attention patterns of ``attention_layers``; None if the model has no hook_pattern, or on request.
+        attention_layers: all layers, or fewer for long prompts (see ``analyze``).
         tokens: the tokens as text.
-        token_coupling: token-wise coupling of the ``token_layers`` that were asked for; None without.
-        context_src: what those layers carry from the first token to each later one; None without, and where K is above
-            the rank of what attention carries from one token to another.
-        context_dest: what those layers carry to the last token from each earlier one; None as ``context_src``.
-        trace: the trace it was measured on; None in an analysis that was loaded from a file.
+        token_coupling: token-wise coupling of ``token_layers``; None without them.
+        context_src: context coupling of ``token_layers`` from the first token to later ones; None without layers, or if
+            K exceeds the rank of attention between two tokens.
+        context_dest: context coupling of ``token_layers`` from earlier tokens to the last; None as ``context_src``.
+        trace: the measured trace; None in an analysis loaded from a file.
     """
 
     coupling: DepthCoupling
@@ -65,7 +64,7 @@ class Analysis(Result):
 
     @property
     def parts(self) -> dict[str, Result]:
-        """The measurements inside, by name, without those that were not made."""
+        """Return the measurements by name, without those that are None."""
         names = ("coupling", "token_coupling", "context_src", "context_dest", "linearity", "growth")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
@@ -79,7 +78,7 @@ class Analysis(Result):
         return {"layer": self.attention_layers, "head": range(heads), "dest": pos, "src": pos}
 
     def to_dataframe(self) -> Any:
-        """All numbers of all measurements in long form, with a column ``measurement``."""
+        """Return all numbers of all measurements in long form, with a column ``measurement``."""
         import pandas as pd
 
         frames = []
@@ -112,27 +111,27 @@ def analyze(
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
 
+    Attention patterns of all layers are kept up to 64 million entries (a prompt of 512 tokens at 270 heads has more).
+    Beyond that, those of ``token_layers`` are kept, or of the middle layer if there are none.
+
     Args:
-        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
+        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is not changed.
         prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
         k: as in ``depth_coupling``.
-        tokens: positions whose depth-wise coupling is measured; the trajectories of all tokens always are.
-        token_layers: layers whose tokens are compared with each other, ``"all"``, an int or several: token-wise
-            coupling, and context coupling from the first token and to the last; by default none. A layer of
-            SmolLM2-135M at 28 tokens takes about four seconds on two cores, and the square of that at twice the length.
+        tokens: positions for depth-wise coupling. Trajectories are always measured for all tokens.
+        token_layers: layers for token-wise coupling, and for context coupling from the first token and to the last:
+            ``"all"``, an int or several; by default none. A layer of SmolLM2-135M at 28 tokens takes about four seconds
+            on two cores; the time grows with the square of the length.
         sublayers: as in ``depth_coupling``.
         normalizer: as in ``depth_coupling``.
         bases: as in ``depth_coupling``.
         absolute: as in ``depth_coupling``.
-        attention: whether attention patterns are kept; their size grows with the square of the prompt's length.
-        fwd_hooks: hooks as in ``model.run_with_hooks``; forward pass and Jacobians see them, as in ``trace``.
+        attention: whether to keep attention patterns; their size grows with the square of the prompt's length.
+        fwd_hooks: hooks as in ``model.run_with_hooks``; they act on forward pass and Jacobians, as in ``trace``.
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
         progress: show a progress bar.
-
-    Attention patterns are kept of all layers, unless they are more than 64 million numbers (a prompt of 512 tokens at
-    270 heads is): then of ``token_layers``, or of the middle layer where there are none.
 
     Raises:
         UnsupportedModelError, ArgumentError, HookError, NonFiniteActivationError, ResidualIdentityError: see
@@ -146,7 +145,7 @@ def analyze(
     traced = trace(model, prompt, fwd_hooks=fwd_hooks, prepend_bos=prepend_bos)
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, traced.n_layers)
     if compared and traced.n_tokens < 2:
-        raise ArgumentError("token_layers", token_layers, "None: the one token of this prompt has none to compare with")
+        raise ArgumentError("token_layers", token_layers, "None: this prompt has a single token, nothing to compare")
     shared: dict[str, Any] = {
         "k": k,
         "normalizer": normalizer,
@@ -182,7 +181,7 @@ def analyze(
 
 
 def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, Any]) -> ContextCoupling | None:
-    """Context coupling; None, with a warning, where K is above the rank of what attention carries between tokens."""
+    """Return context coupling; None, with a warning, if K exceeds the rank of attention between two tokens."""
     try:
         return context_coupling(traced, fixed, **shared)
     except ArgumentError as error:
@@ -193,7 +192,7 @@ def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, 
 
 
 def _attention_layers(traced: Trace, compared: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers whose attention patterns are kept."""
+    """Return the layers whose attention patterns are kept."""
     numbers = traced.n_layers * traced.model.cfg.n_heads * traced.n_tokens**2
     chosen = range(traced.n_layers) if numbers <= ATTENTION_LIMIT else compared or (traced.n_layers // 2,)
     return tuple(layer for layer in chosen if traced.point(layer, PATTERN) is not None)
@@ -201,9 +200,9 @@ def _attention_layers(traced: Trace, compared: tuple[int, ...]) -> tuple[int, ..
 
 @full_precision()
 def _patterns(traced: Trace, layers: Sequence[int]) -> Float[Tensor, "layer head dest src"] | None:
-    """The attention patterns of some layers, from running their blocks again; None of none."""
-    kept: list[Tensor] = []
+    """Return the attention patterns of some layers by running their blocks again; None for no layers."""
+    patterns: list[Tensor] = []
     with torch.no_grad():
         for layer in layers:
-            traced.run_block(layer, traced.block_input(layer), {PATTERN: lambda p: kept.append(p[0].float().cpu())})
-    return torch.stack(kept) if kept else None
+            traced.run_block(layer, traced.block_input(layer), {PATTERN: lambda p: patterns.append(p[0].float().cpu())})
+    return torch.stack(patterns) if patterns else None

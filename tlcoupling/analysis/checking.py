@@ -1,4 +1,4 @@
-"""Running the library's own guarantees on a model of yours."""
+"""Check the library's guarantees on a given model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from tlcoupling.coupling.arguments import resolve_indices
+from tlcoupling.arguments import Indices, resolve_indices
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.trace import Trace, trace
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 Outcome = Literal["holds", "falls back", "refused"]
 
-# Relative gap between products of the two engines in float32; in float64, modules that cast to float32 leave 1e-6.
+# Relative gap between products of the two engines in float32. In float64, modules that cast to float32 leave 1e-6.
 AGREEMENT = 1e-3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked.
+    """The outcome of one check.
 
     Attributes:
-        what: what was checked.
-        outcome: ``"holds"``; ``"falls back"``: right, but by autograd; ``"refused"``: cannot be measured.
+        what: the checked property.
+        outcome: ``"holds"``; ``"falls back"``: correct, but by autograd; ``"refused"``: cannot be measured.
         detail: the size of the gap, or the reason.
     """
 
@@ -44,11 +44,11 @@ class Finding:
 
 @dataclass(frozen=True, repr=False)
 class Check:
-    """What holds on a model, what falls back to autograd, and what is refused.
+    """What holds for a model, what falls back to autograd, and what is refused.
 
     Attributes:
         model_name: the model's own name.
-        findings: one per thing checked.
+        findings: one per checked property.
     """
 
     model_name: str
@@ -56,24 +56,22 @@ class Check:
 
     def __repr__(self) -> str:
         """One line."""
-        counts = {
-            name: sum(one.outcome == name for one in self.findings) for name in ("holds", "falls back", "refused")
-        }
-        return f"Check({self.model_name}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ")"
+        counts = (f"{sum(one.outcome == name for one in self.findings)} {name}" for name in get_args(Outcome))
+        return f"Check({self.model_name}: {', '.join(counts)})"
 
     @property
     def passed(self) -> bool:
-        """Whether everything can be measured."""
+        """Return whether everything can be measured."""
         return all(one.outcome != "refused" for one in self.findings)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per finding."""
+        """Return one row per finding."""
         import pandas as pd
 
         return pd.DataFrame([vars(one) for one in self.findings])
 
 
-def check(model: Any, prompt: Any = None, *, layers: Sequence[int] | None = None) -> Check:
+def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> Check:
     """Run the residual identity, the certificate and a comparison with autograd on a model.
 
     Args:
@@ -82,10 +80,10 @@ def check(model: Any, prompt: Any = None, *, layers: Sequence[int] | None = None
         layers: layers whose Jacobians are compared; by default the first, the middle and the last.
 
     Returns:
-        Findings; nothing is raised for a model that cannot be measured, its reason is a finding.
+        The findings. A model that cannot be measured raises no error: the reason is a finding.
 
     Raises:
-        ArgumentError: no layer, one that is not there, or the same one twice.
+        ArgumentError: no layer, an unknown layer, or a repeated one.
 
     Example:
         >>> tlc.check(model).to_dataframe()  # doctest: +SKIP
@@ -116,35 +114,34 @@ def _spread_tokens(model: Any) -> list[int]:
 
 @full_precision()
 def _compare(traced: Trace, sublayer: str, layers: Sequence[int]) -> Finding:
-    """Both engines on random vectors, at the last position and between two."""
+    """Compare both engines on random vectors, at the last position and between two positions."""
     what = f"{sublayer} Jacobians of layers {', '.join(map(str, layers))}"
     last = traced.n_tokens - 1
     pairs = {(last, last)} if sublayer == "mlp" else {(last, last), (last // 2, last)}
     auto, oracle = JacobianEngine(traced, "auto"), JacobianEngine(traced, "autograd")
     gaps: list[float] = []
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for layer in layers:
                 for src, dest in sorted(pairs):
-                    found = auto.operator(layer, sublayer, src, dest)
-                    gaps += _gaps(found, oracle.operator(layer, sublayer, src, dest))
+                    ours = auto.operator(layer, sublayer, src, dest)
+                    gaps += _gaps(ours, oracle.operator(layer, sublayer, src, dest))
         except TLCouplingError as error:
             return Finding(what, "refused", str(error))
     gap = f"{max(gaps, key=lambda gap: (math.isnan(gap), gap)):.1e} from autograd"  # NaN is the worst
     if not all(gap <= AGREEMENT for gap in gaps):
         return Finding(what, "refused", f"{gap}, allowed {AGREEMENT:.0e}: please report this model")
-    reasons = [str(one.message).partition(": ")[2] for one in said if "autograd" in str(one.message)]
+    reasons = [str(one.message).partition(": ")[2] for one in caught if "autograd" in str(one.message)]
     if reasons:
         return Finding(what, "falls back", reasons[0])
     return Finding(what, "holds", f"closed form, certified; {gap}")
 
 
-def _gaps(found: JacobianOperator, truth: JacobianOperator) -> list[float]:
-    """Relative gaps of products with random vectors from both sides."""
+def _gaps(measured: JacobianOperator, truth: JacobianOperator) -> list[float]:
+    """Return relative gaps of products with random vectors from both sides."""
     generator = torch.Generator().manual_seed(2)
-    vectors = torch.randn(found.shape[1], 2, generator=generator, dtype=found.dtype).to(found.device)
-    return [
-        float((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(found.dtype).tiny))
-        for ours, theirs in ((found.mm(vectors), truth.mm(vectors)), (found.rmm(vectors), truth.rmm(vectors)))
-    ]
+    vectors = torch.randn(measured.shape[1], 2, generator=generator, dtype=measured.dtype).to(measured.device)
+    products = (measured.mm(vectors), truth.mm(vectors)), (measured.rmm(vectors), truth.rmm(vectors))
+    floor = torch.finfo(measured.dtype).tiny
+    return [float((ours - theirs).norm() / theirs.norm().clamp_min(floor)) for ours, theirs in products]

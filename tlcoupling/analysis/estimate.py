@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
-from tlcoupling.forward.hooked import Topology, model_name_of, require_supported, topology_of_model
+from tlcoupling.forward.hooked import model_name_of, require_supported, topology_of_model
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.jacobian.engine import EngineName
@@ -95,19 +96,6 @@ class Estimate:
         return pd.DataFrame([vars(stage) for stage in self.stages])
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """The part of a trace that is known before it is taken."""
-
-    n_layers: int
-    d_model: int
-    topology: Topology
-
-    @property
-    def sublayers(self) -> tuple[str, ...]:
-        return sublayers_of(self.topology)
-
-
 def estimate(
     model: Any,
     prompt: Any,
@@ -115,7 +103,7 @@ def estimate(
     *,
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     token_layers: Indices | None = None,
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
@@ -153,14 +141,13 @@ def estimate(
     require_supported(model)
     n_tokens = to_tokens(model, prompt, prepend_bos).shape[1]
     topology = topology_of_model(model)
-    outline = _Outline(len(model.blocks), model.cfg.d_model, topology)
-    names = resolve_sublayers(outline, sublayers)
-    options = Options.resolve(outline, k, "frobenius", "uv", True, engine, solver)
+    names, n_layers = resolve_sublayers(sublayers, sublayers_of(topology)), len(model.blocks)
+    options = Options.resolve(model.cfg.d_model, k, "frobenius", "uv", True, engine, solver)
     positions = resolve_indices("tokens", tokens, n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, outline.n_layers)
+    chosen = resolve_indices("layers", layers, n_layers)
     first = next(model.blocks.parameters())
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    compared = () if token_layers is None else resolve_indices("token_layers", token_layers, outline.n_layers)
+    compared = () if token_layers is None else resolve_indices("token_layers", token_layers, n_layers)
     jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, n_tokens, names)
     schedules = {
         kind: make_schedule(Comparison(model, topology, n_tokens, dtype, parts, groups, options))

@@ -1,4 +1,4 @@
-"""Many prompts: coupling, linearity and growth of each, and intervals over prompts or tokens."""
+"""Coupling, linearity and growth over many prompts, with confidence intervals over prompts or tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec
+from tlcoupling.arguments import Indices, KSpec, as_plain
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
@@ -48,11 +48,11 @@ class ManyAnalyses(Result):
         pos: each row's token position, ``[row]``.
         tokens: each row's token as text.
         names: the prompts' names.
-        errors: why a prompt could not be measured, by prompt; None where it could.
+        errors: why a prompt could not be measured, by prompt; None if it was.
         sublayers: ``block``, ``attn``, ``mlp``.
         ks: number of singular vectors compared.
         paths: as in ``Linearity``.
-        baseline: the same of another model, such as a random one, on the same prompts.
+        baseline: the same measurement of another model, such as a random one, on the same prompts.
     """
 
     coupling: Float[Tensor, "row sublayer k"]
@@ -92,7 +92,7 @@ class ManyAnalyses(Result):
 
     @property
     def excess(self) -> Float[Tensor, "row sublayer k"]:
-        """Mean coupling above its null."""
+        """Return mean coupling minus null."""
         return self.coupling - self.null
 
     def interval(
@@ -104,23 +104,23 @@ class ManyAnalyses(Result):
         resamples: int = 9999,
         seed: int = 0,
     ) -> Interval:
-        """The mean of a quantity with its bootstrap interval (``scipy.stats.bootstrap``, BCa).
+        """Return the mean of a quantity with its bootstrap interval (``scipy.stats.bootstrap``, BCa).
 
         Args:
             quantity: ``"coupling"``, ``"null"``, ``"excess"``, ``"lss"``, ``"expodistance"`` or ``"rate"``.
             confidence: level of the interval, between 0 and 1.
-            by: what is drawn with replacement. ``"prompt"``: a prompt with all its tokens is one unit, which counts by
-                the mean over its tokens; this is the interval over prompts like these. ``"token"``: each row is a unit;
-                tokens of one prompt are alike, so that this interval is too narrow for any other set of prompts.
+            by: the resampled unit. ``"prompt"``: the mean over a prompt's tokens is one unit, which gives an interval
+                for similar prompts. ``"token"``: each row is a unit. Tokens of one prompt are not independent, so this
+                interval is too narrow for other prompts.
             resamples: number of bootstrap samples.
-            seed: of the resampling, so that equal data give equal intervals.
+            seed: seed of the resampling; equal data give equal intervals.
 
         Raises:
             ArgumentError: an argument out of range.
 
         Warns:
-            UserWarning: there is no interval, and its ends are NaN: a single unit, or units that are all equal. Units
-                whose value is NaN are left out, and counted in the warning.
+            UserWarning: the ends are NaN because there is a single unit or all units are equal. Also if units with the
+                value NaN are left out; the warning gives their number.
         """
         allowed = (*self._axes, "excess")
         if quantity not in allowed:
@@ -145,7 +145,7 @@ class ManyAnalyses(Result):
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Long form, as of every result, with each row's prompt, position and token."""
+        """Return the long form with each row's prompt, position and token."""
         table = super().to_dataframe()
         rows = table["row"].astype(int).tolist()
         table.insert(1, "prompt", [self.names[index] for index in self.prompt[rows].tolist()])
@@ -162,7 +162,7 @@ def analyze_many(
     prompts: Mapping[str, Any] | Sequence[Any],
     *,
     k: KSpec = 10,
-    tokens: int | Sequence[int] | Literal["all"] = -1,
+    tokens: Indices = -1,
     sublayers: str | Sequence[str] | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
@@ -175,11 +175,11 @@ def analyze_many(
 ) -> ManyAnalyses:
     """Measure a model on many prompts, for intervals over prompts and tokens.
 
-    A prompt that cannot be measured leaves its error in the result and a warning; the others are kept.
+    A prompt that cannot be measured gives a warning and an error in the result; the others are kept.
 
     Args:
-        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
-        prompts: prompts as in ``trace``, of any lengths; or a mapping of names to prompts.
+        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is not changed.
+        prompts: prompts as in ``trace``, of any lengths; or a mapping from names to prompts.
         k: as in ``depth_coupling``.
         tokens: the positions measured in each prompt: one, several, or ``"all"``.
         sublayers: as in ``depth_coupling``.
@@ -189,12 +189,12 @@ def analyze_many(
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        baseline: a model measured the same way, such as ``tlc.random_baseline(model)``.
+        baseline: a model to measure in the same call, such as ``tlc.random_baseline(model)``.
         progress: show a progress bar over prompts.
 
     Raises:
         ArgumentError: no prompts, or a single string.
-        EveryPromptFailedError: none of them could be measured; the first one's error is its cause.
+        EveryPromptFailedError: no prompt could be measured; the first one's error is its cause.
 
     Warns:
         UserWarning: a prompt could not be measured.
@@ -204,7 +204,7 @@ def analyze_many(
         >>> many.interval("excess"), many.baseline.interval("excess")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    named = named_prompts(prompts)
+    named, tokens = named_prompts(prompts), as_plain(tokens)
     settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []
@@ -219,7 +219,7 @@ def analyze_many(
             engines[str(name)] = measured.provenance.engine
             last = traced, measured
             errors.append(None)
-        except Exception as error:  # of whatever kind: what is measured already is worth more than this prompt
+        except Exception as error:  # of any type: one bad prompt must not lose the others
             first = first or error
             errors.append(f"{type(error).__name__}: {error}")
             warnings.warn(f"prompt {name!r} could not be measured: {errors[-1]}", stacklevel=2)
@@ -243,7 +243,7 @@ def analyze_many(
     provenance = Provenance(
         model_name=traced.model_name,
         weight_processing=traced.weight_processing,
-        settings={**measured.provenance.settings, "tokens": tokens if isinstance(tokens, (int, str)) else list(tokens)},
+        settings={**measured.provenance.settings, "tokens": tokens},
         engine=engines_of_prompts(engines),
         seconds=time.perf_counter() - started,
     )
@@ -266,7 +266,7 @@ def analyze_many(
 
 
 def _row(traced: Trace, measured: DepthCoupling) -> dict[str, Any]:
-    """What is kept of one prompt, token by token."""
+    """Return one prompt's numbers, token by token."""
     straight, grown, positions = linearity(traced), growth(traced), list(measured.positions)
     return {
         "coupling": measured.mean().movedim(1, 0),

@@ -1,4 +1,4 @@
-"""The few numbers that stand for an analysis: for the terminal, the head of the page and the table of a sweep."""
+"""Summary numbers of an analysis for the terminal, the report page and a sweep's table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class CouplingRow:
         sublayer: ``block``, ``attn`` or ``mlp``.
         k: number of singular vectors compared.
         coupling: c_K.
-        null: what independent random bases would give.
-        null_std: standard deviation of that for a single pair.
+        null: the coupling expected for independent random bases.
+        null_std: its standard deviation for a single pair.
         excess: coupling minus null.
-        overlap_u: overlap of the spaces that two layers write.
-        overlap_v: overlap of the spaces that two layers read.
+        overlap_u: overlap of the subspaces that two layers write to.
+        overlap_v: overlap of the subspaces that two layers read from.
         overlap_null: the overlap of random subspaces, K / d_model.
     """
 
@@ -43,7 +43,7 @@ class CouplingRow:
 
 @dataclass(frozen=True)
 class LinearityRow:
-    """The line-shape scores of one path, over tokens; ``random`` is sqrt(n), that of n independent random steps."""
+    """The line-shape scores of one path over tokens; ``random`` is sqrt(n), the score of n independent random steps."""
 
     path: str
     steps: int
@@ -55,7 +55,7 @@ class LinearityRow:
 
 @dataclass(frozen=True)
 class GrowthSummary:
-    """Growth over tokens: rates and slopes are per layer, and the two shares add up to the rate.
+    """Growth over tokens: rates and slopes are per layer, and the two shares sum to the rate.
 
     The shares are None unless blocks are sequential.
     """
@@ -69,7 +69,7 @@ class GrowthSummary:
 
 
 def coupling_rows(coupling: DepthCoupling) -> list[CouplingRow]:
-    """One row per sublayer and K, all sublayers of the first K before the second."""
+    """Return one row per sublayer and K, all sublayers of the first K before those of the second."""
     means = {
         name: off_diagonal_mean(getattr(coupling, name)).double().nanmean(1)
         for name in ("values", "null", "null_std", "excess", "overlap_u", "overlap_v")
@@ -87,7 +87,7 @@ def coupling_rows(coupling: DepthCoupling) -> list[CouplingRow]:
 
 
 def linearity_rows(linearity: Linearity) -> list[LinearityRow]:
-    """One row per path."""
+    """Return one row per path."""
     rows = []
     for path, steps, scores in zip(linearity.paths, linearity.steps, linearity.lss, strict=True):
         finite = scores[scores.isfinite()]
@@ -97,7 +97,7 @@ def linearity_rows(linearity: Linearity) -> list[LinearityRow]:
 
 
 def growth_summary(growth: Growth) -> GrowthSummary:
-    """Median or mean over tokens, leaving out those for which a number is not defined."""
+    """Return medians or means over tokens; NaN values are ignored."""
     attn, mlp = growth.attn_share, growth.mlp_share
     return GrowthSummary(
         median_expodistance=growth.expodistance.nanquantile(0.5).item(),
@@ -110,10 +110,10 @@ def growth_summary(growth: Growth) -> GrowthSummary:
 
 
 def by_straightness(scores: Float[Tensor, " pos"]) -> list[int]:
-    """Positions from the straightest token to the least straight one, without those whose score is NaN."""
+    """Return positions from the straightest token to the least straight, without those whose score is NaN."""
     return [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos])]
 
 
 def d_model_of(coupling: DepthCoupling) -> int:
-    """The width that the null of the overlap was computed for."""
+    """Return the width for which the null of the overlap was computed."""
     return round(coupling.ks[0] / coupling.overlap_null[0].item())

@@ -46,8 +46,8 @@ def correlate(
 ) -> None:
     """Correlate measurements with scores: intervals, and partial correlations at a fixed null, width or size.
 
-    Without a table, the 28 published points are used. Their coupling correlates with the score at R^2 = 0.80. The
-    function 1 - 1/sqrt(0.1 d_model) of width alone explains 93 % of the coupling's variance.
+    Without a table, the 28 published points are used: coupling correlates with the score at R^2 = 0.80.
+    The function 1 - 1/sqrt(0.1 d_model) of width alone explains 93 % of the coupling's variance.
     """
     with errors_as_one_line():
         from tlcoupling.results.base import check_writable
@@ -91,13 +91,13 @@ def summary(result: Correlations) -> list[str]:
         of = result.of(name)
         if name.startswith("coupling") and not math.isnan(of["by_null"]):
             lines.append(
-                f"{name} goes with the score at R² = {of['r_squared']:.2f}. Its null explains {of['by_null']:.0%} of "
-                f"its variance over these models; width in any form explains {of['by_width']:.0%}. With the null held "
-                f"fixed, the partial correlation is {of['partial given null']:+.2f} "
-                f"(p = {_p(of['partial_p given null'])})."
+                f"{name} correlates with the score at R² = {of['r_squared']:.2f}. Its null explains "
+                f"{of['by_null']:.0%} of its variance over these models; width in any form explains "
+                f"{of['by_width']:.0%}. With the null held fixed, the partial correlation is "
+                f"{of['partial given null']:+.2f} (p = {_p(of['partial_p given null'])})."
             )
         if name.startswith("excess"):
-            lines.append(f"{name}, coupling above its null, goes with the score at R² = {of['r_squared']:.2f}.")
+            lines.append(f"{name}, coupling above its null, correlates with the score at R² = {of['r_squared']:.2f}.")
     return lines
 
 

@@ -57,7 +57,7 @@ def sweep(
         typer.Option(help="With --executor slurm: folder for its logs.", show_default="'slurm' in the store"),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Then write all results of the store to this parquet file.")
+        Path | None, typer.Option(help="After the sweep, write all results of the store to this parquet file.")
     ] = None,
 ) -> None:
     """Measure the cells of a plan that its store lacks. Run it again to continue. Exit code 1 if cells are missing."""
@@ -111,7 +111,7 @@ def merge(
     stores: Annotated[list[Path], typer.Argument(help="Stores of sweep results.")],
     into: Annotated[Path, typer.Option(help="The store that receives all cells; created if missing.")],
     table: Annotated[
-        Path | None, typer.Option(help="Then write all results of that store to this parquet file.")
+        Path | None, typer.Option(help="After merging, write all results of that store to this parquet file.")
     ] = None,
 ) -> None:
     """Join the stores of several machines. Two results of the same cell must agree up to rounding."""

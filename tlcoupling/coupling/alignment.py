@@ -1,4 +1,4 @@
-"""Heads: which of them serve a block's top directions."""
+"""Head alignment: which heads serve a block's top directions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
+from tlcoupling.arguments import Indices, KSpec, check_index, check_sublayer, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import projector_moments
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
@@ -28,13 +29,13 @@ class HeadAlignment(Result):
     """Which heads write along a block's top directions, and read along them.
 
     Attributes:
-        writes: ||U_K^T J_h||_F^2 / ||J_h||_F^2, the share of what a head writes that lies along the block's top K left
-            singular vectors, from 0 to 1. ``[layer, k, head]``.
-        reads: ||J_h V_K||_F^2 / ||J_h||_F^2, the same of what it reads. Same axes.
+        writes: ||U_K^T J_h||_F^2 / ||J_h||_F^2, the share of a head's write along the block's top K left singular
+            vectors, from 0 to 1. ``[layer, k, head]``.
+        reads: ||J_h V_K||_F^2 / ||J_h||_F^2, the share of its read along the top K right ones. Same axes.
         null: the expectation of both for random directions, K / d_model. ``[k]``.
         null_std: the standard deviation of both for Haar-random directions. ``[layer, k, head]``.
         frobenius: ||J_h||_F. ``[layer, head]``.
-        of: whose top directions, ``"block"``, ``"attn"`` or ``"mlp"``.
+        of: the module whose top directions are used, ``"block"``, ``"attn"`` or ``"mlp"``.
         position: the token's position.
         token: its text.
         ks: number of directions.
@@ -70,12 +71,12 @@ class HeadAlignment(Result):
 
     @property
     def z_writes(self) -> Float[Tensor, "layer k head"]:
-        """``writes`` above its null, in standard deviations; heads of one block share its directions."""
+        """Return ``writes`` minus its null, in standard deviations. Heads of one block are not independent."""
         return (self.writes - self.null[:, None]) / self.null_std
 
     @property
     def z_reads(self) -> Float[Tensor, "layer k head"]:
-        """``reads`` above its null, in standard deviations; heads of one block share its directions."""
+        """Return ``reads`` minus its null, in standard deviations. Heads of one block are not independent."""
         return (self.reads - self.null[:, None]) / self.null_std
 
     def _coords(self) -> dict[str, Sequence[Any]]:
@@ -89,49 +90,49 @@ def head_alignment(
     *,
     of: str = "block",
     token: int = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
 ) -> HeadAlignment:
-    r"""Which heads write along the top left singular vectors of a block, and read along its top right ones.
+    r"""Measure which heads write along a block's top left singular vectors, and read along its top right ones.
 
-    writes = ||U_K^T J_h||_F^2 / ||J_h||_F^2 and reads = ||J_h V_K||_F^2 / ||J_h||_F^2, with U_K, V_K of the Jacobian of
-    the block (or of one of its sublayers) and J_h that of head h's share of a^l, all at one token. Random directions
-    give K / d on average, whatever J_h is; the variance is exact for Haar-random ones (``projector_moments``). A head
-    is part of its block, so that even in a random model a head which is much of the block writes along its directions.
+    writes = ||U_K^T J_h||_F^2 / ||J_h||_F^2 and reads = ||J_h V_K||_F^2 / ||J_h||_F^2. U_K and V_K belong to the
+    Jacobian of the block (or of one of its sublayers), J_h to head h's share of a^l, all at one token. Random
+    directions give K / d on average for any J_h, with an exact variance (``projector_moments``). A head is part of its
+    block, so a head with a large share of the block aligns with it even in a random model.
 
     Args:
         trace: a trace of the model.
-        k: how many directions, as in ``depth_coupling``.
-        of: whose directions: ``"block"``, ``"attn"`` or ``"mlp"``.
+        k: number of directions, as in ``depth_coupling``.
+        of: the module whose directions are used: ``"block"``, ``"attn"`` or ``"mlp"``.
         token: a position.
         layers: block indices; by default all.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
 
     Raises:
-        ArgumentError: an argument out of range (K above the rank of the block's Jacobian, a token that is not there).
+        ArgumentError: an argument out of range (K above the rank of the block's Jacobian, an unknown token).
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
-        >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # of the heads of layer 3 # doctest: +SKIP
+        >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # heads of layer 3 # doctest: +SKIP
     """
     started = time.perf_counter()
-    check_sublayers(trace, (of,), "of")
-    options = Options.resolve(trace, k, "frobenius", "uv", True, engine, solver)
+    check_sublayer("of", of, trace.sublayers)
+    options = Options.resolve(trace.d_model, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = [Group.of([Place(layer, pos, pos)]) for layer in chosen]
     schedule = make_schedule(
         Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, (of,), groups, options)
     )
-    jacobians = JacobianEngine(trace, engine, (pos,))
+    jacobians, cfg = JacobianEngine(trace, engine, (pos,)), trace.model.cfg
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
         top = decompose(jacobians, schedule, of, Place(layer, pos, pos)).triplets
         heads = [
-            _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, _d_head(trace))
-            for head in range(trace.model.cfg.n_heads)
+            _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, cfg.d_head)
+            for head in range(cfg.n_heads)
         ]
         for name, values in fields.items():
             values.append(torch.stack([head[name] for head in heads], dim=-1).cpu())
@@ -155,10 +156,6 @@ def head_alignment(
     )
 
 
-def _d_head(trace: Trace) -> int:
-    return int(trace.model.cfg.d_head)
-
-
 def _aligned(
     jacobian: Float[Tensor, "d d"],
     u: Float[Tensor, "d rank"],
@@ -166,10 +163,10 @@ def _aligned(
     ks: Sequence[int],
     d_head: int,
 ) -> dict[str, Tensor]:
-    """One head's numbers by field name, ``[k]`` each but for its norm.
+    """Return one head's numbers by field name: ``[k]`` each, except the scalar norm.
 
-    With X = J J^T / ||J||_F^2 the share along a random projector P is tr(X P), of variance a + 2 b tr X^2 - (K / d)^2;
-    tr X^2 comes from a d_head x d_head matrix, since a head writes into d_head directions at most.
+    With X = J J^T / ||J||_F^2, the share along a random projector P is tr(X P), of variance a + 2 b tr X^2 - (K / d)^2.
+    A head writes into at most d_head directions, so a d_head x d_head matrix gives tr X^2.
     """
     width, squared = len(jacobian), jacobian.square().sum()
     generator = torch.Generator().manual_seed(3)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName
@@ -20,7 +21,7 @@ class DepthCoupling(OrderedCoupling, group=("sublayer", "pos"), member="layer"):
     """Coupling of the Jacobians of all pairs of layers, at one or more tokens.
 
     ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are
-    ``[sublayer, pos, k, layer, basis_layer]``; see ``Coupling`` for what they are.
+    ``[sublayer, pos, k, layer, basis_layer]``. ``Coupling`` explains them.
 
     Attributes:
         positions: the tokens' positions.
@@ -45,7 +46,7 @@ def depth_coupling(
     *,
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -53,40 +54,40 @@ def depth_coupling(
     solver: SolverName = "auto",
     progress: bool = False,
 ) -> DepthCoupling:
-    r"""How far the top singular vectors of a token's Jacobians agree across layers.
+    r"""Measure how far the top singular vectors of a token's Jacobians agree across layers.
 
-    c_K(J1, J2) = 1 - || abs(U2^T J1 V2) - S1 ||_F / norm(S1) for all ordered pairs of layers, with the null that
-    independent random bases would give. Source: arXiv 2407.07810, section 3.
+    c_K(J1, J2) = 1 - || abs(U2^T J1 V2) - S1 ||_F / norm(S1) for all ordered pairs of layers, with the null of
+    independent random bases. Source: arXiv 2407.07810, section 3.
 
     Args:
         trace: a trace of the model.
-        k: how many singular vectors to compare: an int, a fraction of d_model (0 < k < 1), or several of these.
+        k: number of singular vectors to compare: an int, a fraction of d_model (0 < k < 1), or several of these.
         sublayers: ``"block"``, ``"attn"``, ``"mlp"``, or several; by default all that the model has.
         tokens: a position, several, or ``"all"``.
         layers: block indices; by default all.
-        normalizer: ``"frobenius"`` divides by ||S1||_F, ``"trace"`` by the sum of S1. The trace normaliser moves with
-            width alone: read it against its null.
-        bases: ``"uv"`` as above; ``"vu"`` swaps U2 and V2: what one block writes, another reads.
+        normalizer: ``"frobenius"`` divides by ||S1||_F, ``"trace"`` by the sum of S1. The trace version also changes
+            with the width, so compare it with its null.
+        bases: ``"uv"`` as above. ``"vu"`` swaps U2 and V2: does one block read what another writes?
         absolute: True as in the authors' code, False as in the paper's formula.
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
         solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
         progress: show a progress bar.
 
     Returns:
-        ``DepthCoupling``, all its matrices on the CPU.
+        ``DepthCoupling``, all its tensors on the CPU.
 
     Raises:
-        ArgumentError: an argument out of range (K above the rank of a Jacobian, a token or layer that is not there).
+        ArgumentError: an argument out of range (K above the rank of a Jacobian, an unknown token or layer).
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
         >>> coupling = tlc.depth_coupling(trace, k=10)  # doctest: +SKIP
         >>> coupling.mean("excess")  # doctest: +SKIP
     """
-    names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    names = resolve_sublayers(sublayers, trace.sublayers)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     return measure(
         DepthCoupling,
         trace,
@@ -102,5 +103,5 @@ def depth_coupling(
 
 
 def depth_groups(layers: Sequence[int], positions: Sequence[int]) -> list[Group]:
-    """What is compared: at each position, the Jacobians of all layers."""
+    """Return the groups to compare: at each position, the Jacobians of all layers."""
     return [Group.of([Place(layer, pos, pos) for layer in layers]) for pos in positions]

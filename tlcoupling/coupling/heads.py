@@ -1,4 +1,4 @@
-"""Heads: how far their Jacobians agree with each other."""
+"""Head coupling: how far the Jacobians of a layer's heads agree with each other."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcoupling.coupling.arguments import KSpec, Options, resolve_indices
+from tlcoupling.arguments import Indices, KSpec, check_index, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import Coupling, measure
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, check_index
+from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
 
@@ -19,8 +20,8 @@ from tlcoupling.linalg.svd import SolverName
 class HeadCoupling(Coupling, group=("layer",), member="head"):
     """Coupling of the Jacobians of all pairs of a layer's heads, at one token.
 
-    ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are ``[layer, k, head, basis_head]``; see
-    ``Coupling`` for what they are.
+    ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are ``[layer, k, head, basis_head]``.
+    ``Coupling`` explains them.
 
     Attributes:
         position: the token's position.
@@ -45,7 +46,7 @@ def head_coupling(
     k: KSpec = 10,
     *,
     token: int = -1,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -53,13 +54,14 @@ def head_coupling(
     solver: SolverName = "auto",
     progress: bool = False,
 ) -> HeadCoupling:
-    """How far the top singular vectors of a layer's heads agree, by the Jacobian of each head's share of a^l.
+    """Measure how far the top singular vectors of a layer's heads agree, from the Jacobian of each head's share of a^l.
 
-    A share is taken before a post-norm, as in ``residual_jacobian``; without one they sum to the attention's Jacobian.
+    A head's share is its write before a post-norm, as in ``residual_jacobian``. Without a post-norm the heads'
+    Jacobians sum to the attention's.
 
     Args:
         trace: a trace of the model.
-        k: as in ``depth_coupling``; at most the width of a head, which is the largest rank that its Jacobian can have.
+        k: as in ``depth_coupling``; at most the width of a head, which bounds the rank of its Jacobian.
         token: a position.
         layers: block indices; by default all.
         normalizer: as in ``depth_coupling``.
@@ -70,15 +72,15 @@ def head_coupling(
         progress: show a progress bar.
 
     Raises:
-        ArgumentError: an argument out of range (K above the rank of a head's Jacobian, a token that is not there).
+        ArgumentError: an argument out of range (K above the rank of a head's Jacobian, an unknown token).
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
         >>> tlc.head_coupling(trace, k=10).mean("excess")  # doctest: +SKIP
     """
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     heads = range(trace.model.cfg.n_heads)
     return measure(
         HeadCoupling,

@@ -1,6 +1,6 @@
 r"""A differentiable coupling, for use as a training regulariser.
 
-The coupling of ``metric``, with Jacobians that keep their graph and singular triplets that carry their derivative.
+It is the coupling of ``metric``, on Jacobians that keep their graph and with differentiable singular triplets.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
+from tlcoupling.arguments import Indices, check_index, check_name, check_sublayer, resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.forward.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
-from tlcoupling.jacobian.engine import check_index
 from tlcoupling.precision import full_precision
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]
 
-_MIN_GAP = 100  # between squared singular values, in units of rounding: nearer ones have no usable derivative
+_MIN_GAP = 100  # least gap of squared singular values, in rounding errors; below it the derivative is noise
 
 
 @full_precision()
@@ -35,34 +34,35 @@ def coupling_loss(
     tokens: Any,
     k: int | float = 10,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     sublayer: Sublayer = "block",
     token: int = -1,
     quantity: Quantity = "values",
     normalizer: Normalizer = "frobenius",
     absolute: bool = True,
 ) -> Float[Tensor, ""]:
-    r"""How far the layers' Jacobians are from coupling, differentiable with respect to the model's parameters.
+    r"""Return 1 - coupling of the layers' Jacobians, differentiable with respect to the model's parameters.
 
-    With c the mean coupling over ordered pairs of different layers (``depth_coupling(...).mean()``), 1 - c; with
-    ``quantity="excess"``, c_null - c, whose value for random weights is about 0 at every width and K. Minimising either
-    couples the layers; a negative weight uncouples them. Add it to the loss of the task:
+    c is the mean coupling over ordered pairs of different layers (``depth_coupling(...).mean()``). With
+    ``quantity="excess"`` the loss is c_null - c, about 0 for random weights at every width and K. Minimising it couples
+    the layers; a negative weight uncouples them. Add it to the task loss:
 
         (task_loss + 0.1 * tlc.coupling_loss(model, tokens, layers=[4, 5, 6])).backward()
 
-    The derivative goes through the Jacobians (second derivatives of the model), through the stream that they are taken
-    at, and through the singular vectors: for triplet i, du_i = sum_j u_j (s_i dP_ji + s_j dP_ij) / (s_i^2 - s_j^2) and
-    likewise dv_i, P = U^T J V. The loss does not change with the signs of pairs (u, v), so nothing else is needed;
-    where one of the top k singular values meets another value the vectors turn freely, there is no derivative, and this
-    is an error. It is a first derivative: derivatives of the gradient are not those of the loss. Cost: d_model backward
-    passes per layer with their graph kept; a few layers and a short prompt are meant. The loss is taken at the highest
-    precision of float32 products, its backward pass at the one that is set when it is run.
+    The derivative passes through the Jacobians (second derivatives of the model), the residual stream and the singular
+    vectors. With P = U^T J V, du_i = sum_j u_j (s_i dP_ji + s_j dP_ij) / (s_i^2 - s_j^2), and likewise dv_i. The loss
+    does not depend on the signs of pairs (u, v), so no other term is needed. If one of the top k singular values
+    coincides with another value, the derivative does not exist: an error is raised. Only first derivatives are correct:
+    do not differentiate the gradient.
+
+    Cost: d_model backward passes per layer, with their graph kept. Use a few layers and a short prompt. The forward
+    pass runs at the highest float32 precision, the backward pass at the precision set when it runs.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` in float32 or float64, in eval mode, or in training mode
-            without dropout. Hooks that are attached act.
+            without dropout. Attached hooks act.
         tokens: a prompt, as in ``trace``.
-        k: how many singular vectors to compare, or a fraction of d_model.
+        k: number of singular vectors to compare, or a fraction of d_model.
         layers: at least two block indices; by default all.
         sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
         token: the position.
@@ -78,17 +78,15 @@ def coupling_loss(
     require_supported(model, in_training=True)
     dtype = next(model.blocks.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
-        raise UnsupportedModelError(f"the weights are {dtype}: singular vectors have no usable derivative in it")
+        raise UnsupportedModelError(
+            f"the weights are {dtype}, too coarse for derivatives of singular vectors; allowed: float32, float64"
+        )
     ids = to_tokens(model, tokens, None)
     topology = topology_of_model(model)
-    for argument, value, allowed in (
-        ("sublayer", sublayer, sublayers_of(topology)),
-        ("quantity", quantity, get_args(Quantity)),
-        ("normalizer", normalizer, get_args(Normalizer)),
-    ):
-        if value not in allowed:
-            raise ArgumentError(argument, value, f"one of {', '.join(allowed)}")
-    chosen = resolve_indices("layers", "all" if layers is None else layers, len(model.blocks))
+    check_sublayer("sublayer", sublayer, sublayers_of(topology))
+    check_name("quantity", quantity, get_args(Quantity))
+    check_name("normalizer", normalizer, get_args(Normalizer))
+    chosen = resolve_indices("layers", layers, len(model.blocks))
     if len(chosen) < 2:
         raise ArgumentError("layers", layers, "at least two layers to compare")
     pos = check_index("token", token, ids.shape[1])
@@ -99,29 +97,29 @@ def coupling_loss(
         _require_repeatable(model, ids)
     jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]
-    home = jacobians[0].device  # of the loss; a device map may have the layers on others, and products stay there
+    home = jacobians[0].device  # device of the loss; a device map may have put other layers elsewhere
     u, s, v = (torch.stack([part.to(home) for part in each]) for each in zip(*parts, strict=True))
     projected = torch.stack(  # [layer, basis_layer, K, K]
         [(u.mT.to(jacobian.device) @ jacobian @ v.to(jacobian.device)).to(home) for jacobian in jacobians]
     )
-    found = coupling(projected, s[:, None], normalizer, absolute)
+    values = coupling(projected, s[:, None], normalizer, absolute)
     if quantity == "values":
-        return 1 - off_diagonal_mean(found)
+        return 1 - off_diagonal_mean(values)
     frobenius = torch.stack([jacobian.norm().to(home) for jacobian in jacobians])
     null = null_coupling(s, frobenius, model.cfg.d_model, normalizer, absolute)
-    return off_diagonal_mean(null[:, None] - found)
+    return off_diagonal_mean(null[:, None] - values)
 
 
 def differentiable_triplets(
     jacobian: Float[Tensor, "d d"], k: int
 ) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Float[Tensor, "d k"]]:
-    r"""The top k singular triplets with their first derivative, which needs the gaps of the top k values alone.
+    r"""Return the top k singular triplets, differentiable; only the gaps of the top k values matter.
 
-    The derivative of ``torch.linalg.svd`` divides by all gaps, also those among the values that are cut off, which a
-    Jacobian of low rank has exactly zero.
+    The derivative of ``torch.linalg.svd`` divides by all gaps. Those among the discarded values are exactly zero for a
+    Jacobian of low rank.
 
     Raises:
-        DegenerateSpectrumError: one of the top k values meets the next one, or zero.
+        DegenerateSpectrumError: one of the top k values coincides with the next one, or is zero.
     """
     with torch.no_grad():
         u, s, vh = torch.linalg.svd(jacobian)
@@ -137,7 +135,7 @@ def differentiable_triplets(
         gaps = square[:k] - square[:, None]
         weights = torch.where(torch.eye(len(s), k, dtype=torch.bool, device=s.device), 0.0, 1 / gaps)
         eye = torch.eye(len(s), k, dtype=s.dtype, device=s.device)
-    products = u.mT @ jacobian @ vh.mT  # P; its value is diag(s), only its derivative counts below
+    products = u.mT @ jacobian @ vh.mT  # P; its value is diag(s), and below only its derivative matters
     moved = products - products.detach()
     down, across = moved[:, :k], moved[:k].mT
     left = (s[:k] * down + s[:, None] * across) * weights
@@ -148,7 +146,7 @@ def differentiable_triplets(
 def _jacobians(
     model: Any, ids: Tensor, layers: Sequence[int], reads: str, writes: str, pos: int
 ) -> list[Float[Tensor, "d d"]]:
-    """Jacobians of one position with their graph, from one forward pass: each is a derivative within that pass."""
+    """Return the Jacobians at one position with their graph, all from one forward pass."""
     points, last = model.hook_dict, block_hook(max(layers), "hook_resid_post")
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
@@ -182,25 +180,25 @@ def _jacobians(
 
 
 def _require_repeatable(model: Any, ids: Tensor) -> None:
-    """Refuse a model in training mode that gives another stream each time."""
+    """Raise an error if two passes in training mode give different residual streams."""
     last = model.hook_dict[block_hook(len(model.blocks) - 1, "hook_resid_post")]
-    seen: list[Tensor] = []
-    with torch.no_grad(), attached([(last, lambda tensor: seen.append(tensor.clone()))]):
+    streams: list[Tensor] = []
+    with torch.no_grad(), attached([(last, lambda tensor: streams.append(tensor.clone()))]):
         for _ in range(2):
             model(ids, return_type=None)
-    if relative_gap(*seen).max() > IDENTITY_TOLERANCE[seen[0].dtype]:
+    if relative_gap(*streams).max() > IDENTITY_TOLERANCE[streams[0].dtype]:
         raise UnsupportedModelError(
-            "the model is in training mode and two runs give different streams, as dropout does: every pass is another "
-            "function then, with another Jacobian. Set its dropout to 0, or call model.eval() around this loss"
+            "the model is in training mode and two runs give different streams, as dropout does: each pass is another "
+            "function with another Jacobian. Set its dropout to 0, or call model.eval() around this loss"
         )
 
 
 def _dense(output: Float[Tensor, " d"], leaf: Float[Tensor, "1 pos d"], pos: int) -> Float[Tensor, "d d"]:
-    """D output / d leaf at one position, with its graph."""
+    """Return d output / d leaf at one position, with its graph."""
     eye = torch.eye(len(output), dtype=output.dtype, device=output.device)
     options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
     try:
         (rows,) = torch.autograd.grad(output, leaf, eye, is_grads_batched=True, **options)
         return rows[:, 0, pos]
-    except RuntimeError:  # a module whose backward has no batching rule
+    except RuntimeError:  # a module's backward has no batching rule
         return torch.stack([torch.autograd.grad(output, leaf, row, **options)[0][0, pos] for row in eye])

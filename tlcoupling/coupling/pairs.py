@@ -16,9 +16,9 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Place, visits
 from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers

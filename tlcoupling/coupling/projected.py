@@ -1,4 +1,4 @@
-"""One layer's Jacobian in another's bases: the matrices that coupling reduces to a number."""
+"""Projected Jacobians: one layer's Jacobian in another's bases, the matrices that coupling reduces to a number."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_one_k, resolve_sublayers
+from tlcoupling.arguments import Indices, check_index, resolve_indices, resolve_one_k, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.metric import Bases, coupling, null_coupling
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
@@ -29,13 +30,13 @@ from tlcoupling.results.base import Result
 class ProjectedJacobians(Result):
     r"""U2^T J1 V2 of all ordered pairs of some layers, at one token.
 
-    Where the two layers are the same it is the diagonal matrix of the singular values. Two layers that share their top
-    singular vectors leave a diagonal too; unrelated bases leave entries that are nearly normal with standard deviation
-    ||J1||_F / d_model. Singular vectors are known up to the sign of a pair (u, v), so the sign of an entry off the
-    diagonal means nothing, while that of a diagonal entry does.
+    For a layer with itself this is the diagonal matrix of singular values. Layers with the same top singular vectors
+    give a diagonal matrix too. Unrelated bases give nearly normal entries of standard deviation ||J1||_F / d_model.
+    Singular vectors are defined up to the sign of a pair (u, v): signs off the diagonal mean nothing, signs on it do.
 
     Attributes:
-        values: U2^T J1 V2, ``[sublayer, layer, basis_layer, left, right]``: layer gives J1, basis_layer the bases.
+        values: U2^T J1 V2, ``[sublayer, layer, basis_layer, left, right]``. ``layer`` gives J1, ``basis_layer`` the
+            bases.
         singular_values: the top K of each J1, ``[sublayer, layer, rank]``.
         frobenius: ||J1||_F, ``[sublayer, layer]``.
         sublayers: ``block``, ``attn``, ``mlp``.
@@ -74,17 +75,17 @@ class ProjectedJacobians(Result):
 
     @property
     def coupling(self) -> Float[Tensor, "sublayer layer layer"]:
-        """c_K of each pair, as ``depth_coupling`` measures it by default: Frobenius normaliser, absolute values."""
+        """Return c_K of each pair with ``depth_coupling``'s defaults: Frobenius normaliser, absolute values."""
         return coupling(self.values, self.singular_values[:, :, None])
 
     @property
     def null(self) -> Float[Tensor, "sublayer layer"]:
-        """What independent random bases would give for that; it depends on J1 alone."""
+        """Return the coupling expected for independent random bases; it depends on J1 alone."""
         return null_coupling(self.singular_values, self.frobenius, self.d_model)
 
     @property
     def null_entry(self) -> Float[Tensor, "sublayer layer"]:
-        """The mean of one entry's absolute value under independent random bases, sqrt(2 / pi) ||J1||_F / d_model."""
+        """Return the expected |entry| under independent random bases, sqrt(2 / pi) ||J1||_F / d_model."""
         return math.sqrt(2 / math.pi) * self.frobenius / self.d_model
 
     def _coords(self) -> dict[str, Sequence[Any]]:
@@ -96,7 +97,7 @@ class ProjectedJacobians(Result):
 @full_precision()
 def projected_jacobians(
     trace: Trace,
-    layers: Sequence[int],
+    layers: Indices,
     k: int | float = 10,
     *,
     sublayers: str | Sequence[str] | None = None,
@@ -105,9 +106,9 @@ def projected_jacobians(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
 ) -> ProjectedJacobians:
-    r"""U2^T J1 V2 of all ordered pairs of some layers: what ``depth_coupling`` takes c_K of.
+    r"""Return U2^T J1 V2 of all ordered pairs of some layers, the matrices from which ``depth_coupling`` computes c_K.
 
-    Source: arXiv 2407.07810, section 3 (the matrices of its figures).
+    Source: arXiv 2407.07810, section 3 (the matrices in its figures).
 
     Args:
         trace: a trace of the model.
@@ -120,8 +121,8 @@ def projected_jacobians(
         solver: as in ``depth_coupling``.
 
     Raises:
-        ArgumentError: an argument out of range (K above the rank of a Jacobian, a token or layer that is not there).
-        InsufficientMemoryError: more memory is needed than is free; nothing was begun.
+        ArgumentError: an argument out of range (K above the rank of a Jacobian, an unknown token or layer).
+        InsufficientMemoryError: more memory is needed than is free. Raised before any work starts.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
@@ -129,8 +130,9 @@ def projected_jacobians(
         >>> tlc.viz.figures.projected_jacobians(projected)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, resolve_one_k("k", k, trace.d_model), "frobenius", bases, True, engine, solver)
+    names = resolve_sublayers(sublayers, trace.sublayers)
+    size = resolve_one_k("k", k, trace.d_model)
+    options = Options.resolve(trace.d_model, size, "frobenius", bases, True, engine, solver)
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.metric import off_diagonal_mean
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from tlcoupling.coupling.arguments import Options
 from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.method import PROBES, Method, cheapest
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.hooked import Topology

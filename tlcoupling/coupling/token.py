@@ -6,29 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcoupling.coupling.arguments import Indices, KSpec, Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, as_int, as_list, check_index, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.engine import EngineName, check_index
+from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class TokenCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
-    """Coupling of the Jacobians of all pairs of tokens, in each layer: on the axes of an attention pattern.
+    """Coupling of the Jacobians of all pairs of tokens, in each layer.
 
     ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are
-    ``[sublayer, layer, k, pos, basis_pos]``; see ``Coupling`` for what they are. Where the bases are another layer's,
-    equal positions are pairs too, but ``mean`` and ``profile`` leave them out all the same.
+    ``[sublayer, layer, k, pos, basis_pos]``. ``Coupling`` explains them. ``mean`` and ``profile`` leave out pairs of
+    equal positions, also if the bases come from another layer.
 
     Attributes:
         positions: the tokens' positions.
         tokens: their text.
         layers: the layers whose Jacobians are compared.
-        basis_layers: for each of them the layer that gives the bases.
+        basis_layers: for each of these layers, the layer that gives the bases.
     """
 
     positions: tuple[int, ...]
@@ -49,8 +50,8 @@ def token_coupling(
     *,
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = "all",
-    layers: Sequence[int] | None = None,
-    basis_layers: int | Sequence[int] | None = None,
+    layers: Indices | None = None,
+    basis_layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -58,14 +59,14 @@ def token_coupling(
     solver: SolverName = "auto",
     progress: bool = False,
 ) -> TokenCoupling:
-    r"""How far the top singular vectors of a layer's Jacobians agree across tokens.
+    r"""Measure how far the top singular vectors of a layer's Jacobians agree across tokens.
 
     c_K(J[l, t->t], J[l', t'->t']) for all ordered pairs of tokens t, t', by default with l' = l. Source:
     arXiv 2407.07810, section 3 ("token-wise").
 
-    The tokens of a layer share its weights, so their Jacobians agree in an untrained model too (an excess of about 0.6
-    at initialisation and width 96): ``null`` is that of unrelated bases, and what training adds shows against the same
-    measurement on a random model. Across layers (``basis_layers``) a random model has no excess.
+    The tokens of a layer share its weights, so their Jacobians agree even in an untrained model (excess about 0.6 at
+    initialisation and width 96). ``null`` is for unrelated bases: to see the effect of training, compare with a random
+    model. Across layers (``basis_layers``) a random model has no excess.
 
     Args:
         trace: a trace of the model.
@@ -73,7 +74,7 @@ def token_coupling(
         sublayers: ``"block"``, ``"attn"``, ``"mlp"``, or several; by default all that the model has.
         tokens: ``"all"``, a position or several.
         layers: block indices; by default all.
-        basis_layers: for each layer the one whose bases are taken, l', or one for all of them; by default itself.
+        basis_layers: the layer l' that gives the bases, one for each layer or one for all; by default l itself.
         normalizer: as in ``depth_coupling``.
         bases: as in ``depth_coupling``.
         absolute: as in ``depth_coupling``.
@@ -82,23 +83,23 @@ def token_coupling(
         progress: show a progress bar.
 
     Returns:
-        ``TokenCoupling``, all its matrices on the CPU.
+        ``TokenCoupling``, all its tensors on the CPU.
 
     Raises:
-        ArgumentError: an argument out of range (K above the rank of a Jacobian, a token or layer that is not there, a
-            number of ``basis_layers`` that is not that of the layers).
+        ArgumentError: an argument out of range (K above the rank of a Jacobian, an unknown token or layer, another
+            number of ``basis_layers`` than of layers).
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
         >>> coupling = tlc.token_coupling(trace, k=10)  # doctest: +SKIP
-        >>> coupling.z[0, 3, 0]  # of all pairs of tokens in the block of layer 3 # doctest: +SKIP
+        >>> coupling.z[0, 3, 0]  # all pairs of tokens, block of layer 3 # doctest: +SKIP
     """
-    names = resolve_sublayers(trace, sublayers)
-    options = Options.resolve(trace, k, normalizer, bases, absolute, engine, solver)
+    names = resolve_sublayers(sublayers, trace.sublayers)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
-    chosen = resolve_indices("layers", "all" if layers is None else layers, trace.n_layers)
+    chosen = resolve_indices("layers", layers, trace.n_layers)
     given = chosen if basis_layers is None else basis_layers
-    others = [given] * len(chosen) if isinstance(given, int) else list(given)
+    others = as_list(given) if as_int(given) is None else [given] * len(chosen)
     if len(others) != len(chosen):
         raise ArgumentError("basis_layers", basis_layers, f"one layer, or one for each of the {len(chosen)} layers")
     others = tuple(check_index("basis_layers", layer, trace.n_layers) for layer in others)
@@ -118,7 +119,7 @@ def token_coupling(
 
 
 def token_groups(layers: Sequence[int], basis_layers: Sequence[int], positions: Sequence[int]) -> list[Group]:
-    """What is compared: in each layer, the Jacobians of all positions, with the bases of another layer or the same."""
+    """Return the groups to compare: in each layer, all positions, with the bases of the same or another layer."""
     return [
         Group(*(tuple(Place(which, pos, pos) for pos in positions) for which in pair))
         for pair in zip(layers, basis_layers, strict=True)

@@ -1,5 +1,5 @@
-"""What the top singular directions say and do.
+"""What the top singular directions mean and cause.
 
-``readout`` reads them as tokens, ``intervention`` makes hooks that remove or keep them, and ``causal`` measures what
-removing them costs, beside random directions.
+``readout`` decodes them as tokens, ``intervention`` makes hooks that remove or keep them, and ``causal`` measures the
+effect of removing them on the loss, compared with random directions.
 """

@@ -1,4 +1,4 @@
-"""What coupled directions do: the change in next-token loss when they are taken out, against random ones."""
+"""The change in next-token loss when top singular directions are removed, compared with random ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import resolve_indices, resolve_one_k
+from tlcoupling.arguments import Indices, check_int, resolve_indices, resolve_one_k
 from tlcoupling.directions.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.hooked import model_name_of
@@ -27,19 +27,19 @@ _CELLS = ("prompt", "layer")
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CausalEffect(Result):
-    """The change in next-token loss when directions are taken out of one sublayer's write at a time.
+    """The change in next-token loss when directions are removed from one sublayer's write at a time.
 
     Attributes:
-        loss: mean next-token loss of each prompt as it is, in nats. ``[prompt]``.
-        effect: its change when the directions are taken out at every position that predicts a token.
+        loss: mean next-token loss of each prompt without intervention, in nats. ``[prompt]``.
+        effect: its change when the directions are removed at every position that predicts a token.
             ``[prompt, layer]``.
-        control: its change when random directions are, of the same number and with the same share of the write's norm
-            at each position. ``[prompt, layer, draw]``.
-        share: what the directions take of the write's norm, sqrt(sum_t ||Q^T a_t||^2 / sum_t ||a_t||^2), 0 to 1.
+        control: its change when random directions are removed: as many, with the same share of the write's norm at each
+            position. ``[prompt, layer, draw]``.
+        share: the directions' share of the write's norm, sqrt(sum_t ||Q^T a_t||^2 / sum_t ||a_t||^2), 0 to 1.
             ``[prompt, layer]``.
-        control_share: the same of the random directions. ``[prompt, layer, draw]``.
+        control_share: the random directions' share. ``[prompt, layer, draw]``.
         prompts: the prompts' names, or their numbers.
-        layers: the layers, each taken by itself.
+        layers: the layers; each is intervened on alone.
         sublayer: ``"attn"`` or ``"mlp"``.
         k: number of directions.
     """
@@ -79,17 +79,17 @@ class CausalEffect(Result):
 
     @property
     def control_mean(self) -> Float[Tensor, "prompt layer"]:
-        """Mean of the control over its draws."""
+        """Return the mean of the control over its draws."""
         return self.control.mean(-1)
 
     @property
     def control_std(self) -> Float[Tensor, "prompt layer"]:
-        """Standard deviation of the control over its draws; NaN for one draw."""
+        """Return the standard deviation of the control over its draws; NaN for one draw."""
         return self.control.std(-1) if self.control.shape[-1] > 1 else torch.full_like(self.effect, torch.nan)
 
     @property
     def excess(self) -> Float[Tensor, "prompt layer"]:
-        """Effect - control_mean: what the directions do beyond random ones of the same share."""
+        """Return effect - control_mean: the effect beyond that of random directions of the same share."""
         return self.effect - self.control_mean
 
 
@@ -99,29 +99,29 @@ def causal_effect(
     prompts: Mapping[str, Any] | Sequence[Any],
     directions: int | float | Float[Tensor, "d_model k"] = 10,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Indices | None = None,
     sublayer: Literal["attn", "mlp"] = "mlp",
     draws: int = 10,
     seed: int = 0,
     prepend_bos: bool | None = None,
     engine: EngineName = "auto",
 ) -> CausalEffect:
-    """Take directions out of a sublayer's write and see what the next-token loss does, against random directions.
+    """Measure the change in next-token loss when directions are removed from a sublayer's write.
 
-    In each layer by itself, at every position t that predicts a token: with a number K, the top K left singular vectors
-    of the sublayer's Jacobian from t to t, the directions that coupling compares (what the sublayer writes most in
-    answer to its input); with a tensor, the same directions everywhere. The control takes out, at each position, a
-    random subspace of as many dimensions with the same share of the write's norm there (``random_directions``), so that
-    both leave a write of the same length.
+    Each layer is intervened on alone, at every position t that predicts a token. If ``directions`` is a number K, the
+    top K left singular vectors of the sublayer's Jacobian from t to t are removed, the directions that coupling
+    compares. If it is a tensor, the same directions are removed everywhere. The control removes a random subspace of
+    the same dimension and the same share of the write's norm at each position (``random_directions``), so both leave a
+    write of the same length.
 
     Args:
-        model: as in ``trace``. It is left as it was.
-        prompts: prompts, or names and prompts; each of at least two tokens.
+        model: as in ``trace``. It is not changed.
+        prompts: prompts, or a mapping from names to prompts; each of at least two tokens.
         directions: K (an int, or a fraction of d_model), or directions ``[d_model, k]``.
         layers: block indices; by default all.
         sublayer: ``"attn"`` or ``"mlp"``.
         draws: number of random controls, at least 1.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         prepend_bos: as in ``trace``.
         engine: as in ``depth_coupling``.
 
@@ -131,12 +131,11 @@ def causal_effect(
         UnsupportedModelError, NonFiniteActivationError, ResidualIdentityError: see ``trace``.
 
     Example:
-        >>> found = tlc.causal_effect(model, ["The capital of France is Paris"], 10, layers=[5])  # doctest: +SKIP
-        >>> found.effect, found.control_mean, found.control_std  # doctest: +SKIP
+        >>> effect = tlc.causal_effect(model, ["The capital of France is Paris"], 10, layers=[5])  # doctest: +SKIP
+        >>> effect.excess, effect.control_std  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ArgumentError("draws", draws, "an int from 1")
+    draws = check_int("draws", draws, 1)
     named = named_prompts(prompts)
     generator = torch.Generator().manual_seed(seed)
     fields: dict[str, list[Any]] = {name: [] for name in ("loss", "effect", "control", "share", "control_share")}
@@ -145,10 +144,10 @@ def causal_effect(
     for name, prompt in named.items():
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
-            raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is of the next one")
+            raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
         if sublayer not in traced.sublayers or sublayer == "block":
             raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
-        chosen = resolve_indices("layers", "all" if layers is None else layers, traced.n_layers)
+        chosen = resolve_indices("layers", layers, traced.n_layers)
         given = (
             directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
         )
@@ -181,7 +180,7 @@ def causal_effect(
 
 
 class _Measured:
-    """The measurement on one prompt."""
+    """Measures one prompt."""
 
     def __init__(
         self,
@@ -200,7 +199,7 @@ class _Measured:
         self.loss = self._loss([])
 
     def _loss(self, hooks: list[Any]) -> Float[Tensor, ""]:
-        """Mean next-token loss, in nats."""
+        """Return the mean next-token loss, in nats."""
         model, tokens = self.traced.model, self.traced.tokens
         ids = tokens[None].to(next(model.parameters()).device)
         with torch.no_grad():
@@ -208,7 +207,7 @@ class _Measured:
         return torch.nn.functional.cross_entropy(logits.double().cpu(), tokens[1:])
 
     def layer(self, layer: int) -> dict[str, Tensor]:
-        """Effect, control and their shares in one layer."""
+        """Return effect, control and their shares in one layer."""
         writes = self.traced.attn_out if self.sublayer == "attn" else self.traced.mlp_out
         assert writes is not None
         activations = writes[layer, :-1]
@@ -235,7 +234,7 @@ class _Measured:
     def _without(
         self, layer: int, bases: Float[Tensor, "pos d k"], activations: Float[Tensor, "pos d"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The change in loss without the directions, and their share of the write's norm."""
+        """Return the change in loss without the directions, and their share of the write's norm."""
         site: Site = "attn_out" if self.sublayer == "attn" else "mlp_out"
         changed = self._loss([project_out(bases, layer, site, self.positions)]) - self.loss
         taken = (bases.mT @ activations[..., None]).norm() / activations.norm()

@@ -1,44 +1,45 @@
-r"""Interventions as hooks: directions taken out of a sublayer's write or of the stream, or nothing else kept.
+r"""Interventions as hooks: remove directions from a sublayer's write or the residual stream, or keep only them.
 
-The functions give ``(hook_name, function)`` pairs for ``fwd_hooks=`` of ``tlc.trace`` or ``model.run_with_hooks``.
-``random_directions`` is the control: a random subspace of the same dimension that takes the same share.
+The functions return ``(hook_name, function)`` pairs for ``fwd_hooks=`` of ``tlc.trace`` or ``model.run_with_hooks``.
+``random_directions`` is the control: a random subspace of the same dimension and the same share of the activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.arguments import as_list, check_int, check_name, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.hooked import block_hook
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
-Positions = int | Sequence[int] | None
+Positions = SupportsIndex | Iterable[SupportsIndex] | None
 Intervention = tuple[str, Callable[..., Tensor]]
 
 
 def project_out(
     directions: Float[Tensor, "*d"], layer: int, site: Site = "mlp_out", positions: Positions = None
 ) -> Intervention:
-    r"""A hook that takes directions out of an activation, a -> a - Q Q^T a.
+    r"""Return a hook that removes directions from an activation, a -> a - Q Q^T a.
 
     Args:
         directions: ``[d_model]``, ``[d_model, k]`` (columns span the subspace; they need not be orthonormal), or one
             subspace for each position, ``[pos, d_model, k]``.
         layer: block index.
-        site: where: ``"attn_out"`` or ``"mlp_out"``, a sublayer's write; ``"resid_pre"``, the stream.
-        positions: one, several, or None for all; negative ones count from the end of what the hook sees.
+        site: ``"attn_out"`` or ``"mlp_out"``, a sublayer's write; or ``"resid_pre"``, the residual stream.
+        positions: one, several, or None for all; negative ones count from the end of the hooked activation.
 
     Returns:
         ``(hook_name, function)``, an item of ``fwd_hooks=``.
 
     Raises:
         ArgumentError: directions that are linearly dependent, not finite or of another shape, an unknown site, a
-            negative layer; when it runs: another width, or a position that is not there.
+            negative layer. When the hook runs: another width, or an unknown position.
 
     Example:
         >>> u = tlc.truncated_svd(tlc.residual_jacobian(trace, 5, "mlp"), 10).u  # doctest: +SKIP
@@ -50,7 +51,7 @@ def project_out(
 def keep_only(
     directions: Float[Tensor, "*d"], layer: int, site: Site = "mlp_out", positions: Positions = None
 ) -> Intervention:
-    """A hook that keeps nothing of an activation but its part in some directions, a -> Q Q^T a.
+    """Return a hook that keeps only an activation's component along some directions, a -> Q Q^T a.
 
     Arguments, return value and errors are those of ``project_out``.
     """
@@ -62,18 +63,18 @@ def random_directions(
     activation: Float[Tensor, " d_model"],
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "d_model k"]:
-    r"""A random subspace that takes the same share of an activation's norm as given directions do: their control.
+    r"""Return a random subspace with the same share of an activation's norm as given directions: their control.
 
-    With Q an orthonormal basis of the directions and rho = ||Q^T a|| / ||a||, the subspace is spanned by
-    r_1 = rho a / ||a|| + sqrt(1 - rho^2) w, with w a uniformly random unit vector orthogonal to a, and k - 1 random
-    orthonormal vectors orthogonal to a and to w. So R^T a = (rho ||a||, 0, ..., 0) exactly, and the law is that of a
-    uniformly (Haar) random k-dimensional subspace, given its share of a: in any subspace the normalised projection of a
-    has the form of r_1, and the rest of the subspace is orthogonal to a.
+    Let Q be an orthonormal basis of the directions and rho = ||Q^T a|| / ||a||. The random subspace is spanned by
+    r_1 = rho a / ||a|| + sqrt(1 - rho^2) w, with w a uniformly random unit vector orthogonal to a, and by k - 1 random
+    orthonormal vectors orthogonal to a and w. So R^T a = (rho ||a||, 0, ..., 0) exactly. This is the distribution of a
+    Haar-random k-dimensional subspace, given its share of a: in any subspace, the normalised projection of a has the
+    form of r_1, and the rest of the subspace is orthogonal to a.
 
     Args:
-        directions: the directions to be matched.
-        activation: a, what the intervention acts on.
-        generator: of the random numbers; by default torch's own.
+        directions: the directions to match.
+        activation: a, the activation that the intervention changes.
+        generator: source of the random numbers; by default torch's global one.
 
     Returns:
         An orthonormal basis R, of the dtype and on the device of ``directions``.
@@ -86,7 +87,7 @@ def random_directions(
     width, k = basis.shape[-2:]
     if basis.ndim != 2 or activation.shape != (width,):
         shapes = f"{tuple(directions.shape)} and activation {tuple(activation.shape)}"
-        raise ArgumentError("directions", shapes, "[d_model, k] beside an activation [d_model]")
+        raise ArgumentError("directions", shapes, "[d_model, k] with an activation [d_model]")
     if k >= width:
         raise ArgumentError("directions", f"{k} of them", f"fewer than d_model = {width}")
     size = activation.norm()
@@ -95,7 +96,7 @@ def random_directions(
     along = activation.to(basis) / size.to(basis)
     share = (basis.mT @ along).norm().clamp(max=1.0)
     noise = torch.randn(width, k, generator=generator, dtype=torch.float64).to(basis)
-    # orthonormal columns behind a's own; with R's diagonal made positive they are uniformly distributed (Mezzadri 2007)
+    # orthonormal columns orthogonal to a; making R's diagonal positive makes them uniformly distributed (Mezzadri 2007)
     q, r = torch.linalg.qr(torch.cat([along[:, None], noise], dim=1))
     frame = (q * r.diagonal().sign())[:, 1:]
     first = share * along + (1 - share.square()).sqrt() * frame[:, 0]
@@ -103,10 +104,10 @@ def random_directions(
 
 
 def orthonormal(directions: Float[Tensor, "*d"]) -> Float[Tensor, "*batch d_model k"]:
-    """An orthonormal basis of what directions span, in float32 at least.
+    """Return an orthonormal basis of the span of directions, in float32 or float64.
 
     Raises:
-        ArgumentError: no directions, linearly dependent or not finite ones.
+        ArgumentError: no directions, or linearly dependent or non-finite ones.
     """
     columns = directions[:, None] if directions.ndim == 1 else directions
     if columns.ndim not in (2, 3) or not 1 <= columns.shape[-1] <= columns.shape[-2]:
@@ -125,29 +126,24 @@ def orthonormal(directions: Float[Tensor, "*d"]) -> Float[Tensor, "*batch d_mode
 def _intervention(
     directions: Tensor, layer: int, site: str, positions: Positions, combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Intervention:
-    if site not in get_args(Site):
-        raise ArgumentError("site", site, f"one of {', '.join(get_args(Site))}")
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise ArgumentError("layer", layer, "a block index, an int from 0")
+    check_name("site", site, get_args(Site))
+    layer = check_int("layer", layer, 0, note="the index of a block")
     basis, name = orthonormal(directions), block_hook(layer, f"hook_{site}")
-    chosen = None if positions is None else [positions] if isinstance(positions, int) else list(positions)
+    chosen = None if positions is None else as_list(positions)
 
     def act(activation: Tensor, hook: Any) -> Tensor:
         n_tokens, width = activation.shape[-2:]
         if basis.shape[-2] != width:
             raise ArgumentError("directions", tuple(directions.shape), f"directions of width {width}, that of {name}")
-        rows = list(range(n_tokens)) if chosen is None else chosen
-        for pos in rows:
-            if not -n_tokens <= pos < n_tokens:
-                raise ArgumentError("positions", pos, f"positions from {-n_tokens} to {n_tokens - 1}")
+        rows = resolve_indices("positions", chosen, n_tokens)
         if basis.ndim == 3 and len(basis) != len(rows):
             raise ArgumentError(
                 "directions", tuple(directions.shape), f"one subspace for each of {len(rows)} positions"
             )
         index = torch.tensor(rows, device=activation.device)
-        picked = activation.index_select(-2, index % n_tokens)
+        picked = activation.index_select(-2, index)
         q = basis.to(picked)
         part = (q @ (q.mT @ picked[..., None]))[..., 0]
-        return activation.index_copy(-2, index % n_tokens, combine(picked, part))
+        return activation.index_copy(-2, index, combine(picked, part))
 
     return name, act

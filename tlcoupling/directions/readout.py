@@ -1,9 +1,8 @@
-r"""What the directions of a layer mean: its top singular vectors as tokens.
+r"""The top singular vectors of a layer, decoded as tokens.
 
-J = U S V^T: the layer reads along v_i and writes along u_i, s_i times as much. What it writes is read as the model
-itself reads its last residual stream, through final norm, unembedding and logit soft-cap, linearised where the token
-stands: d logits / d x^L along u_i (a logit lens, nostalgebraist 2020, on a direction rather than a state). What it
-reads is compared with the embeddings of all tokens.
+J = U S V^T: the layer reads along v_i and writes along u_i, scaled by s_i. Writes are decoded through the model's final
+norm, unembedding and logit soft-cap, linearised at the token: d logits / d x^L along u_i. This is a logit lens
+(nostalgebraist 2020) on a direction rather than a state. Reads are compared with the embeddings of all tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.arguments import check_index, check_int, check_sublayer
+from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import require_same_product
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index, check_sublayers
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
@@ -43,22 +43,22 @@ _PLACES = ("side", "rank", "end", "place")
 class DirectionReadout(Result):
     r"""The tokens at both ends of a layer's top singular directions.
 
-    The sign of a singular vector is not its own: (u, v) and (-u, -v) are the same pair. Both ends are therefore given,
-    and they belong together: along the ``"+"`` end of what a pair reads, it writes along the ``"+"`` end.
+    (u, v) and (-u, -v) are the same singular pair, so both ends are given. They correspond: input along the ``"+"`` end
+    of a pair's reads produces output along the ``"+"`` end of its writes.
 
     Attributes:
-        scores: for ``"writes"``, the change of the token's logit per unit of movement of x^L along u (or -u); a shift
-            that all logits share changes no probability. For ``"reads"``, the cosine of v (or -v) with the token's
+        scores: for ``"writes"``, the change of the token's logit per unit of movement of x^L along u (or -u). A shift
+            shared by all logits changes no probability. For ``"reads"``, the cosine of v (or -v) with the token's
             embedding. Descending over places. ``[side, rank, end, place]``.
         ids: the tokens' ids. Same axes.
-        null: the mean score at each place of random directions instead, ``[side, place]``.
+        null: the mean score at each place for random directions, ``[side, place]``.
         singular_values: s_i, ``[rank]``.
-        left: U, what the layer writes, ``[d_model, rank]``.
-        right: V, what the layer reads, ``[d_model, rank]``.
+        left: U, the directions the layer writes along, ``[d_model, rank]``.
+        right: V, the directions the layer reads along, ``[d_model, rank]``.
         texts: the tokens as text, nested like ``scores``.
         layer: the layer.
         sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
-        position: the token whose Jacobian it is, and at which the logits are read.
+        position: the token whose Jacobian is decomposed and whose logits are used.
     """
 
     scores: Float[Tensor, "side rank end place"]
@@ -97,9 +97,9 @@ class DirectionReadout(Result):
         }
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per token: ``side``, ``rank``, ``end``, ``place``, ``id``, ``token``, ``score`` and ``null``.
+        """Return one row per token: ``side``, ``rank``, ``end``, ``place``, ``id``, ``token``, ``score`` and ``null``.
 
-        The vectors themselves are left out.
+        The singular vectors are left out.
         """
         import pandas as pd
 
@@ -124,21 +124,21 @@ def read_directions(
     top: int = 10,
     engine: EngineName = "auto",
 ) -> DirectionReadout:
-    """Read a layer's top singular vectors as tokens.
+    """Decode a layer's top singular vectors as tokens.
 
     Args:
         trace: a trace of the model.
         layer: block index.
         sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
-        pos: the token whose Jacobian is decomposed, and whose logits are read.
+        pos: the token whose Jacobian is decomposed and whose logits are used.
         k: number of singular pairs.
         top: number of tokens at each end.
         engine: as in ``residual_jacobian``.
 
     Raises:
         ArgumentError: an argument out of range.
-        HookError: a hook of the user's hides from autograd what it does.
-        UnsupportedModelError: embeddings that do not live in the residual stream.
+        HookError: a user hook hides its effect from autograd.
+        UnsupportedModelError: the embeddings are not in the residual stream's space.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
@@ -146,32 +146,31 @@ def read_directions(
     """
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    check_sublayers(trace, (sublayer,), "sublayer")
+    check_sublayer("sublayer", sublayer, trace.sublayers)
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= words:
-        raise ArgumentError("top", top, f"an int from 1 to {words}, the size of the vocabulary")
+    top = check_int("top", top, 1, words, "the size of the vocabulary")
     jacobians = JacobianEngine(trace, engine)
     pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(trace.d_model, RANDOM_DIRECTIONS, generator=generator, dtype=trace.resid.dtype)
     random = (random / random.norm(dim=0)).to(logits.device)
-    found, chance = [], []
+    tops, nulls = [], []
     for read, vectors in ((logits.mm, pairs.u), (embeddings.__matmul__, pairs.v)):
         along = read(vectors.to(random)).mT  # [rank, vocabulary]
-        found.append(torch.stack([along, -along], dim=1).topk(top))
-        chance.append(read(random).mT.topk(top).values.mean(0))
-    ids = torch.stack([side.indices for side in found]).cpu()
+        tops.append(torch.stack([along, -along], dim=1).topk(top))
+        nulls.append(read(random).mT.topk(top).values.mean(0))
+    ids = torch.stack([side.indices for side in tops]).cpu()
     return DirectionReadout(
         provenance=trace.provenance(
             settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
             seconds=time.perf_counter() - started,
             engine=jacobians.used,
         ),
-        scores=torch.stack([side.values for side in found]).cpu(),
+        scores=torch.stack([side.values for side in tops]).cpu(),
         ids=ids,
-        null=torch.stack(chance).cpu(),
+        null=torch.stack(nulls).cpu(),
         singular_values=pairs.s.cpu(),
         left=pairs.u.cpu(),
         right=pairs.v.cpu(),
@@ -183,23 +182,23 @@ def read_directions(
 
 
 def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
-    """D logits_pos / d x^L_pos through whatever the model has behind its last block, ``[vocabulary, d_model]``.
+    """Return d logits_pos / d x^L_pos through everything after the model's last block, ``[vocabulary, d_model]``.
 
-    The model's own forward pass is run, and x^L of the trace put in its place, so that final norm, unembedding and
-    soft-cap are the model's own, and hooks act: those that the trace keeps and those that are attached.
+    Runs the model's own forward pass with the trace's x^L substituted. So final norm, unembedding and soft-cap are the
+    model's own, and both the trace's hooks and attached hooks act.
 
     Raises:
-        ArgumentError: a hook that the trace keeps is on a point that the forward pass does not call.
-        HookError: a hook of the user's hides from autograd what it does.
-        StaleTraceError: the model gives another x^L now.
+        ArgumentError: a hook of the trace is on a point that the forward pass does not call.
+        HookError: a user hook hides its effect from autograd.
+        StaleTraceError: the model now gives another x^L.
 
     Warns:
-        UserWarning: a hook is not smooth there, so that what autograd says of it could not be checked.
+        UserWarning: a hook is not smooth at this point, so its derivative could not be checked.
     """
     leaf = trace.resid[-1][None].clone().requires_grad_()
     with trace.hooks_attached():
         logits = _logits(trace, pos, leaf)
-        # the weights alone give the logits a graph: ask for the path to the stream
+        # the logits have a graph through the weights in any case, so test for a path to the stream
         ones = torch.ones_like(logits)
         if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
             raise UnsupportedModelError(
@@ -214,24 +213,24 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
 
 
 def _logits(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
-    """The logits at a token with another stream behind the last block, in a graph from there on."""
+    """Return the logits at a token with another x^L, with a graph from there on."""
     model, last = trace.model, trace.n_layers - 1
 
     def swap(resid: Tensor) -> Tensor:
         trace.check_current("block", last, resid[0])
-        torch.set_grad_enabled(True)  # from here on; the blocks before need no graph
+        torch.set_grad_enabled(True)  # from here on; earlier blocks need no graph
         return last_stream.to(resid.device)
 
     tokens = trace.tokens[None].to(next(model.parameters()).device)
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())  # restores the mode that was
+        stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
         stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
         return model(tokens, return_type="logits")[0, pos]
 
 
 def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
-    """Hold the derivative of the logits against central differences along one random direction."""
+    """Check the derivative of the logits against central differences along one random direction."""
     probe = torch.randn(trace.d_model, generator=torch.Generator().manual_seed(0), dtype=jacobian.dtype)
     probe = (probe / probe.norm()).to(jacobian.device)
 
@@ -247,20 +246,20 @@ def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: F
 
 
 def _embeddings(trace: Trace) -> Float[Tensor, "vocabulary d_model"]:
-    """The tokens' embeddings, each of length 1."""
+    """Return the tokens' embeddings, each of length 1."""
     weight = getattr(trace.model, "W_E", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != trace.d_model:
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
         raise UnsupportedModelError(
             f"the model's embedding matrix (W_E: {shape}) does not write into the residual stream of width "
-            f"{trace.d_model}, so that what a layer reads cannot be compared with tokens"
+            f"{trace.d_model}, so a layer's reads cannot be compared with tokens"
         )
     weight = weight.detach().to(trace.resid)
     return weight / weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def _texts(model: Any, ids: Any) -> Any:
-    """Token ids as text, nested as they come; ids as text where there is no tokenizer."""
+    """Return nested token ids as text; the numbers themselves if there is no tokenizer."""
     if isinstance(ids, list):
         return tuple(_texts(model, item) for item in ids)
     tokenizer = getattr(model, "tokenizer", None)

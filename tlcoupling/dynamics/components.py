@@ -1,17 +1,17 @@
-"""Principal components of token trajectories: the plane or space that holds most of their movement."""
+"""Principal components of token trajectories."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.arguments import resolve_indices
+from tlcoupling.arguments import Indices, check_int, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.stream import stream_of
 from tlcoupling.precision import full_precision
@@ -23,16 +23,16 @@ from tlcoupling.trajectory.linearity import provenance_of, tokens_of
 class TrajectoryComponents(Result):
     """Token trajectories in their principal components.
 
-    All residual streams x^l_t of the chosen tokens are one cloud of points, centred on their mean.
+    The residual streams x^l_t of all chosen tokens form one point cloud, centred on its mean.
 
     Attributes:
-        coordinates: of each point along each component, ``[depth, pos, component]``, depth 0 .. L.
-        components: orthonormal directions in the residual stream, ``[d_model, component]``. A direction and its
-            opposite serve alike; the one whose largest entry is positive is given.
-        explained: the share of the cloud's variance that each component holds, descending, ``[component]``.
+        coordinates: each point along each component, ``[depth, pos, component]``, depth 0 .. L.
+        components: orthonormal directions in the residual stream, ``[d_model, component]``; the sign makes the largest
+            entry positive.
+        explained: each component's share of the cloud's variance, descending, ``[component]``.
         center: the mean of all points, ``[d_model]``.
         positions: the tokens' positions.
-        tokens: their text; positions where the source knows no text.
+        tokens: their text; positions if the source has no text.
     """
 
     coordinates: Float[Tensor, "depth token component"]
@@ -64,13 +64,11 @@ class TrajectoryComponents(Result):
 
 
 @full_precision()
-def trajectory_components(
-    source: Any, n: int = 2, *, tokens: int | Sequence[int] | Literal["all"] = "all"
-) -> TrajectoryComponents:
-    """The principal components of token trajectories, by an exact singular value decomposition.
+def trajectory_components(source: Any, n: int = 2, *, tokens: Indices = "all") -> TrajectoryComponents:
+    """Compute the principal components of token trajectories, by an exact singular value decomposition.
 
-    The first token of a prompt often has a residual stream many times longer than all others, and takes the first
-    component for itself: name the tokens to leave it out.
+    The first token of a prompt often has a far longer residual stream than all others and dominates the first
+    component. To leave it out, name the tokens.
 
     Args:
         source: a ``Trace``, or an ``ActivationCache`` (or a dictionary of hook names to activations) of one prompt.
@@ -78,7 +76,7 @@ def trajectory_components(
         tokens: a position, several, or ``"all"``.
 
     Raises:
-        ArgumentError: ``n`` out of range, a token that is not there, or points that all coincide.
+        ArgumentError: ``n`` out of range, an unknown token, or points that all coincide.
         MissingHookError, NonFiniteActivationError, ResidualIdentityError: the cache cannot be used; see
             ``Trace.from_cache``.
 
@@ -91,11 +89,10 @@ def trajectory_components(
     points = stream.resid[:, list(positions)]
     cloud = points.flatten(0, 1)
     most = min(cloud.shape)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-        raise ArgumentError("n", n, f"an int from 1 to {most}, the smaller of the number of points and d_model")
+    n = check_int("n", n, 1, most, "the smaller of the number of points and d_model")
     center = cloud.mean(0)
     _, s, vh = torch.linalg.svd(cloud - center, full_matrices=False)
-    if not s[0] > 10 * torch.finfo(s.dtype).eps * cloud.norm():  # what rounding of the mean leaves
+    if not s[0] > 10 * torch.finfo(s.dtype).eps * cloud.norm():  # rounding of the mean alone
         raise ArgumentError("source", repr(source), "a trajectory that moves: all its points coincide")
     components = vh[:n].mT
     largest = components.gather(0, components.abs().argmax(0, keepdim=True))

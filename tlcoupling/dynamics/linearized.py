@@ -1,14 +1,13 @@
-r"""The linearised system x <- (I + J^l) x along a trajectory, against the real one.
+r"""The linearised system x <- (I + J^l) x along a trajectory, compared with the real model.
 
-A perturbation of one token's residual stream x^l_t is carried to x^L in two ways: by the residual Jacobians of the
+A perturbation of one token's residual stream x^l_t is carried to x^L twice: by the residual Jacobians of the
 unperturbed trajectory, and by running the model's own blocks on the perturbed stream.
 
-What the tokens have to do with it: attention is causal, so a perturbation at token t leaves earlier tokens alone, and
-what token t itself becomes depends on nothing but its own perturbation. At that token the product of the same-token
-factors (I + J[l, t->t]) is therefore the whole first-order answer. What it leaves out is the later tokens, which read
-token t; ``tokens="all"`` carries those too, by derivatives of whole blocks.
+Attention is causal, so a perturbation at token t does not change earlier tokens. Token t itself depends on no later
+token, so the product of same-token factors (I + J[l, t->t]) is its exact first-order response. Later tokens respond
+too, because they read token t; ``tokens="all"`` carries them as well, by derivatives of whole blocks.
 
-Source of the view: Li and Papyan, "Residual Alignment", NeurIPS 2023, arXiv 2401.09018; arXiv 2407.07810, section 3.
+Source: Li and Papyan, "Residual Alignment", NeurIPS 2023, arXiv 2401.09018; arXiv 2407.07810, section 3.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.arguments import check_index, check_name
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
-from tlcoupling.jacobian.engine import EngineName, JacobianEngine, check_index
+from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
@@ -36,19 +36,19 @@ Tokens = Literal["same", "all"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LinearizationGap(Result):
-    r"""How far the linearised system holds, by the size of a perturbation and by depth.
+    r"""The error of the linearised system, by perturbation size and by depth.
 
-    With delta^l the change of the residual stream in the real model and lin^l what the linearised system says:
+    delta^l is the change of the residual stream in the real model, lin^l that in the linearised system.
 
     Attributes:
-        gap: ||delta^l - lin^l|| / ||delta^l||: 0 where the linearisation is exact; for small perturbations it is
-            proportional to their size. ``[size, depth]``.
-        cosine: cos(delta^l, lin^l): whether at least the direction holds. ``[size, depth]``.
+        gap: ||delta^l - lin^l|| / ||delta^l||: 0 if the linearisation is exact, proportional to the size for small
+            perturbations. ``[size, depth]``.
+        cosine: cos(delta^l, lin^l), the agreement in direction alone. ``[size, depth]``.
         real_norm: ||delta^l||. ``[size, depth]``.
         linear_norm: ||lin^l||. ``[size, depth]``.
-        rounding: the order of magnitude of what rounding alone puts into ``gap``: the dtype's precision times
-            ||x^l|| / ||delta^l||. A gap of this size says nothing. ``[size, depth]``.
-        sizes: ||delta|| / ||x|| at the perturbed token, where it enters.
+        rounding: order of magnitude of the gap from rounding alone: the dtype's precision times ||x^l|| / ||delta^l||.
+            A gap of this size means nothing. ``[size, depth]``.
+        sizes: ||delta|| / ||x|| at the perturbed token and layer.
         depths: indices of the residual stream, from the perturbed layer's input to L.
         position: the perturbed token.
         tokens: ``"same"``: norms are over the perturbed token alone; ``"all"``: over it and all later tokens.
@@ -74,7 +74,7 @@ class LinearizationGap(Result):
         return f"LinearizationGap(layer {self.depths[0]}, token {self.position}: gap at the end by size: {ends})"
 
     def reach(self, allowed: float = 0.1) -> Float[Tensor, " depth"]:
-        """The largest measured size up to which the gap stays within ``allowed``, by depth; NaN where none does."""
+        """Return the largest size up to which the gap stays within ``allowed``, by depth; NaN if none does."""
         order = sorted(range(len(self.sizes)), key=lambda index: self.sizes[index])
         holds = (self.gap[order] <= allowed).long().cumprod(0).sum(0)
         sizes = self.gap.new_tensor([float("nan"), *(self.sizes[index] for index in order)])
@@ -95,18 +95,18 @@ def linearized(
 ) -> Float[Tensor, "depth pos d_model"]:
     r"""Carry a perturbation of x^layer at one token through the linearised system to x^L.
 
-    - ``tokens="same"``: lin^{l+1} = (I + J[l, t->t]) lin^l, the perturbed token alone: exact to first order there,
+    - ``tokens="same"``: lin^{l+1} = (I + J[l, t->t]) lin^l, at the perturbed token alone. Exact to first order there,
       because attention is causal.
     - ``tokens="all"``: lin^{l+1}_s = lin^l_s + sum_{r <= s} J[l, r->s] lin^l_r, for the perturbed token and all later
-      ones: exact to first order everywhere. One run of each block and two backward passes through it.
+      ones. Exact to first order everywhere. Takes one run of each block and two backward passes through it.
 
     Args:
         trace: a trace of the model.
         perturbation: the change of x^layer at token ``pos``.
         layer: the block whose input is perturbed.
         pos: the token, t.
-        tokens: which tokens are followed.
-        engine: as in ``residual_jacobian``, for ``tokens="same"``; ``"all"`` always takes autograd.
+        tokens: ``"same"`` or ``"all"``.
+        engine: as in ``residual_jacobian``, for ``tokens="same"``; ``"all"`` always uses autograd.
 
     Returns:
         The perturbation at the inputs of blocks layer .. L - 1 and at x^L, for token t (``"same"``) or tokens t and
@@ -114,20 +114,15 @@ def linearized(
 
     Raises:
         ArgumentError: an argument out of range.
-        HookError: a hook of the user's hides from autograd what it does.
+        HookError: a user hook hides its effect from autograd.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    _check_tokens(tokens)
+    check_name("tokens", tokens, get_args(Tokens))
     if tuple(perturbation.shape) != (trace.d_model,):
         raise ArgumentError("perturbation", tuple(perturbation.shape), f"a vector of d_model = {trace.d_model} numbers")
     jacobians = JacobianEngine(trace, engine)
     return _linearized(trace, perturbation.to(trace.resid), layer, pos, tokens, jacobians)
-
-
-def _check_tokens(tokens: str) -> None:
-    if tokens not in get_args(Tokens):
-        raise ArgumentError("tokens", tokens, f"one of {', '.join(get_args(Tokens))}")
 
 
 @full_precision()
@@ -172,24 +167,24 @@ def linearization_gap(
         layer: the block whose input is perturbed.
         pos: the token.
         sizes: the perturbation's norms, as shares of ||x^layer|| at the token.
-        tokens: ``"same"``: the perturbed token alone; ``"all"``: it and all later ones. See ``linearized``.
+        tokens: ``"same"``: the perturbed token alone; ``"all"``: also all later ones. See ``linearized``.
         engine: as in ``linearized``.
-        seed: of the random direction.
+        seed: seed of the random direction.
 
     Raises:
         ArgumentError: an argument out of range; a direction of length zero; a size that is not above zero.
-        HookError: a hook of the user's hides from autograd what it does.
+        HookError: a user hook hides its effect from autograd.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Warns:
-        UserWarning: the real model does not change at all: gap and cosine are NaN there.
+        UserWarning: the real model does not change at all; gap and cosine are then NaN.
 
     Example:
         >>> tlc.linearization_gap(trace, layer=5).reach(0.1)  # doctest: +SKIP
     """
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    _check_tokens(tokens)
+    check_name("tokens", tokens, get_args(Tokens))
     sizes = tuple(float(size) for size in sizes)
     if not sizes or not all(0 < size < float("inf") for size in sizes):
         raise ArgumentError("sizes", sizes, "one or more numbers above 0")
@@ -213,8 +208,8 @@ def linearization_gap(
     fields = {name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]}
     if (fields["real_norm"] == 0).any():
         warnings.warn(
-            "the perturbation does not change the real model at some size and depth, so the linearisation has nothing "
-            "to be compared with: gap and cosine are NaN there",
+            "the perturbation does not change the real model at some size and depth, so there is nothing to compare "
+            "the linearisation with: gap and cosine are NaN there",
             stacklevel=2,
         )
     settings = {"layer": layer, "pos": pos, "sizes": list(sizes), "tokens": tokens, "engine": engine, "seed": seed}
@@ -232,7 +227,7 @@ def linearization_gap(
 
 @full_precision()
 def _real(trace: Trace, stream: Float[Tensor, "pos d_model"], layer: int) -> Float[Tensor, "depth pos d_model"]:
-    """The residual streams x^layer .. x^L that the model's own blocks make of a stream at ``layer``."""
+    """Return the residual streams x^layer .. x^L that the model's own blocks compute from a stream at ``layer``."""
     streams = [stream]
     with torch.no_grad():
         for index in range(layer, trace.n_layers):
@@ -246,7 +241,7 @@ def _compare(
     linear: Float[Tensor, "depth pos d_model"],
     base: Float[Tensor, "depth pos d_model"],
 ) -> dict[str, Float[Tensor, " depth"]]:
-    """The fields of one size."""
+    """Return the fields of ``LinearizationGap`` for one size."""
     real, linear, base = real.flatten(1), linear.flatten(1), base.flatten(1)
     real_norm, linear_norm = real.norm(dim=1), linear.norm(dim=1)
     changed = real_norm.where(real_norm > 0, torch.nan)

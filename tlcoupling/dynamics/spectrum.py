@@ -27,17 +27,17 @@ _FITS = ("sublayer", "pos", "rank")
 class SingularValueProfile(Result):
     r"""How top singular values change with depth, and the law s_k(l) = 1 / (intercept + slope l).
 
-    What is fitted: for each sublayer, token and rank k, an ordinary least-squares line to 1 / s_k(l) on the layer index
-    l = 0 .. L - 1 of the layers measured. Written as s_k(l) = a / (l + b), a = 1 / slope and b = intercept / slope.
-    Residual Alignment has this law with slope 1: where a token's representation moves along a line in equal steps
-    (RA1) and all Jacobians share its direction (RA2), block l multiplies the distance from the line's origin by
-    1 + s(l) = (l + 1 + b) / (l + b). A slope below 0 says that singular values grow with depth, the opposite.
+    For each sublayer, token and rank k, a least-squares line is fitted to 1 / s_k(l) over the measured layer indices l.
+    Equivalently s_k(l) = a / (l + b) with a = 1 / slope and b = intercept / slope. Residual Alignment predicts slope 1:
+    if a representation moves along a line in equal steps (RA1) and all Jacobians share its direction (RA2), block l
+    multiplies the distance from the line's origin by 1 + s(l) = (l + 1 + b) / (l + b). A negative slope means that
+    singular values grow with depth.
 
     Attributes:
         singular_values: s_k(l), ``[sublayer, pos, layer, rank]``.
-        slope: of 1 / s on l, ``[sublayer, pos, rank]``.
-        intercept: 1 / s that the line gives at l = 0, ``[sublayer, pos, rank]``.
-        r_squared: the share of the variance of 1 / s over layers that the line explains, from 0 to 1,
+        slope: slope of 1 / s over l, ``[sublayer, pos, rank]``.
+        intercept: the line's 1 / s at l = 0, ``[sublayer, pos, rank]``.
+        r_squared: share of the variance of 1 / s over layers that the line explains, from 0 to 1,
             ``[sublayer, pos, rank]``.
         sublayers: as in ``DepthCoupling``.
         positions: as in ``DepthCoupling``.
@@ -72,7 +72,7 @@ class SingularValueProfile(Result):
 
     @property
     def fitted(self) -> Float[Tensor, "sublayer token layer rank"]:
-        """1 / (intercept + slope l), what the law gives for s; NaN where the line is not above 0."""
+        """Return the fitted s, 1 / (intercept + slope l); NaN if the line is not above 0."""
         depth = torch.tensor(self.layers, dtype=self.slope.dtype)[:, None]
         inverse = self.intercept[:, :, None] + self.slope[:, :, None] * depth
         return 1 / inverse.where(inverse > 0, torch.nan)
@@ -90,10 +90,10 @@ def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
     """Fit the law s(l) = 1 / (intercept + slope l) to the singular values of a ``DepthCoupling``.
 
     Args:
-        coupling: its ``singular_values`` and ``layers`` are used.
+        coupling: the source of singular values and layers.
 
     Warns:
-        UserWarning: fewer than three layers: any line fits two points, so slope, intercept and R^2 are NaN.
+        UserWarning: fewer than three layers. Any line fits two points, so slope, intercept and R^2 are NaN.
 
     Example:
         >>> tlc.singular_value_profile(tlc.depth_coupling(trace, k=10)).r_squared[0, 0]  # doctest: +SKIP
@@ -104,7 +104,9 @@ def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
     line = fit_line(depth, 1 / values.movedim(2, 0))
     fields = {"slope": line.slope, "intercept": line.intercept, "r_squared": line.r_squared}
     if len(depth) < 3:
-        warnings.warn(f"a line through {len(depth)} layers is no fit: slope, intercept and R^2 are NaN", stacklevel=2)
+        warnings.warn(
+            f"a line through {len(depth)} layers is not a fit: slope, intercept and R^2 are NaN", stacklevel=2
+        )
         fields = {name: torch.full_like(value, torch.nan) for name, value in fields.items()}
     return SingularValueProfile(
         provenance=replace(coupling.provenance, seconds=time.perf_counter() - started),

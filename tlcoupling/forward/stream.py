@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,31 +26,6 @@ IDENTITY_TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 2e-2,
 }
-
-
-@runtime_checkable
-class Outline(Protocol):
-    """What is known of a trace before it is taken; a ``Trace`` is one."""
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks, L."""
-        ...
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        ...
-
-    @property
-    def topology(self) -> Topology:
-        """Of the blocks."""
-        ...
-
-    @property
-    def sublayers(self) -> tuple[str, ...]:
-        """What can be measured."""
-        ...
 
 
 def sublayers_of(topology: Topology) -> tuple[str, ...]:

@@ -29,8 +29,10 @@ from tlcoupling.forward.trace import Trace
 from tlcoupling.forward.weights import weight_of
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
+from tlcoupling.jacobian.parts import BlockMap, HeadMap
 from tlcoupling.jacobian.runs import Run, run_sublayer
-from tlcoupling.linalg.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, Projection, Shared, Sum, Zero
+from tlcoupling.linalg.maps import Diagonal, Identity, Projection, Shared, Zero
+from tlcoupling.linalg.operator import JacobianOperator, Sum
 
 _ATTN_POINTS = tuple(f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out"))
 _MLP_INPUTS = ("mlp.hook_pre", "mlp.hook_pre_linear")
@@ -67,9 +69,9 @@ class AnalyticLayer:
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._weights: dict[tuple[str, str], Tensor] = {}
         self._norms: dict[str, Norm | None] = {}
-        self._shared: dict[str, tuple[tuple[int, ...], LinearMap]] = {}
+        self._shared: dict[str, tuple[tuple[int, ...], JacobianOperator]] = {}
 
-    def sublayer(self, name: str, src: int, dest: int, head: int | None = None) -> LinearMap:
+    def sublayer(self, name: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """The Jacobian of ``block``, ``attn`` or ``mlp`` (or of one head's share of ``attn``).
 
         Raises:
@@ -90,13 +92,13 @@ class AnalyticLayer:
             return BlockMap(attn, self.sublayer("mlp", dest, dest), skip=src == dest)
         return attn + self.sublayer("mlp", src, dest) if src == dest else attn
 
-    def _share(self, name: str, place: tuple[int, ...], make: Callable[..., LinearMap]) -> LinearMap:
+    def _share(self, name: str, place: tuple[int, ...], make: Callable[..., JacobianOperator]) -> JacobianOperator:
         """A sublayer's map at a place, made once in a row: the block shares it, and so do all src of one dest."""
         if name not in self._shared or self._shared[name][0] != place:
             self._shared[name] = (place, Shared(make(*place)))
         return self._shared[name][1]
 
-    def _attn(self, src: int, dest: int, head: int | None = None) -> LinearMap:
+    def _attn(self, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """J_attn: post-norm, output projection, attention core, QK-norm, q, k and v projections, norm.
 
         A head's share of the write is taken before the post-norm, which mixes the heads.
@@ -124,7 +126,7 @@ class AnalyticLayer:
         written = self.attn_run.values.get("ln1_post")
         return whole if head is not None or written is None else self._norm("ln1_post", written, dest) @ whole
 
-    def _mlp(self, pos: int) -> LinearMap:
+    def _mlp(self, pos: int) -> JacobianOperator:
         """J_mlp: post-norm, output projection, activation, input projections, norm."""
         run, row = self.mlp_run(pos)
         if not self._mlp_slopes:
@@ -195,7 +197,7 @@ class AnalyticLayer:
             self._weights[part, name] = weight.detach().to(self.resid_pre)
         return self._weights[part, name]
 
-    def _norm(self, name: str, inputs: Float[Tensor, "row d_model"], row: int) -> LinearMap:
+    def _norm(self, name: str, inputs: Float[Tensor, "row d_model"], row: int) -> JacobianOperator:
         """The derivative of one of the block's norms at one of its inputs; the identity where there is none."""
         if name not in self._norms:
             module = getattr(self.block, name, None)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.jacobian.norms import Norm, Uncovered, close
+from tlcoupling.jacobian.parts import HeadMap
 from tlcoupling.jacobian.scores import Scores
-from tlcoupling.linalg.maps import HeadMap, LinearMap
+from tlcoupling.linalg.operator import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class HeadNorm:
         """The normed queries or keys."""
         return self.norm(x.flatten(-2)).view_as(x) if self.together else self.norm(x)
 
-    def derivative(self, pos: int) -> LinearMap:
+    def derivative(self, pos: int) -> JacobianOperator:
         """The Jacobian at one position, from all heads' coordinates to all heads' coordinates."""
         x = self.inputs[pos]
         if self.together:

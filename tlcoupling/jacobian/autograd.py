@@ -49,8 +49,6 @@ class GraphJacobian(JacobianOperator):
     backward pass, which needs no forward-mode rule of any module in between.
     """
 
-    concurrent = False
-
     def __init__(
         self,
         output: Float[Tensor, " m"],

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from tlcoupling.forward.hooked import Topology
 from tlcoupling.forward.weights import weight_of
 from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
-from tlcoupling.linalg.maps import BlockMap, Diagonal, HeadMap, Identity, LinearMap, NormMap, Projection, Sum
+from tlcoupling.jacobian.parts import BlockMap, HeadMap, NormMap
+from tlcoupling.linalg.maps import Diagonal, Identity, Projection
+from tlcoupling.linalg.operator import JacobianOperator, Sum
 
 _ATTN_WEIGHTS, _MLP_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O"), ("W_in", "W_out")
 
@@ -73,7 +75,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
         dense_bytes=float(size * cfg.d_model**2),
     )
 
-    def closed(made: LinearMap | None, widths: Iterable[int]) -> Cost:
+    def closed(made: JacobianOperator | None, widths: Iterable[int]) -> Cost:
         if made is None or engine == "autograd":
             return by_autograd
         widths = list(widths)
@@ -133,7 +135,7 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _norm_map(block: nn.Module, name: str, size: int) -> LinearMap:
+def _norm_map(block: nn.Module, name: str, size: int) -> JacobianOperator:
     """The derivative of a norm of the block; the identity where it has none."""
     module = getattr(block, name, None)
     if module is None or isinstance(module, nn.Identity):
@@ -149,7 +151,7 @@ def _head_map(heads: int, size: int, n_groups: int) -> HeadMap:
     return HeadMap(_empty(heads, size, size), torch.empty(heads, dtype=torch.long, device="meta"), n_groups)
 
 
-def _attn_map(block: Any, cfg: Any) -> LinearMap | None:
+def _attn_map(block: Any, cfg: Any) -> JacobianOperator | None:
     shapes = _shapes(block.attn, _ATTN_WEIGHTS)
     if shapes is None or any(len(shape) != 3 for shape in shapes.values()):
         return None
@@ -157,7 +159,7 @@ def _attn_map(block: Any, cfg: Any) -> LinearMap | None:
     groups = getattr(cfg, "n_key_value_heads", None) or shapes["W_K"][0]
     branches = []
     for n_groups, norm in ((groups, "k_norm"), (groups, None), (heads, "q_norm")):
-        branch: LinearMap = _head_map(heads, size, n_groups)
+        branch: JacobianOperator = _head_map(heads, size, n_groups)
         module = None if norm is None else getattr(block.attn, norm, None)
         if module is not None:
             together = n_groups > 1 and max((p.numel() for p in module.parameters()), default=0) == n_groups * size
@@ -167,7 +169,7 @@ def _attn_map(block: Any, cfg: Any) -> LinearMap | None:
     return _norm_map(block, "ln1_post", d) @ whole
 
 
-def _mlp_map(block: Any) -> LinearMap | None:
+def _mlp_map(block: Any) -> JacobianOperator | None:
     shapes = _shapes(block.mlp, _MLP_WEIGHTS)
     if shapes is None or any(len(shape) != 2 for shape in shapes.values()):
         return None

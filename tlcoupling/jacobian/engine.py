@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
+from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
-from tlcoupling.forward.stream import Outline
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
@@ -51,8 +51,7 @@ class JacobianEngine:
         Raises:
             ArgumentError: an unknown engine.
         """
-        if engine not in get_args(EngineName):
-            raise ArgumentError("engine", engine, f"one of {', '.join(get_args(EngineName))}")
+        check_name("engine", engine, get_args(EngineName))
         self.trace, self.engine = trace, engine
         self._dests = tuple(dests)
         self.hooked = trace.hooked_layers | trace.layers_hooked_now()
@@ -206,7 +205,7 @@ def residual_jacobian(
     """
     layer = check_index("layer", layer, trace.n_layers)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
-    check_sublayers(trace, (sublayer,), "sublayer")
+    check_sublayer("sublayer", sublayer, trace.sublayers)
     if src > dest:
         raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
     if head is not None:
@@ -214,34 +213,3 @@ def residual_jacobian(
             raise ArgumentError("head", head, "None unless sublayer='attn'")
         head = check_index("head", head, trace.model.cfg.n_heads)
     return JacobianEngine(trace, engine).operator(layer, sublayer, src, dest, head)
-
-
-def check_index(name: str, value: int, size: int) -> int:
-    """A Python index brought to 0 .. size - 1.
-
-    Raises:
-        ArgumentError: it is no int or out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not -size <= value < size:
-        raise ArgumentError(name, value, f"an int from {-size} to {size - 1}")
-    return value % size
-
-
-def check_sublayers(trace: Outline, sublayers: tuple[str, ...], argument: str = "sublayers") -> None:
-    """Check that the model has these sublayers.
-
-    Args:
-        trace: a trace, or what is known of it.
-        sublayers: their names.
-        argument: as the caller wrote it, for the error.
-
-    Raises:
-        ArgumentError: it has not, or there are none.
-    """
-    unknown = [name for name in sublayers if name not in trace.sublayers]
-    if unknown or not sublayers:
-        raise ArgumentError(
-            argument,
-            unknown[0] if unknown else sublayers,
-            f"{', '.join(trace.sublayers)} in this {trace.topology} model",
-        )

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.linalg.maps import NormMap
+from tlcoupling.jacobian.parts import NormMap
 
 # How far a block's own float32 values may lie from the formula that is to describe them, relative to the largest.
 _FIT = 1e-4

@@ -1,4 +1,4 @@
-"""The dense solver: the whole SVD of the matrix, cut to K."""
+"""The dense solver: a full SVD of the matrix, cut to K."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tlcoupling.linalg.triplets import Triplets, residuals
 
 
 def dense_svd(operator: JacobianOperator, k: int) -> Triplets:
-    """The top k triplets from ``torch.linalg.svd`` of the matrix."""
+    """Return the top k triplets from ``torch.linalg.svd`` of the matrix."""
     matrix = operator.dense()
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     u, s, v = u[:, :k], s[:k], vh[:k].mT

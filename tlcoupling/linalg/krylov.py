@@ -1,4 +1,4 @@
-"""The block Krylov solver: products with J and J^T only, of several operators at a time.
+"""The block Krylov solver: needs only products with J and J^T, and runs several operators at a time.
 
 Randomised block Lanczos bidiagonalisation with full reorthogonalisation (Golub and Kahan 1965; randomised start and
 block analysis: Musco and Musco, NeurIPS 2015, arXiv 1504.05477).
@@ -17,20 +17,20 @@ from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.stack import Stack
 from tlcoupling.linalg.triplets import Triplets, residuals
 
-OVERSAMPLING = 6  # columns of a block beyond k
+OVERSAMPLING = 6  # extra columns of a block beyond k
 FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
-FIRST_CHECK_OF_PRODUCTS = 3  # without matrices a step costs far more than a look, so that each is looked at
-USUAL_STEPS = 10  # for the top 10 triplets of a trained block; plans count on them and bases start with room for them
-DECAY = 5.0  # by which a step lowers the residual, at least as a rule; it tells when to look again
-ROUNDS = 4  # of orthogonalisation, at most: where products are inexact, no more of them help
+FIRST_CHECK_OF_PRODUCTS = 3  # matrix-free steps cost far more than a convergence check, so then every step is checked
+USUAL_STEPS = 10  # for a top-10 spectrum; storage for the bases starts at this size
+DECAY = 5.0  # usual reduction of the residual per step, at least; predicts when to check again
+ROUNDS = 4  # of orthogonalisation, at most: with inexact products more rounds do not help
 
 
 def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) -> list[Triplets]:
-    """The top k triplets of each, iterated until every residual is at most ``tolerance`` or the space is exhausted.
+    """Return the top k triplets of each operator.
 
-    All steps are taken together: those of one small matrix are too short to keep a core busy. The start is random with
-    a fixed seed, so that equal input gives equal output. A result's ``residual`` says how far it came; the caller
-    decides what to do with a triplet that has not converged.
+    Iterates until every residual is at most ``tolerance`` or the space is exhausted. Steps of all operators run
+    together, because one small matrix cannot keep a core busy. The random start has a fixed seed, so equal input gives
+    equal output. Triplets may not have converged: check their ``residual``.
 
     Args:
         operators: J, all of one shape [m, n], dtype and device.
@@ -53,10 +53,10 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
         jtu.append(pulled)
         last = u.count == rows or v.count == columns or step == MAX_STEPS
         if not last and step == check:
-            found = _ritz(u.all, v.all, jtu.all, k)
-            reached = max(float(one.residual.nan_to_num(0.0).max()) for one in found)  # NaN: J is zero
+            triplets = _ritz(u.all, v.all, jtu.all, k)
+            reached = max(float(one.residual.nan_to_num(0.0).max()) for one in triplets)  # NaN: J is zero
             if reached <= tolerance:
-                return found
+                return triplets
             due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
             check = step + (min(max(due, 1), LONGEST_WAIT) if stack.formed else 1)
         if not last or (u.count == rows and v.count < columns):
@@ -68,20 +68,20 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
 
 
 class Columns:
-    """Columns that grow in number, of each matrix of a stack, without a copy of those that are there already."""
+    """A growing set of columns for each matrix of a stack. Appending does not copy the existing ones."""
 
     def __init__(self, stack: int, size: int, expected: int, like: Tensor) -> None:
-        """Room for as many as are expected; more make more."""
+        """Reserve space for ``expected`` columns; it doubles when full."""
         self.count = 0
-        self._rows = like.new_empty(stack, min(expected, size), size)  # each column in one piece, as LAPACK has it
+        self._rows = like.new_empty(stack, min(expected, size), size)  # each column contiguous, as LAPACK wants it
 
     @property
     def all(self) -> Float[Tensor, "stack size count"]:
-        """Those that are there."""
+        """Return all columns."""
         return self._rows[:, : self.count].mT
 
     def append(self, block: Float[Tensor, "stack size w"]) -> None:
-        """Put a block beside them."""
+        """Append a block of columns."""
         end = self.count + block.shape[-1]
         if end > self._rows.shape[1]:
             self._rows = torch.cat([self._rows, torch.empty_like(self._rows)], dim=1)
@@ -92,23 +92,23 @@ class Columns:
 def _ritz(
     u: Float[Tensor, "stack m p"], v: Float[Tensor, "stack n q"], jtu: Float[Tensor, "stack n p"], k: int
 ) -> list[Triplets]:
-    """The best triplets within the spaces of U and V, from B = U^T J V."""
+    """Return the best triplets within the spans of U and V, from B = U^T J V."""
     inner = jtu.mT @ v
     left, s, right = torch.linalg.svd(inner)
     left, s, right = left[..., :k], s[..., :k], right[..., :k, :].mT
-    jv = u @ (inner @ right)  # J V lies in the space of U, by construction
+    jv = u @ (inner @ right)  # J V lies in the span of U, by construction
     top_u, top_v = u @ left, v @ right
-    # J V is as good as the vectors of U are orthonormal, so that what these miss is a residual too
+    # this form of J V is only as exact as U is orthonormal, so loss of orthonormality counts as residual
     skew = (top_u.mT @ top_u - torch.eye(top_u.shape[-1]).to(top_u)).norm(dim=-1)
     gaps = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew)
     return [Triplets(*one, "krylov") for one in zip(top_u, s, top_v, gaps, strict=True)]
 
 
 def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stack n b"]) -> Float[Tensor, "stack n w"]:
-    """An orthonormal basis of each block, orthogonal to what is there already.
+    """Return an orthonormal basis of each block, orthogonal to the existing basis.
 
-    Projecting twice is enough (Kahan), unless little of the block is left; then it is done again on the unit vectors,
-    or on random ones where nothing is left at all (J of low rank).
+    Projecting twice is enough (Kahan) unless little of the block is left. Then repeat on the unit vectors, or on random
+    ones if nothing is left (J of low rank).
     """
     for _ in range(2):
         block = _projected_out(block, basis)

@@ -1,33 +1,44 @@
-"""The interface of a Jacobian: a linear operator that is dense only on request."""
+"""Linear operators that are matrices only on request, and their products, sums and transposes."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.errors import ArgumentError
+
 
 class JacobianOperator(ABC):
     """A linear map J from R^n to R^m, ``shape = (m, n)``, known by its products.
+
+    A subclass sets ``shape``, ``dtype`` and ``device`` and defines ``mm`` and ``rmm``. ``A @ B``, ``A + B`` and ``A.T``
+    compose operators of any kind. Solvers choose between products and the matrix by the two costs: set them where the
+    defaults, those of a dense matrix, are wrong.
 
     Attributes:
         shape: ``(rows, columns)``: rows are output coordinates, columns input coordinates.
         dtype: dtype of its products, float32 or float64.
         device: where its products are computed.
-        product_flops: floating-point operations of one product with one vector, J x or J^T y.
-        dense_flops: floating-point operations of ``dense()``.
-        concurrent: whether several threads may take its products and those of others at once: not where they run the
-            modules of the model.
+        product_flops: floating-point operations of one product with one vector, J x or J^T y; 2 m n by default.
+        dense_flops: floating-point operations of ``dense()``; n products by default.
+
+    Example:
+        >>> J = tlc.residual_jacobian(trace, 13) @ tlc.residual_jacobian(trace, 12)  # doctest: +SKIP
+        >>> tlc.truncated_svd(J, 5)  # doctest: +SKIP
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    product_flops: float
-    dense_flops: float
-    concurrent: bool
+    product_flops: float = cached_property(lambda self: 2.0 * math.prod(self.shape))  # pyright: ignore[reportAssignmentType]
+    dense_flops: float = cached_property(lambda self: self.shape[1] * self.product_flops)  # pyright: ignore[reportAssignmentType]
+    _light = False  # one product costs O(n): a composition applies it to the matrix of its neighbour
 
     @abstractmethod
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
@@ -37,9 +48,9 @@ class JacobianOperator(ABC):
     def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """J^T Y."""
 
-    @abstractmethod
     def dense(self) -> Float[Tensor, "m n"]:
-        """The matrix itself."""
+        """Return the matrix, by default from products with the columns of the identity."""
+        return self.mm(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
 
     def mv(self, x: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
         """J x."""
@@ -49,6 +60,126 @@ class JacobianOperator(ABC):
         """J^T y."""
         return self.rmm(y[:, None])[:, 0]
 
+    def __matmul__(self, other: JacobianOperator) -> JacobianOperator:
+        """A @ B: first B, then A.
+
+        Raises:
+            ArgumentError: A has another number of columns than B has rows.
+        """
+        return Composition(self, other) if isinstance(other, JacobianOperator) else NotImplemented
+
+    def __add__(self, other: JacobianOperator) -> JacobianOperator:
+        """A + B.
+
+        Raises:
+            ArgumentError: the shapes differ.
+        """
+        return Sum([self, other]) if isinstance(other, JacobianOperator) else NotImplemented
+
+    @property
+    def T(self) -> JacobianOperator:
+        """J^T."""
+        return Transpose(self)
+
     def __repr__(self) -> str:
         """One line."""
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
+
+class Composition(JacobianOperator):
+    """A B: first B, then A."""
+
+    def __init__(self, left: JacobianOperator, right: JacobianOperator) -> None:
+        """Compose two operators.
+
+        Raises:
+            ArgumentError: A has another number of columns than B has rows.
+        """
+        if left.shape[1] != right.shape[0]:
+            raise ArgumentError("right", right, f"an operator of {left.shape[1]} rows, to follow by {left}")
+        self.shape, self.dtype, self.device = (left.shape[0], right.shape[1]), left.dtype, left.device
+        self.left, self.right = left, right
+        self._light = left._light and right._light
+        self.product_flops = left.product_flops + right.product_flops
+        if left._light:
+            self.dense_flops = right.dense_flops + left.product_flops * right.shape[1]
+        elif right._light:
+            self.dense_flops = left.dense_flops + right.product_flops * left.shape[0]
+        else:
+            product = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+            self.dense_flops = left.dense_flops + right.dense_flops + product
+
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """A (B X)."""
+        return self.left.mm(self.right.mm(x))
+
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """B^T (A^T Y)."""
+        return self.right.rmm(self.left.rmm(y))
+
+    def dense(self) -> Float[Tensor, "m n"]:
+        """Return the matrix A B; a light factor is applied to the matrix of the other."""
+        if self.left._light:
+            return self.left.mm(self.right.dense())
+        if self.right._light:
+            return self.right.rmm(self.left.dense().mT).mT
+        return self.left.dense() @ self.right.dense()
+
+
+class Sum(JacobianOperator):
+    """A + B + ..., all of one shape."""
+
+    def __init__(self, terms: Sequence[JacobianOperator]) -> None:
+        """Add operators.
+
+        Raises:
+            ArgumentError: the shapes differ.
+        """
+        first, *others = terms
+        for other in others:
+            if other.shape != first.shape:
+                raise ArgumentError("terms", other, f"operators of one shape, here {first.shape}")
+        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+        self.terms = tuple(terms)
+        self._light = all(term._light for term in terms)
+        self.product_flops = sum(term.product_flops for term in terms)
+        self.dense_flops = sum(term.dense_flops for term in terms) + first.shape[0] * first.shape[1]
+
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """A X + B X + ..."""
+        return sum((term.mm(x) for term in self.terms[1:]), self.terms[0].mm(x))
+
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """A^T Y + B^T Y + ..."""
+        return sum((term.rmm(y) for term in self.terms[1:]), self.terms[0].rmm(y))
+
+    def dense(self) -> Float[Tensor, "m n"]:
+        """A + B + ..."""
+        return sum((term.dense() for term in self.terms[1:]), self.terms[0].dense())
+
+
+class Transpose(JacobianOperator):
+    """A^T."""
+
+    def __init__(self, inner: JacobianOperator) -> None:
+        """Transpose an operator."""
+        self.shape, self.dtype, self.device = (inner.shape[1], inner.shape[0]), inner.dtype, inner.device
+        self.inner, self._light = inner, inner._light
+        self.product_flops, self.dense_flops = inner.product_flops, inner.dense_flops
+
+    @property
+    def T(self) -> JacobianOperator:
+        """A."""
+        return self.inner
+
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """A^T X."""
+        return self.inner.rmm(x)
+
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """A Y."""
+        return self.inner.mm(y)
+
+    def dense(self) -> Float[Tensor, "m n"]:
+        """A^T."""
+        return self.inner.dense().mT

@@ -1,4 +1,4 @@
-"""Operators of one shape whose products are taken together."""
+"""Batched products of several operators of one shape."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tlcoupling.linalg.operator import JacobianOperator
 
 
 class Stack:
-    """Operators of one shape, dtype and device; matrices are multiplied in one call.
+    """Operators of one shape, dtype and device. If all are matrices, one batched call multiplies them.
 
     Attributes:
-        formed: whether all are matrices.
+        formed: whether all operators are matrices.
     """
 
     def __init__(self, operators: Sequence[JacobianOperator]) -> None:
-        """Take one operator or more."""
+        """Stack one or more operators."""
         self.operators = operators
         self.shape, self.dtype, self.device = operators[0].shape, operators[0].dtype, operators[0].device
         weights = [one.weight for one in operators if isinstance(one, Projection)]
@@ -30,13 +30,13 @@ class Stack:
             self._matrices = torch.stack(weights) if len(weights) > 1 else weights[0][None]
 
     def mm(self, x: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack m k"]:
-        """J X of each."""
+        """Return J X of each operator."""
         if self._matrices is not None:
             return self._matrices @ x
         return torch.stack([one.mm(part) for one, part in zip(self.operators, x, strict=True)])
 
     def rmm(self, y: Float[Tensor, "stack m k"]) -> Float[Tensor, "stack n k"]:
-        """J^T Y of each."""
+        """Return J^T Y of each operator."""
         if self._matrices is not None:
-            return (y.mT @ self._matrices).mT  # the matrices as they lie in memory: half the time
+            return (y.mT @ self._matrices).mT  # uses the matrices' memory layout: half the time
         return torch.stack([one.rmm(part) for one, part in zip(self.operators, y, strict=True)])

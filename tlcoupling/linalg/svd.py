@@ -1,4 +1,4 @@
-"""The choice of solver."""
+"""Truncated SVD with a choice of solver."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from tlcoupling.arguments import check_int, check_name
 from tlcoupling.errors import ArgumentError
 from tlcoupling.linalg.dense import dense_svd
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
@@ -26,13 +27,13 @@ SVD_CALLS = 40.0  # module calls that take as long as the fixed cost of a Krylov
 def truncated_svd(
     operator: JacobianOperator, k: int, solver: SolverName = "auto", tolerance: float | None = None
 ) -> Triplets:
-    """The top k singular triplets of an operator.
+    """Return the top k singular triplets of an operator.
 
     Args:
         operator: J, of shape [m, n].
         k: number of triplets, from 1 to the rank of J.
-        solver: ``"dense"`` (the whole SVD of the matrix), ``"krylov"`` (products only), or ``"auto"``: the cheaper of
-            the two, and the dense one where Krylov does not reach the tolerance.
+        solver: ``"dense"`` (full SVD of the matrix), ``"krylov"`` (products only), or ``"auto"``: the cheaper one, and
+            dense if Krylov does not reach the tolerance.
         tolerance: largest residual that Krylov may leave, relative to s_1; by default 3e-5 in float32, 1e-10 in
             float64.
 
@@ -48,16 +49,14 @@ def truncated_svd(
 def truncated_svds(
     operators: Sequence[JacobianOperator], k: int, solver: SolverName = "auto", tolerance: float | None = None
 ) -> list[Triplets]:
-    """The top k singular triplets of each of several operators of one shape, as ``truncated_svd`` gives them.
+    """Return the top k singular triplets of several operators of one shape, as ``truncated_svd`` does for one.
 
-    Together they take less time than one by one.
+    One call for several operators is faster than one call each.
     """
     first = operators[0]
     size = min(first.shape)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
-        raise ArgumentError("k", k, f"an int from 1 to {size}, the size of the Jacobian")
-    if solver not in get_args(SolverName):
-        raise ArgumentError("solver", solver, f"one of {', '.join(get_args(SolverName))}")
+    k = check_int("k", k, 1, size, "the size of the Jacobian")
+    check_name("solver", solver, get_args(SolverName))
     if tolerance is None:
         tolerance = TOLERANCE[first.dtype]
     if not tolerance > 0:
@@ -65,24 +64,24 @@ def truncated_svds(
     if solver == "dense" or (
         solver == "auto" and all(dense_is_cheaper(size, k, one.product_flops, one.dense_flops) for one in operators)
     ):
-        found = [dense_svd(one, k) for one in operators]
+        results = [dense_svd(one, k) for one in operators]
     else:
-        found = krylov_svd(operators, k, tolerance)
+        results = krylov_svd(operators, k, tolerance)
         for index, one in enumerate(operators):
-            reached = float(found[index].residual.max())
+            reached = float(results[index].residual.max())
             if reached <= tolerance:
                 continue
             if solver == "auto":
-                found[index] = dense_svd(one, k)
+                results[index] = dense_svd(one, k)
             else:
                 warnings.warn(
-                    f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: a gap in the singular "
-                    "values is too small for it; solver='dense' is exact",
+                    f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: the gap between singular "
+                    "values is too small; solver='dense' is exact",
                     stacklevel=3,
                 )
-    for one, triplets in zip(operators, found, strict=True):
+    for one, triplets in zip(operators, results, strict=True):
         _require_rank(one, triplets)
-    return found
+    return results
 
 
 def dense_is_cheaper(size: int, k: int, product_flops: float, dense_flops: float) -> bool:
@@ -125,9 +124,9 @@ def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver
     )
 
 
-def _require_rank(operator: JacobianOperator, found: Triplets) -> None:
-    """Refuse triplets beyond the numerical rank: their vectors are rounding errors."""
-    floor = found.s[0] * max(operator.shape) * torch.finfo(operator.dtype).eps
-    rank = int((found.s > floor).sum())
-    if rank < len(found.s):
-        raise ArgumentError("k", len(found.s), f"at most {rank}, the numerical rank of this Jacobian")
+def _require_rank(operator: JacobianOperator, triplets: Triplets) -> None:
+    """Raise an error for triplets beyond the numerical rank: their vectors are rounding errors."""
+    floor = triplets.s[0] * max(operator.shape) * torch.finfo(operator.dtype).eps
+    rank = int((triplets.s > floor).sum())
+    if rank < len(triplets.s):
+        raise ArgumentError("k", len(triplets.s), f"at most {rank}, the numerical rank of this Jacobian")

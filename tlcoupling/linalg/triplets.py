@@ -38,7 +38,7 @@ def residuals(
     s: Float[Tensor, "*stack K"],
     v: Float[Tensor, "*stack n K"],
 ) -> Float[Tensor, "*stack K"]:
-    """max(||J v - s u||, ||J^T u - s v||) / s_1 of each triplet."""
+    """Return max(||J v - s u||, ||J^T u - s v||) / s_1 of each triplet."""
     across = s[..., None, :]
     right, left = (jv - u * across).norm(dim=-2), (jtu - v * across).norm(dim=-2)
     return right.maximum(left) / s[..., :1]

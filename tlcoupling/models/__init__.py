@@ -1,5 +1,5 @@
-"""Where models come from.
+"""Loading models and building untrained baselines.
 
-``load`` gives a model by name, ``smollm2`` the one whose weights a package carries, ``offline`` tokenizers and models
-without a network. ``baseline`` is a model's untrained twin, whose weights ``generators`` draw.
+``load`` loads a model by name, ``smollm2`` the model whose weights come from a Python package, and ``offline`` keeps
+loaders off the network. ``baseline`` builds a model's untrained twin; ``generators`` protects the random state.
 """

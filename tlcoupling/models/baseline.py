@@ -1,7 +1,7 @@
-"""A random model of the same architecture: what coupling, linearity and growth are before any training.
+"""A random model of the same architecture: coupling, linearity and growth before any training.
 
-Weights are drawn anew as the architecture's own library draws them, not shuffled: a shuffle keeps the trained
-weights' outliers and norms, which are themselves a result of training.
+The architecture's own library initialises the weights. Shuffling trained weights would keep their outliers and norms,
+which are themselves a result of training.
 """
 
 from __future__ import annotations
@@ -13,60 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.arguments import check_int
+from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.hooked import norms_are_folded, require_supported
 from tlcoupling.forward.weights import weight_of
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.offline import answered_locally, offline
 
-_CENTERED = 1e-3  # mean over standard deviation of what is centred in half precision; random weights have 1 / sqrt(d)
+_CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; random weights have 1 / sqrt(d)
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
 def random_baseline(model: Any, seed: int = 0) -> Any:
-    """The same architecture with fresh weights, drawn as its own library draws them.
+    """Return a model of the same architecture with freshly initialised weights.
 
-    - a ``TransformerBridge`` of a HuggingFace model: the HuggingFace class on the same configuration (its
-      ``_init_weights``), booted with the same tokenizer;
-    - a native ``TransformerBridge``: ``boot_native`` on the same configuration;
-    - a ``HookedTransformer``: a new one on a copy of the configuration (``init_mode``, ``initializer_range``).
+    - A ``TransformerBridge`` of a HuggingFace model: the HuggingFace class on the same configuration (its
+      ``_init_weights``), booted with the same tokenizer.
+    - A native ``TransformerBridge``: ``boot_native`` on the same configuration.
+    - A ``HookedTransformer``: a new one on a copy of the configuration (``init_mode``, ``initializer_range``).
 
-    Device, dtype and attention implementation are the model's. So is the weight processing, as far as it changes a
-    residual Jacobian: norms folded, writing weights centred, unembedding centred. Neither the model nor the state of
-    any random generator is touched.
+    Device, dtype and attention implementation are copied. So is the weight processing that changes residual Jacobians:
+    folded norms, centred writing weights, centred unembedding. The model and the global random state stay unchanged.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode.
-        seed: of the weights.
+        seed: seed of the weights.
 
     Returns:
         A model of the same class, in eval mode.
 
     Raises:
-        ArgumentError: a seed that is no int above or equal to zero.
-        UnsupportedModelError: a model that cannot be measured, is spread over several devices, or was made by a
-            loader that is not one of the three.
+        ArgumentError: ``seed`` is not an int from 0 on.
+        UnsupportedModelError: the model cannot be measured, is spread over several devices, or was made by another
+            loader than these three.
 
     Warns:
-        UserWarning: weights were processed in a way that cannot be read off them.
+        UserWarning: the weights were processed, but the writing weights cannot be read.
 
     Example:
         >>> random = tlc.random_baseline(model)  # doctest: +SKIP
         >>> tlc.analyze(random, prompt).coupling.mean("excess")  # about 0  # doctest: +SKIP
     """
     require_supported(model)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError("seed", seed, "an int from 0 on")
+    seed = check_int("seed", seed, 0)
     first = next(model.blocks.parameters())
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(
-            f"the model is spread over {len(devices)} devices, and a random one would not be placed alike: build it "
-            "by hand, as the model was built"
+            f"the model is spread over {len(devices)} devices, which a random baseline would not reproduce: build one "
+            "with the model's own code"
         )
     original = getattr(model, "original_model", None)
     with generators_kept(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the loaders say of the model, they said when it was loaded
+        warnings.simplefilter("ignore")  # the loaders gave the same warnings when the model was loaded
         torch.manual_seed(seed)
         if original is None:
             fresh = _hooked(model, seed, first)
@@ -81,15 +80,15 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             getattr(fresh, f"set_{switch}")(True)
     if _processed(model) and _writing_weights(model) is None:
         warnings.warn(
-            "the model's weights were processed, but its writing weights cannot be read: the random model's are not "
-            "centred, which shifts residual streams by their mean",
+            "the model's weights were processed, but its writing weights cannot be read: those of the random model "
+            "are not centred, which shifts residual streams by their mean",
             stacklevel=2,
         )
     return fresh.eval()
 
 
 def _hooked(model: Any, seed: int, like: Tensor) -> Any:
-    """A ``HookedTransformer`` of the same configuration; the tokenizer is shared, and none is looked for."""
+    """Build a ``HookedTransformer`` of the same configuration that shares the tokenizer; none is loaded."""
     cfg = copy.deepcopy(model.cfg)
     cfg.init_weights, cfg.seed, cfg.tokenizer_name = True, seed, None
     cfg.device, cfg.dtype = str(like.device), like.dtype
@@ -101,10 +100,10 @@ def _hooked(model: Any, seed: int, like: Tensor) -> Any:
 
 
 def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
-    """A bridge of a new HuggingFace model of the same class and configuration."""
+    """Boot a bridge of a new HuggingFace model of the same class and configuration."""
     if getattr(model, "tokenizer", None) is None:
         raise UnsupportedModelError(
-            "the model has no tokenizer, without which TransformerLens boots no HuggingFace model offline"
+            "the model has no tokenizer: TransformerLens needs one to boot a HuggingFace model offline"
         )
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)
@@ -115,12 +114,12 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
 
 
 def _native(model: Any, seed: int, like: Tensor) -> Any:
-    """A native bridge of the same configuration."""
+    """Boot a native bridge of the same configuration."""
     boot = getattr(type(model), "boot_native", None)
     if boot is None or getattr(model.cfg, "architecture", None) not in (None, "TransformerLensNative"):
         raise UnsupportedModelError(
             f"{type(model).__name__} wraps a {type(model.original_model).__name__}, which neither HuggingFace nor "
-            "TransformerLens initialises: build a random one as the model was built"
+            "TransformerLens initialises: build a random one with the model's own code"
         )
     cfg = copy.deepcopy(model.cfg)
     cfg.init_weights, cfg.seed = True, seed
@@ -130,7 +129,7 @@ def _native(model: Any, seed: int, like: Tensor) -> Any:
 
 
 def _process_alike(model: Any, fresh: Any) -> None:
-    """Do to the fresh weights what was done to the model's."""
+    """Apply the model's weight processing to the new weights."""
     writes = _writing_weights(model)
     center = writes is not None and all(_is_centered(weight) for weight in writes)
     center_unembed = _is_centered(model.W_U)
@@ -146,18 +145,18 @@ def _process_alike(model: Any, fresh: Any) -> None:
             center_unembed=center_unembed,
         )
     elif center or center_unembed:
-        # a fresh model's norms have gains of 1, and are folded as they are where the configuration says so
+        # the gains of a new model's norms are 1, so there is nothing to fold
         fresh.process_weights_(fold_ln=False, center_writing_weights=center, center_unembed=center_unembed)
 
 
 def _processed(model: Any) -> bool:
-    """Whether a bridge says that its weights were processed."""
+    """Return whether a bridge records that its weights were processed."""
     return bool(getattr(model, "_weights_processed", False))
 
 
 def _writing_weights(model: Any) -> list[Tensor] | None:
-    """What the sublayers write by, ``[..., d_model]``; None where a model has no such names for them."""
-    found = []
+    """Return the weights by which sublayers write, ``[..., d_model]``; None if a model does not expose them."""
+    weights = []
     for block in model.blocks:
         for part, name in (("attn", "W_O"), ("mlp", "W_out")):
             module = getattr(block, part, None)
@@ -166,8 +165,8 @@ def _writing_weights(model: Any) -> list[Tensor] | None:
             weight = weight_of(module, name)
             if weight is None or weight.shape[-1] != model.cfg.d_model:
                 return None
-            found.append(weight)
-    return found
+            weights.append(weight)
+    return weights
 
 
 def _is_centered(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The global random generators, left as they were."""
+"""Protection of the global random state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the generators of Python, NumPy and torch (CPU and every CUDA device) back as they were.
+    """Restore the generators of Python, NumPy and torch (CPU and every CUDA device) on exit.
 
-    TransformerLens draws from them when it boots a model, and seeds Python's and NumPy's too.
+    TransformerLens draws from them when it boots a model, and also seeds those of Python and NumPy.
     """
     python, arrays = random.getstate(), np.random.get_state()
-    # torch.manual_seed seeds every device, whichever the model is on
+    # torch.manual_seed seeds every device, not only the model's
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield

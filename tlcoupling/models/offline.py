@@ -1,4 +1,4 @@
-"""Booting a model that is already in hand, without asking a model hub anything."""
+"""Boot a model that is already in memory without requests to a model hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from unittest.mock import patch
 
 @contextmanager
 def answered_locally(hf_model: Any, tokenizer: Any) -> Iterator[None]:
-    """Answer what TransformerLens would ask the hub about a model that it has been given.
+    """Answer TransformerLens's hub requests from the given model and tokenizer.
 
-    - Early 3.x releases look the config up by name: they get the model's own.
-    - It wants a tokenizer that adds BOS, and would load one under the tokenizer's name. An entry in
-      ``init_kwargs``, there for the length of the call, says that ours is one. TransformerLens then
-      finds out by encoding that it adds none, and ``to_tokens(prepend_bos=True)`` prepends the BOS
-      token itself.
+    - Early 3.x releases look up the config by name: they get a copy of the model's own.
+    - TransformerLens wants a tokenizer that adds BOS, and would otherwise load one by name. A temporary entry in
+      ``init_kwargs`` declares that this one does. TransformerLens then finds by encoding that none is added, and
+      ``to_tokens(prepend_bos=True)`` prepends the BOS token itself.
     """
     from transformers import AutoConfig
 
@@ -33,10 +32,10 @@ def answered_locally(hf_model: Any, tokenizer: Any) -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Make every request to the hub raise at once, rather than be sent and retried.
+    """Make every request to the hub fail at once, without retries.
 
-    ``HF_HUB_OFFLINE`` is read when huggingface_hub is imported, so that the environment is too
-    late: the constant is set. transformers 4 keeps a copy of it.
+    huggingface_hub reads ``HF_HUB_OFFLINE`` at import, so setting the environment variable would be too late. This
+    patches the constant, and the copy that transformers 4 keeps.
     """
     import huggingface_hub.constants
     import transformers.utils.hub

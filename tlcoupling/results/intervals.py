@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.base import Result
 
 Unit = Literal["prompt", "token"]
 
-BATCH = 2**24  # numbers resampled at a time, at most
-EQUAL = 1e-12  # relative spread that rounding alone gives equal numbers
+BATCH = 2**24  # resampled numbers held at a time, at most
+EQUAL = 1e-12  # relative spread below which numbers differ by rounding alone
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -28,12 +29,12 @@ class Interval(Result):
 
     Attributes:
         estimate: the mean over units.
-        low: lower end; NaN where there is no interval. Same axes.
+        low: lower end, NaN if there is no interval. Same axes.
         high: upper end. Same axes.
         standard_error: the bootstrap's standard error of the mean. Same axes.
         units: number of units with a value. Same axes.
-        quantity: what it is the mean of.
-        by: what a unit is.
+        quantity: the averaged quantity.
+        by: the unit, ``"prompt"`` or ``"token"``.
         confidence: level of the interval.
         axes: names of the axes of the tensors.
         labels: labels of each axis.
@@ -70,15 +71,15 @@ class Interval(Result):
 def bootstrap_mean(
     values: Float[Tensor, "unit *axes"], confidence: float, resamples: int, seed: int, quantity: str, unit: Unit
 ) -> dict[str, Tensor]:
-    """The mean over units with its bias-corrected and accelerated bootstrap interval (Efron 1987).
+    """Return the mean over units with its bias-corrected and accelerated bootstrap interval (Efron 1987).
 
     Args:
-        values: one number per unit; NaN where a unit has none.
+        values: one number per unit; NaN if a unit has none.
         confidence: level of the interval, between 0 and 1.
         resamples: number of bootstrap samples.
-        seed: of the resampling.
-        quantity: what is averaged, for the warnings.
-        unit: over what.
+        seed: seed of the resampling.
+        quantity: the averaged quantity, for the warnings.
+        unit: the unit averaged over.
 
     Returns:
         ``estimate``, ``low``, ``high``, ``standard_error`` and ``units`` of an ``Interval``.
@@ -87,42 +88,41 @@ def bootstrap_mean(
         ArgumentError: an argument out of range.
 
     Warns:
-        UserWarning: units without a value; fewer than two units, or units that are all equal: then the ends are NaN.
+        UserWarning: units without a value; fewer than two units, or equal units: the ends are NaN then.
     """
     check_bootstrap(confidence, resamples)
     cells = values.double().flatten(1).T.numpy()
-    found = np.full((5, len(cells)), np.nan)
+    columns = np.full((5, len(cells)), np.nan)
     reasons = set()
     for index, cell in enumerate(cells):
         present = cell[np.isfinite(cell)]
-        found[4, index] = len(present)
+        columns[4, index] = len(present)
         if len(present) < len(cell):
             reasons.add(f"{len(cell) - len(present)} of {len(cell)} {unit}s have no value and are left out")
         if len(present) > 0:
-            found[0, index] = present.mean()
+            columns[0, index] = present.mean()
         if len(present) < 2:
             reasons.add(f"fewer than two {unit}s ({len(present)}) have no spread: the ends are NaN")
         elif np.ptp(present) <= EQUAL * np.abs(present).max():
-            reasons.add(f"all {len(present)} {unit}s are equal, so that resampling shows no spread: the ends are NaN")
+            reasons.add(f"all {len(present)} {unit}s are equal, so resampling shows no spread: the ends are NaN")
         else:
-            found[1:4, index] = bca((present,), np.mean, confidence, resamples, seed)
+            columns[1:4, index] = bca((present,), np.mean, confidence, resamples, seed)
     for reason in sorted(reasons):
         warnings.warn(f"interval of {quantity}: {reason}", stacklevel=3)
-    tensors = torch.from_numpy(found).unflatten(1, values.shape[1:])
+    tensors = torch.from_numpy(columns).unflatten(1, values.shape[1:])
     names = ("estimate", "low", "high", "standard_error")
     return {**dict(zip(names, tensors, strict=False)), "units": tensors[4].long()}
 
 
 def check_bootstrap(confidence: float, resamples: int) -> None:
-    """Check what every bootstrap here takes.
+    """Check the arguments that all bootstraps share.
 
     Raises:
         ArgumentError: an argument out of range.
     """
     if not 0 < confidence < 1:
         raise ArgumentError("confidence", confidence, "a number between 0 and 1")
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
-        raise ArgumentError("resamples", resamples, "an int from 100 on")
+    check_int("resamples", resamples, 100)
 
 
 def bca(
@@ -132,14 +132,14 @@ def bca(
     resamples: int,
     seed: int,
 ) -> tuple[float, float, float]:
-    """Low end, high end and standard error of a statistic by ``scipy.stats.bootstrap``, BCa (Efron 1987).
+    """Return the low end, high end and standard error of a statistic (``scipy.stats.bootstrap``, BCa; Efron 1987).
 
     Args:
-        samples: one array, or several whose entries belong together and are drawn together.
-        statistic: of the arrays, along ``axis``.
+        samples: one array, or several paired arrays that are resampled together.
+        statistic: function of the arrays along ``axis``.
         confidence: level of the interval.
         resamples: number of bootstrap samples.
-        seed: of the resampling.
+        seed: seed of the resampling.
     """
     from scipy.stats import bootstrap
 

@@ -1,5 +1,5 @@
-"""Measurements against scores of the models, such as benchmarks.
+"""Correlation of measurements with model scores, such as benchmarks.
 
-``tables`` reads scores, ``correlate`` correlates them with what was measured, and ``partial_correlation`` does so with
-other quantities held fixed.
+``tables`` reads scores and matches them with measurements, ``correlate`` correlates the two, and
+``partial_correlation`` holds other quantities fixed.
 """

@@ -1,7 +1,7 @@
-"""Do coupling, linearity and growth go with a score, and with anything beyond width, depth and size?
+"""Do coupling, linearity and growth correlate with a score, beyond width, depth and size?
 
-``correlate`` answers for a table of measurements; ``scores`` brings table and scores together, ``partial`` has the
-arithmetic.
+``correlate`` answers for a table of measurements. ``tables`` matches measurements with scores, ``partial_correlation``
+does the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.results.intervals import bca, check_bootstrap
 from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
-from tlcoupling.scores.tables import Joined, Missing, join, published, read_table
+from tlcoupling.scores.tables import Joined, Missing, join, published_points, read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -31,33 +31,33 @@ GIVEN = ("null", "same width", "parameters", "depth")
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Correlations(Result):
-    """How each measurement goes with a score, over models.
+    """How each measurement correlates with a score, over models.
 
     Attributes:
         r: Pearson's correlation with the score, ``[predictor]``.
         p: its two-sided p-value (Student's t). Same axis.
-        low: lower end of r's bootstrap interval over models; NaN where there is none. Same axis.
+        low: lower end of r's bootstrap interval over models; NaN if there is none. Same axis.
         high: upper end. Same axis.
         rho: Spearman's rank correlation with the score. Same axis.
         rho_p: its two-sided p-value. Same axis.
         n: number of models with this measurement. Same axis.
-        by_null: the share of the measurement's variance that its null explains, a function of width, K and spectrum
-            alone; NaN of what has no null, or where one of the models has none. Same axis.
-        by_width: the share of its variance that lies between models of different width: the most that any function of
-            width explains; NaN where the width of one of the models is not known. Same axis.
-        partial: correlation with the score while something is held fixed: the measurement's own ``null``, the exact
-            width (within groups of the ``same width``), ``parameters`` (their logarithm) or ``depth``; NaN where that
-            determines one of the two. ``[predictor, given]``.
+        by_null: share of the measurement's variance explained by its null, which depends on width, K and spectrum
+            alone; NaN if there is no null, or a model lacks it. Same axis.
+        by_width: share of its variance between models of different width, an upper bound for any function of width; NaN
+            if a model's width is unknown. Same axis.
+        partial: correlation with the score given the measurement's own ``null``, the exact width (within groups of the
+            ``same width``), ``parameters`` (their logarithm) or ``depth``; NaN if that determines one of the two.
+            ``[predictor, given]``.
         partial_p: its two-sided p-value. Same axes.
         r_without: r over the models of all other families. ``[predictor, family]``.
         values: the measurements, ``[predictor, model]``.
         scores: the scores, ``[model]``.
         predictors: coupling, excess and null of each sublayer and K, LSS, ED, and the rivals: ``parameters`` (their
             logarithm), ``depth`` and ``width``.
-        models: names.
-        family: of each model.
-        families: the families.
-        given: as above.
+        models: the models' names.
+        family: each model's family.
+        families: all families.
+        given: the quantities held fixed in ``partial``.
         confidence: level of the interval.
     """
 
@@ -92,34 +92,34 @@ class Correlations(Result):
     _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"r_squared": ("predictor",)}
 
     def __repr__(self) -> str:
-        """One line: the three that go with the score most closely."""
+        """One line: the three predictors with the largest R^2."""
         best = sorted(range(len(self.predictors)), key=lambda i: -float(self.r_squared[i].nan_to_num()))[:3]
         shown = ", ".join(f"{self.predictors[i]} R^2 {self.r_squared[i]:.2f}" for i in best)
         return f"Correlations({len(self.models)} models, {len(self.predictors)} predictors: {shown})"
 
     @property
     def r_squared(self) -> Float[Tensor, " predictor"]:
-        """Share of the score's variance that a line explains."""
+        """Return the share of the score's variance that a line explains."""
         return self.r.square()
 
     def of(self, predictor: str) -> dict[str, float]:
-        """The numbers of one predictor that stand alone, by name.
+        """Return the numbers of one predictor, by name; not those over families or models.
 
         Raises:
             KeyError: no such predictor.
         """
         if predictor not in self.predictors:
-            raise KeyError(f"{predictor!r} is none of {', '.join(self.predictors)}")
+            raise KeyError(f"{predictor!r} is not one of {', '.join(self.predictors)}")
         index = self.predictors.index(predictor)
         alone = [name for name, axes in {**self._axes, **self._derived}.items() if axes == ("predictor",)]
-        found = {name: getattr(self, name)[index].item() for name in alone}
+        numbers = {name: getattr(self, name)[index].item() for name in alone}
         for name in ("partial", "partial_p"):
             row = getattr(self, name)[index].tolist()
-            found |= {f"{name} given {held}": value for held, value in zip(self.given, row, strict=True)}
-        return found
+            numbers |= {f"{name} given {held}": value for held, value in zip(self.given, row, strict=True)}
+        return numbers
 
     def by_model(self) -> pandas.DataFrame:
-        """What was compared: one row per model, with ``model``, ``family``, ``score`` and a column per predictor."""
+        """Return one row per model, with ``model``, ``family``, ``score`` and a column per predictor."""
         import pandas as pd
 
         columns = dict(zip(self.predictors, self.values.tolist(), strict=True))
@@ -144,39 +144,39 @@ def correlate(
     seed: int = 0,
     missing: Missing = "error",
 ) -> Correlations:
-    """Hold coupling, excess, LSS and ED of models against their scores, and against what width alone explains.
+    """Correlate coupling, excess, LSS and ED of models with their scores, and show what width alone explains.
 
-    Each measurement is averaged over a model's prompts. Models with random weights and failed cells are left out.
+    Measurements are averaged over a model's prompts. Models with random weights and failed cells are left out.
 
     Args:
         table: a ``SweepStore`` or its folder, a DataFrame, or a CSV or parquet file: the table of a store, or one row
             per model with ``model``, any of ``coupling``, ``null``, ``excess``, ``lss``, ``ed``, and of ``d_model``,
-            ``n_layers``, ``n_params``, ``family``. None: the paper's published points (``published``).
-        scores: names and scores, or a table (DataFrame, CSV, parquet) with ``model``, scores, and where models are
-            measured at several, ``revision`` or ``step``; ``family`` if the model's name does not begin with it. None
-            where the table has them itself, in a column ``score``.
-        score: the column of the scores; by default ``score``, or the only one that holds numbers.
+            ``n_layers``, ``n_params``, ``family``. None: the paper's published points (``tables.published_points``).
+        scores: names and scores, or a table (DataFrame, CSV, parquet) with ``model`` and scores. If a model is measured
+            at several revisions or steps, also ``revision`` or ``step``. ``family``, if the model's name does not begin
+            with it. None takes the column ``score`` of ``table``.
+        score: the column of the scores; by default ``score``, or the only numeric column.
         confidence: level of the intervals, between 0 and 1.
         resamples: number of bootstrap samples (``scipy.stats.bootstrap``, BCa, over models).
-        seed: of the resampling.
-        missing: what becomes of a measured model without a score: ``"error"``, or ``"drop"``.
+        seed: seed of the resampling.
+        missing: what to do with a measured model without a score: ``"error"`` or ``"drop"``.
 
     Raises:
-        ArgumentError: tables that do not fit, a measured model without a score (the error names the nearest one), fewer
-            than three models, scores that are all equal.
+        ArgumentError: tables that do not match, a measured model without a score (the error names the nearest one),
+            fewer than three models, scores that are all equal.
 
     Warns:
-        UserWarning: scores that are no numbers, a measurement that is the same for all models, models measured on
-            different prompts, models whose width, size or null is not known.
+        UserWarning: scores that are not numbers, a measurement that is the same for all models, models measured on
+            different prompts, models of unknown width, size or null.
 
     Example:
-        >>> found = tlc.correlate()  # the paper's own points  # doctest: +SKIP
-        >>> found.of("coupling")["r_squared"], found.of("coupling")["by_null"]  # doctest: +SKIP
+        >>> correlations = tlc.correlate()  # the paper's own points  # doctest: +SKIP
+        >>> correlations.of("coupling")["r_squared"], correlations.of("coupling")["by_null"]  # doctest: +SKIP
         (0.80, 0.93)
     """
     started = time.perf_counter()
     check_bootstrap(confidence, resamples)
-    joined = join(published() if table is None else read_table(table, "table"), scores, score, missing)
+    joined = join(published_points() if table is None else read_table(table, "table"), scores, score, missing)
     families = tuple(dict.fromkeys(joined.families))
     rows = [_row(name, joined, families, confidence, resamples, seed) for name in joined.predictors]
     columns = {name: torch.tensor(np.array([row[name] for row in rows])) for name in rows[0]}
@@ -201,7 +201,7 @@ def correlate(
 def _row(
     name: str, joined: Joined, families: Sequence[str], confidence: float, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """All that is said of one predictor."""
+    """Return one predictor's numbers by field name."""
     from scipy.stats import spearmanr
 
     present = np.isfinite(joined.predictors[name])
@@ -226,17 +226,18 @@ def _row(
 
 
 def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> NDArray[np.float64] | None:
-    """What is held fixed, of the models that have a predictor.
+    """Return the values to hold fixed, for the models that have a predictor.
 
-    None where this predictor has none, or is it; and where one of these models has none, with a warning.
+    None if they do not exist for this predictor or are the predictor itself. Also None, with a warning, if they are
+    unknown for one of these models.
     """
     source = {"null": joined.nulls.get(name), "same width": "width"}.get(held, held)
     values = None if source in (None, name) else joined.predictors.get(str(source))
     if values is None or np.isfinite(values[present]).all():
         return None if values is None else values[present]
     warnings.warn(
-        f"{source} is not known of every model that has {name}: nothing is said of {name} with it held fixed, nor of "
-        "what it explains",
+        f"{source} is unknown for some models with {name}: the correlation given {source} and the share that it "
+        "explains are NaN",
         stacklevel=4,
     )
     return None
@@ -245,18 +246,18 @@ def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> 
 def _held_fixed(
     x: NDArray[np.float64], y: NDArray[np.float64], held: str, values: NDArray[np.float64] | None
 ) -> tuple[float, float]:
-    """Partial correlation and p-value; NaN where there is nothing to hold fixed."""
+    """Return partial correlation and p-value; NaN if there is nothing to hold fixed."""
     if values is None:
         return np.nan, np.nan
     if held == "same width":
-        found = partial_correlation(x, y, within=values.tolist())
+        result = partial_correlation(x, y, within=values.tolist())
     else:
-        found = partial_correlation(x, y, [values])
-    return found.r, found.p
+        result = partial_correlation(x, y, [values])
+    return result.r, result.p
 
 
 def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
-    """Pearson's r along an axis; 0 of a resample in which one of the two does not vary, where no line is to be seen."""
+    """Return Pearson's r along an axis; 0 for a resample in which x or y does not vary."""
     x, y = (each - each.mean(axis=axis, keepdims=True) for each in (x, y))
     size = np.sqrt(np.square(x).sum(axis) * np.square(y).sum(axis))
     return (x * y).sum(axis) / np.where(size > 0, size, np.inf)

@@ -1,7 +1,4 @@
-"""Correlation of two variables across models, and what is left of it when others are held fixed.
-
-The arithmetic of ``statistics``, on plain arrays.
-"""
+"""Correlation and partial correlation of two variables across models, on plain arrays."""
 
 from __future__ import annotations
 
@@ -14,18 +11,18 @@ from numpy.typing import ArrayLike, NDArray
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.intervals import EQUAL
 
-# What least squares leave of a column that others determine, relative to its length: rounding, at any usual size.
+# Relative length of a least-squares residual that is rounding alone, at any usual size.
 _NOTHING = 1e-9
 
 
 class Partial(NamedTuple):
-    """A correlation with others held fixed.
+    """A partial correlation.
 
     Attributes:
-        r: Pearson's correlation of the residuals; NaN where the others determine one of the two, or where no degree of
-            freedom is left, as of two models, which always lie on a line.
-        p: two-sided, by Student's t; NaN with r.
-        freedom: degrees of it, n - 2 - (rank of what is held fixed), 0 at least.
+        r: Pearson's correlation of the residuals. NaN if the fixed variables determine x or y, or if no degree of
+            freedom is left (two models always lie on a line).
+        p: two-sided p-value, by Student's t; NaN with r.
+        freedom: degrees of freedom, n - 2 - (rank of the fixed variables), at least 0.
     """
 
     r: float
@@ -36,17 +33,16 @@ class Partial(NamedTuple):
 def partial_correlation(
     x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike] = (), within: Sequence[object] | None = None
 ) -> Partial:
-    """Pearson's correlation of x and y given other variables: of what is left of both after a linear fit on these.
+    """Return Pearson's correlation of the residuals of x and y after a linear fit on other variables.
 
     Args:
         x: one number per model.
-        y: likewise.
+        y: one number per model.
         given: variables held fixed, linearly.
-        within: labels of groups, such as widths: x and y are compared within them alone, whatever the groups do to
-            either (a fixed effect for each).
+        within: group labels, such as widths. x and y are compared only within groups (a fixed effect for each).
 
     Raises:
-        ArgumentError: lengths that differ, or values that are not finite.
+        ArgumentError: unequal lengths, or values that are not finite.
 
     Example:
         >>> round(partial_correlation([1, 2, 3, 5], [2, 1, 4, 3], within=["a", "a", "b", "b"]).r, 4)
@@ -63,18 +59,18 @@ def partial_correlation(
         names = list(dict.fromkeys(within))
         held += [np.array([label == name for label in within], float) for name in names]
     basis = _orthonormal(np.stack(held, 1))
-    left = [_left_over(column, basis) for column in columns[:2]]
+    residuals = [_unit_residual(column, basis) for column in columns[:2]]
     freedom = size - basis.shape[1] - 1
-    if freedom < 1 or any(each is None for each in left):
+    if freedom < 1 or any(each is None for each in residuals):
         return Partial(np.nan, np.nan, max(freedom, 0))
-    r = float(np.clip(left[0] @ left[1], -1.0, 1.0))  # type: ignore[operator]
+    r = float(np.clip(residuals[0] @ residuals[1], -1.0, 1.0))  # type: ignore[operator]
     return Partial(r, _p_value(r, freedom), freedom)
 
 
 def r_squared_of_groups(x: ArrayLike, within: Sequence[object]) -> float:
-    """The share of x's variance that lies between groups: what the best function of the labels explains (eta^2)."""
+    """Return the share of x's variance between groups, the most that any function of the labels explains (eta^2)."""
     values = _column("x", x)
-    total = _left_over(values, _orthonormal(np.ones((len(values), 1))))
+    total = _unit_residual(values, _orthonormal(np.ones((len(values), 1))))
     if total is None:
         return float("nan")
     inside = sum(
@@ -101,15 +97,15 @@ def _column(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _orthonormal(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-    """An orthonormal basis of the columns' span."""
+    """Return an orthonormal basis of the columns' span."""
     scaled = columns / np.maximum(np.abs(columns).max(0), np.finfo(float).tiny)
     u, s, _ = np.linalg.svd(scaled, full_matrices=False)
     return u[:, s > EQUAL * s[0] * max(scaled.shape)]
 
 
-def _left_over(column: NDArray[np.float64], basis: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """What is orthogonal to a basis, of length 1; None where nothing is."""
+def _unit_residual(column: NDArray[np.float64], basis: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Return the column's component orthogonal to a basis, scaled to length 1; None if it is rounding alone."""
     rest = column - basis @ (basis.T @ column)
-    rest = rest - basis @ (basis.T @ rest)  # once more, for the digits that were lost
+    rest = rest - basis @ (basis.T @ rest)  # again, to recover lost digits
     length = np.linalg.norm(rest)
     return None if length <= _NOTHING * np.linalg.norm(column) else rest / length

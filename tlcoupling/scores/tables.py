@@ -1,4 +1,4 @@
-"""What ``statistics`` compares: one row per model, its measurements beside its score."""
+"""Match measurements with scores: one row per model."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.sweeps.table import require_one_kind
 
 Missing = Literal["error", "drop"]
-# A pandas.DataFrame. What its own types say of a column or a group (a Series, an array or a frame) cannot be checked.
+# A pandas.DataFrame; pandas' own types are too loose to check (a column may be a Series, an array or a frame).
 Frame = Any
 
 OF_COUPLING = ("coupling", "excess", "null")
 _SHAPE = {"parameters": "n_params", "depth": "n_layers", "width": "d_model"}
 _WHICH = ("model", "revision", "step")
-_NEEDED = "one row per model, or per cell, sublayer and K as SweepStore.table() has them: a column 'model' and "
+_NEEDED = "one row per model, or per cell, sublayer and K as in SweepStore.table(): a column 'model' and "
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Models with their scores and what may go with these.
+    """Models with their scores and predictors.
 
     Attributes:
-        models: their names, with revision or step where there are several.
-        families: of each.
-        scores: of each.
-        predictors: one number per model, by name; NaN where a model has none.
-        nulls: the name of the null that belongs to a coupling or an excess.
+        models: their names, with revision or step if there are several.
+        families: each model's family.
+        scores: each model's score.
+        predictors: one number per model, by name; NaN if a model has none.
+        nulls: the name of the null of each coupling or excess.
     """
 
     models: tuple[str, ...]
@@ -47,13 +47,13 @@ class Joined:
     nulls: Mapping[str, str]
 
 
-def published() -> Frame:
-    """The points of the paper's figure, with a null made of width alone.
+def published_points() -> Frame:
+    """Return the points of the paper's figure, with a null computed from width alone.
 
-    28 models, read off the last figure of the paper's project page (coupling to about 0.0005, the average of the Open
-    LLM Leaderboard, version 1, to about 0.5); widths, depths and sizes from the models' public cards. The paper's
-    normaliser is the trace and K a tenth of d_model. For a flat spectrum the null is then about 1 - 1/sqrt(K):
-    ||S1||_F^2 = K s^2 against (K s)^2, the other terms being small. So ``null = 1 - 1/sqrt(0.1 d_model)``.
+    28 models, read from the last figure of the paper's project page: coupling to about 0.0005, Open LLM Leaderboard
+    (version 1) average to about 0.5. Widths, depths and sizes are from the models' public cards. The paper uses the
+    trace normaliser and K = 0.1 d_model. For a flat spectrum ||S1||_F^2 = K s^2 and (tr S1)^2 = (K s)^2, and the other
+    terms are small, so the null is about 1 - 1/sqrt(K): ``null = 1 - 1/sqrt(0.1 d_model)``.
 
     Returns:
         A table with ``model``, ``coupling``, ``null``, ``excess``, ``score``, ``d_model``, ``n_layers``, ``n_params``.
@@ -69,14 +69,14 @@ def published() -> Frame:
 
 
 def read_table(source: Any, argument: str) -> Frame:
-    """A table of whatever kind it is given as.
+    """Read a table from any supported source.
 
     Args:
         source: a DataFrame, a ``SweepStore``, the folder of one, or a CSV or parquet file.
-        argument: its name, for errors.
+        argument: the argument's name in errors.
 
     Raises:
-        ArgumentError: none of these, or one that cannot be read.
+        ArgumentError: another source, or one that cannot be read.
         StoreError, ResultFileError: a damaged store.
     """
     pd = _pandas()
@@ -94,50 +94,50 @@ def read_table(source: Any, argument: str) -> Frame:
         return SweepStore(path).table()
     try:
         return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (OSError, ValueError, ImportError) as error:  # of CSV and parquet files that are none, too
+    except (OSError, ValueError, ImportError) as error:  # also for invalid CSV and parquet files
         raise ArgumentError(
             argument, str(path), f"a store, a CSV or a parquet file that can be read ({error})"
         ) from error
 
 
 def join(table: Frame, scores: Any | None, score: str | None, missing: Missing) -> Joined:
-    """Bring measurements and scores together, one row per model; see ``correlate``."""
+    """Match measurements and scores, one row per model; see ``correlate``."""
     if missing not in ("error", "drop"):
         raise ArgumentError("missing", missing, "'error' or 'drop'")
     if "model" not in table.columns:
         raise ArgumentError("table", list(table.columns), _NEEDED + "measurements")
     if scores is None:
         if "score" not in table.columns:
-            raise ArgumentError("scores", None, "scores of the models, where the table has no column 'score'")
+            raise ArgumentError("scores", None, "scores of the models, if the table has no column 'score'")
         scores = table[[name for name in (*_WHICH, "score", "family") if name in table.columns]].drop_duplicates()
     scored, which = _scores(scores, score)
     measured, nulls = _per_model(table, which)
-    found = _matched(measured, scored, which, missing)
-    shape = {name: found[column] for name, column in _SHAPE.items() if column in found.columns}
+    matched = _matched(measured, scored, which, missing)
+    shape = {name: matched[column] for name, column in _SHAPE.items() if column in matched.columns}
     if "parameters" in shape:
         shape["parameters"] = np.log10(shape["parameters"].astype(float))
-    families = found["family"] if "family" in found.columns else found["model"].map(family_of)
+    families = matched["family"] if "family" in matched.columns else matched["model"].map(family_of)
     taken = {*which, "score", "family", *_SHAPE.values()}
-    columns = {**{str(name): found[name] for name in found.columns if name not in taken}, **shape}
+    columns = {**{str(name): matched[name] for name in matched.columns if name not in taken}, **shape}
     predictors = {name: column.to_numpy(float, na_value=np.nan) for name, column in columns.items()}
     return Joined(
-        models=tuple("@".join(str(part) for part in row) for row in found[which].itertuples(index=False)),
+        models=tuple(_names(matched[which])),
         families=tuple(map(str, families)),
-        scores=found["score"].to_numpy(float),
+        scores=matched["score"].to_numpy(float),
         predictors={name: values for name, values in predictors.items() if np.isfinite(values).any()},
         nulls=nulls,
     )
 
 
 def family_of(model: str) -> str:
-    """A family by a model's name: its letters up to the first that is none, without the organisation."""
+    """Return the family in a model's name: its leading letters in lower case, without the organisation."""
     name = model.rstrip("/").rpartition("/")[2]
-    found = re.match(r"[^\W\d_]+", name)
-    return (found.group() if found else name).lower()
+    letters = re.match(r"[^\W\d_]+", name)
+    return (letters.group() if letters else name).lower()
 
 
 def _scores(scores: Any, score: str | None) -> tuple[Frame, list[str]]:
-    """A table of ``model`` (and revision or step), ``score`` and perhaps ``family``; and what names a model in it."""
+    """Return a table of ``model``, ``score`` and perhaps ``family``, and the columns that identify a model."""
     pd = _pandas()
 
     if isinstance(scores, Mapping):
@@ -169,7 +169,7 @@ def _scores(scores: Any, score: str | None) -> tuple[Frame, list[str]]:
 
 
 def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
-    """Means over prompts: one row per model, one column per measurement, sublayer and K."""
+    """Return means over prompts (one row per model, one column per measurement, sublayer and K), and nulls by name."""
     if absent := [name for name in which if name not in table.columns]:
         raise ArgumentError("scores", which, f"columns that the table of measurements has too; it has no {absent[0]!r}")
     rows = table
@@ -180,10 +180,8 @@ def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
     if rows.empty:
         raise ArgumentError("table", f"{len(table)} rows", "measurements of trained models; there is none")
     _require_comparable(rows, which)
-    columns, nulls = (
-        [rows[list(dict.fromkeys([*which, *_of_models(rows)]))].groupby(which, dropna=False, sort=False).first()],
-        {},
-    )
+    of_models = [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
+    columns, nulls = [rows[[*which, *of_models]].groupby(which, dropna=False, sort=False).first()], {}
     for labels, part in _parts(rows):
         grouped = part.groupby(which, dropna=False, sort=False)
         for quantity in OF_COUPLING:
@@ -201,19 +199,15 @@ def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
 
 
 def _parts(rows: Frame) -> list[tuple[list[str], Frame]]:
-    """The rows of each sublayer and K, with their names; all rows where the table does not tell these apart."""
+    """Return the rows of each sublayer and K, with their names; all rows together without these columns."""
     by = [name for name in ("sublayer", "k_asked") if name in rows.columns and rows[name].notna().any()]
     if not by:
         return [([], rows)]
     return [([key[0], *(f"K={k}" for k in key[1:])], part) for key, part in rows.groupby(by, sort=False)]
 
 
-def _of_models(rows: Frame) -> list[str]:
-    return [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
-
-
 def _require_comparable(rows: Frame, which: list[str]) -> None:
-    """Refuse to average over what the scores do not tell apart, and say where prompts differ."""
+    """Raise an error if rows of one score must not be averaged; warn if prompts differ between models."""
     for name in _WHICH[1:]:
         if name not in which and name in rows.columns:
             several = rows.groupby(which, dropna=False, sort=False)[name].nunique(dropna=False)
@@ -221,7 +215,7 @@ def _require_comparable(rows: Frame, which: list[str]) -> None:
                 raise ArgumentError(
                     "scores",
                     which,
-                    f"a column {name!r} besides: {several.idxmax()!r} is measured at {several.max()} of them",
+                    f"a column {name!r} as well: {several.idxmax()!r} is measured at {several.max()} of them",
                 )
     require_one_kind(rows, which)
     if (
@@ -229,24 +223,23 @@ def _require_comparable(rows: Frame, which: list[str]) -> None:
         and rows.groupby(which, dropna=False, sort=False)["prompt_id"].agg(frozenset).nunique() > 1
     ):
         warnings.warn(
-            "not all models are measured on the same prompts, and their means are over different ones", stacklevel=2
+            "models are measured on different prompts, so their means are not over the same ones", stacklevel=2
         )
 
 
 def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing) -> Frame:
-    """Measured models beside their scores.
+    """Return measured models with their scores.
 
     Raises:
-        ArgumentError: a model that has no score, and ``missing`` is ``"error"``; fewer than three that have one.
+        ArgumentError: a model without a score, if ``missing`` is ``"error"``; fewer than three models with a score.
     """
-    family = [name for name in ("family",) if name in measured.columns and name in scored.columns]
-    found = measured.drop(columns=family).merge(scored, on=which, how="left", indicator=True)
-    unknown = found["_merge"] == "left_only"
-    names = ["@".join(map(str, row)) for row in found.loc[unknown, which].itertuples(index=False)]
-    known = ["@".join(map(str, row)) for row in scored[which].itertuples(index=False)]
+    family = ["family"] if "family" in measured.columns and "family" in scored.columns else []
+    merged = measured.drop(columns=family).merge(scored, on=which, how="left", indicator=True)
+    unknown = merged["_merge"] == "left_only"
+    names, known = _names(merged.loc[unknown, which]), _names(scored[which])
     if names and missing == "error":
-        taken = {"@".join(map(str, row)) for row in measured[which].itertuples(index=False)}
-        free = [name for name in known if name not in taken]  # what is measured under that very name is no misspelling
+        taken = _names(measured[which])
+        free = [name for name in known if name not in taken]  # a name that is measured itself is not a misspelling
         shown = "; ".join(f"{name!r}{_nearest(name, free)}" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ArgumentError(
@@ -255,20 +248,23 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
             f"a score for every measured model; there is none for {shown}{more} "
             "(missing='drop', on the command line --drop-missing, leaves them out)",
         )
-    blank = ~unknown & ~np.isfinite(found["score"])
+    blank = ~unknown & ~np.isfinite(merged["score"])
     if blank.any():
-        which_blank = ", ".join("@".join(map(str, row)) for row in found.loc[blank, which].itertuples(index=False))
-        warnings.warn(
-            f"{int(blank.sum())} models have no number as a score and are left out: {which_blank}", stacklevel=2
-        )
-    kept = found[~unknown & ~blank].drop(columns="_merge")
+        left_out = ", ".join(_names(merged.loc[blank, which]))
+        warnings.warn(f"{int(blank.sum())} models have no numeric score and are left out: {left_out}", stacklevel=2)
+    kept = merged[~unknown & ~blank].drop(columns="_merge")
     if len(kept) < 3:
         raise ArgumentError(
             "scores", f"{len(kept)} measured models with a score", "three or more: two always lie on a line"
         )
     if kept["score"].nunique() == 1:
-        raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; this one is every model's")
+        raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; all models have this one")
     return kept
+
+
+def _names(models: Frame) -> list[str]:
+    """Return one name per row of the columns that identify a model, such as ``gpt2@step100``."""
+    return ["@".join(map(str, row)) for row in models.itertuples(index=False)]
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -277,7 +273,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _pandas() -> Any:
-    """The library, imported where it is used."""
+    """Import pandas on first use: it is slow to load."""
     import pandas
 
     return pandas

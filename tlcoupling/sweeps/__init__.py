@@ -1,11 +1,11 @@
-"""Many models, checkpoints and prompts: a plan says what is measured, a store keeps it.
+"""Sweeps over many models, checkpoints and prompts: a plan says what to measure, a store keeps the results.
 
 - ``plan``, read by ``plan_file``, with ``prompts``, ``checkpoints`` and ``source`` (where a model comes from);
-- ``cells``: one measurement and the key that its contents give it;
+- ``cells``: one measurement, and the key computed from its contents;
 - ``store``: a folder of measured cells, and merging;
-- ``table``: all of them as one table;
-- ``run``: what is missing is measured, in this process or by one of ``executors``;
-- ``cost`` and ``forecast``: what that would take, before anything is loaded;
+- ``table``: all results as one table;
+- ``run``: measure missing cells, in this process or with one of ``executors``;
+- ``cost`` and ``forecast``: the expected cost, before any model is loaded;
 - ``agreement``: whether two measurements of the same cell agree.
 """
 

@@ -1,4 +1,4 @@
-"""Whether two results of one cell say the same, but for rounding and for what is the machine's alone."""
+"""Compare two results of one cell, ignoring rounding and machine-dependent fields."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcoupling.results.files import read_result
+from tlcoupling.results.base import read_result
 
-# Of a tensor's root mean square. On SmolLM2 in float32, which all models are measured in, another solver or engine
-# moves a tensor by 1e-6 to 1e-5 of it; the weights rounded to bfloat16, by 1e-3.
+# Relative to a tensor's root mean square. On SmolLM2 in float32 (the dtype of all measurements), another solver or
+# engine changes a tensor by 1e-6 to 1e-5 of it. Weights rounded to bfloat16 change it by 1e-3.
 TOLERANCE = 1e-4
-_SMALL = 0.01  # what is smaller is compared as if it were this large: a slope of zero is zero but for rounding
-# When and with what it was measured, and how far the solver had to go
+_SMALL = 0.01  # scale floor: values near zero are compared absolutely, since rounding can be all of them
+# Fields that depend on time, machine and solver convergence
 _OF_THE_MACHINE = ("seconds", "versions", "engine", "commit", "residual")
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What two result files say differently: the names of it, with the size where it is numbers.
+    """Return the names of the fields in which two result files differ, with the size of numeric differences.
 
-    Numbers of two machines agree where they differ by rounding alone (``TOLERANCE``); times, versions of packages, the
-    engine that was chosen, the hub's commit and the solver's residual are left out.
+    Numbers agree if they differ by rounding alone (``TOLERANCE``). Times, package versions, the chosen engine, the
+    hub's commit and the solver's residual are ignored.
 
     Raises:
         ResultFileError: one of them is damaged.
@@ -53,7 +53,7 @@ def _parts(whole: Any) -> Mapping[str, Any]:
 
 
 def _gap(first: Tensor, second: Tensor) -> float:
-    """Root mean square of the difference, relative to that of the larger; infinite where one alone has a number."""
+    """Return the difference's root mean square, relative to the larger tensor's; infinite if only one is finite."""
     one, two = first.double(), second.double()
     if one.shape != two.shape or not torch.equal(one.isfinite(), two.isfinite()):
         return float("inf")

@@ -1,32 +1,33 @@
-"""A cell: one measurement of one model on one prompt, and the name that its contents give it."""
+"""A cell: one measurement of one model on one prompt, named by a digest of its contents."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from tlcoupling.arguments import as_list, as_plain, check_name
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
-# Raised when a change of the library changes the numbers of a cell, or what it says of its model: older results are
-# then outdated, and measured anew.
+# Increased when a change of the library changes a cell's numbers or model facts. Older results are then outdated and
+# measured again.
 MEASUREMENT = 2
 _SUBLAYERS = ("block", "attn", "mlp")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a cell is measured: the arguments of ``tlc.analyze`` that change its numbers.
+    """How to measure a cell: the arguments of ``tlc.analyze`` that change its numbers.
 
     Attributes:
         k: numbers of singular vectors, or fractions of d_model.
-        tokens: positions whose coupling is measured, or ``"all"``.
+        tokens: positions for coupling, or ``"all"``.
         sublayers: ``"block"``, ``"attn"``, ``"mlp"``; None for all that the model has.
         normalizer: ``"frobenius"`` or ``"trace"``.
         bases: ``"uv"`` or ``"vu"``.
@@ -36,7 +37,7 @@ class Settings:
         solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
 
     Raises:
-        ArgumentError: a value that no model could be measured with; what depends on the model shows when it is run.
+        ArgumentError: a value invalid for every model. Model-dependent values are checked when the cell is run.
     """
 
     k: tuple[int | float, ...] = (10,)
@@ -50,7 +51,7 @@ class Settings:
     solver: SolverName = "auto"
 
     def __post_init__(self) -> None:
-        """Check them."""
+        """Check the values."""
         if not self.k or not all(_is_k(item) for item in self.k):
             raise ArgumentError("k", list(self.k), "ints from 1 on, or fractions of d_model between 0 and 1")
         if self.tokens != "all" and (not self.tokens or not all(type(item) is int for item in self.tokens)):
@@ -63,8 +64,7 @@ class Settings:
             ("engine", EngineName),
             ("solver", SolverName),
         ):
-            if getattr(self, name) not in get_args(kind):
-                raise ArgumentError(name, getattr(self, name), f"one of {', '.join(get_args(kind))}")
+            check_name(name, getattr(self, name), get_args(kind))
         if not isinstance(self.absolute, bool):
             raise ArgumentError("absolute", self.absolute, "true or false")
         if self.prepend_bos is not None and not isinstance(self.prepend_bos, bool):
@@ -72,46 +72,41 @@ class Settings:
 
     @classmethod
     def of(cls, **values: Any) -> Settings:
-        """Settings from what ``tlc.analyze`` takes: lists will do for tuples, and one ``k``, token or sublayer alone.
+        """Build settings from ``tlc.analyze``'s arguments: also lists, and a single ``k``, token or sublayer.
 
         Raises:
-            ArgumentError: as for the class; a name that is none of its attributes is a ``TypeError``.
+            ArgumentError: as for the class.
+            TypeError: an unknown name.
         """
         for name in ("k", "tokens", "sublayers"):
             value = values.get(name)
-            if isinstance(value, list):
-                values[name] = tuple(value)
-            elif isinstance(value, (int, float)) or (isinstance(value, str) and (name, value) != ("tokens", "all")):
-                values[name] = (value,)
+            if value is not None and not (name == "tokens" and isinstance(value, str) and value == "all"):
+                values[name] = tuple(as_list(as_plain(value)))
         return cls(**values)
 
     def arguments(self) -> dict[str, Any]:
-        """As ``tlc.analyze`` takes them."""
-        return {spec.name: _lists(getattr(self, spec.name)) for spec in fields(self)}
+        """Return the settings as arguments of ``tlc.analyze``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 def _is_k(item: Any) -> bool:
     return (type(item) is int and item >= 1) or (isinstance(item, float) and 0 < item < 1)
 
 
-def _lists(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 @dataclass(frozen=True)
 class Cell:
-    """What is measured in one cell of a sweep. Its key is a digest of all of this.
+    """One measurement of a sweep. Its key is a digest of all fields.
 
     Attributes:
         model: the model's name.
         prompt: its text, or token ids.
         settings: how it is measured.
-        revision: of the model, such as ``"step1000"``; None for the default one.
-        step: the training step that this is, where it is known.
-        weights: which weights these are: the digest of a local model's files, or the name that a hub has them under,
-            whatever the plan calls the model; None of a training run's own, which nothing else can be loaded as.
-        load: what the model was loaded with (``dtype``, ``hooked``), as far as it changes numbers.
-        random_seed: of the fresh weights of ``tlc.random_baseline``; None for the model itself.
+        revision: the model's revision, such as ``"step1000"``; None for the default one.
+        step: the training step, if known.
+        weights: identity of the weights, independent of the model's name in the plan: the digest of a local model's
+            files, or its name on a hub. None for live training weights, which cannot be reloaded.
+        load: loader arguments that change numbers (``dtype``, ``hooked``).
+        random_seed: seed of the fresh weights of ``tlc.random_baseline``; None for the model itself.
     """
 
     model: str
@@ -125,50 +120,50 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """32 hexadecimal digits; equal for what is equal, on every machine."""
+        """Return 32 hexadecimal digits; equal cells have equal keys on every machine."""
         return _digest({"measurement": MEASUREMENT, **self.to_json()})
 
     @cached_property
     def prompt_id(self) -> str:
-        """12 hexadecimal digits of the prompt's own digest."""
+        """Return 12 hexadecimal digits of the prompt's digest."""
         return _digest(self.to_json()["prompt"])[:12]
 
     def __str__(self) -> str:
-        """As messages name a cell."""
+        """Return the cell's name in messages."""
         revision = f"@{self.revision}" if self.revision else ""
         seed = "" if self.random_seed is None else f" (random, seed {self.random_seed})"
         return f"{self.key}: {self.model}{revision}{seed} on prompt {self.prompt_id}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, of JSON's types."""
+        """Return all fields as JSON types."""
         return json.loads(json.dumps({**asdict(self), "load": dict(self.load)}))
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Cell:
+    def from_json(cls, record: Mapping[str, Any]) -> Cell:
         """Undo ``to_json``.
 
         Raises:
-            KeyError, TypeError, ArgumentError: that is no cell.
+            KeyError, TypeError, ArgumentError: the record does not describe a cell.
         """
-        prompt = found["prompt"]
-        rest = {name: value for name, value in found.items() if name not in ("prompt", "settings")}
+        prompt = record["prompt"]
+        rest = {name: value for name, value in record.items() if name not in ("prompt", "settings")}
         return cls(
             prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
-            settings=Settings.of(**found["settings"]),
+            settings=Settings.of(**record["settings"]),
             **rest,
         )
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a table says of a model.
+    """A model's sizes, for tables.
 
     Attributes:
         d_model: its width.
         n_layers: its depth.
-        n_heads: of each layer.
-        n_params: all its parameters, shared ones once.
-        commit: of the hub's repository that it came from, where that is known.
+        n_heads: heads per layer.
+        n_params: number of parameters; shared ones count once.
+        commit: commit of the hub's repository, if known.
     """
 
     d_model: int
@@ -179,7 +174,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model: Any) -> ModelFacts:
-        """Read them off a ``HookedTransformer`` or ``TransformerBridge``."""
+        """Read the sizes from a ``HookedTransformer`` or ``TransformerBridge``."""
         whole = getattr(model, "original_model", None)
         whole = model if whole is None else whole
         commit = getattr(getattr(whole, "config", None), "_commit_hash", None)

@@ -1,7 +1,7 @@
-"""Training series by name: which steps were published or lie in a folder, and picking some of them.
+"""Training series: the published or stored checkpoints of a model, and a choice among them.
 
-Nothing is asked of a hub: TransformerLens has the published steps of Pythia and of Stanford CRFM's GPT-2 in it, and a
-folder of a training run holds a folder per step.
+No hub request is made: TransformerLens lists the published steps of Pythia and of Stanford CRFM's GPT-2, and the folder
+of a training run has one subfolder per step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALLOWED = "'all', 'log:N' (N of them, evenly spaced in the logarithm), or a lis
 
 
 def published_steps(name: str) -> tuple[list[int], str] | None:
-    """The training steps published of a model, and how its revisions are named; None where there is no series."""
+    """Return a model's published training steps and the format of its revisions; None if there is no series."""
     short = name.rpartition("/")[2].lower()
     for module in _LISTS:
         try:
@@ -38,25 +38,25 @@ def published_steps(name: str) -> tuple[list[int], str] | None:
 
 
 def steps_in_folder(folder: Path) -> dict[int, Path]:
-    """Folders of models named ``step100``, ``step-100`` or ``checkpoint-100`` (a transformers ``Trainer``'s)."""
-    found = {}
+    """Return model folders by step, named ``step100``, ``step-100`` or, as by a ``Trainer``, ``checkpoint-100``."""
+    folders = {}
     for path in sorted(folder.iterdir()):
         match = _FOLDER.fullmatch(path.name)
         if match and (path / "config.json").is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+            folders[int(match[1])] = path
+    return dict(sorted(folders.items()))
 
 
 def pick_steps(wanted: Any, steps: Sequence[int]) -> list[int]:
-    """Some of the steps of a series, in their order.
+    """Choose steps of a series, in ascending order.
 
     Args:
-        wanted: ``"all"``; ``"log:N"``: N steps, the first and the last among them, the others nearest to even spacing
-            in the logarithm (a step 0 comes before these); or a list of steps.
-        steps: those that there are.
+        wanted: ``"all"``; a list of steps; or ``"log:N"``: N steps including first and last, the others nearest to
+            even spacing in the logarithm (a step 0 comes before these).
+        steps: the available steps.
 
     Raises:
-        ArgumentError: none of these, or steps that are not there.
+        ArgumentError: another value, or unavailable steps.
     """
     if wanted == "all":
         return list(steps)
@@ -72,14 +72,14 @@ def pick_steps(wanted: Any, steps: Sequence[int]) -> list[int]:
 
 def _log_spaced(count: int, steps: Sequence[int]) -> list[int]:
     if not 2 <= count <= len(steps):
-        raise ArgumentError("checkpoints", f"log:{count}", f"log:2 to log:{len(steps)}, the number of steps there are")
+        raise ArgumentError("checkpoints", f"log:{count}", f"log:2 to log:{len(steps)}, the number of available steps")
     zero, later = [step for step in steps if step == 0], [step for step in steps if step > 0]
     inner = count - len(zero)
     if inner == 1:
         return [*zero, later[-1]]
     low, high = math.log(later[0]), math.log(later[-1])
     left, chosen = set(later), []
-    # the ends first, so that no target between them takes one
+    # both ends first, so that no inner target takes them
     for index in (0, inner - 1, *range(1, inner - 1)):
         target = low + (high - low) * index / (inner - 1)
         nearest = min(left, key=lambda step: (abs(math.log(step) - target), step))

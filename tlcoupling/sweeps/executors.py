@@ -1,6 +1,6 @@
-"""Where groups of cells are measured: processes of this machine, or jobs of a Slurm cluster.
+"""Executors for groups of cells: processes of this machine, or jobs of a Slurm cluster.
 
-Both have the interface of ``concurrent.futures.Executor``, and ``tlc.sweep`` asks for nothing else.
+Both implement ``concurrent.futures.Executor``, the only interface that ``tlc.sweep`` needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,57 +21,56 @@ import torch
 
 from tlcoupling.errors import ArgumentError, StoreError, TLCouplingError
 
-_GATHER_SECONDS = 0.2  # what is submitted within this time becomes one array
-_GRACE_SECONDS = 10.0  # from a job's leaving the queue until its result must have reached this machine
-_SHOWN = 300
+_GATHER_SECONDS = 0.2  # calls submitted within this time become one job array
+_GRACE_SECONDS = 10.0  # after a job leaves the queue, time for its result to reach this machine
+_SHOWN = 300  # characters of a job's stderr in an error
+_Call = tuple[Future, Callable[[Any], Any], dict[str, Any]]  # its future, its submission to an array, its resources
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes of this machine that share its threads: each is a new interpreter, since a fork breaks CUDA."""
+    """Return a pool of processes that share this machine's threads. They are spawned, since a fork breaks CUDA."""
     threads = max(1, torch.get_num_threads() // workers)
     return ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_limit_threads,
+        initializer=torch.set_num_threads,
         initargs=(threads,),
     )
 
 
-def _limit_threads(threads: int) -> None:
-    torch.set_num_threads(threads)
-
-
 def check_resources(resources: Mapping[str, Any]) -> None:
-    """Find out before anything is submitted whether submitit knows what is asked for, where it is installed.
+    """Check before submission that submitit knows the requested resources, if submitit is installed.
 
     Raises:
-        ArgumentError: it does not; ``name`` is what is wrong.
+        ArgumentError: it does not; ``name`` is the unknown resource.
     """
     try:
         import submitit
     except ImportError:
-        return  # and no executor here that would ask for anything
-    # of whatever cluster: it checks the names of each
+        return  # without submitit there is no executor to request resources from
+    # the debug cluster checks parameter names of every kind of cluster
     executor = submitit.AutoExecutor(folder=".", cluster="debug")
     for name, value in resources.items():
         try:
             executor.update_parameters(**{name: value})
         except (AssertionError, NameError, TypeError, ValueError) as error:
-            raise ArgumentError(name, value, f"what submitit takes ({str(error).splitlines()[0]})") from error
+            raise ArgumentError(
+                name, value, f"a resource that submitit accepts ({str(error).splitlines()[0]})"
+            ) from error
 
 
 class JobLostError(TLCouplingError):
-    """A job of a cluster ended without a result: it was killed, or ran out of memory or of time."""
+    """A job of a cluster ended without a result: it was killed, or ran out of memory or time."""
 
 
 class Requeued:
-    """A function that a cluster's job begins again when its time is over or it gives way to another.
+    """A function whose cluster job is requeued at its time limit or on preemption.
 
-    What the function has finished it must find by itself; a group of cells does.
+    The function runs again from its start and must skip finished work itself; a group of cells does.
 
     Attributes:
-        job_ends: whether the job that is this process was told to end. What is raised from then on is the end of the
-            job, which submitit raises in whatever runs at that moment, and no error of what runs.
+        job_ends: whether this process's job was told to end. Exceptions raised after this point are the shutdown
+            signal, not task errors: submitit raises it in whatever code is running.
     """
 
     job_ends: ClassVar[bool] = False
@@ -81,7 +79,7 @@ class Requeued:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it; an error of ours comes back as a value, since submitit hands on the text of its traceback alone."""
+        """Run the function. Our errors are returned, since submitit would pass on only the text of their traceback."""
         try:
             return self.function(*args, **kwargs)
         except TLCouplingError as error:
@@ -92,7 +90,7 @@ class Requeued:
             return _Raised(JobLostError(f"the job ended before its work: {error}"))
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """What submitit puts into the queue again, or would if the job had not been there too often."""
+        """Return the call for submitit to requeue, unless the limit of requeues is reached."""
         from submitit.helpers import DelayedSubmission
 
         Requeued.job_ends = True
@@ -101,27 +99,27 @@ class Requeued:
 
 @dataclass(frozen=True)
 class _Raised:
-    """An error, handed from one process to another."""
+    """An error passed from one process to another."""
 
     error: TLCouplingError
 
 
 class SlurmExecutor(Executor):
-    """Jobs of a Slurm cluster through submitit: what is submitted together becomes one job array.
+    """Runs calls as jobs of a Slurm cluster, through submitit. Calls submitted together become one job array.
 
-    A call whose first argument has ``resources`` (a group of cells has the plan's) asks for these on top of the
-    executor's own; each set of resources is an array of its own. A job that reaches its time limit or is preempted
-    goes back into the queue and takes up what is missing.
+    If a call's first argument has ``resources`` (a group of cells has the plan's), they are added to the executor's.
+    Each set of resources gets its own array. A job that reaches its time limit or is preempted is requeued and
+    continues with the missing cells.
 
     Args:
-        folder: for submitit's scripts and logs, on a file system that the nodes share.
-        requeues: how often a job may reach its time limit before it is given up.
-        poll_seconds: between two looks at the queue.
+        folder: folder for submitit's scripts and logs, on a file system shared by the nodes.
+        requeues: how often a job may reach its time limit before it fails.
+        poll_seconds: time between two checks of the queue.
         **resources: as ``submitit.AutoExecutor.update_parameters`` takes them: ``timeout_min``, ``mem_gb``,
             ``cpus_per_task``, ``gpus_per_node``, ``slurm_partition``, ``slurm_array_parallelism``, ...
 
     Raises:
-        StoreError: submitit is not installed, or this is no machine that Slurm jobs are submitted from.
+        StoreError: submitit is not installed, or Slurm jobs cannot be submitted from this machine.
 
     Example:
         >>> with SlurmExecutor("logs", timeout_min=60, gpus_per_node=1) as executor:  # doctest: +SKIP
@@ -133,36 +131,35 @@ class SlurmExecutor(Executor):
         self._poll_seconds = poll_seconds
         self._array(resources)
         self._lock = threading.Condition()
-        self._waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]] = []
+        self._waiting: list[_Call] = []
         self._jobs: dict[Future, _Job] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def _array(self, resources: Mapping[str, Any]) -> Any:
-        """What submits jobs that all ask for the same."""
+        """Return a submitit executor for jobs with these resources."""
         try:
             import submitit
         except ImportError as error:
             raise StoreError("sweeping through Slurm needs submitit: pip install 'tlcoupling[slurm]'") from error
         try:
-            found = submitit.AutoExecutor(folder=self._folder, cluster="slurm", slurm_max_num_timeout=self._requeues)
+            executor = submitit.AutoExecutor(folder=self._folder, cluster="slurm", slurm_max_num_timeout=self._requeues)
         except (RuntimeError, OSError) as error:
             raise StoreError(f"sweeping through Slurm is not possible here: {error}") from error
         try:
-            found.update_parameters(**resources)
+            executor.update_parameters(**resources)
         except (AssertionError, NameError, TypeError, ValueError) as error:
-            raise ArgumentError("resources", dict(resources), f"what submitit takes ({error})") from error
-        return found
+            raise ArgumentError("resources", dict(resources), f"resources that submitit accepts ({error})") from error
+        return executor
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """Put a call into the queue; it is submitted with those that come within the next moment."""
+        """Queue a call. It is submitted together with calls that follow within a moment."""
         future: Future = Future()
         resources = {**self._resources, **(getattr(args[0], "resources", {}) if args else {})}
-        call = partial(_submit, Requeued(fn), args, kwargs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            self._waiting.append((future, call, resources))
+            self._waiting.append((future, lambda array: array.submit(Requeued(fn), *args, **kwargs), resources))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="slurm-jobs", daemon=True)
                 self._thread.start()
@@ -170,7 +167,7 @@ class SlurmExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for the jobs, or cancel them."""
+        """Refuse further calls; wait for the jobs, or cancel them."""
         with self._lock:
             self._closed = True
             if cancel_futures:
@@ -181,7 +178,7 @@ class SlurmExecutor(Executor):
             self._thread.join()
 
     def _watch(self) -> None:
-        """Submit what has come, and look after what was submitted, until there is no more of either."""
+        """Submit queued calls and settle finished jobs, until none are left and the executor is closed."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -193,17 +190,17 @@ class SlurmExecutor(Executor):
                 waiting, self._waiting = self._waiting, []
             self._send(waiting)
             try:
-                self._look()
-            except Exception as error:  # of whatever kind: nobody waits for this thread, but for its futures
+                self._check_jobs()
+            except Exception as error:  # of any type: nobody reads this thread's errors, only its futures'
                 for future, job in self._jobs.items():
                     with suppress(OSError):
-                        job.job.cancel(check=False)  # what nobody looks after must not run on beside a re-run
+                        job.job.cancel(check=False)  # an unwatched job must not run beside a later sweep
                     _settle(future, error=error)
                 self._jobs = {}
 
-    def _send(self, waiting: list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]) -> None:
-        """Submit calls, those with equal resources as one array; one that is not taken is its own calls' error."""
-        arrays: dict[str, list[tuple[Future, Callable[[Any], Any], dict[str, Any]]]] = {}
+    def _send(self, waiting: list[_Call]) -> None:
+        """Submit calls, those with equal resources as one array. If an array is refused, only its calls fail."""
+        arrays: dict[str, list[_Call]] = {}
         for one in waiting:
             arrays.setdefault(repr(sorted(one[2].items())), []).append(one)
         for calls in arrays.values():
@@ -211,14 +208,14 @@ class SlurmExecutor(Executor):
                 array = self._array(calls[0][2])
                 with array.batch():
                     jobs = [call(array) for _, call, _ in calls]
-            except Exception as error:  # of whatever kind: the other arrays are worth having
+            except Exception as error:  # of any type: the other arrays can still run
                 for future, _, _ in calls:
                     _settle(future, error=error)
             else:
                 self._jobs |= {future: _Job(job) for (future, _, _), job in zip(calls, jobs, strict=True)}
 
-    def _look(self) -> None:
-        """Settle the futures of jobs that have ended, and cancel the jobs of futures that were cancelled."""
+    def _check_jobs(self) -> None:
+        """Settle the futures of finished jobs, and cancel the jobs of cancelled futures."""
         queue, now = _queue(), time.monotonic()
         for future, job in list(self._jobs.items()):
             if future.cancelled():
@@ -245,15 +242,11 @@ class _Job:
     last_seen: float = field(default_factory=time.monotonic)
 
 
-def _submit(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], array: Any) -> Any:
-    return array.submit(function, *args, **kwargs)
-
-
 def _settle_by(future: Future, job: Any) -> None:
-    """Give a future what its job came to."""
+    """Set a future to its job's result or error."""
     try:
         result = job.result()
-    except Exception as error:  # whatever the call raised
+    except Exception as error:  # any error of the call
         _settle(future, error=error)
     else:
         _settle(future, error=result.error) if isinstance(result, _Raised) else _settle(future, result=result)
@@ -269,13 +262,13 @@ def _settle(future: Future, result: Any = None, error: Exception | None = None) 
 
 
 def _queue() -> set[str] | None:
-    """Ids of this user's jobs that wait or run, as ``12_0`` in an array; None where Slurm gives no answer.
+    """Return ids of this user's waiting and running jobs, such as ``12_0`` in an array; None if Slurm does not answer.
 
-    Not ``sacct``, which submitit would ask: many clusters keep no accounts.
+    Uses ``squeue`` because submitit's ``sacct`` needs accounting, which many clusters lack.
     """
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        queue = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return set(found.stdout.split())
+    return set(queue.stdout.split())

@@ -12,7 +12,7 @@ from tlcoupling.errors import ArgumentError, PlanError, StoreError
 from tlcoupling.linalg.work import Rates, measured_rates
 from tlcoupling.sweeps.plan import Plan
 from tlcoupling.sweeps.shapes import CellCost, cell_costs
-from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore
 
 
@@ -99,7 +99,7 @@ def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = N
         except StoreError:
             pass  # nothing is measured yet
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    by_model: dict[str, list[Group]] = {}
+    by_model: dict[str, list[CellGroup]] = {}
     for group in plan.groups:
         by_model.setdefault(group.source.model, []).append(group)
     rates = measured_rates(device) if rate is None else Rates.typical(rate)
@@ -107,7 +107,7 @@ def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = N
     return Forecast(groups, rates.matmul, rate is None)
 
 
-def _of_model(model: str, groups: list[Group], kept: set[str], plan: str, rates: Rates) -> ModelForecast:
+def _of_model(model: str, groups: list[CellGroup], kept: set[str], plan: str, rates: Rates) -> ModelForecast:
     cells = [cell for group in groups for cell in group.cells]
     counts = {
         "model": model,

@@ -1,4 +1,4 @@
-"""A plan: models x revisions x prompts x settings, read from one TOML file and checked before anything is loaded."""
+"""A plan: models x revisions x prompts x settings, read from a TOML file and checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 from tlcoupling.errors import PlanError
 from tlcoupling.sweeps.cells import Cell
 from tlcoupling.sweeps.plan_file import Reader
-from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.source import CellGroup
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep measures.
+    """The cells of a sweep.
 
     Attributes:
         groups: all cells, by model and revision, in the order of the plan.
-        cells_per_job: the most cells that are one unit of work; None where the executor decides.
-        name: of the file it was read from.
+        cells_per_job: the most cells in one unit of work; None leaves it to the executor.
+        name: the name of its file.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[CellGroup, ...]
     cells_per_job: int | None = None
     name: str = "plan"
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells, each once."""
+        """Return all cells, each once."""
         return [cell for group in self.groups for cell in group.cells]
 
     @property
     def default_store(self) -> Path:
-        """Where its results go unless something else is said: ``plan.store`` beside ``plan.toml``."""
+        """Return the default folder for results: ``plan.store`` beside ``plan.toml``."""
         return Path(self.name).with_suffix(".store")
 
     def __repr__(self) -> str:
@@ -47,7 +47,7 @@ class Plan:
         """Read a TOML file. Relative paths in it start from its folder.
 
         Raises:
-            PlanError: it is no plan; the message names the file, the line, the key and what is allowed.
+            PlanError: the plan is invalid; the message names the file, line, key and allowed values.
         """
         path = Path(path)
         if sys.version_info >= (3, 11):
@@ -63,13 +63,13 @@ class Plan:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], base: str | Path = ".", name: str = "plan", text: str = "") -> Plan:
-        """A plan from what its TOML file would hold.
+        """Build a plan from the contents of a TOML file.
 
         Args:
-            content: ``models``, ``prompts``, and what else there is.
+            content: ``models``, ``prompts`` and the optional keys.
             base: the folder that relative paths start from.
-            name: what messages call the plan.
-            text: the file's text, for the lines that messages name.
+            name: the plan's name in messages.
+            text: the file's text, for line numbers in messages.
 
         Raises:
             PlanError: as ``read``.
@@ -80,11 +80,11 @@ class Plan:
         groups, per_job = Reader(Path(base), name, text).read(content)
         return cls(groups, per_job, name)
 
-    def pending(self, measured: Collection[str], at_most: int | None = None) -> list[Group]:
-        """The groups of what is not measured yet, split so that none has more than ``at_most`` cells."""
-        found = []
+    def pending(self, measured: Collection[str], at_most: int | None = None) -> list[CellGroup]:
+        """Return groups of the cells not yet measured, split into at most ``at_most`` cells each."""
+        groups = []
         for group in self.groups:
             cells = [cell for cell in group.cells if cell.key not in measured]
             size = at_most or len(cells) or 1
-            found += [replace(group, cells=tuple(cells[i : i + size])) for i in range(0, len(cells), size)]
-        return found
+            groups += [replace(group, cells=tuple(cells[i : i + size])) for i in range(0, len(cells), size)]
+        return groups

@@ -1,4 +1,4 @@
-"""Reading a plan: each key checked, each message with the file, the line, the key and what is allowed."""
+"""Read and validate a plan. Error messages name the file, the line, the key and the allowed values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tlcoupling.sweeps.cells import Cell, Settings
 from tlcoupling.sweeps.checkpoints import pick_steps, published_steps, steps_in_folder
 from tlcoupling.sweeps.executors import check_resources
 from tlcoupling.sweeps.shapes import Shape, shape_at_hand
-from tlcoupling.sweeps.source import Group, Source, digest_of_folder
+from tlcoupling.sweeps.source import CellGroup, Source, digest_of_folder
 
 _TOP = ("models", "prompts", "settings", "random_baseline", "local_files_only", "resources", "cells_per_job")
 _OF_MODEL = (
@@ -32,8 +32,8 @@ class Reader:
 
     Attributes:
         base: the folder that relative paths start from.
-        name: what messages call the plan.
-        text: the file's text, for the lines that messages name.
+        name: the plan's name in messages.
+        text: the file's text, for line numbers in messages.
     """
 
     base: Path
@@ -41,18 +41,18 @@ class Reader:
     text: str
     _loaded: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # by label
 
-    def read(self, content: Mapping[str, Any]) -> tuple[tuple[Group, ...], int | None]:
-        """All groups, each cell in one of them, and the most cells of a unit of work.
+    def read(self, content: Mapping[str, Any]) -> tuple[tuple[CellGroup, ...], int | None]:
+        """Return all groups (each cell is in one of them) and the most cells per unit of work.
 
         Raises:
-            PlanError: a key that is not known, a value that is not allowed, a model, file or field that is not there.
+            PlanError: an unknown key, a value that is not allowed, or a missing model, file or field.
         """
         self._known(content, _TOP, "")
         models = self._entries(content, "models")
         local = self._bool(content, "local_files_only", False)
         prompts = self._prompts(content, local)
         settings = self._settings(content)
-        groups: list[Group] = []
+        groups: list[CellGroup] = []
         seen: set[str] = set()
         for index, entry in enumerate(models):
             spec = {"name": entry} if isinstance(entry, str) else self._table(entry, f"models[{index}]")
@@ -74,8 +74,8 @@ class Reader:
         local: bool,
         prompts: Sequence[str],
         settings: Sequence[Settings],
-    ) -> Iterable[Group]:
-        """A model's groups, one for each of its revisions; fresh weights are measured beside the last of them."""
+    ) -> Iterable[CellGroup]:
+        """Yield a model's groups, one per revision. Random weights are measured in the last revision's group."""
         self._known(spec, _OF_MODEL, where)
         seeds = self._seeds(spec.get("random_baseline", content.get("random_baseline", False)))
         resources = {**self._resources(content), **self._resources(spec)}
@@ -97,7 +97,7 @@ class Reader:
                 for one in settings
                 for prompt in prompts
             ]
-            yield Group(source, tuple(cells), resources, shape or shape_at_hand(source.name))
+            yield CellGroup(source, tuple(cells), resources, shape or shape_at_hand(source.name))
 
     def _sources(self, spec: Mapping[str, Any], where: str, local: bool) -> list[Source]:
         name = spec.get("name")
@@ -127,15 +127,15 @@ class Reader:
         )
         if (other := self._loaded.setdefault(label, plain.name)) != plain.name:
             raise PlanError(
-                f"{self._at(label)}: {other!r} and {plain.name!r} are both called {label!r}; allowed: a label of its "
-                "own for each model, by which results are told apart"
+                f"{self._at(label)}: {other!r} and {plain.name!r} are both called {label!r}; allowed: a different "
+                "label for each model, to tell their results apart"
             )
         if is_folder:
             return self._in_folder(plain, folder, spec, name)
         return self._on_hub(replace(plain, weights=name), spec, name)
 
     def _in_folder(self, plain: Source, folder: Path, spec: Mapping[str, Any], name: str) -> list[Source]:
-        """A folder of a model, or of a training run with a folder for each step."""
+        """Return the sources in a folder that holds a model, or a training run with one folder per step."""
         if "revisions" in spec:
             raise PlanError(f"{self._at('revisions')}: {name!r} is a folder, which has no revisions")
         steps = steps_in_folder(folder)
@@ -164,7 +164,7 @@ class Reader:
             if series is None:
                 raise PlanError(
                     f"{self._at('checkpoints')}: no training steps of {name!r} are known; allowed: "
-                    "EleutherAI/pythia-*, stanford-crfm/*, a folder that holds a folder for each step, or revisions"
+                    "EleutherAI/pythia-*, stanford-crfm/*, a folder with one subfolder per step, or revisions"
                 )
             steps, pattern = series
             return [
@@ -190,7 +190,7 @@ class Reader:
         try:
             return pick_steps(wanted, steps)
         except ArgumentError as error:
-            raise PlanError(f"{self._at('checkpoints')}: of {name!r}: {error}") from error
+            raise PlanError(f"{self._at('checkpoints')}: {name!r}: {error}") from error
 
     def _digest(self, folder: Path) -> str:
         try:
@@ -199,28 +199,28 @@ class Reader:
             raise PlanError(f"{self.name}: the model in {str(folder)!r} cannot be read: {error}") from error
 
     def _prompts(self, content: Mapping[str, Any], local: bool) -> list[str]:
-        found: dict[str, None] = {}
+        prompts: dict[str, None] = {}
         for index, entry in enumerate(self._entries(content, "prompts")):
             if isinstance(entry, str):
                 raise self._wrong("prompts", entry, "a table with one of text, file, dataset")
             where = f"prompts[{index}]"
             self._known(self._table(entry, where), prompt_tables.KEYS, where)
-            found |= dict.fromkeys(
+            prompts |= dict.fromkeys(
                 prompt_tables.read_prompts(entry, self.base, f"{self._at('prompts')}: {where}", local)
             )
-        return list(found)
+        return list(prompts)
 
     def _settings(self, content: Mapping[str, Any]) -> list[Settings]:
         tables = self._entries(content, "settings") if "settings" in content else [{}]
-        found = []
+        settings = []
         for index, entry in enumerate(tables):
             table = self._table(entry, f"settings[{index}]")
             self._known(table, [spec.name for spec in fields(Settings)], f"settings[{index}]")
             try:
-                found.append(Settings.of(**table))
+                settings.append(Settings.of(**table))
             except ArgumentError as error:
                 raise PlanError(f"{self._at(error.name)}: settings[{index}]: {error}") from error
-        return found
+        return settings
 
     def _seeds(self, value: Any) -> tuple[int, ...]:
         if isinstance(value, bool):
@@ -249,12 +249,12 @@ class Reader:
             raise PlanError(f"{self._at('shape')}: {where}.shape: {error}") from error
 
     def _entries(self, content: Mapping[str, Any], key: str) -> list[Any]:
-        """One table or a list of them."""
+        """Return a required table, or list of entries, as a list."""
         value = content.get(key)
         value = [value] if isinstance(value, Mapping) else value
         if not isinstance(value, list) or not value:
-            state = "there are none" if value is None or value == [] else f"{key} = {value!r}"
-            raise PlanError(f"{self._at(key)}: the plan needs {key}, and {state}; allowed: one or more")
+            state = "none" if value is None or value == [] else f"{key} = {value!r}"
+            raise PlanError(f"{self._at(key)}: the plan needs {key}, but has {state}; allowed: one or more")
         return value
 
     def _table(self, value: Any, where: str) -> Mapping[str, Any]:
@@ -281,7 +281,7 @@ class Reader:
         return PlanError(f"{self._at(key)}: {key} = {value!r} is not allowed; allowed: {allowed}")
 
     def _at(self, word: str) -> str:
-        """The plan's name, with the line where a word first stands in it."""
+        """Return the plan's name, with the line in which a word first occurs."""
         for number, line in enumerate(self.text.split("\n"), 1):
             if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", line.partition("#")[0]):
                 return f"{self.name}, line {number}"

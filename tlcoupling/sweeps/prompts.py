@@ -1,4 +1,4 @@
-"""Prompts of a plan: written in it, or in a text file, a JSONL file or a HuggingFace dataset."""
+"""Prompts of a plan, from the plan itself, a text file, a JSONL file or a HuggingFace dataset."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Any
 from tlcoupling.errors import PlanError
 from tlcoupling.models.offline import offline
 
-# What each source of prompts goes with.
+# The keys allowed with each source of prompts.
 _BESIDE = {"text": ("limit",), "file": ("field", "limit"), "dataset": ("config", "split", "field", "limit")}
 KEYS = (*_BESIDE, "config", "split", "field", "limit")
 
 
 def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_only: bool) -> list[str]:
-    """The prompts that one table of a plan means; blank ones are left out.
+    """Return the prompts of one table of a plan, without blank ones.
 
     Args:
-        spec: the table: one of ``text``, ``file``, ``dataset``, and what belongs to it.
+        spec: the table: one of ``text``, ``file``, ``dataset``, and its options.
         base: the folder that relative paths start from.
-        where: what messages call the table.
-        local_files_only: whether a dataset may come from this machine only.
+        where: the table's name in messages.
+        local_files_only: whether to load datasets from this machine only.
 
     Raises:
-        PlanError: a key that does not go with the source; a file that is not there, is empty or is no JSONL; a dataset
-            or a field that is not there.
+        PlanError: an option that does not apply to the source; a missing, empty or invalid file; a missing dataset or
+            field.
     """
     kinds = [kind for kind in _BESIDE if kind in spec]
     if len(kinds) != 1:
         raise PlanError(f"{where}: it has {' and '.join(kinds) or 'no source'}; allowed: one of text, file, dataset")
     if unused := [key for key in spec if key not in (kinds[0], *_BESIDE[kinds[0]])]:
         allowed = ", ".join(_BESIDE[kinds[0]])
-        raise PlanError(f"{where}: {unused[0]} = {spec[unused[0]]!r} says nothing of {kinds[0]}; allowed: {allowed}")
+        raise PlanError(f"{where}: {unused[0]} = {spec[unused[0]]!r} does not apply to {kinds[0]}; allowed: {allowed}")
     limit = spec.get("limit")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise PlanError(f"{where}: limit = {limit!r} is not allowed; allowed: an int from 1 on")
@@ -50,21 +50,21 @@ def read_prompts(spec: Mapping[str, Any], base: Path, where: str, local_files_on
         texts = _of_file((base / source).expanduser(), spec.get("field"), name)
     else:
         texts = _of_dataset(source, spec, base, name, local_files_only)
-    found = list(islice((text for text in texts if text.strip()), limit))
-    if not found:
-        raise PlanError(f"{name} holds no prompt: it is empty, or all of it is blank")
-    return found
+    prompts = list(islice((text for text in texts if text.strip()), limit))
+    if not prompts:
+        raise PlanError(f"{name} holds no prompt: it is empty or blank")
+    return prompts
 
 
 def _of_file(path: Path, field: str | None, name: str) -> Iterable[str]:
     try:
-        # a line ends where editors end it: a separator such as U+2028 is part of a prompt, a byte order mark of none
+        # split as editors do: separators such as U+2028 belong to a prompt, a byte order mark to none
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{name} cannot be read: {error}") from error
     if path.suffix not in (".jsonl", ".ndjson"):
         if field is not None:
-            raise PlanError(f"{name} has one prompt a line and so no field {field!r}; allowed: a file named .jsonl")
+            raise PlanError(f"{name} has one prompt per line, so no field {field!r}; allowed: a file named .jsonl")
         return lines
     return _of_jsonl(lines, field or "text", name)
 
@@ -76,12 +76,12 @@ def _of_jsonl(lines: Iterable[str], field: str, name: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise PlanError(f"{name}, line {number} is no JSON: {error}") from error
+            raise PlanError(f"{name}, line {number} is not JSON: {error}") from error
         yield _field(row, field, f"{name}, line {number}")
 
 
 def _of_dataset(source: str, spec: Mapping[str, Any], base: Path, name: str, local_files_only: bool) -> Iterable[str]:
-    """A dataset's field, row by row; a folder beside the plan goes before a hub's name."""
+    """Yield one field of a dataset, row by row. A folder beside the plan takes precedence over a hub's name."""
     try:
         import datasets
     except ImportError as error:
@@ -90,7 +90,7 @@ def _of_dataset(source: str, spec: Mapping[str, Any], base: Path, name: str, loc
     try:
         with offline() if local_files_only else nullcontext():
             rows = datasets.load_dataset(str(folder) if folder.is_dir() else source, spec.get("config"), split=split)
-    except Exception as error:  # of whatever kind: datasets raises those of a dozen libraries
+    except Exception as error:  # of any type: datasets raises errors of a dozen libraries
         reason = " ".join(str(error).split())[:300]
         raise PlanError(f"{name}, split {split!r} cannot be loaded: {type(error).__name__}: {reason}") from error
     field = spec.get("field", "text")

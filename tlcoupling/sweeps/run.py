@@ -1,4 +1,4 @@
-"""Running a plan: what is missing is measured, group by group, here or by any executor, and kept as it comes."""
+"""Run a plan: measure missing cells group by group, here or with any executor, and store each at once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tlcoupling.analysis.analyze import analyze
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.models.baseline import random_baseline
 from tlcoupling.sweeps.cells import Cell, ModelFacts
 from tlcoupling.sweeps.executors import Requeued, process_pool
 from tlcoupling.sweeps.plan import Plan
-from tlcoupling.sweeps.source import Group
+from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore, as_store, describe
 
 _POLL_SECONDS = 2.0
@@ -26,15 +27,15 @@ OnCell = Callable[[Cell, str | None], None]
 
 @dataclass(frozen=True)
 class SweepReport:
-    """How a sweep went.
+    """The outcome of a sweep.
 
     Attributes:
-        store: where the results are.
+        store: the store with the results.
         n_cells: cells of the plan.
-        n_kept: of these, measured before.
-        n_measured: of these, measured now.
+        n_kept: cells measured before this sweep.
+        n_measured: cells measured by this sweep.
         failed: cells that could not be measured, each with its error; the store keeps these too.
-        unfinished: cells that were not tried to the end, since their process or job ended; a re-run takes them up.
+        unfinished: cells whose process or job ended before an outcome; a re-run measures them.
         reasons: why processes or jobs ended.
         seconds: wall-clock time.
     """
@@ -58,7 +59,7 @@ class SweepReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every cell of the plan is measured."""
+        """Return whether every cell of the plan is measured."""
         return not self.failed and not self.unfinished
 
 
@@ -71,30 +72,29 @@ def sweep(
     cells_per_job: int | None = None,
     progress: bool = False,
 ) -> SweepReport:
-    """Measure what a plan has and a store has not.
+    """Measure the cells of a plan that a store lacks.
 
-    Each cell is kept as soon as it is measured, as one file that is whole or absent: whatever ends a sweep, a re-run
-    does what is missing. A cell that fails leaves its error in the store, the others go on, and a re-run tries it
-    again. Several sweeps may work on one store at once.
+    Each measured cell is stored at once, atomically, so a re-run after any interruption measures only what is missing.
+    A failed cell leaves its error in the store, the others continue, and a re-run tries it again. Several sweeps may
+    share a store.
 
     Args:
-        plan: a plan, or the path of one.
-        store: a store, or its folder, which is made where it is missing; by default ``plan.store`` for ``plan.toml``,
-            beside it.
-        executor: anything with the interface of ``concurrent.futures.Executor`` (``tlcoupling.sweeps.SlurmExecutor``,
-            Dask's ``Client.get_executor()``, executorlib, mpi4py); what it runs must reach the store's folder under
-            the same path. None for this process.
-        workers: the number of processes of this machine, instead of an executor; each has its share of torch's threads.
-        cells_per_job: the most cells that are one unit of work; by default what the plan says, or else a model's cells
-            are split where there are more processes than models. The model is loaded once for each unit.
-        progress: show a progress bar with the failures counted.
+        plan: a plan, or its path.
+        store: a store, or its folder, created if missing; by default ``plan.store`` beside ``plan.toml``.
+        executor: any ``concurrent.futures.Executor`` (``tlcoupling.sweeps.SlurmExecutor``, Dask's
+            ``Client.get_executor()``, executorlib, mpi4py). Its workers must reach the store under the same path. None
+            for this process.
+        workers: number of processes on this machine, instead of an executor; they share torch's threads.
+        cells_per_job: the most cells in one unit of work; by default as in the plan. Otherwise a model's cells are
+            split if there are more processes than models. Each unit loads its model once.
+        progress: show a progress bar with the number of failures.
 
     Returns:
         ``SweepReport``.
 
     Raises:
-        PlanError: the plan is wrong; nothing was begun.
-        StoreError, ResultFileError: the store cannot be written to, or no longer (a full disk); what it has is kept.
+        PlanError: the plan is invalid. Raised before any work starts.
+        StoreError, ResultFileError: the store cannot be written to (such as a full disk); its results are kept.
         ArgumentError: both an executor and workers, or a number below 1.
 
     Example:
@@ -103,10 +103,10 @@ def sweep(
     """
     started = time.perf_counter()
     for name, value in (("workers", workers), ("cells_per_job", cells_per_job)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ArgumentError(name, value, "an int from 1 on")
+        if value is not None:
+            check_int(name, value, 1)
     if executor is not None and workers is not None:
-        raise ArgumentError("workers", workers, "None where an executor is given")
+        raise ArgumentError("workers", workers, "None if an executor is given")
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
     store = as_store(plan.default_store if store is None else store, create=True)
     cells = {cell.key: cell for cell in plan.cells}
@@ -135,12 +135,12 @@ def sweep(
     )
 
 
-def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> list[tuple[str, str | None]]:
-    """Measure the cells of a group that a store has not: what an executor runs, in whatever process.
+def measure_group(group: CellGroup, folder: str, on_cell: OnCell | None = None) -> list[tuple[str, str | None]]:
+    """Measure the cells of a group that a store lacks. Executors run this function, in any process.
 
     Args:
         group: the cells; their model is loaded once.
-        folder: the store's.
+        folder: the store's folder.
         on_cell: called after each cell, with its error or None.
 
     Returns:
@@ -158,7 +158,7 @@ def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> l
 
     def refuse(cells: Sequence[Cell], error: Exception, began: float) -> None:
         if Requeued.job_ends:
-            raise error  # which is no cell's
+            raise error  # a shutdown signal, not a cell's error
         for cell in cells:
             store.fail(cell, error, time.perf_counter() - began)
             note(cell, describe(error))
@@ -175,7 +175,7 @@ def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> l
                 model = group.source.open()
             subject = model if seed is None else random_baseline(model, seed)
             facts = ModelFacts.of(subject)
-        except Exception as error:  # of whatever kind: other groups are worth having
+        except Exception as error:  # of any type: other groups can still be measured
             refuse(cells, error, began)
             continue
         for cell in cells:
@@ -186,7 +186,7 @@ def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> l
             prompt = list(cell.prompt) if isinstance(cell.prompt, tuple) else cell.prompt
             try:
                 analysis = analyze(subject, prompt, attention=False, **cell.settings.arguments())
-            except Exception as error:  # of whatever kind: other cells are worth having
+            except Exception as error:  # of any type: other cells can still be measured
                 refuse([cell], error, began)
                 continue
             store.save(cell, analysis, facts)
@@ -195,26 +195,26 @@ def measure_group(group: Group, folder: str, on_cell: OnCell | None = None) -> l
 
 
 def _by_seed(cells: Sequence[Cell]) -> Iterator[tuple[int | None, list[Cell]]]:
-    """Cells of the model itself, then those of each set of fresh weights."""
+    """Yield the cells of the model itself, then those of each set of random weights."""
     for seed in dict.fromkeys(cell.random_seed for cell in cells):
         yield seed, [cell for cell in cells if cell.random_seed == seed]
 
 
-def _here(groups: Sequence[Group], store: SweepStore, meter: _Meter) -> list[str]:
+def _here(groups: Sequence[CellGroup], store: SweepStore, meter: _Meter) -> list[str]:
     for group in groups:
         meter.show(str(group.source))
         measure_group(group, str(store.folder), lambda cell, error: meter.add(1, error is not None))
     return []
 
 
-def _elsewhere(groups: Sequence[Group], store: SweepStore, executor: Executor, meter: _Meter) -> list[str]:
-    """Hand groups to an executor and wait; a process or job that ends without a result is no reason to stop."""
-    futures: dict[Future[list[tuple[str, str | None]]], Group] = {}
+def _elsewhere(groups: Sequence[CellGroup], store: SweepStore, executor: Executor, meter: _Meter) -> list[str]:
+    """Submit groups to an executor and wait. A process or job that ends without a result does not stop the others."""
+    futures: dict[Future[list[tuple[str, str | None]]], CellGroup] = {}
     reasons: dict[str, None] = {}
     try:
         for group in groups:
             futures[executor.submit(measure_group, group, str(store.folder.resolve()))] = group
-    except RuntimeError as error:  # the pool broke meanwhile, or is shut down
+    except RuntimeError as error:  # the pool broke or was shut down
         reasons[describe(error)] = None
     waiting = set(futures)
     failures = finished = 0
@@ -243,7 +243,7 @@ def _elsewhere(groups: Sequence[Group], store: SweepStore, executor: Executor, m
 
 @contextmanager
 def _meter(total: int, kept: int, progress: bool) -> Iterator[_Meter]:
-    """A meter, on a terminal as a bar."""
+    """Yield a meter, shown as a progress bar if wanted."""
     if not progress:
         yield _Meter(None, None, kept)
         return
@@ -263,7 +263,7 @@ def _meter(total: int, kept: int, progress: bool) -> Iterator[_Meter]:
 
 
 class _Meter:
-    """A progress bar, or nothing."""
+    """A progress bar, or a stand-in that shows nothing."""
 
     def __init__(self, bar: Any, task: Any, kept: int) -> None:
         self._bar, self._task, self._kept = bar, task, kept

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from tlcoupling.analysis.estimate import stages_of
-from tlcoupling.coupling.arguments import Options, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import check_int, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.hooked import Topology
@@ -63,8 +64,7 @@ class Shape:
     def __post_init__(self) -> None:
         """Fill in what was left out."""
         for name in ("n_layers", "d_model", "n_heads"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ArgumentError(name, getattr(self, name), "an int from 1 on")
+            check_int(name, getattr(self, name), 1)
         usual = {
             "d_mlp": 4 * self.d_model,
             "n_key_value_heads": self.n_heads,
@@ -192,9 +192,9 @@ def cell_cost(shape: Shape, cell: Cell, rates: Rates) -> CellCost:
     """
     settings, n_tokens = cell.settings, n_tokens_of(cell.prompt)
     model = _Stand(shape)
-    names = resolve_sublayers(shape, settings.sublayers)
+    names = resolve_sublayers(settings.sublayers, shape.sublayers)
     options = Options.resolve(
-        shape, list(settings.k), settings.normalizer, settings.bases, settings.absolute, settings.engine,
+        shape.d_model, list(settings.k), settings.normalizer, settings.bases, settings.absolute, settings.engine,
         settings.solver,
     )  # fmt: skip
     wanted = settings.tokens if settings.tokens == "all" else list(settings.tokens)

@@ -1,4 +1,4 @@
-"""Where a model of a plan comes from: a name with a revision, or a folder of files known by their digest."""
+"""The source of a plan's model: a name with a revision, or a folder identified by the digest of its files."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tlcoupling.models.offline import offline
 from tlcoupling.sweeps.cells import Cell
 from tlcoupling.sweeps.shapes import Shape
 
-# What a model's numbers depend on; a Trainer's folder holds optimiser states beside it
+# Files that determine a model's numbers; a Trainer's folder also holds optimiser states
 _FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "vocab*", "merges.txt", "*.model")
 _FILES += ("added_tokens.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """How a model is loaded, and what its cells say of it.
+    """How to load a model, and how its cells describe it.
 
     Attributes:
-        name: what ``tlc.load_model`` takes: a name, or the path of a folder.
-        model: what its cells call it.
-        revision: of a hub's model, or the folder's name in a series.
-        step: training step, where it is known.
+        name: the argument of ``tlc.load_model``: a name, or the path of a folder.
+        model: the model's name in its cells.
+        revision: revision of a hub's model, or the folder's name in a series.
+        step: training step, if known.
         weights: digest of a folder's files, or the name of a hub's model.
-        load: what it is loaded with, as far as it changes numbers: ``dtype``, ``hooked``.
-        arguments: everything else that ``tlc.load_model`` is given, such as ``device`` and ``revision``.
-        local_files_only: ask nothing of a hub.
+        load: loader arguments that change numbers: ``dtype``, ``hooked``.
+        arguments: other arguments of ``tlc.load_model``, such as ``device`` and ``revision``.
+        local_files_only: make no hub request.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Source:
             return load_model(self.name, hooked=self.load["hooked"], **arguments)
 
     def __str__(self) -> str:
-        """As progress and messages name it."""
+        """Return the model's name in progress bars and messages."""
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No bar of transformers' for every model that is loaded: the sweep has its own."""
+    """Hide transformers' loading bars: the sweep has its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -79,14 +79,14 @@ def _no_bars() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Cells of one model, which is loaded once for them: the unit of work that an executor gets.
+class CellGroup:
+    """Cells of one model, loaded once for all of them: an executor's unit of work.
 
     Attributes:
         source: the model.
-        cells: what is measured of it.
-        resources: what a Slurm job of it asks for, as submitit names them.
-        shape: of the model, where it is known before it is loaded.
+        cells: the cells to measure.
+        resources: resources of its Slurm job, as submitit names them.
+        shape: the model's shape, if known before loading.
     """
 
     source: Source
@@ -96,10 +96,10 @@ class Group:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """32 hexadecimal digits of a model's files: their names and all of their contents.
+    """Return 32 hexadecimal digits that identify the names and contents of a model's files.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):

@@ -1,8 +1,8 @@
-"""A store: a folder with one file per measured cell, whichever process, machine or training run measured it.
+"""A store: a folder with one file per measured cell, from any process, machine or training run.
 
-``cells/KEY.safetensors`` is a whole ``Analysis`` with its cell in the header; ``failed/KEY.json`` says why a cell could
-not be measured. Files appear whole or not at all, and two writers of one cell write the same, so that any number of
-processes may work on one store without a lock.
+``cells/KEY.safetensors`` is a whole ``Analysis`` with its cell in the header. ``failed/KEY.json`` says why a cell could
+not be measured. Files are written atomically, and two writers of one cell write the same contents, so any number of
+processes can share a store without a lock.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from typing import TYPE_CHECKING, Any
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.errors import ResultFileError, StoreError, TLCouplingError
 from tlcoupling.results.atomic import remove_abandoned, replacing
-from tlcoupling.results.files import read_note, read_result, write_result
+from tlcoupling.results.base import read_result, write_result
+from tlcoupling.results.files import read_note
 from tlcoupling.sweeps.agreement import differences
 from tlcoupling.sweeps.cells import Cell, ModelFacts
+from tlcoupling.sweeps.table import (
+    frame,
+    row_of_damage,
+    row_of_failure,
+    row_of_outdated,
+    rows_of_cell,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -33,9 +42,9 @@ class Failure:
 
     Attributes:
         cell: the cell.
-        error: the error's kind and message.
-        trace: where it was raised.
-        seconds: how long the attempt took.
+        error: the error's type and message.
+        trace: its traceback.
+        seconds: duration of the attempt.
     """
 
     cell: Cell
@@ -48,11 +57,11 @@ class SweepStore:
     """A folder of measured cells.
 
     Args:
-        folder: where it is.
-        create: make the folder where it is missing, and find out whether it can be written to.
+        folder: its path.
+        create: create the folder if missing, and check that it is writable.
 
     Raises:
-        StoreError: there is no store, or it cannot be written to; the message says why.
+        StoreError: there is no store, or it is not writable; the message says why.
 
     Example:
         >>> store = tlc.SweepStore("results")  # doctest: +SKIP
@@ -65,7 +74,7 @@ class SweepStore:
         if create:
             self._prepare()
         elif not self._cells.is_dir():
-            raise StoreError(f"{str(folder)!r} is no store of sweep results: it has no folder 'cells'")
+            raise StoreError(f"{str(folder)!r} is not a store of sweep results: it has no folder 'cells'")
 
     def _prepare(self) -> None:
         for folder in (self._cells, self._failed):
@@ -83,15 +92,15 @@ class SweepStore:
         return f"SweepStore({str(self.folder)!r}: {len(self.keys())} cells, {len(self.failed_keys())} failed)"
 
     def path(self, key: str) -> Path:
-        """Where a cell's result is, or will be."""
+        """Return the path of a cell's result file, existing or not."""
         return self._cells / f"{key}{_SUFFIX}"
 
     def keys(self) -> set[str]:
-        """Keys of the cells that have a result file; a damaged one too."""
+        """Return the keys of cells with a result file, damaged or not."""
         return self._names(self._cells, _SUFFIX)
 
     def failed_keys(self) -> set[str]:
-        """Keys of the cells that failed and have no whole result since."""
+        """Return the keys of cells that failed and have no undamaged result since."""
         failed = self._names(self._failed, ".json")
         return failed - {key for key in failed & self.keys() if self._is_whole(key)}
 
@@ -108,7 +117,7 @@ class SweepStore:
             raise StoreError(f"the store {str(self.folder)!r} cannot be read: {error}") from error
 
     def has(self, cell: Cell) -> bool:
-        """Whether a cell's result is there and whole."""
+        """Return whether the store holds an undamaged result of a cell."""
         try:
             return read_note(self.path(cell.key)).get("cell") == cell.to_json()
         except ResultFileError:
@@ -122,20 +131,20 @@ class SweepStore:
         return True
 
     def save(self, cell: Cell, analysis: Analysis, facts: ModelFacts) -> Path:
-        """Write a cell's result, whole or not at all, and forget that it failed before.
+        """Write a cell's result atomically, and delete the record of an earlier failure.
 
         Raises:
-            ResultFileError: it cannot be written (a full disk, a folder that is read-only).
+            ResultFileError: it cannot be written (a full disk, a read-only folder).
         """
         path = write_result(analysis, self.path(cell.key), {"cell": cell.to_json(), "model": asdict(facts)})
         (self._failed / f"{cell.key}.json").unlink(missing_ok=True)
         return path
 
     def fail(self, cell: Cell, error: BaseException, seconds: float = 0.0) -> Path:
-        """Write down why a cell could not be measured.
+        """Record why a cell could not be measured.
 
         Raises:
-            StoreError: not even that can be written.
+            StoreError: the record cannot be written either.
         """
         path = self._failed / f"{cell.key}.json"
         content = {
@@ -145,17 +154,17 @@ class SweepStore:
             "seconds": seconds,
         }
         try:
-            with replacing(path) as partial:
-                partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as refused:
             raise StoreError(
-                f"cannot write to the store {str(self.folder)!r}: {refused}; this is what it was to note: {cell}: "
+                f"cannot write to the store {str(self.folder)!r}: {refused}; the unrecorded failure: {cell}: "
                 f"{describe(error)}"
             ) from error
         return path
 
     def load(self, key: str) -> Analysis:
-        """A cell's measurement.
+        """Return a cell's measurement.
 
         Raises:
             ResultFileError: there is none, or its file is damaged.
@@ -163,19 +172,19 @@ class SweepStore:
         return self.read(key)[1]
 
     def read(self, key: str) -> tuple[Cell, Analysis, ModelFacts]:
-        """A cell, its measurement, and what is known of its model.
+        """Return a cell, its measurement, and its model's sizes.
 
         Raises:
-            ResultFileError: there is none, or its file is damaged or no cell's.
+            ResultFileError: there is none, or its file is damaged or not a cell's.
         """
         analysis, note = read_result(self.path(key))
         try:
             return Cell.from_json(note["cell"]), analysis, ModelFacts(**note["model"])
         except (KeyError, TypeError, TLCouplingError) as error:
-            raise ResultFileError(f"{str(self.path(key))!r} is no cell of a sweep: {error!r}") from error
+            raise ResultFileError(f"{str(self.path(key))!r} is not a cell of a sweep: {error!r}") from error
 
     def cells(self) -> Iterator[Cell]:
-        """The cells that have a result, in the order of their keys.
+        """Yield the cells that have a result, in the order of their keys.
 
         Raises:
             ResultFileError: a result file is damaged.
@@ -184,53 +193,61 @@ class SweepStore:
             yield Cell.from_json(read_note(self.path(key))["cell"])
 
     def failures(self) -> list[Failure]:
-        """The cells that failed, in the order of their keys; not those of another version of the measurement."""
-        found = []
+        """Return the failed cells of this version of the measurement, in the order of their keys."""
+        failures = []
         for key in sorted(self.failed_keys()):
             try:
                 content = json.loads((self._failed / f"{key}.json").read_text(encoding="utf-8"))
                 cell = Cell.from_json(content["cell"])
                 if cell.key == key:
-                    found.append(Failure(**{**content, "cell": cell}))
+                    failures.append(Failure(**{**content, "cell": cell}))
             except FileNotFoundError:
-                continue  # measured meanwhile, by another process
+                continue  # another process has measured it by now
             except (OSError, KeyError, TypeError, ValueError) as error:
-                raise StoreError(f"{str(self._failed / key)!r}.json is no record of a failure: {error!r}") from error
-        return found
+                raise StoreError(f"{str(self._failed / key)!r}.json is not a failure record: {error!r}") from error
+        return failures
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the table: cells with a result in the order of their keys, then those that failed."""
+        for key in sorted(self.keys() - self.failed_keys()):
+            try:
+                cell, analysis, facts = self.read(key)
+            except ResultFileError as error:
+                yield row_of_damage(key, str(error))
+                continue
+            yield from rows_of_cell(cell, analysis, facts) if cell.key == key else [row_of_outdated(cell, key)]
+        for failure in self.failures():
+            yield row_of_failure(failure.cell, failure.error, failure.seconds)
 
     def table(self) -> pandas.DataFrame:
-        """One row per cell, sublayer and K; ``tlcoupling.sweeps.table.COLUMNS`` says what each column is."""
-        from tlcoupling.sweeps.table import to_pandas
-
-        return to_pandas(self)
+        """Return one row per cell, sublayer and K; ``tlcoupling.sweeps.table.COLUMNS`` describes each column."""
+        return frame(self.rows())
 
     def write_table(self, path: str | Path) -> Path:
         """Write ``table`` to one parquet file.
 
         Raises:
-            ResultFileError: it cannot be written.
+            ResultFileError: the file cannot be written.
         """
-        from tlcoupling.sweeps.table import write_parquet
-
-        return write_parquet(self, Path(path))
+        return write_parquet(self.rows(), Path(path))
 
     def add(self, other: SweepStore) -> int:
-        """Copy the cells of another store that this one lacks, and say how many these were.
+        """Copy the cells of another store that this one lacks, and return their number.
 
-        Failures come along too, of cells that have no result in either.
+        Failures of cells without a result in either store are copied too.
 
         Raises:
-            StoreError: both have a cell, and the two results differ in more than times, versions and rounding
-                (``tlcoupling.sweeps.agreement``). It is found before anything is copied.
+            StoreError: the two results of a cell differ in more than times, versions and rounding
+                (``tlcoupling.sweeps.agreement``). Raised before anything is copied.
             ResultFileError: a result file is damaged, or cannot be written.
         """
         ours, theirs = self.keys(), other.keys()
         for key in sorted(ours & theirs):
-            if found := differences(self.path(key), other.path(key)):
-                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            if names := differences(self.path(key), other.path(key)):
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise StoreError(
-                    f"two stores disagree on the cell {other.read(key)[0]}: {', '.join(found[:3])}{more} differ by "
-                    f"more than rounding; remove the one that is wrong: {str(self.path(key))!r} or "
+                    f"two stores disagree on the cell {other.read(key)[0]}: {', '.join(names[:3])}{more} differ by "
+                    f"more than rounding; remove the wrong one: {str(self.path(key))!r} or "
                     f"{str(other.path(key))!r}"
                 )
         for key in sorted(theirs - ours):
@@ -243,17 +260,17 @@ class SweepStore:
 
     def _copy(self, source: Path, target: Path) -> None:
         try:
-            with replacing(target) as partial:
-                partial.write_bytes(source.read_bytes())
+            with replacing(target) as temporary:
+                temporary.write_bytes(source.read_bytes())
         except OSError as error:
             raise ResultFileError(f"cannot copy {str(source)!r} to {str(target)!r}: {error}") from error
 
 
 def describe(error: BaseException) -> str:
-    """An error's kind and message, on one line."""
+    """Return an error's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def as_store(store: Any, create: bool = False) -> SweepStore:
-    """A store, or the folder of one."""
+    """Return a store, opened if its folder is given."""
     return store if isinstance(store, SweepStore) else SweepStore(store, create=create)

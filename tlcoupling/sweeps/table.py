@@ -1,4 +1,4 @@
-"""The table of a store: one row per cell, sublayer and K, with a schema that says what each column is."""
+"""The table of a store: one row per cell, sublayer and K, with a description of each column."""
 
 from __future__ import annotations
 
@@ -18,54 +18,52 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    from tlcoupling.sweeps.store import SweepStore
-
-_OUTDATED = "measured in the way of another version of tlcoupling; a sweep measures it anew"
+_OUTDATED = "measured by an incompatible version of tlcoupling; a sweep measures it again"
 _ONE_ROW = ("model", "revision", "step", "settings", "prompt_id", "sublayer", "k", "k_asked")
-_MEAN = "mean over the ordered pairs of different layers, and over the tokens measured"
+_MEAN = "mean over the ordered pairs of different layers and over the measured tokens"
 COLUMNS: dict[str, tuple[str, str]] = {
     "key": ("string", "the cell's key; its file is cells/KEY.safetensors"),
     "model": ("string", "the model's name in the plan"),
-    "revision": ("string", "of the model; missing for the default one"),
-    "step": ("int64", "training step, where it is known"),
-    "weights": ("string", "which weights: digest of a folder's files, or a hub's name; missing for a training run"),
-    "load": ("string", "what the model was loaded with (dtype, hooked), as JSON"),
-    "random_seed": ("int64", "of fresh weights (tlc.random_baseline); missing for the model itself"),
+    "revision": ("string", "the model's revision; missing for the default one"),
+    "step": ("int64", "training step, if known"),
+    "weights": ("string", "digest of a local model's files, or a hub's name; missing for live training weights"),
+    "load": ("string", "loader arguments that change numbers (dtype, hooked), as JSON"),
+    "random_seed": ("int64", "seed of random weights (tlc.random_baseline); missing for the model itself"),
     "prompt_id": ("string", "12 hexadecimal digits of the prompt's digest"),
     "prompt": ("string", "the prompt's text, or its token ids as a JSON list"),
     "n_tokens": ("int64", "length of the prompt"),
-    "n_measured": ("int64", "tokens measured"),
+    "n_measured": ("int64", "number of tokens measured"),
     "d_model": ("int64", "the model's width"),
     "n_layers": ("int64", "the model's depth"),
     "n_heads": ("int64", "attention heads of a layer"),
     "n_params": ("int64", "parameters of the model"),
-    "settings": ("string", "how it was measured, as JSON"),
+    "settings": ("string", "the measurement's settings, as JSON"),
     "k": ("int64", "number of singular vectors compared"),
-    "k_asked": ("string", "the same as the plan has it: a number, or a fraction of d_model"),
+    "k_asked": ("string", "k as written in the plan: a number, or a fraction of d_model"),
     "sublayer": ("string", "block, attn or mlp"),
     "coupling": ("double", f"coupling c_K, {_MEAN}"),
-    "null": ("double", f"what independent random bases would give, {_MEAN}"),
-    "null_std": ("double", f"standard deviation of that for a single pair, {_MEAN}"),
+    "null": ("double", f"coupling expected for independent random bases, {_MEAN}"),
+    "null_std": ("double", f"standard deviation of the null for a single pair, {_MEAN}"),
     "excess": ("double", "coupling - null"),
-    "overlap_u": ("double", f"overlap of the spaces written to, {_MEAN}"),
-    "overlap_v": ("double", f"overlap of the spaces read from, {_MEAN}"),
-    "overlap_null": ("double", "chance of either, K / d_model"),
-    "lss": ("double", "line-shape score of the sublayer's path, mean over the tokens measured"),
-    "straightness": ("double", "distance over length of that path, mean over the tokens measured"),
-    "ed": ("double", "expodistance of the block's path, median over the tokens measured"),
-    "cv": ("double", "its root, median over the tokens measured"),
-    "rate": ("double", "growth of the log-norm per layer, mean over the tokens measured"),
-    "r_squared": ("double", "of the log-norm's line over layers, mean over the tokens measured"),
+    "overlap_u": ("double", f"overlap of the subspaces written to, {_MEAN}"),
+    "overlap_v": ("double", f"overlap of the subspaces read from, {_MEAN}"),
+    "overlap_null": ("double", "expected overlap of random subspaces, K / d_model"),
+    "lss": ("double", "line-shape score of the sublayer's path, mean over the measured tokens"),
+    "straightness": ("double", "distance over length of that path, mean over the measured tokens"),
+    "ed": ("double", "expodistance of the block's path, median over the measured tokens"),
+    "cv": ("double", "its square root, median over the measured tokens"),
+    "rate": ("double", "growth of the log-norm per layer, mean over the measured tokens"),
+    "r_squared": ("double", "R^2 of a line through the log-norm over layers, mean over the measured tokens"),
     "status": ("string", "measured; or without numbers (see error): failed, damaged (its file), outdated"),
-    "error": ("string", "why it failed, or has no numbers here"),
+    "error": ("string", "why the cell failed, or has no numbers here"),
     "seconds": ("double", "wall-clock time of the measurement"),
-    "commit": ("string", "of the hub's repository that the model came from, where it is known"),
-    "versions": ("string", "of the packages that the numbers depend on, as JSON"),
+    "commit": ("string", "commit of the hub's repository of the model, if known"),
+    "versions": ("string", "versions of the packages that affect the numbers, as JSON"),
 }
 
 
 def schema() -> pyarrow.Schema:
-    """The columns as parquet has them, each with its description."""
+    """Return the parquet schema, with a description of each column."""
     import pyarrow as pa
 
     kinds = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64()}
@@ -75,80 +73,69 @@ def schema() -> pyarrow.Schema:
 
 
 def to_arrow(rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
-    """Rows as a table."""
+    """Return rows as a pyarrow table."""
     import pyarrow as pa
 
     return pa.Table.from_pylist(list(rows), schema=schema())
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
-    """The same for pandas; whole numbers that may be missing are ``Int64``."""
+    """Return rows as a DataFrame; integers that may be missing are ``Int64``."""
     import pandas as pd
     import pyarrow as pa
 
     return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
 
 
-def to_pandas(store: SweepStore) -> pandas.DataFrame:
-    """The table of a store."""
-    return frame(rows(store))
-
-
-def write_parquet(store: SweepStore, path: Path) -> Path:
-    """The same as one parquet file, written whole or not at all.
+def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Write rows to one parquet file, whole or not at all; return its path.
 
     Raises:
-        ResultFileError: it cannot be written.
+        ResultFileError: the file cannot be written.
     """
     import pyarrow.parquet as pq
 
-    table = to_arrow(rows(store))
+    table = to_arrow(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            pq.write_table(table, partial)
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary)
     except OSError as error:
         raise ResultFileError(f"cannot write the table to {str(path)!r}: {error}") from error
     return path
 
 
-def rows(store: SweepStore) -> Iterator[dict[str, Any]]:
-    """The rows: those of cells with a result in the order of their keys, then one for each that failed."""
-    for key in sorted(store.keys() - store.failed_keys()):
-        try:
-            cell, analysis, facts = store.read(key)
-        except ResultFileError as error:
-            yield {"key": key, "status": "damaged", "error": str(error)}
-            continue
-        if cell.key == key:
-            yield from rows_of_cell(cell, analysis, facts)
-        else:
-            yield {**cell_columns(cell), "key": key, "status": "outdated", "error": _OUTDATED}
-    for failure in store.failures():
-        yield row_of_failure(failure.cell, failure.error, failure.seconds)
+def row_of_damage(key: str, error: str) -> dict[str, Any]:
+    """Return the row of a cell whose result file cannot be read."""
+    return {"key": key, "status": "damaged", "error": error}
+
+
+def row_of_outdated(cell: Cell, key: str) -> dict[str, Any]:
+    """Return the row of a cell that another version of tlcoupling measured, under the key that it had there."""
+    return {**cell_columns(cell), "key": key, "status": "outdated", "error": _OUTDATED}
 
 
 def row_of_failure(cell: Cell, error: str, seconds: float) -> dict[str, Any]:
-    """The row of a cell that could not be measured."""
+    """Return the row of a cell that could not be measured."""
     return {**cell_columns(cell), "status": "failed", "error": error, "seconds": seconds}
 
 
 def cell_columns(cell: Cell) -> dict[str, Any]:
-    """The columns that say which cell a row is of."""
-    found = cell.to_json()
-    prompt = found["prompt"]
+    """Return the columns that identify a row's cell."""
+    record = cell.to_json()
+    prompt = record["prompt"]
     return {
         "key": cell.key,
-        **{name: found[name] for name in ("model", "revision", "step", "weights", "random_seed")},
-        "load": json.dumps(found["load"], sort_keys=True),
+        **{name: record[name] for name in ("model", "revision", "step", "weights", "random_seed")},
+        "load": json.dumps(record["load"], sort_keys=True),
         "prompt_id": cell.prompt_id,
         "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
-        "settings": json.dumps(found["settings"], sort_keys=True),
+        "settings": json.dumps(record["settings"], sort_keys=True),
     }
 
 
 def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[dict[str, Any]]:
-    """The rows of one measured cell."""
+    """Yield the rows of one measured cell."""
     coupling, straight, growth = analysis.coupling, analysis.linearity, analysis.growth
     at = list(coupling.positions)
     shared = {
@@ -177,15 +164,14 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[
 
 
 def require_one_kind(table: Any, by: Sequence[str]) -> None:
-    """Refuse measurements that no mean may be taken over; columns that the table lacks are not looked at.
+    """Raise an error if rows must not be averaged together. Missing columns are not checked.
 
     Args:
         table: a DataFrame of measured rows.
-        by: the columns that tell apart what is averaged, such as model and step.
+        by: the columns that identify what is averaged, such as model and step.
 
     Raises:
-        ArgumentError: several settings; one model of several weights or ways of loading; a measurement that is there
-            twice.
+        ArgumentError: several settings; one model with several weights or loader arguments; a repeated measurement.
     """
     if "settings" in table.columns and table["settings"].nunique() > 1:
         raise ArgumentError("table", f"{table['settings'].nunique()} different settings", _one_of("settings"))
@@ -193,12 +179,12 @@ def require_one_kind(table: Any, by: Sequence[str]) -> None:
         if name in table.columns:
             several = table.groupby(list(by), dropna=False, sort=False)[name].nunique(dropna=False)
             if (several > 1).any():
-                found = f"{several.max()} different {name} of {_named(several.idxmax())}"
-                raise ArgumentError("table", found, _one_of(name))
+                differing = f"{several.max()} different {name} of {_named(several.idxmax())}"
+                raise ArgumentError("table", differing, _one_of(name))
     same = [name for name in _ONE_ROW if name in table.columns]
     if "prompt_id" in same and (twice := table[table.duplicated(same)])[same].size:
-        found = f"{len(twice)} rows twice, such as {_named(tuple(twice.iloc[0][list(by)]))}"
-        raise ArgumentError("table", found, "each measurement once")
+        repeated = f"{len(twice)} rows twice, such as {_named(tuple(twice.iloc[0][list(by)]))}"
+        raise ArgumentError("table", repeated, "each measurement once")
 
 
 def _one_of(column: str) -> str:

@@ -1,9 +1,8 @@
-"""A model that is being trained, as it can be measured: in eval mode, through TransformerLens, and left as it was.
+"""Measure a model in training: in eval mode, through TransformerLens, and restored afterwards.
 
-A ``HookedTransformer`` or ``TransformerBridge`` is measured itself. A HuggingFace model is measured through a bridge
-around a copy of its modules on the very same memory for the weights, so that the model's own modules are not touched;
-the bridge is made anew each time, since for some architectures (GPT-NeoX) it copies the weights that it splits, and
-would go on showing those of the step it was made at.
+A ``HookedTransformer`` or ``TransformerBridge`` is measured directly. A HuggingFace model is measured through a bridge
+around a copy of its modules that shares the weights' memory, so its own modules are not touched. The bridge is rebuilt
+each time: for some architectures (GPT-NeoX) it copies weights that it splits, and would show those of an earlier step.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from tlcoupling.models.offline import answered_locally, offline
 
 @contextmanager
 def evaluated(model: Any) -> Iterator[Any]:
-    """The model as it can be measured, for a while.
+    """Yield the model in a state that can be measured, and restore it on exit.
 
-    Whatever was in force around it: mode of each module, gradients, random generators, autocast, ``no_grad`` and
-    ``inference_mode`` are as they were afterwards, and do not act within.
+    Module modes, gradients, random generators, autocast, ``no_grad`` and ``inference_mode`` are restored. Inside, the
+    outer autocast and grad modes do not act.
 
     Args:
         model: a ``HookedTransformer``, a ``TransformerBridge`` or a HuggingFace model; also in the wrappers of
             ``torch.compile`` and ``DistributedDataParallel``.
 
     Raises:
-        UnsupportedModelError: none of these, or of a kind that cannot be measured; see ``trace``.
+        UnsupportedModelError: another type, or a model that cannot be measured; see ``trace``.
     """
     model = unwrapped(model)
     with ExitStack() as stack:
@@ -55,11 +54,11 @@ def evaluated(model: Any) -> Iterator[Any]:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model without the wrappers that training puts around it."""
+    """Return the model without the wrappers of data parallelism and ``torch.compile``."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model._orig_mod
         else:
             return model
@@ -67,10 +66,10 @@ def unwrapped(model: Any) -> Any:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode on every module, and then each module's own mode again.
+    """Put every module into eval mode, and restore each module's own mode on exit.
 
-    The flags are set one by one: ``model.eval()`` would forget which parts were frozen in eval mode, and is overridden
-    in some libraries to change weights.
+    Flags are set one by one. ``model.eval()`` would lose which parts were frozen in eval mode, and some libraries
+    override it to change weights.
     """
     original = getattr(model, "original_model", None)  # a bridge does not list it among its modules
     modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
@@ -89,7 +88,7 @@ def _is_huggingface(model: Any) -> bool:
 
 
 def _bridge_around(model: Any) -> Any:
-    """A bridge on the weights of a HuggingFace model, in eval mode."""
+    """Return a bridge on the weights of a HuggingFace model, in eval mode."""
     bridge_class = _transformer_bridge()
     name = type(model).__name__
     if bridge_class is None:
@@ -103,24 +102,24 @@ def _bridge_around(model: Any) -> Any:
     first, tokenizer = next(model.parameters()), _no_tokenizer()
     try:
         same = copy.deepcopy(model, memo).eval()
-        same.__dict__.pop("forward", None)  # what accelerate puts there for mixed precision
+        same.__dict__.pop("forward", None)  # accelerate's mixed-precision wrapper
         same.config.architectures = [name]
         with warnings.catch_warnings(), offline(), answered_locally(same, tokenizer):
             warnings.simplefilter("ignore")
             bridge = bridge_class.boot_transformers(
                 name, hf_model=same, tokenizer=tokenizer, device=first.device, dtype=first.dtype
             )
-    except Exception as error:  # of whatever kind: TransformerLens has many for architectures that it does not know
+    except Exception as error:  # of any type: TransformerLens raises many for unknown architectures
         raise UnsupportedModelError(
-            f"TransformerLens cannot wrap this {name} ({type(error).__name__}: {error}); a HuggingFace decoder that it "
-            "supports is needed, with whole weights on this process"
+            f"TransformerLens cannot wrap this {name} ({type(error).__name__}: {error}); allowed: a HuggingFace "
+            "decoder that it supports, with all weights on this process"
         ) from error
     bridge.tokenizer = None
     return bridge.eval()
 
 
 def _no_tokenizer() -> Any:
-    """What stands in for a tokenizer while a bridge is booted: without one TransformerLens would look on a hub."""
+    """Return a placeholder tokenizer: without one, TransformerLens would look on a hub while booting."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

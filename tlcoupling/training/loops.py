@@ -1,4 +1,4 @@
-"""Where a monitor is called from when nobody writes the loop: a HuggingFace Trainer, or any optimiser's steps."""
+"""Hooks into training loops that you do not control: a HuggingFace Trainer, or any optimiser's steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def trainer_callback(model: Any, call: Callable[[int], object]) -> TrainerCallback:
-    """A callback for a HuggingFace ``Trainer`` of this model; in distributed training its first process calls.
+    """Return a callback for a HuggingFace ``Trainer`` of this model; in distributed training its first process calls.
 
     Args:
-        model: what the Trainer trains.
-        call: what is called with the step, at the beginning and after every step of the optimiser.
+        model: the model that the Trainer trains.
+        call: function of the step, called at the beginning and after every optimiser step.
     """
     from transformers import TrainerCallback
 
@@ -42,15 +42,15 @@ def trainer_callback(model: Any, call: Callable[[int], object]) -> TrainerCallba
 
 @contextmanager
 def steps_counted(model: Any, call: Callable[[int], object], start: int) -> Iterator[None]:
-    """Call after every step of an optimiser that holds the model's parameters, for a while, and on entry.
+    """Call a function on entry, and inside after every step of an optimiser with the model's parameters.
 
     Args:
-        model: what is trained.
-        call: what is called with the step.
+        model: the trained model.
+        call: function of the step.
         start: the step on entry.
 
     Warns:
-        UserWarning: no such optimiser has made a step.
+        UserWarning: no such optimiser made a step.
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 

@@ -1,4 +1,4 @@
-"""One step's measurements as means over prompts: their names, the loggers they go to, and the line that is printed."""
+"""One step's measurements as means over prompts, for loggers and for a printed line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tlcoupling.sweeps.store import describe
 
 
 def check_loggers(loggers: Sequence[Any]) -> None:
-    """Refuse what ``log_to`` cannot hand numbers to.
+    """Check that ``log_to`` can write to the loggers.
 
     Raises:
-        ArgumentError: one has neither method.
+        ArgumentError: a logger has neither method.
     """
     for logger in loggers:
         if not (hasattr(logger, "add_scalar") or hasattr(logger, "log")):
@@ -22,18 +22,18 @@ def check_loggers(loggers: Sequence[Any]) -> None:
 
 
 def means_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over prompts by name, from rows of a sweep's table; of prompts where a number is undefined, NaN."""
+    """Return means over prompts by name, from rows of a sweep's table; NaN if a prompt's number is undefined."""
     values: dict[str, list[float]] = {}
     for row in rows:
         names = {f"{name}/{row['sublayer']}/k{row['k_asked']}": name for name in ("coupling", "null", "excess")}
         names |= {f"lss/{row['sublayer']}": "lss", "ed": "ed", "rate": "rate"}
         for name, column in names.items():
             values.setdefault(name, []).append(row[column])
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def log_to(loggers: Sequence[Any], step: int, means: Mapping[str, float]) -> None:
-    """Hand numbers to the loggers; a training run does not end for the failure of one."""
+    """Write numbers to the loggers. A failing logger gives a warning and does not stop the training."""
     shown = {f"tlcoupling/{name}": value for name, value in means.items()}
     for logger in loggers:
         try:
@@ -42,19 +42,19 @@ def log_to(loggers: Sequence[Any], step: int, means: Mapping[str, float]) -> Non
                     logger.add_scalar(name, value, step)
             else:
                 logger.log(shown, step=step)
-        except Exception as error:  # of whatever kind a logger has
-            warnings.warn(f"step {step} is not in {type(logger).__name__}: {describe(error)}", stacklevel=4)
+        except Exception as error:  # of any type that a logger raises
+            warnings.warn(f"{type(logger).__name__} did not log step {step}: {describe(error)}", stacklevel=4)
 
 
 def line_of(step: int, means: Mapping[str, float], share: float, failed: int, prompts: int) -> str:
-    """One line for a person: coupling with its null and excess, linearity, growth, failures, and the cost.
+    """Return one line of text: coupling with null and excess, linearity, growth, failures, and the cost.
 
     Args:
-        step: of the training.
-        means: as ``means_of`` has them, and ``seconds``.
-        share: of the run's time so far that measuring took.
-        failed: prompts that could not be measured.
-        prompts: how many there are.
+        step: the training step.
+        means: the result of ``means_of``, and ``seconds``.
+        share: share of the run's time so far spent on measuring, 0 to 1.
+        failed: number of prompts that could not be measured.
+        prompts: number of all prompts.
     """
     shown = [
         f"{what} {value:.4f} (null {means[f'null/{what}']:.4f}, excess {means[f'excess/{what}']:+.4f})"

@@ -1,11 +1,10 @@
-"""TrainingMonitor: coupling, linearity and growth of a model while it is being trained.
+"""TrainingMonitor: coupling, linearity and growth of a model during its training.
 
-The training run must not notice: its loss is bit-identical with and without the monitor.
+The monitor does not change the training: the loss is bit-identical with and without it.
 """
 
 from __future__ import annotations
 
-import operator
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis.analyze import analyze
+from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.prompt import named_prompts, to_tokens
@@ -36,43 +36,43 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor:
-    """Measures a model every N steps of its training, and leaves the training as it is.
+    """Measures a model every N steps of its training, without changing the training.
 
-    Call it in a loop, with the number of the step: ``monitor(step)``. In a HuggingFace ``Trainer`` it is a callback,
-    ``Trainer(..., callbacks=[monitor.as_trainer_callback()])``. Around a training tool that has no callbacks, such as
-    TransformerLens's ``train``, it counts the steps of the model's optimiser: ``with monitor.attached(): train(...)``.
+    - In a loop, call it with the step: ``monitor(step)``.
+    - In a HuggingFace ``Trainer``, use a callback: ``Trainer(..., callbacks=[monitor.as_trainer_callback()])``.
+    - For a training tool without callbacks, such as TransformerLens's ``train``, let it count the optimiser's steps:
+      ``with monitor.attached(): train(...)``.
 
-    The model is measured in eval mode. Each module's mode, gradients, random generators and hooks are afterwards what
-    they were before; nothing of a measurement stays in memory but its numbers. What cannot be measured at some step
-    (NaN activations of a run that diverges, memory) is recorded as that, with a warning: training goes on.
+    The model is measured in eval mode. Module modes, gradients, random generators and hooks are restored afterwards,
+    and only the numbers stay in memory. A failed measurement (NaN activations, lack of memory) is recorded with a
+    warning, and training continues.
 
     Args:
-        model: what is being trained: a ``HookedTransformer``, a ``TransformerBridge``, or (from transformer-lens 3 on)
-            a HuggingFace decoder itself, which is seen through a bridge on its own weights. Whole on this process:
-            parameters that are sharded (FSDP, ZeRO 3) cannot be measured.
-        prompts: prompts, or names and prompts: token ids, or strings where the model has a tokenizer or one is given.
-        every: measure at steps that are multiples of it.
-        store: a ``SweepStore``, or its folder, made where it is missing; each prompt at each step is a cell of it, with
-            its ``step``, so that ``tlcoupling.correlate`` and the table of a sweep read it. None keeps the numbers in
-            memory.
-        name: of the run in the store, where each run needs a name of its own. By default the model's.
-        resume: the run goes on with what the store has under its name, after a checkpoint: what it measures again takes
-            the place of what was there. Where there is nothing yet it begins.
-        loggers: where means over prompts go besides: anything with ``log(dict, step=...)`` (a Weights & Biases run) or
+        model: the trained model: a ``HookedTransformer``, a ``TransformerBridge``, or (from transformer-lens 3 on) a
+            HuggingFace decoder, which is measured through a bridge on its own weights. All parameters must be on this
+            process: sharded models (FSDP, ZeRO 3) cannot be measured.
+        prompts: prompts, or a mapping from names to prompts: token ids, or strings if there is a tokenizer.
+        every: measure at steps that are multiples of this.
+        store: a ``SweepStore``, or its folder, created if missing. Each prompt at each step is a cell with its
+            ``step``, so ``tlcoupling.correlate`` and a sweep's table can read it. None keeps the numbers in memory.
+        name: the run's name, unique in its store. By default the model's name.
+        resume: continue the run of that name in the store, after a checkpoint. Repeated measurements replace the old
+            ones. If there is no such run, it starts.
+        loggers: loggers for means over prompts: objects with ``log(dict, step=...)`` (a Weights & Biases run) or
             ``add_scalar(name, value, step)`` (TensorBoard's ``SummaryWriter``).
-        tokenizer: a HuggingFace tokenizer for strings, where the model has none.
-        verbose: print a line for each measurement, with what it cost, on stderr.
-        **settings: what is measured, as in ``tlc.analyze``: ``k``, ``tokens``, ``sublayers``, ``normalizer``,
-            ``bases``, ``absolute``, ``prepend_bos``, ``engine``, ``solver``.
+        tokenizer: a HuggingFace tokenizer for strings, if the model has none.
+        verbose: print a line for each measurement, with its cost, on stderr.
+        **settings: settings of ``tlc.analyze``: ``k``, ``tokens``, ``sublayers``, ``normalizer``, ``bases``,
+            ``absolute``, ``prepend_bos``, ``engine``, ``solver``.
 
     Attributes:
         calls: number of steps measured.
-        seconds: what that took in all.
+        seconds: total time of the measurements.
 
     Raises:
-        ArgumentError: an argument out of range; of settings that the model does not allow, at the first measurement.
+        ArgumentError: an argument out of range. Settings that the model does not allow fail at the first measurement.
         UnsupportedModelError: a model that cannot be measured.
-        StoreError: the store cannot be written to, or has a run of that name and this one does not ``resume`` it.
+        StoreError: the store cannot be written to, or already holds a run of this name, and ``resume`` is False.
 
     Example:
         >>> monitor = tlc.TrainingMonitor(model, prompts, every=100, store="run", k=10)  # doctest: +SKIP
@@ -96,8 +96,7 @@ class TrainingMonitor:
         verbose: bool = True,
         **settings: Any,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ArgumentError("every", every, "an int from 1")
+        every = check_int("every", every, 1)
         check_loggers(loggers)
         self.model, self.every, self.verbose = model, every, verbose
         self.calls, self.seconds = 0, 0.0
@@ -120,36 +119,36 @@ class TrainingMonitor:
         )
 
     def __call__(self, step: int) -> dict[str, float] | None:
-        """Measure, if it is the turn of this step.
+        """Measure if the step is a multiple of ``every``.
 
         Args:
             step: number of the training step.
 
         Returns:
-            As ``measure``; None between the turns.
+            As ``measure``; None at other steps.
 
         Raises:
-            ArgumentError: no step, or a setting that the model does not allow.
+            ArgumentError: an invalid step, or a setting that the model does not allow.
         """
-        return None if _checked_step(step) % self.every else self.measure(step)
+        return None if check_int("step", step, 0) % self.every else self.measure(step)
 
     def measure(self, step: int) -> dict[str, float]:
         """Measure now.
 
         Args:
-            step: number of the training step that it is recorded under.
+            step: number of the training step, for the record.
 
         Returns:
-            What the loggers get, means over the prompts by name: ``coupling/block/k10``, ``null/...``, ``excess/...``
-            of each sublayer and K, ``lss/block`` ..., ``ed``, ``rate``, and the ``seconds`` that it took.
+            The means over prompts that the loggers get, by name: ``coupling/block/k10``, ``null/...``, ``excess/...``
+            of each sublayer and K, ``lss/block`` ..., ``ed``, ``rate``, and ``seconds``, the time of the measurement.
 
         Raises:
-            ArgumentError: no step, or a setting that the model does not allow.
+            ArgumentError: an invalid step, or a setting that the model does not allow.
 
         Warns:
-            UserWarning: a prompt could not be measured, the store not be written to, or a logger failed.
+            UserWarning: a prompt could not be measured, the store could not be written to, or a logger failed.
         """
-        step = _checked_step(step)
+        step = check_int("step", step, 0)
         with generators_kept():  # loggers draw from them too
             return self._measured(step)
 
@@ -159,13 +158,13 @@ class TrainingMonitor:
         try:
             with evaluated(self.model) as model:
                 for key in self._prompts:
-                    found = self._prompt(model, key, step)
-                    rows += found
-                    measured += bool(found)
+                    prompt_rows = self._prompt(model, key, step)
+                    rows += prompt_rows
+                    measured += bool(prompt_rows)
                     del left[key]
         except (ArgumentError, UnsupportedModelError):
             raise
-        except Exception as error:  # training is worth more than its measurement
+        except Exception as error:  # a failed measurement must not end the training
             warnings.warn(f"step {step} could not be measured: {describe(error)}", stacklevel=3)
             for key in left:
                 self._keep(key, step, error, 0.0)
@@ -182,7 +181,7 @@ class TrainingMonitor:
         return means
 
     def _prompt(self, model: Any, key: str, step: int) -> list[dict[str, Any]]:
-        """Measure one prompt, keep the result or the error, and give the result's rows: none where it failed."""
+        """Measure one prompt, record the result or error, and return the result's rows; none if it failed."""
         started = time.perf_counter()
         try:
             outcome: Analysis | Exception = analyze(
@@ -190,70 +189,55 @@ class TrainingMonitor:
             )
         except (ArgumentError, UnsupportedModelError):
             raise
-        except Exception as error:  # a run that diverges, or one that leaves no memory
+        except Exception as error:  # such as a diverged run, or lack of memory
             outcome = error
             warnings.warn(f"step {step}: prompt {key!r} could not be measured: {describe(error)}", stacklevel=4)
         cell = self._keep(key, step, outcome, time.perf_counter() - started)
         return [] if isinstance(outcome, Exception) else list(rows_of_cell(cell, outcome, self._facts))
 
     def _keep(self, key: str, step: int, outcome: Analysis | Exception, seconds: float) -> Cell:
-        """Keep what became of a prompt at a step, and give the cell that it is kept as."""
+        """Record the outcome for a prompt at a step, and return its cell."""
         tokens = tuple(self._prompts[key].tolist())
         cell = Cell(self.name, tokens, self._settings, revision=f"step{step}", step=step)
         try:
             self._record.keep(cell, outcome, self._facts, seconds)
         except TLCouplingError as error:
-            warnings.warn(f"step {step}: prompt {key!r} is not in the store: {error}", stacklevel=5)
+            warnings.warn(f"step {step}: prompt {key!r} was not stored: {error}", stacklevel=5)
         return cell
 
     def table(self) -> pandas.DataFrame:
-        """All that is measured of this run, as the table of a sweep: one row per step, prompt, sublayer and K.
+        """Return all measurements of this run as a sweep's table: one row per step, prompt, sublayer and K.
 
-        What could not be measured is in it, with its error; with a store, what a resumed run had before as well.
+        Failures are included with their errors. For a resumed run with a store, earlier measurements are included.
         """
         return self._record.table()
 
     def as_trainer_callback(self) -> TrainerCallback:
-        """A callback for a HuggingFace ``Trainer``; in distributed training its first process measures."""
+        """Return a callback for a HuggingFace ``Trainer``; in distributed training its first process measures."""
         return trainer_callback(self.model, self)
 
     @contextmanager
     def attached(self, start: int = 0) -> Iterator[TrainingMonitor]:
-        """Call the monitor after every step of an optimiser that holds the model's parameters, for a while.
+        """Call the monitor on entry, and inside after every step of an optimiser with the model's parameters.
 
-        For training tools that have no callbacks, such as TransformerLens's (``transformer_lens.train`` below 4,
-        ``transformer_lens.tools.training`` from there on). The model before its first step is measured on entry.
+        For training tools without callbacks, such as TransformerLens's (``transformer_lens.train`` before 4,
+        ``transformer_lens.tools.training`` from 4 on). The call on entry measures the model before its first step.
 
         Args:
             start: number of steps that the model has been trained for.
 
         Warns:
-            UserWarning: no such optimiser has made a step.
+            UserWarning: no such optimiser made a step.
         """
         with steps_counted(self.model, self, start):
             yield self
 
 
-def _checked_step(step: Any) -> int:
-    """A step as an int.
-
-    Raises:
-        ArgumentError: it is none, or below zero.
-    """
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(step, bool):
-        raise ArgumentError("step", step, "an int from 0")
-    return number
-
-
 def _settings(given: Mapping[str, Any]) -> Settings:
-    """The settings of a cell, whose several values are tuples.
+    """Build a cell's settings.
 
     Raises:
-        ArgumentError: a name that is no setting, or a value that none allows.
+        ArgumentError: an unknown setting, or a value that is not allowed.
     """
     allowed = [each.name for each in fields(Settings)]
     if unknown := [name for name in given if name not in allowed]:
@@ -262,5 +246,5 @@ def _settings(given: Mapping[str, Any]) -> Settings:
 
 
 def _encoded(prompt: Any, tokenizer: Any | None) -> Any:
-    """A string as token ids, by a tokenizer that was given; anything else as it is."""
+    """Return a string's token ids if a tokenizer is given; return anything else unchanged."""
     return prompt if tokenizer is None or not isinstance(prompt, str) else tokenizer(prompt)["input_ids"]

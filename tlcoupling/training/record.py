@@ -1,4 +1,4 @@
-"""What a training run's monitor has measured: kept in a store, or in memory, apart from other runs' measurements."""
+"""A training run's measurements, in a store or in memory, separate from those of other runs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 class TrainingRecord:
     """The cells of one run: those of a store that have its name, or rows in memory.
 
-    Cells of two runs are told apart by the run's name alone. So a run begins only where no other of its name is, and
-    replaces no result that is not its own; one that goes on after a checkpoint says so, and then replaces what the
-    steps after that checkpoint left.
+    Only the name tells the cells of two runs apart. So a new run needs a new name, and never replaces another run's
+    results. A resumed run replaces the results of steps after its checkpoint.
 
     Args:
-        name: of the run.
-        store: a store or its folder, made where it is missing; None for memory.
-        resume: whether the run goes on from what the store has of it.
+        name: the run's name.
+        store: a store or its folder, created if missing; None for memory.
+        resume: whether to continue the run of this name in the store.
 
     Raises:
-        StoreError: the store cannot be written to, or has a run of that name that is not to be gone on with.
+        StoreError: the store cannot be written to, or already holds this run, and ``resume=False``.
     """
 
     def __init__(self, name: str, store: SweepStore | str | Path | None, resume: bool) -> None:
@@ -46,17 +45,17 @@ class TrainingRecord:
         if steps:
             raise StoreError(
                 f"the store {str(store.folder)!r} has a run named {self.name!r} already, steps {steps[0]} to "
-                f"{steps[-1]}; allowed: another name=, or resume=True where this run goes on with that one"
+                f"{steps[-1]}; allowed: another name=, or resume=True to continue that run"
             )
 
     def keep(self, cell: Cell, outcome: Analysis | Exception, facts: ModelFacts, seconds: float) -> None:
-        """Keep a measurement, or why there is none.
+        """Record a measurement, or why there is none.
 
         Args:
-            cell: what was to be measured.
+            cell: the cell.
             outcome: the measurement, or the error.
-            facts: what is known of the model.
-            seconds: that the attempt took.
+            facts: the model's sizes.
+            seconds: duration of the attempt.
 
         Raises:
             StoreError, ResultFileError: it cannot be written, or another run has written that cell meanwhile.
@@ -79,7 +78,7 @@ class TrainingRecord:
         self._own.add(cell.key)
 
     def table(self) -> pandas.DataFrame:
-        """All that is kept of the run, as the table of a sweep."""
+        """Return all measurements and failures of the run as a sweep's table."""
         if self._store is None:
             return frame(self._rows)
         table = self._store.table().sort_values(["step", "prompt_id"])
@@ -87,7 +86,7 @@ class TrainingRecord:
 
 
 def _cells(store: SweepStore) -> Iterator[Cell]:
-    """What was measured and what failed; what a damaged file was of, nobody knows."""
+    """Yield measured and failed cells; skip damaged files, whose cell is unknown."""
     for key in sorted(store.keys()):
         try:
             yield Cell.from_json(read_note(store.path(key))["cell"])

@@ -1,5 +1,5 @@
 """Token trajectories: how straight they are (``linearity``), how their norms grow (``growth``).
 
-``head_steps`` splits attention's steps by head, and ``recorder`` measures linearity and growth in a run of your own,
-without a cache.
+``head_steps`` splits attention's steps by head. ``recorder`` measures linearity and growth during your own forward
+pass, without a cache.
 """

@@ -1,7 +1,7 @@
 r"""Growth: do residual norms grow exponentially with depth, evenly per layer?
 
-Source: arXiv 2407.07810, section 3 ("layer-wise exponential growth"). The paper's own formula of the expodistance could
-not be read; it is reconstructed here as the squared coefficient of variation of the log-norm increments.
+Source: arXiv 2407.07810, section 3 ("layer-wise exponential growth"). The paper's own formula of the expodistance was
+not available; here it is reconstructed as the squared coefficient of variation of the log-norm increments.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Growth(Result):
         alpha: ln ||x^{l+1}|| - ln ||x^l||, ``[layer, pos]``.
         attn_share: attention's share of alpha, ln (||x_mid|| / ||x_pre||); None unless blocks are sequential.
             ``[layer, pos]``.
-        mlp_share: the MLP's share of alpha, ln (||x_post|| / ||x_mid||); alpha is exactly the sum of the two, unless
-            hooks edit the stream between the blocks: what is left is theirs. ``[layer, pos]``.
-        expodistance: ED = Var_l(alpha) / mean_l(alpha)^2 (population variance), 0 for exactly exponential growth. The
-            paper's own formula could not be read, so ED is reconstructed. ``[pos]``.
+        mlp_share: the MLP's share of alpha, ln (||x_post|| / ||x_mid||). The two shares sum to alpha exactly, unless
+            hooks edit the stream between blocks. ``[layer, pos]``.
+        expodistance: ED = Var_l(alpha) / mean_l(alpha)^2 (population variance), 0 for exactly exponential growth. A
+            reconstruction: the paper's own formula was not available. ``[pos]``.
         rate: mean_l(alpha), per layer. ``[pos]``.
-        slope: least-squares slope of ln ||x^l|| on l, per layer. ``[pos]``.
-        r_squared: R^2 of that line, NaN where the norm does not change. ``[pos]``.
-        tokens: the tokens as text; positions where the source knows no text.
+        slope: least-squares slope of ln ||x^l|| over l, per layer. ``[pos]``.
+        r_squared: R^2 of that line, NaN if the norm does not change. ``[pos]``.
+        tokens: the tokens as text; positions if the source has no text.
     """
 
     norms: Float[Tensor, "depth pos"]
@@ -71,7 +71,7 @@ class Growth(Result):
 
     @property
     def cv(self) -> Float[Tensor, " pos"]:
-        """Coefficient of variation of alpha, CV = sqrt(ED)."""
+        """Return the coefficient of variation of alpha, CV = sqrt(ED)."""
         return self.expodistance.sqrt()
 
     def _coords(self) -> dict[str, Sequence[Any]]:
@@ -83,7 +83,7 @@ class Growth(Result):
 
 
 def expodistance(alpha: Float[Tensor, "layer *rest"]) -> Float[Tensor, "*rest"]:
-    """ED = Var_l(alpha) / mean_l(alpha)^2 with the population variance; 0 for exactly exponential growth."""
+    """Return ED = Var_l(alpha) / mean_l(alpha)^2 with the population variance; 0 for exactly exponential growth."""
     return alpha.var(0, correction=0) / alpha.mean(0).square()
 
 
@@ -114,12 +114,12 @@ def growth_of_norms(
     provenance: Provenance,
     tokens: tuple[str, ...],
 ) -> Growth:
-    """Growth from norms alone.
+    """Compute growth from norms alone.
 
     Args:
         norms: ||x^l||, depth 0 .. L.
-        between: ||x^l + a^l|| and ||x^l + a^l + m^l|| of sequential blocks, None of others.
-        provenance: of the measurement.
+        between: ||x^l + a^l|| and ||x^l + a^l + m^l|| for sequential blocks, otherwise None.
+        provenance: provenance of the result.
         tokens: the tokens as text.
     """
     log_norms = norms.log()

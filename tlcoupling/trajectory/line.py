@@ -1,4 +1,4 @@
-"""Least-squares lines, many at once."""
+"""Batched least-squares lines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """The lines y = intercept + slope x that fit best.
+    """Least-squares lines y = intercept + slope x.
 
     Attributes:
-        slope: of each line.
-        intercept: of each line.
-        r_squared: the share of the variance of y that it explains; NaN where y does not vary.
+        slope: slope of each line.
+        intercept: intercept of each line.
+        r_squared: explained share of the variance of y; NaN if y does not vary.
     """
 
     slope: Float[Tensor, "*rest"]
@@ -25,7 +25,7 @@ class Line:
 
 
 def fit_line(x: Float[Tensor, " n"], y: Float[Tensor, "n *rest"]) -> Line:
-    """The least-squares line of each column of y on x; NaN where x has only one value."""
+    """Return the least-squares line of each column of y on x; NaN if x has only one value."""
     center, shape = x.mean(), (-1, *[1] * (y.ndim - 1))
     spread, deviation = (x - center).reshape(shape), y - y.mean(0)
     slope = (spread * deviation).sum(0) / spread.square().sum()

@@ -1,4 +1,4 @@
-r"""Linearity: does a token's residual stream run along a line?
+r"""Linearity: does a token's residual stream move along a line?
 
 Source of the line-shape score: Gai and Zhang, "A Mathematical Principle of Deep Learning: Learn the Geodesic Curve in
 the Wasserstein Space", 2021, arXiv 2102.09235; used as in arXiv 2407.07810, section 3.
@@ -30,13 +30,13 @@ class Linearity(Result):
     Attributes:
         lss: line-shape score, at least 1 (a straight line); n independent random directions give about sqrt(n).
             ``[path, pos]``.
-        straightness: distance over length, || sum_i d_i || / sum_i ||d_i|| of the path's own steps, from 0 to 1. For
-            ``block`` and ``sublayer`` the distance is ||x^L - x^0||, for ``attn`` and ``mlp`` that of their own writes
-            alone. ``[path, pos]``.
+        straightness: distance over length, || sum_i d_i || / sum_i ||d_i|| of the path's steps, from 0 to 1. The
+            distance of ``block`` and ``sublayer`` is ||x^L - x^0||, that of ``attn`` and ``mlp`` is over their own
+            writes alone. ``[path, pos]``.
         paths: ``block`` (x^{l+1} - x^l), ``sublayer`` (a^l and m^l in turn; sequential blocks only), ``attn`` (a^l
             only), ``mlp`` (m^l only).
         steps: number of steps n of each path.
-        tokens: the tokens as text; positions where the source knows no text.
+        tokens: the tokens as text; positions if the source has no text.
     """
 
     lss: Float[Tensor, "path pos"]
@@ -59,7 +59,7 @@ class Linearity(Result):
         return {"path": self.paths, "pos": range(len(self.tokens))}
 
     def path(self, name: str) -> Float[Tensor, " pos"]:
-        """The line-shape scores of one path.
+        """Return the line-shape scores of one path.
 
         Raises:
             ArgumentError: no such path.
@@ -70,59 +70,59 @@ class Linearity(Result):
 
 
 def unit(steps: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest d"]:
-    """Directions d / ||d||; NaN where a step has length zero."""
+    """Return directions d / ||d||; NaN for a step of length zero."""
     lengths = steps.norm(dim=-1, keepdim=True)
     return steps / lengths.where(lengths > 0, torch.nan)
 
 
 def line_shape_score(steps: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
-    r"""LSS = n / || sum_i d_i / ||d_i|| || of steps d_1 .. d_n; NaN where a step has length zero."""
+    r"""Return LSS = n / || sum_i d_i / ||d_i|| || of steps d_1 .. d_n; NaN if a step has length zero."""
     return _score(steps.shape[-2], unit(steps).sum(-2))
 
 
 def _score(n: int, directions: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest"]:
-    """N / || sum_i d_i / ||d_i|| ||, from the number of steps and the sum of their directions."""
+    """Return n / || sum_i d_i / ||d_i|| ||, from the number of steps and the sum of their directions."""
     return n / directions.norm(dim=-1)
 
 
 class Path:
-    """One path of all tokens, as running sums over its steps: their number does not show in its memory.
+    """One path of all tokens, stored as running sums, so memory does not grow with the number of steps.
 
     Args:
-        name: of the path.
+        name: the path's name.
         steps_per_layer: 2 for the path through the sublayers.
     """
 
     def __init__(self, name: str, steps_per_layer: int = 1) -> None:
         self.name, self.n, self._per_layer = name, 0, steps_per_layer
         self._directions: Tensor | float = 0.0
-        self._way: Tensor | float = 0.0
+        self._displacement: Tensor | float = 0.0
         self._length: Tensor | float = 0.0
-        self._still: list[tuple[int, int]] = []  # layer and position of steps of length zero
+        self._zero_steps: list[tuple[int, int]] = []  # (layer, position)
 
     def add(self, step: Float[Tensor, "pos d"]) -> None:
-        """Go one step."""
+        """Add one step."""
         lengths = step.norm(dim=-1)
         if not lengths.all():
-            self._still += [(self.n // self._per_layer, pos) for pos in (lengths == 0).nonzero()[:, 0].tolist()]
+            self._zero_steps += [(self.n // self._per_layer, pos) for pos in (lengths == 0).nonzero()[:, 0].tolist()]
         self.n += 1
         self._directions = self._directions + unit(step)
-        self._way = self._way + step
+        self._displacement = self._displacement + step
         self._length = self._length + lengths
 
     @property
     def lss(self) -> Float[Tensor, " pos"]:
-        """As ``line_shape_score`` of its steps."""
+        """Return the line-shape score of the steps, as ``line_shape_score``."""
         return _score(self.n, torch.as_tensor(self._directions))
 
     @property
     def straightness(self) -> Float[Tensor, " pos"]:
-        """|| sum_i d_i || / sum_i ||d_i||."""
-        return torch.as_tensor(self._way).norm(dim=-1) / self._length
+        """Return || sum_i d_i || / sum_i ||d_i||."""
+        return torch.as_tensor(self._displacement).norm(dim=-1) / self._length
 
     def warn_of_zero_steps(self) -> None:
-        """Name the steps that have no direction."""
-        for layer, pos in self._still:
+        """Warn of each step of length zero, which has no direction."""
+        for layer, pos in self._zero_steps:
             warnings.warn(
                 f"the {self.name} step of layer {layer} has length zero at position {pos}, so it has no direction: the "
                 f"line-shape score of the {self.name} path is NaN there",
@@ -141,7 +141,7 @@ def linearity(source: Any) -> Linearity:
             ``Trace.from_cache``.
 
     Warns:
-        UserWarning: a step of length zero has no direction: its token's score is NaN, and the warning names token and
+        UserWarning: a step of length zero has no direction, so its token's score is NaN; the warning names token and
             layer.
 
     Example:
@@ -157,7 +157,7 @@ def linearity(source: Any) -> Linearity:
 
 
 def make_paths(topology: Topology) -> dict[str, Path]:
-    """The paths that a topology has, before their first step."""
+    """Return the paths of a topology, without steps."""
     paths = {"block": Path("block")}
     if topology == "sequential":
         paths["sublayer"] = Path("sublayer", 2)
@@ -173,7 +173,7 @@ def walk(
     attn_out: Float[Tensor, "pos d"],
     mlp_out: Float[Tensor, "pos d"] | None,
 ) -> None:
-    """One layer's steps on each path: x^{l+1} - x^l, and the sublayers' writes."""
+    """Add one layer's steps to each path: x^{l+1} - x^l, and the sublayers' writes."""
     steps = {"block": [block], "sublayer": [attn_out, mlp_out], "attn": [attn_out], "mlp": [mlp_out]}
     for name, path in paths.items():
         for step in steps[name]:
@@ -182,7 +182,7 @@ def walk(
 
 
 def linearity_of_paths(paths: Mapping[str, Path], provenance: Provenance, tokens: tuple[str, ...]) -> Linearity:
-    """What paths came to; warns of steps that have no direction."""
+    """Collect the scores of paths into a result; warn of steps of length zero."""
     for path in paths.values():
         path.warn_of_zero_steps()
     return Linearity(
@@ -196,14 +196,14 @@ def linearity_of_paths(paths: Mapping[str, Path], provenance: Provenance, tokens
 
 
 def tokens_of(stream: Stream) -> tuple[str, ...]:
-    """The tokens' text where the stream knows it, else their positions."""
+    """Return the tokens' text if the stream has it, else their positions."""
     if isinstance(stream, Trace):
         return stream.str_tokens
     return tuple(str(pos) for pos in range(stream.n_tokens))
 
 
 def provenance_of(source: Any, started: float) -> Provenance:
-    """The provenance of a measurement that needs no Jacobian."""
+    """Return the provenance of a measurement without Jacobians."""
     seconds = time.perf_counter() - started
     if isinstance(source, Trace):
         return source.provenance(settings={}, seconds=seconds)

@@ -1,6 +1,6 @@
-"""Linearity and growth of a run of the user's own, without a cache.
+"""Linearity and growth of your own forward pass, without a cache.
 
-A ``TrajectoryRecorder`` is a list of hooks. It holds the stream of one layer at a time, running sums per token for each
+A ``TrajectoryRecorder`` supplies hooks. It holds the stream of one layer at a time, running sums per token for each
 path, and the norms.
 """
 
@@ -30,16 +30,16 @@ from tlcoupling.trajectory.linearity import Linearity, linearity_of_paths, make_
 
 
 class TrajectoryRecorder:
-    """Hooks that measure linearity and growth of a run, in memory that does not grow with depth.
+    """Hooks that measure linearity and growth of a run, without storing activations of all layers.
 
-    They read and never edit. Behind hooks of yours (``[*mine, *recorder.fwd_hooks]``) they see what these make of the
-    stream; each new run starts afresh. The numbers are those of ``tlc.linearity`` and ``tlc.growth`` of a cache, and so
-    are the checks: the writes must add up to the stream, and steering goes to ``hook_resid_pre`` or to a write.
+    The hooks read and never edit. Put them after your own (``[*mine, *recorder.fwd_hooks]``) to measure the edited
+    stream. Each new run starts over. Numbers and checks are those of ``tlc.linearity`` and ``tlc.growth`` on a cache:
+    the writes must add up to the stream, so steer at ``hook_resid_pre`` or at a write.
 
-    Beside the norms, ``[2 or 3 x layer, pos]``, it keeps about a dozen tensors ``[pos, d_model]``.
+    Memory: the norms, ``[2 or 3 x layer, pos]``, and about a dozen tensors ``[pos, d_model]``.
 
     Args:
-        model: the model that is going to run, in eval mode.
+        model: the model to record, in eval mode.
 
     Raises:
         UnsupportedModelError: see ``trace``.
@@ -51,7 +51,7 @@ class TrajectoryRecorder:
     """
 
     def __init__(self, model: Any) -> None:
-        """Find the hook points; nothing is attached."""
+        """Prepare for a run; no hook is attached."""
         require_supported(model)
         self._n_layers = len(model.blocks)
         self._topology: Topology = topology_of_model(model)
@@ -68,7 +68,7 @@ class TrajectoryRecorder:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, Callable[..., None]]]:
-        """Pairs (hook name, function) for ``model.run_with_hooks`` or ``model.hooks``, behind hooks of your own."""
+        """Return pairs (hook name, function) for ``model.run_with_hooks`` or ``model.hooks``, to put after your own."""
         names = ["hook_resid_pre", "hook_attn_out"]
         if self._topology == "sequential":
             names.append("hook_resid_mid")
@@ -80,20 +80,20 @@ class TrajectoryRecorder:
         ]
 
     def linearity(self) -> Linearity:
-        """How straight the token trajectories of the last run were.
+        """Return how straight the token trajectories of the last run were.
 
         Raises:
-            MissingHookError: no run, or one that was broken off.
+            MissingHookError: no run, or an interrupted one.
             NonFiniteActivationError, ResidualIdentityError: see ``tlc.linearity``.
 
         Warns:
-            UserWarning: as ``tlc.linearity`` does.
+            UserWarning: as in ``tlc.linearity``.
         """
         self._require_run()
         return linearity_of_paths(self._paths, self._provenance(), self._tokens)
 
     def growth(self) -> Growth:
-        """How the residual norms of the last run grew.
+        """Return how the residual norms of the last run grew.
 
         Raises:
             MissingHookError, NonFiniteActivationError, ResidualIdentityError: see ``linearity``.
@@ -109,7 +109,7 @@ class TrajectoryRecorder:
             raise self._problem
         if not self._done:
             raise MissingHookError(
-                f"the recorder saw a run that was broken off in block {self._layer}: it needs the whole pass, up to "
+                f"the recorded run stopped in block {self._layer}: the recorder needs a whole pass, up to "
                 f"{block_hook(self._n_layers - 1, 'hook_resid_post')}"
             )
 
@@ -130,10 +130,10 @@ class TrajectoryRecorder:
             try:
                 self._tolerance = _tolerance(activation)
                 row = without_batch(activation.detach(), block_hook(layer, name))
-                # cloned, since a later hook may edit it in place
+                # a copy, since a later hook may edit it in place
                 row = row.clone() if row.dtype == torch.float64 else row.to(torch.float32, copy=True)
                 self._read(layer, name, row.to(self._device or row.device))
-            except TLCouplingError as problem:  # the user's run goes on; reading the result raises
+            except TLCouplingError as problem:  # the user's run continues; asking for a result raises the error
                 self._problem = problem
 
         return read
@@ -150,7 +150,7 @@ class TrajectoryRecorder:
         self._held: dict[str, Tensor] = {}
 
     def _read(self, layer: int, name: str, row: Float[Tensor, "pos d"]) -> None:
-        """Take one activation in; those of a layer are held until the next one's stream is there."""
+        """Process one activation. A layer's activations are held until the next layer's input arrives."""
         if name == "hook_resid_pre":
             self._device = row.device
             self._step(layer, row)
@@ -177,7 +177,7 @@ class TrajectoryRecorder:
                 self._seconds = time.perf_counter() - self._started
 
     def _step(self, depth: int, stream: Float[Tensor, "pos d"]) -> None:
-        """The steps of the layer that led to x^depth."""
+        """Add the steps of the layer that led to x^depth."""
         self._require_finite(depth, stream)
         self._norms.append(stream.norm(dim=-1))
         if depth > 0:
@@ -191,12 +191,12 @@ class TrajectoryRecorder:
 
 
 def _tolerance(activation: Tensor) -> float:
-    """The tolerance of the residual identity in an activation's dtype.
+    """Return the tolerance of the residual identity for an activation's dtype.
 
     Raises:
-        UnsupportedModelError: it is none that a model is measured in.
+        UnsupportedModelError: the dtype is not supported.
     """
     if activation.dtype not in IDENTITY_TOLERANCE:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in IDENTITY_TOLERANCE)
-        raise UnsupportedModelError(f"the run's activations are {activation.dtype}; a run in {names} can be measured")
+        raise UnsupportedModelError(f"the run's activations are {activation.dtype}; allowed: {names}")
     return IDENTITY_TOLERANCE[activation.dtype]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.arguments import check_index
 from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.jacobian.engine import check_index
 from tlcoupling.viz import panes, payload
 from tlcoupling.viz.page import render
 

@@ -129,7 +129,7 @@ tlc.sections.coupling = (section, data) => {
     const missing = shown.token < 0 || shown.k < 0;
     tlc.part(section, "measured").hidden = missing;
     tlc.part(section, "missing").hidden = !missing;
-    tlc.part(section, "token").replaceChildren(...(token === null ? [] : [` of token ${token}`]));
+    tlc.part(section, "token").replaceChildren(...(token === null ? [] : [` at token ${token}`]));
     if (missing) {
       tlc.part(section, "missing").textContent =
         `Coupling across depth was not measured at token ${token}. In Python: tlc.analyze(model, prompt, tokens=[${token}]). ` +
