@@ -29,6 +29,7 @@ TESTED_IN = {
     "jacobian/cost": "coupling/test_schedule",
     "coupling/spectra": "coupling/test_method",
     "jacobian/differences": "jacobian/test_engine",
+    "jacobian/formula": "jacobian/test_engine",
     "jacobian/norms": "jacobian/test_engine",
     "jacobian/parts": "linalg/test_operator",
     "jacobian/runs": "jacobian/test_engine",

@@ -15,7 +15,8 @@ from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
-from tlcoupling.forward.hooked import model_name_of, require_supported, topology_of_model
+from tlcoupling.forward.block import topology_of_model
+from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.jacobian.engine import EngineName

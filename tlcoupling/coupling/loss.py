@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tlcoupling.arguments import Indices, check_index, check_name, check_sublayer, resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
-from tlcoupling.forward.hooked import Done, Hook, attached, block_hook, require_supported, topology_of_model
+from tlcoupling.forward.block import block_hook, topology_of_model
+from tlcoupling.forward.hooked import Done, Hook, attached, require_supported
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
 from tlcoupling.precision import full_precision

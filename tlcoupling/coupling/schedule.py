@@ -19,7 +19,7 @@ from tlcoupling.coupling.method import PROBES, Method, cheapest
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.jacobian.autograd import vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.linalg.work import Work

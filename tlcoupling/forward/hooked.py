@@ -10,23 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.block import block_hook
 from tlcoupling.forward.lifting import HALF, lifted_model
-
-Topology = Literal["sequential", "parallel", "attn_only"]
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
 _FLOATING = (torch.float32, torch.float64, *HALF)
-
-
-def block_hook(layer: int, name: str) -> str:
-    """The full name of a hook point in a block, ``blocks.{layer}.{name}``."""
-    return f"blocks.{layer}.{name}"
 
 
 def require_supported(model: Any, in_training: bool = False) -> None:
@@ -70,41 +64,6 @@ def require_supported(model: Any, in_training: bool = False) -> None:
 def model_name_of(model: Any) -> str:
     """A model's own name, that of its class where it has none."""
     return str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
-
-
-def topology_of(hook_names: Iterable[str], attn_only: bool = False) -> Topology:
-    """Read the blocks' topology off the names of their hook points (design, section 2).
-
-    Args:
-        hook_names: names of hook points, of a model or in a cache.
-        attn_only: what the model's configuration says; a ``HookedTransformer`` without MLPs has their hook points.
-    """
-    names = set(hook_names)
-    if attn_only or block_hook(0, "hook_mlp_out") not in names:
-        return "attn_only"
-    return "sequential" if block_hook(0, "hook_resid_mid") in names else "parallel"
-
-
-def topology_of_model(model: Any) -> Topology:
-    """The topology of a model's blocks."""
-    return topology_of(model.hook_dict, bool(getattr(model.cfg, "attn_only", False)))
-
-
-def norms_are_folded(model: Any) -> bool:
-    """Whether the gains and biases of the blocks' norms were folded into the weights that read from them.
-
-    A ``HookedTransformer`` says so in its configuration. A ``TransformerBridge`` keeps its norms and sets their gains
-    to a constant and their biases to zero, and says only that it processed something.
-    """
-    if str(getattr(model.cfg, "normalization_type", None)).endswith("Pre"):
-        return True
-    if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
-        return False
-    norms = [getattr(block, name, None) for block in model.blocks for name in ("ln1", "ln2")]
-    parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
-    return bool(parameters) and all(
-        (parameter == (0 if name.endswith("bias") else parameter.flatten()[0])).all() for name, parameter in parameters
-    )
 
 
 Hook = Callable[[Tensor], Tensor | None]

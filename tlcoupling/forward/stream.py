@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
+from tlcoupling.forward.block import Topology, block_hook, topology_of, topology_of_model
 from tlcoupling.forward.cache import fetch, how_to_cache, plain
-from tlcoupling.forward.hooked import Topology, block_hook, topology_of, topology_of_model
 
 # Rounding of x + a + m against what the model itself added up, relative to the norm of the sum.
 IDENTITY_TOLERANCE = {

@@ -18,19 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
+from tlcoupling.forward.block import Block, block_hook, norms_are_folded, topology_of_model
 from tlcoupling.forward.cache import plain
-from tlcoupling.forward.hooked import (
-    BlockCall,
-    Done,
-    Hook,
-    attached,
-    block_hook,
-    model_name_of,
-    norms_are_folded,
-    record_forward,
-    require_supported,
-    topology_of_model,
-)
+from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_name_of, record_forward, require_supported
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.prompt import to_str_tokens, to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
@@ -172,6 +162,10 @@ class Trace(Stream):
         """The hook point ``blocks.{layer}.{name}``, None where the model has none."""
         return self._points.get(block_hook(layer, name))
 
+    def block(self, layer: int) -> Block:
+        """What a block is made of now."""
+        return Block.read(self.model, layer, self.topology)
+
     def run_block(
         self,
         layer: int,
@@ -228,7 +222,7 @@ class Trace(Stream):
             if left:
                 raise Done
 
-        handle = self.model.blocks[layer].attn.register_forward_hook(leave)
+        handle = self.block(layer).attn.module.register_forward_hook(leave)
         try:
             with contextlib.suppress(Done):
                 self.run_block(layer, resid_pre, {**hooks, "hook_attn_out": write})
@@ -259,14 +253,11 @@ class Trace(Stream):
         self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "1 pos d_model"]:
         """Run the MLP sublayer of one block, its norms included, on any rows of what it reads."""
-        block = self.model.blocks[layer]
-        before = getattr(block, "ln2", None)
-        if before is None and self.topology == "parallel":
-            before = getattr(block, "ln1", None)  # one norm feeds both sublayers
-        after = getattr(block, "ln2_post", None)
-        with lifted_parts(self.model, block), attached(self._named(layer, hooks)):
-            out = block.mlp(stream if before is None else before(stream))
-            return out if after is None else after(out)
+        block = self.block(layer)
+        before, behind = block.mlp.before, block.mlp.behind
+        with lifted_parts(self.model, block.module), attached(self._named(layer, hooks)):
+            out = block.mlp.module(stream if before is None else before(stream))
+            return out if behind is None else behind(out)
 
     def _named(self, layer: int, hooks: Mapping[str, Hook]) -> list[tuple[Any, Hook]]:
         return [(self._points[block_hook(layer, name)], hook) for name, hook in hooks.items()]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, HookError
-from tlcoupling.forward.hooked import block_hook
+from tlcoupling.forward.block import block_hook
 
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 

@@ -11,12 +11,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.hooked import norms_are_folded, require_supported
-from tlcoupling.forward.weights import weight_of
+from tlcoupling.forward.block import Block, norms_are_folded
+from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.offline import answered_locally, offline
 
@@ -157,12 +157,9 @@ def _processed(model: Any) -> bool:
 def _writing_weights(model: Any) -> list[Tensor] | None:
     """Return the weights by which sublayers write, ``[..., d_model]``; None if a model does not expose them."""
     weights = []
-    for block in model.blocks:
-        for part, name in (("attn", "W_O"), ("mlp", "W_out")):
-            module = getattr(block, part, None)
-            if not isinstance(module, nn.Module):
-                continue
-            weight = weight_of(module, name)
+    for layer in range(len(model.blocks)):
+        for sublayer in Block.read(model, layer).sublayers.values():
+            weight = sublayer.write_weight()
             if weight is None or weight.shape[-1] != model.cfg.d_model:
                 return None
             weights.append(weight)

@@ -22,7 +22,7 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.linalg.work import Rates
 from tlcoupling.models.smollm2 import NAME as SMOLLM2

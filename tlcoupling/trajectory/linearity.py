@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import Stream, stream_of
 from tlcoupling.forward.trace import Trace
 from tlcoupling.results.base import Provenance, Result

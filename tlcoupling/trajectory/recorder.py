@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import MissingHookError, TLCouplingError, UnsupportedModelError
+from tlcoupling.forward.block import Topology, block_hook, topology_of_model
 from tlcoupling.forward.cache import without_batch
-from tlcoupling.forward.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
+from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.stream import (
     IDENTITY_TOLERANCE,
     mid_is_another,
