@@ -96,7 +96,7 @@ def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
     method = cheapest(operator, WIDTH, K, LAYERS, "auto", keep=True)
     (spectrum,) = spectra_of([Decomposition(operator, make, method.name, "block")], K, "auto")
     spectrum.multiply(torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device))
-    work = method.forming + method.decomposing + method.comparing
+    work = method.forming + method.decomposing + method.comparing * LAYERS
     return spectrum, work.flops
 
 

@@ -54,7 +54,7 @@ def test_a_schedule_takes_what_fits():
     with pytest.raises(InsufficientMemoryError, match=r"needs .*B beyond the model, and .*B are free on cpu; smaller:"):
         while free > 1e3:
             schedule = make_schedule(comparison, free)
-            assert schedule.fitted_bytes <= free
+            assert schedule.peak_bytes <= free
             assert [group for batch in schedule.batches for group in batch] == list(comparison.groups)
             names = {method.name for method in schedule.methods.values()}
             assert names == {"matrix kept"} if schedule.keep else names <= {"matrix dropped", "products"}
@@ -70,7 +70,7 @@ def test_what_would_fit_is_named():
     free = 1e9
     with pytest.raises(InsufficientMemoryError):  # down to the least that K = 20 can do with
         while True:
-            free = make_schedule(comparison_of(CASES[0], k=20), free).fitted_bytes * 0.999
+            free = make_schedule(comparison_of(CASES[0], k=20), free).peak_bytes * 0.999
     free /= 0.999
     with pytest.raises(InsufficientMemoryError, match=r"K up to \d+") as caught:
         make_schedule(comparison_of(CASES[0], k=30), free)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
-from tlcoupling.coupling.groups import Group
+from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
@@ -26,7 +28,12 @@ from tlcoupling.linalg.work import Rates, Work, measured_rates
 if TYPE_CHECKING:
     import pandas
 
-TRACE_CALLS = 150.0  # module calls that take as long as the fixed cost of a block in a traced forward pass
+PASS_CALLS = 400.0  # small module calls that take as long as what is not linear algebra in a pass of a block, measured
+JACOBIAN_CALLS = 60.0  # likewise in making a closed form
+# Passes of a block for each dest whose closed form is certified (backward), for each src (moved to both sides), and for
+# each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
+PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
+STAGES = ("Jacobians", "decomposition", "comparison")
 
 
 @dataclass(frozen=True)
@@ -177,19 +184,57 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
         rates: how fast the machine works.
     """
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    forward = Work(matmul=2.0 * weights * n_tokens, calls=TRACE_CALLS * len(model.blocks))
-    running = sum((schedule.running for schedule in schedules.values()), Work())
+    traced = Work(matmul=2.0 * weights * n_tokens, calls=PASS_CALLS * len(model.blocks))
+    checked = sum((_passes_again(schedule) for schedule in schedules.values()), Work())
     stages = [
         Stage(name, "", work.flops, rates.seconds(work))
-        for name, work in (("forward pass", forward), ("blocks run again", running))
+        for name, work in (("forward pass", traced), ("blocks run again", checked))
     ]
     for kind, schedule in schedules.items():
-        for (sublayer, stage), work in schedule.stages.items():
-            shared = stage == "Jacobians" and work.flops == 0 and "products" not in schedule.method_names(sublayer)
-            method = "the block's" if shared else schedule.method_names(sublayer)
+        for (sublayer, stage), work in _by_stage(schedule).items():
+            names = {method.name for (_, name), method in schedule.methods.items() if name == sublayer}
+            shared = stage == "Jacobians" and work.flops == 0 and "products" not in names
+            method = "the block's" if shared else ", ".join(sorted(names))
             name = f"{kind} {sublayer}: {stage}".lstrip()
             stages.append(Stage(name, method, work.flops, rates.seconds(work, schedule.workers)))
     return tuple(stages)
+
+
+def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
+    """Return the work on Jacobians by sublayer and stage."""
+    comparison = schedule.comparison
+    made = Counter(visit.place.layer for batch in schedule.batches for visit in visits(batch))
+    pairs = Counter[int]()
+    for group in comparison.groups:
+        for place in group.rows:
+            pairs[place.layer] += len(group.columns)
+    overlaps = Work(thin=4.0 * comparison.model.cfg.d_model * max(comparison.options.k) ** 2)
+    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(comparison.sublayers, STAGES), Work())
+    for (layer, name), method in schedule.methods.items():
+        closed, block = schedule.costs[layer, name].engine == "analytic", schedule.costs.get((layer, "block"))
+        # a block's closed form is made of the matrices of its sublayers; by autograd a row is half a product
+        shared = name != "block" and block is not None and block.engine == "analytic"
+        forming = method.forming * (0.0 if shared else 1.0 if closed else 0.5)
+        stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * made[layer]
+        stages[name, "decomposition"] += method.decomposing * made[layer]
+        stages[name, "comparison"] += (method.comparing + overlaps) * pairs[layer]
+    return stages
+
+
+def _passes_again(schedule: Schedule) -> Work:
+    """Return the work of running blocks again: to certify closed forms, and for each Jacobian by autograd."""
+    work = Work()
+    for batch in schedule.batches:
+        places = set().union(*(group.places for group in batch))
+        for layer in schedule.comparison.layers:
+            of_layer = [place for place in places if place.layer == layer]
+            dests, srcs = ({getattr(place, side) for place in of_layer} for side in ("dest", "src"))
+            costs = [cost for (one, _), cost in schedule.costs.items() if one == layer]
+            by_autograd = sum(cost.engine == "autograd" for cost in costs)
+            alone = PASSES_OF_AUTOGRAD * by_autograd * len(of_layer)
+            passes = 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs) + alone
+            work += Work(matmul=costs[0].forward_flops * passes, calls=PASS_CALLS * (CALLS_OF_CHECKS + alone))
+    return work
 
 
 def _pairs_of_tokens(

@@ -7,29 +7,15 @@ Jacobian itself; or takes products alone, so that nothing of size d x d is ever 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
+from tlcoupling.jacobian.cost import Cost
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS
+from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.svd import SolverName, svd_work
 from tlcoupling.linalg.work import Work
 
 THIN = 2.0  # a product with few columns reaches about half the rate of a product of matrices
 PROBES = 64  # random probes of ||J||_F, where there is no matrix
-
-
-@runtime_checkable
-class Priced(Protocol):
-    """What the choice needs to know: a ``JacobianOperator`` has it, and so does a ``Cost``."""
-
-    @property
-    def product_flops(self) -> float:
-        """Floating-point operations of one product with one vector."""
-        ...
-
-    @property
-    def dense_flops(self) -> float:
-        """Floating-point operations of forming the matrix."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +26,7 @@ class Method:
         name: ``"matrix kept"``, ``"matrix dropped"`` or ``"products"``.
         forming: work of forming the matrix.
         decomposing: work of the top triplets, and of the norm where there is no matrix.
-        comparing: work of products with the bases of others.
+        comparing: work of products with the basis of one other.
         cost: floating-point operations by which methods are compared: those of thin products count double.
     """
 
@@ -51,25 +37,27 @@ class Method:
     cost: float
 
 
-def methods(priced: Priced, size: int, k: int, columns: int, solver: SolverName) -> list[Method]:
+def methods(jacobian: Cost | JacobianOperator, size: int, k: int, columns: int, solver: SolverName) -> list[Method]:
     """Return all methods for coupling a Jacobian of R^size with the top k bases of ``columns`` others."""
-    vectors, compared, on_matrix = 2 * USUAL_STEPS * (k + OVERSAMPLING), columns * k, 2.0 * size**2
-    form, product = priced.dense_flops, priced.product_flops
-    from_matrix = svd_work(size, k, on_matrix, 0.0, solver)
+    vectors, on_matrix = 2 * USUAL_STEPS * (k + OVERSAMPLING), 2.0 * size**2
+    form, product = jacobian.dense_flops, jacobian.product_flops
 
     def formed(name: str, per_column: float) -> Method:
-        cost = form + THIN * (vectors * on_matrix + compared * per_column)
-        return Method(name, Work(matmul=form), from_matrix, Work(thin=compared * per_column), cost)
+        cost = form + THIN * (vectors * on_matrix + columns * k * per_column)
+        decomposing = svd_work(size, k, on_matrix, 0.0, solver)
+        return Method(name, Work(matmul=form), decomposing, Work(thin=k * per_column), cost)
 
     possible = [formed("matrix kept", on_matrix), formed("matrix dropped", product)]
     if solver != "dense":
-        by_products = svd_work(size, k, product, form, solver) + Work(thin=PROBES * product)
-        cost = THIN * (vectors + PROBES + compared) * product
-        possible.append(Method("products", Work(), by_products, Work(thin=compared * product), cost))
+        decomposing = svd_work(size, k, product, form, solver) + Work(thin=PROBES * product)
+        cost = THIN * (vectors + PROBES + columns * k) * product
+        possible.append(Method("products", Work(), decomposing, Work(thin=k * product), cost))
     return possible
 
 
-def cheapest(priced: Priced, size: int, k: int, columns: int, solver: SolverName, keep: bool) -> Method:
+def cheapest(
+    jacobian: Cost | JacobianOperator, size: int, k: int, columns: int, solver: SolverName, keep: bool
+) -> Method:
     """Return the cheapest method; ``keep`` tells whether matrices may be kept."""
-    possible = methods(priced, size, k, columns, solver)
+    possible = methods(jacobian, size, k, columns, solver)
     return min(possible if keep else possible[1:], key=lambda method: method.cost)

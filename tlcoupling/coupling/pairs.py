@@ -91,7 +91,7 @@ def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str,
     operator = make()
     method = schedule.methods[place.layer, sublayer]
     engine = "autograd" if isinstance(operator, GraphJacobian) else "analytic"
-    if engine != schedule.engines[place.layer, sublayer]:
+    if engine != schedule.costs[place.layer, sublayer].engine:
         scheduled, method = method, schedule.comparison.method(operator, schedule.keep)
         if method.name != scheduled.name:
             reason = f"{sublayer}: scheduled as {scheduled.name!r}, but done as {method.name!r} by {engine}"

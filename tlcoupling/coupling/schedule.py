@@ -6,10 +6,8 @@ that fits into memory; where none fits, the comparison is refused.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -22,16 +20,13 @@ from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.block import Topology
 from tlcoupling.jacobian.autograd import vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
-from tlcoupling.linalg.work import Work
+from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 
 STACKED = 2**22  # numbers in the matrices that a worker decomposes together
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
 SLACK = 1.15  # assumed: memory that the allocator holds beyond what tensors fill
 BUFFERS = 64 * 2**20  # assumed: bytes of a linear algebra library's buffers and of threads, for each worker
-STAGES = ("Jacobians", "decomposition", "comparison")
-# Fixed costs in module calls, estimated from a profile
-RUN_CALLS, CERTIFICATE_CALLS, JACOBIAN_CALLS, PAIR_CALLS = 150.0, 250.0, 60.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,9 @@ class Comparison:
         """Devices of the layers."""
         return {next(self.model.blocks[layer].parameters()).device for layer in self.layers}
 
-    def method(self, priced: Any, keep: bool) -> Method:
+    def method(self, jacobian: Cost | JacobianOperator, keep: bool) -> Method:
         """Return the cheapest method for a Jacobian; ``keep`` tells whether matrices may be kept."""
-        return cheapest(priced, self.model.cfg.d_model, max(self.options.k), self.columns, self.options.solver, keep)
+        return cheapest(jacobian, self.model.cfg.d_model, max(self.options.k), self.columns, self.options.solver, keep)
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,9 @@ class Schedule:
         keep: whether matrices may be kept.
         workers: threads that decompose Jacobians side by side.
         stack: places whose Jacobians each of them decomposes together.
-        engines: ``"analytic"`` or ``"autograd"``, by layer and sublayer, as far as shapes tell.
+        costs: of one Jacobian, by layer and sublayer, as far as shapes tell.
         methods: by layer and sublayer.
-        stages: the work by sublayer and stage (``"Jacobians"``, ``"decomposition"``, ``"comparison"``).
-        running: work of running the model's own blocks again, certificates included.
-        fitted_bytes: memory of tensors, at most, with the allocator's slack. It was fitted into what was free.
+        peak_bytes: memory needed beyond the model, at most.
         free_bytes: memory that was free.
     """
 
@@ -99,22 +92,10 @@ class Schedule:
     keep: bool
     workers: int
     stack: int
-    engines: dict[tuple[int, str], str]
+    costs: dict[tuple[int, str], Cost]
     methods: dict[tuple[int, str], Method]
-    stages: dict[tuple[str, str], Work]
-    running: Work
-    fitted_bytes: float
+    peak_bytes: float
     free_bytes: float
-
-    @property
-    def peak_bytes(self) -> float:
-        """Memory needed beyond the model, at most: of tensors, and of libraries' buffers."""
-        return self.fitted_bytes + self.workers * BUFFERS
-
-    def method_names(self, sublayer: str) -> str:
-        """Return the methods of a sublayer's Jacobians, separated by commas where its layers differ."""
-        names = {method.name for (_, name), method in self.methods.items() if name == sublayer}
-        return ", ".join(sorted(names))
 
 
 def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule:
@@ -148,76 +129,25 @@ def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule
     if peak > free:
         raise InsufficientMemoryError(_refusal(comparison, costs.values(), peak, free))
     batches = [groups[start : start + size] for start in range(0, len(groups), size)]
-    each = [(layer, name) for layer in costs for name in comparison.sublayers]
-    methods = {(layer, name): comparison.method(costs[layer][name], keep) for layer, name in each}
-    stages, running = _work(comparison, batches, costs, methods)
-    return Schedule(
-        comparison,
-        batches,
-        keep,
-        workers,
-        stack,
-        {(layer, name): costs[layer][name].engine for layer, name in each},
-        methods,
-        stages,
-        running,
-        peak,
-        free,
-    )
+    methods = {each: comparison.method(cost, keep) for each, cost in costs.items()}
+    return Schedule(comparison, batches, keep, workers, stack, costs, methods, peak, free)
 
 
-def _costs(comparison: Comparison) -> dict[int, dict[str, Cost]]:
-    """Return what a Jacobian of each layer and sublayer costs; a head's closed form is a share of its attention's."""
+def _costs(comparison: Comparison) -> dict[tuple[int, str], Cost]:
+    """Return what a Jacobian of each layer and sublayer costs."""
     model, options = comparison.model, comparison.options
     costs = layer_costs(model, comparison.layers, comparison.topology, comparison.n_tokens, options.engine)
-    if all(place.head is None for group in comparison.groups for place in group.places):
-        return costs
-    heads = int(model.cfg.n_heads)
-
-    def share(cost: Cost) -> Cost:
-        if cost.engine == "autograd":
-            return cost
-        return replace(cost, product_flops=cost.product_flops / heads, dense_flops=cost.dense_flops / heads)
-
-    return {layer: {name: share(cost) for name, cost in by_name.items()} for layer, by_name in costs.items()}
+    of_heads = any(place.head is not None for group in comparison.groups for place in group.places)
+    return {
+        (layer, name): by_name["head" if of_heads else name]
+        for layer, by_name in costs.items()
+        for name in comparison.sublayers
+    }
 
 
-def _work(
-    comparison: Comparison,
-    batches: Sequence[Sequence[Group]],
-    costs: dict[int, dict[str, Cost]],
-    methods: dict[tuple[int, str], Method],
-) -> tuple[dict[tuple[str, str], Work], Work]:
-    """Return the work of each sublayer's stages, and of running blocks again."""
-    names, d, k = comparison.sublayers, comparison.model.cfg.d_model, max(comparison.options.k)
-    places = Counter(visit.place.layer for batch in batches for visit in visits(batch))
-    pairs = Counter[int]()
-    for group in comparison.groups:
-        for place in group.rows:
-            pairs[place.layer] += len(group.columns)
-    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(names, STAGES), Work())
-    running = Work()
-    for layer, count in places.items():
-        whole = costs[layer].get("block")
-        for name in names:
-            cost, method = costs[layer][name], methods[layer, name]
-            by_autograd = cost.engine == "autograd"
-            # a block's closed form is made of the matrices of its sublayers
-            shared = name != "block" and "block" in names and whole is not None and whole.engine == "analytic"
-            forming = method.forming * (0.5 if by_autograd else 0.0 if shared else 1.0)  # a pull is half a product
-            stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * count
-            stages[name, "decomposition"] += method.decomposing * count
-            overlaps = Work(thin=4.0 * d * k**2, calls=PAIR_CALLS)
-            per_pair = method.comparing * (1 / comparison.columns) + overlaps
-            stages[name, "comparison"] += per_pair * pairs[layer]
-            runs = count if by_autograd else 1
-            running += Work(matmul=cost.run_flops, calls=RUN_CALLS if by_autograd else CERTIFICATE_CALLS) * runs
-    return stages, running
-
-
-def _most_workers(comparison: Comparison, costs: Iterable[dict[str, Cost]]) -> int:
+def _most_workers(comparison: Comparison, costs: Iterable[Cost]) -> int:
     """Return how many Jacobians can be worked on at once: one per core, for closed forms on the CPU."""
-    by_autograd = any(cost.engine == "autograd" for by_name in costs for cost in by_name.values())
+    by_autograd = any(cost.engine == "autograd" for cost in costs)
     if by_autograd or any(device.type != "cpu" for device in comparison.devices):
         return 1
     return min(torch.get_num_threads(), max(len(group.places) for group in comparison.groups))
@@ -246,7 +176,7 @@ def _kept_bytes(comparison: Comparison, groups: Sequence[Group]) -> float:
 
 def _peak_bytes(
     comparison: Comparison,
-    costs: Iterable[dict[str, Cost]],
+    costs: Iterable[Cost],
     groups: Sequence[Group],
     keep: bool,
     workers: int,
@@ -260,7 +190,7 @@ def _peak_bytes(
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
     results = 5.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
     at_work = 0.0
-    for cost in (by_name[name] for by_name in costs for name in comparison.sublayers):
+    for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
         at_once = min(COLUMNS, max(PROBES, comparison.columns * k))
@@ -271,10 +201,10 @@ def _peak_bytes(
         at_work = max(at_work, cost.run_bytes + needed)
     kept = _kept_bytes(comparison, groups) if keep else 0.0
     tensors = kept + bases + item * results + workers * stack * (projected + at_work)
-    return SLACK * tensors
+    return SLACK * tensors + workers * BUFFERS
 
 
-def _refusal(comparison: Comparison, costs: Iterable[dict[str, Cost]], peak: float, free: float) -> str:
+def _refusal(comparison: Comparison, costs: Iterable[Cost], peak: float, free: float) -> str:
     """Say why a comparison does not fit, and what would."""
     costs = list(costs)
     advice = []
@@ -285,7 +215,7 @@ def _refusal(comparison: Comparison, costs: Iterable[dict[str, Cost]], peak: flo
             break
     if comparison.options.engine == "autograd":
         advice.append("engine='auto'")
-    if any(cost.engine == "autograd" for by_name in costs for cost in by_name.values()):
+    if any(cost.engine == "autograd" for cost in costs):
         advice.append("a shorter prompt")
     if comparison.columns > 2:
         advice.append(f"fewer than {comparison.columns} Jacobians compared with each other (layers= or tokens=)")

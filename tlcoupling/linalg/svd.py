@@ -21,7 +21,7 @@ SolverName = Literal["auto", "dense", "krylov"]
 # A residual of 1e-4 moves the coupling of SmolLM2's blocks by 2e-6; float32 products allow 1e-6.
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
 
-SVD_CALLS = 40.0  # module calls that take as long as the fixed cost of a Krylov step, or of a dense decomposition
+STEP_CALLS = 40.0  # small calls that take as long as what is not linear algebra in a Krylov step, measured
 
 
 def truncated_svd(
@@ -62,7 +62,7 @@ def truncated_svds(
     if not tolerance > 0:
         raise ArgumentError("tolerance", tolerance, "a number above 0")
     if solver == "dense" or (
-        solver == "auto" and all(dense_is_cheaper(size, k, one.product_flops, one.dense_flops) for one in operators)
+        solver == "auto" and all(_dense_is_cheaper(size, k, one.product_flops, one.dense_flops) for one in operators)
     ):
         results = [dense_svd(one, k) for one in operators]
     else:
@@ -84,15 +84,8 @@ def truncated_svds(
     return results
 
 
-def dense_is_cheaper(size: int, k: int, product_flops: float, dense_flops: float) -> bool:
-    """Return whether the whole SVD costs less than the Krylov steps that are usually taken.
-
-    Args:
-        size: the smaller dimension of the operator.
-        k: number of triplets.
-        product_flops: floating-point operations of one product with one vector.
-        dense_flops: floating-point operations of forming the matrix.
-    """
+def _dense_is_cheaper(size: int, k: int, product_flops: float, dense_flops: float) -> bool:
+    """Return whether a full SVD costs less than the usual number of Krylov steps."""
     vectors = (k + OVERSAMPLING) * USUAL_STEPS
     if vectors >= size // 2:
         return True
@@ -111,16 +104,16 @@ def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver
         dense_flops: floating-point operations of forming the matrix.
         solver: as in ``truncated_svd``.
     """
-    if solver == "dense" or (solver == "auto" and dense_is_cheaper(size, k, product_flops, dense_flops)):
-        return Work(matmul=dense_flops, thin=8.0 * size**2 * k, svd=20.0 * size**3, calls=SVD_CALLS)
+    if solver == "dense" or (solver == "auto" and _dense_is_cheaper(size, k, product_flops, dense_flops)):
+        return Work(matmul=dense_flops, thin=8.0 * size**2 * k, svd=20.0 * size**3, calls=STEP_CALLS)
     width = min(k + OVERSAMPLING, size)
     vectors = min(width * USUAL_STEPS, size)
     orthogonal = 12.0 * size * vectors**2 + 8.0 * size * width * vectors  # three projections and a QR on either side
-    checked = 4.0 * size * vectors**2
+    checks = 2.0  # a last one, and two in smaller spaces that cost about half of it each
     return Work(
-        thin=2 * vectors * product_flops + orthogonal + checked,
-        svd=1.25 * 20.0 * vectors**3,  # the last check, and an earlier one in a smaller space
-        calls=SVD_CALLS * USUAL_STEPS,
+        thin=2 * vectors * product_flops + orthogonal + checks * 4.0 * size * vectors**2,
+        svd=checks * 20.0 * vectors**3,
+        calls=STEP_CALLS * USUAL_STEPS,
     )
 
 
