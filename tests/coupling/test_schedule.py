@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.coupling.depth import depth_groups
+from tlcoupling.coupling.method import methods
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
@@ -24,17 +25,24 @@ from tlcoupling.jacobian.cost import layer_costs
 from tlcoupling.memory import left_in_control_group
 
 
+@pytest.fixture
+def no_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave libraries' buffers out, which are far larger than what the small models need."""
+    monkeypatch.setattr("tlcoupling.coupling.schedule.BUFFERS", 0)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shapes_tell_the_work_of_the_operators(case: Case):
     trace = tlc.trace(case.model(), TOKENS)
     costs = layer_costs(trace.model, range(trace.n_layers), trace.topology, trace.n_tokens)
     assert set(costs) == set(range(trace.n_layers))
-    for sublayer, cost in costs[1].items():
+    for name, cost in costs[1].items():
+        sublayer, head = ("attn", 0) if name == "head" else (name, None)
         covered = sublayer in case.analytic and (sublayer != "block" or set(trace.sublayers) <= {*case.analytic})
         assert (cost.engine == "analytic") == covered
         if not covered:
             continue
-        operator = tlc.residual_jacobian(trace, 1, sublayer)
+        operator = tlc.residual_jacobian(trace, 1, sublayer, head=head)
         assert cost.product_flops == operator.product_flops
         assert cost.dense_flops == operator.dense_flops
 
@@ -47,6 +55,7 @@ def comparison_of(case: Case, k: int = 4, positions: tuple[int, ...] = (6,), eng
     return Comparison(model, case.topology, len(TOKENS), torch.float64, outline.sublayers, groups, options)
 
 
+@pytest.mark.usefixtures("no_buffers")
 def test_a_schedule_takes_what_fits():
     """With less and less memory: all tokens at once, some at once, no matrix kept; then an error."""
     comparison = comparison_of(CASES[0], positions=tuple(range(7)))
@@ -66,6 +75,7 @@ def test_a_schedule_takes_what_fits():
     assert seen[-1][0]
 
 
+@pytest.mark.usefixtures("no_buffers")
 def test_what_would_fit_is_named():
     free = 1e9
     with pytest.raises(InsufficientMemoryError):  # down to the least that K = 20 can do with
@@ -80,6 +90,25 @@ def test_what_would_fit_is_named():
         make_schedule(comparison_of(CASES[0], engine="autograd"), free=1e3)
 
 
+def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(monkeypatch: pytest.MonkeyPatch):
+    """The schedule is made before any certificate. Where one fails, the method is chosen again, and a warning says so."""
+    trace = tlc.trace(CASES[0].model(), TOKENS)
+    expected = tlc.depth_coupling(trace, 4, engine="autograd")
+    monkeypatch.setattr("tlcoupling.jacobian.engine.JacobianEngine._certify", lambda *_: "not today")
+
+    def by_engine(jacobian: Any, *arguments: Any) -> Any:
+        """Products for autograd, a kept matrix otherwise."""
+        by_autograd = getattr(jacobian, "engine", "autograd") == "autograd"
+        return methods(jacobian, *arguments[:-1])[2 if by_autograd else 0]
+
+    monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", by_engine)
+    with pytest.warns(UserWarning, match="scheduled as 'matrix kept', but done as 'products' by autograd"):
+        measured = tlc.depth_coupling(trace, 4)
+    torch.testing.assert_close(measured.values, expected.values, rtol=0, atol=1e-9)
+    assert (measured.frobenius_error > 0).all()  # no matrix was formed
+
+
+@pytest.mark.usefixtures("no_buffers")
 def test_memory_that_does_not_suffice_is_an_error_before_the_work(monkeypatch: pytest.MonkeyPatch):
     trace = tlc.trace(CASES[0].model(), TOKENS)
     expected = tlc.depth_coupling(trace, 4, tokens="all")

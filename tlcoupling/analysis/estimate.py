@@ -18,6 +18,7 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.forward.block import topology_of_model
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
@@ -104,6 +105,7 @@ class Estimate:
         return pd.DataFrame([vars(stage) for stage in self.stages])
 
 
+@measured
 def estimate(
     model: Any,
     prompt: Any,

@@ -17,10 +17,10 @@ from tlcoupling.coupling.metric import projector_moments
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.schedule import Comparison, make_schedule
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -83,7 +83,7 @@ class HeadAlignment(Result):
         return {"layer": self.layers, "k": self.ks, "head": range(self.writes.shape[-1])}
 
 
-@full_precision()
+@measured
 def head_alignment(
     trace: Trace,
     k: KSpec = 10,
