@@ -91,7 +91,7 @@ def test_what_would_fit_is_named():
 
 
 def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(monkeypatch: pytest.MonkeyPatch):
-    """The schedule is made before any certificate. Where one fails, the method is chosen again, and a warning says so."""
+    """The schedule is made before any certificate. Where one fails, the method is chosen again, with a warning."""
     trace = tlc.trace(CASES[0].model(), TOKENS)
     expected = tlc.depth_coupling(trace, 4, engine="autograd")
     monkeypatch.setattr("tlcoupling.jacobian.engine.JacobianEngine._certify", lambda *_: "not today")

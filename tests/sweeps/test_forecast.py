@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES
+from families import D_MODEL, N_HEADS, N_LAYERS, families
 from small_sweeps import LAYERS, WIDTH, needs_folders, plan_of, save_model
 from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
+from tlcoupling.forward.block import Block
 from tlcoupling.sweeps.cells import Cell, Settings
 from tlcoupling.sweeps.forecast import forecast
 from tlcoupling.sweeps.shapes import Shape, cell_cost, shape_at_hand
+
+OTHER_FORMS = ("mixtral", "deepseek-v3")
 
 
 def test_a_cost_is_that_of_the_model_itself():
@@ -91,3 +95,28 @@ def test_the_demos_say_what_their_dry_run_says(name: str):
     said_time, unit = re.search(r"about ([\d.]+) (minutes|hours) on one GPU", said).groups()
     seconds, half = {"minutes": (60, 0.5), "hours": (3600, 0.05)}[unit]  # half of the last digit
     assert float(said_time) == pytest.approx(found.seconds / seconds, abs=half)
+
+
+@pytest.mark.parametrize("name", [name for name in families() if name not in OTHER_FORMS])
+def test_a_shape_is_that_of_the_weights(name: str, tmp_path: Path):
+    """Read from a configuration without weights, against the model that TransformerLens makes of it."""
+    _, architecture, config = families()[name]
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    shape = shape_at_hand(str(tmp_path))
+    assert shape is not None
+    case = next(case for case in CASES if case.name == f"bridge-{name}")
+    assert (shape.d_model, shape.n_heads, shape.n_layers, shape.topology) == (D_MODEL, N_HEADS, N_LAYERS, case.topology)
+    block = Block.read(case.model(torch.float32), 0)
+    weights = {name: sublayer.weights() for name, sublayer in block.sublayers.items()}
+    _, _, d_head = weights["attn"]["W_Q"].shape
+    assert (shape.d_head, shape.d_mlp) == (d_head, weights["mlp"]["W_in"].shape[1])
+    assert shape.gated == ("W_gate" in weights["mlp"])
+    assert shape.n_key_value_heads == (block.n_groups or weights["attn"]["W_K"].shape[0])
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_a_shape_of_another_form_is_unknown(name: str, tmp_path: Path):
+    """Experts are not one MLP, and latent attention has more matrices: no estimate, rather than a wrong one."""
+    families()[name][2].save_pretrained(tmp_path)
+    assert shape_at_hand(str(tmp_path)) is None

@@ -131,7 +131,8 @@ def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianO
         weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
     except Uncovered:
         return None
-    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, sublayer.behind))
+    behind = sublayer.behind if head is None else None  # a head is measured before it
+    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, behind))
     if sublayer.name == "mlp":
         return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
     heads, _, size = weights["W_Q"].shape

@@ -37,7 +37,7 @@ class Work:
         """Both."""
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: int | float) -> Work:
         """The same work several times."""
         return Work(*(times * each for each in astuple(self)))
 

@@ -119,7 +119,7 @@ def shape_at_hand(name: str) -> Shape | None:
         return None
 
 
-def _of_config(folder: Path) -> Shape:
+def _of_config(folder: Path) -> Shape | None:
     """Build a configuration's model without numbers, and read the shape off its blocks."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -134,9 +134,8 @@ def _of_config(folder: Path) -> Shape:
     d_head = getattr(config, "head_dim", None) or d // heads
     d_mlp = matrices[-1].numel() // d  # the MLP's write is the last matrix of a block
     outside_attn = sum(matrix.numel() for matrix in matrices) - 2 * d * d_head * (heads + groups)
-    norms = [part for part in block.children() if not list(part.children()) and next(part.parameters()).ndim == 1]
-    one_norm = len(norms) == 1
-    return Shape(
+    norms = [part for part in block.children() if {parameter.ndim for parameter in part.parameters()} == {1}]
+    shape = Shape(
         n_layers=n_layers,
         d_model=d,
         n_heads=heads,
@@ -144,8 +143,11 @@ def _of_config(folder: Path) -> Shape:
         n_key_value_heads=groups,
         d_head=d_head,
         gated=outside_attn > 2.5 * d * d_mlp,
-        parallel=one_norm or any(getattr(config, name, False) for name in ("use_parallel_residual", "parallel_attn")),
+        parallel=len(norms) == 1
+        or any(getattr(config, name, False) for name in ("use_parallel_residual", "parallel_attn")),
     )
+    expected = n_layers * sum(parameter.numel() for parameter in block.parameters() if parameter.ndim > 1)
+    return shape if math.isclose(shape.weights, expected, rel_tol=0.05) else None  # such as experts
 
 
 @dataclass(frozen=True)
