@@ -52,6 +52,7 @@ class Edit:
         setting: of PyTorch, around the measurement alone: what the model does is measured without it.
         dtype: of the weights.
         prompt: token ids, or text.
+        src: the input position; any, where it is None.
         measure: ``"jacobians"``; ``"whole"`` for growth, linearity and coupling; ``"cache"`` for a trace of a cache.
         after: changes the model between the trace and the Jacobians.
     """
@@ -67,6 +68,7 @@ class Edit:
     setting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     dtype: torch.dtype = torch.float64
     prompt: Any = None
+    src: int | None = None
     measure: Literal["jacobians", "whole", "cache"] = "jacobians"
     after: Callable[[Any], Any] | None = None
 
@@ -189,6 +191,7 @@ def wrapped_projection(rng: random.Random) -> Edit:
         @contextmanager
         def change(model: Any) -> Iterator[None]:
             nn.utils.parametrize.register_parametrization(part(model, layer, path), "weight", Doubled())
+            part(model, layer, path).eval()
             yield
 
     return Edit("wrapped projection", f"{path} {name}", "measured", case, layer, change)
@@ -228,7 +231,7 @@ def _activated(layer: int, function: Callable[[Tensor], Tensor]) -> Callable[[An
 def false_activation(rng: random.Random) -> Edit:
     """A staircase, whose derivative is made up or zero, or a share of the activation off the graph."""
     case, layer = _draw(rng, (*SEPARATE, "bridge-gpt2", "bridge-pythia"))
-    step = rng.choice([0.02, 0.05, 0.1, 0.25])
+    step = rng.choice([0.01, 0.02, 0.05])  # a coarser one is flat where it is measured, and right
     name, function = rng.choice(
         [
             ("staircase", staircase(step)),
@@ -269,7 +272,8 @@ def cut_positions(rng: random.Random) -> Edit:
     case, layer = _draw(rng, SEPARATE)
     path, start = rng.choice(["mlp.out", "attn.o", "attn.v", "mlp.in"]), rng.randrange(1, N_TOKENS - 1)
     wrap = on_output(detached(1.0, slice(start, None)))
-    return Edit("cut at positions", f"{path} from {start}", "refused", case, layer, replaced(layer, path, wrap))
+    change = replaced(layer, path, wrap)
+    return Edit("cut at positions", f"{path} from {start}", "refused", case, layer, change, src=start)
 
 
 def token_shift(rng: random.Random) -> Edit:
@@ -326,7 +330,7 @@ def _plus_input(call: Callable[..., Any]) -> Callable[..., Any]:
     return edited
 
 
-_POINTS = ("hook_attn_out", "hook_mlp_out", "hook_resid_mid", "hook_resid_post", "attn.hook_z", "mlp.hook_post")
+_POINTS = ("hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_z", "mlp.hook_post")
 
 
 def _vector(seed: int, like: Tensor) -> Tensor:
@@ -373,10 +377,19 @@ def user_hook(rng: random.Random) -> Edit:
     )
 
 
+def hook_between(rng: random.Random) -> Edit:
+    """A hook on hook_resid_mid: the MLP then reads something else than the stream behind the attention."""
+    edit = user_hook(rng)
+    ((_, function),) = edit.hooks
+    hooks = [(f"blocks.{edit.layer}.hook_resid_mid", function)]
+    what = f"{edit.what.partition(' at ')[0]} at hook_resid_mid"
+    return replace(edit, kind="hook between", what=what, expected="refused", hooks=hooks)
+
+
 def detaching_hook(rng: random.Random) -> Edit:
     """A hook that takes what it gives off the graph."""
     case, layer = _draw(rng, SEQUENTIAL)
-    point = rng.choice(["hook_attn_out", "hook_mlp_out", "hook_resid_mid", "mlp.hook_post"])
+    point = rng.choice(["hook_attn_out", "hook_mlp_out", "mlp.hook_post"])
     name, function = rng.choice(
         [
             ("detach", lambda x, hook: x.detach()),
@@ -393,7 +406,7 @@ def detaching_hook(rng: random.Random) -> Edit:
 def rough_hook(rng: random.Random) -> Edit:
     """A hook that is a staircase: no derivative, which the library says."""
     case, layer = _draw(rng, SEQUENTIAL)
-    point = rng.choice(["hook_attn_out", "hook_mlp_out", "hook_resid_mid"])
+    point = rng.choice(["hook_attn_out", "hook_mlp_out"])
     name, function = rng.choice([("staircase", staircase(0.05)), ("straight through", straight_through(0.05))])
     hooks = [(f"blocks.{layer}.{point}", lambda x, hook: function(x))]
     return Edit("rough hook", f"{name} at {point}", "said", case, layer, hooks=hooks)
@@ -616,13 +629,14 @@ def untouched(rng: random.Random) -> Edit:
 
 # How many of each kind are drawn, of 200
 KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
-    (untouched, 14),
-    (wrapped_projection, 32),
+    (untouched, 12),
+    (wrapped_projection, 30),
     (activation, 14),
     (norm, 10),
     (attention, 10),
     (token_shift, 10),
-    (user_hook, 24),
+    (user_hook, 22),
+    (hook_between, 5),
     (module_hook, 8),
     (context, 16),
     (dtype, 8),
