@@ -81,14 +81,27 @@ def part(model: Any, layer: int, path: str) -> nn.Module:
     return module.original_component
 
 
+@contextmanager
+def _in_place(module: nn.Module, wrap: Wrap) -> Iterator[None]:
+    """Replace a forward, and make sure that it is called: a bridge runs some parts by code of its own."""
+    call, called = wrap(module.forward), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        called.append(True)
+        return call(*args, **kwargs)
+
+    module.__dict__["forward"] = counted
+    yield
+    assert called, "the edit was never in force"
+
+
 def replaced(layer: int, path: str, wrap: Wrap) -> Callable[[Any], AbstractContextManager[None]]:
     """Replace the forward of a part by a function of it."""
 
     @contextmanager
     def change(model: Any) -> Iterator[None]:
-        module = part(model, layer, path)
-        module.__dict__["forward"] = wrap(module.forward)
-        yield
+        with _in_place(part(model, layer, path), wrap):
+            yield
 
     return change
 
@@ -222,8 +235,8 @@ def _activated(layer: int, function: Callable[[Tensor], Tensor]) -> Callable[[An
     def change(model: Any) -> Iterator[None]:
         mlp = part(model, layer, "mlp")
         module = next(one for name, one in mlp.named_modules() if name.endswith(("act", "act_fn")))
-        module.__dict__["forward"] = function
-        yield
+        with _in_place(module, lambda call: function):
+            yield
 
     return change
 
@@ -253,7 +266,7 @@ def false_activation(rng: random.Random) -> Edit:
 def cut_graph(rng: random.Random) -> Edit:
     """A part under no_grad, rounded, or partly detached."""
     case, layer = _draw(rng, DENSE)
-    paths = ["attn", "mlp", "attn.o", "mlp.out"] if case in SEPARATE else ["mlp"]
+    paths = ["attn.v", "mlp", "attn.o", "mlp.out"] if case in SEPARATE else ["mlp"]
     path = rng.choice(paths)
     name, wrap = rng.choice(
         [
@@ -302,7 +315,7 @@ def norm(rng: random.Random) -> Edit:
 def attention(rng: random.Random) -> Edit:
     """Attention that does more than its pattern shows, or saturated scores."""
     case, layer = _draw(rng, SEPARATE)
-    name = rng.choice(["scaled", "plus input", "bent", "saturated", "sharp"])
+    name = rng.choice(["bent", "saturated", "sharp", "sharp by position"])
     if name in ("saturated", "sharp"):
         factor = 12.0 if name == "saturated" else 4.0
 
@@ -312,22 +325,25 @@ def attention(rng: random.Random) -> Edit:
             yield
 
     else:
-        wraps = {
-            "scaled": on_output(lambda out: 1.3 * out),
-            "bent": on_output(lambda out: out + torch.sin(out)),
-            "plus input": _plus_input,
-        }
-        change = replaced(layer, "attn", wraps[name])
+        wraps = {"bent": ("attn.o", on_output(torch.sin)), "sharp by position": ("attn.q", by_position(1.0))}
+        change = replaced(layer, *wraps[name])
     return Edit("attention", name, "measured", case, layer, change)
 
 
-def _plus_input(call: Callable[..., Any]) -> Callable[..., Any]:
-    def edited(*args: Any, **kwargs: Any) -> Any:
-        stream = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        out = call(*args, **kwargs)
-        return (out[0] + 0.5 * stream, *out[1:]) if isinstance(out, tuple) else out + 0.5 * stream
+def frozen_norm(rng: random.Random) -> Edit:
+    """A norm whose scale is taken as constant in the derivative: an error of rank one."""
+    case, layer = _draw(rng, ("bridge-llama", "bridge-qwen3", "bridge-mistral"))
+    path = rng.choice(["ln1", "ln2"])
 
-    return edited
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        def edited(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return call(x, *args, **kwargs) * (x.norm(dim=-1, keepdim=True) / x.detach().norm(dim=-1, keepdim=True))
+
+        return edited
+
+    return Edit(
+        "frozen norm", path, "refused", case, layer, replaced(layer, path, wrap), src=rng.randrange(1, N_TOKENS - 1)
+    )
 
 
 _POINTS = ("hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_z", "mlp.hook_post")
@@ -363,7 +379,12 @@ def user_hook(rng: random.Random) -> Edit:
             ("bending", lambda x, hook: torch.tanh(x)),
             ("patch", patch),
             ("in place", in_place),
-            ("mixing", lambda x, hook: x + 0.5 * x.roll(1, 1) * (torch.arange(x.shape[1]) > 0).to(x).view(-1, *[1] * (x.ndim - 2))),
+            (
+                "mixing",
+                lambda x, hook: (
+                    x + 0.5 * x.roll(1, 1) * (torch.arange(x.shape[1]) > 0).to(x).view(-1, *[1] * (x.ndim - 2))
+                ),
+            ),
         ]
     )
     return Edit(
@@ -493,9 +514,7 @@ def context(rng: random.Random) -> Edit:
 
     measure = rng.choice(["jacobians", "whole"])
     what = f"{measure} under {' and '.join(names)}"
-    return Edit(
-        "context", what, "measured", case, layer, setting=setting, dtype=torch.float32, measure=measure
-    )
+    return Edit("context", what, "measured", case, layer, setting=setting, dtype=torch.float32, measure=measure)
 
 
 def dtype(rng: random.Random) -> Edit:
@@ -534,10 +553,9 @@ def looped(rng: random.Random) -> Edit:
     @contextmanager
     def change(model: Any) -> Iterator[None]:
         layers = model.original_model.model.layers
-        one = rng_index
         orders = {
             "twice": [*range(N_LAYERS), *range(N_LAYERS)],
-            "a block twice": sorted([*range(N_LAYERS), one]),
+            "a block twice": sorted([*range(N_LAYERS), number]),
             "other order": [1, 0, 2],
         }
         order = [layers[index] for index in orders[name]]
@@ -547,12 +565,12 @@ def looped(rng: random.Random) -> Edit:
                 return iter(order)
 
             def __getitem__(self, index: Any) -> Any:
-                return order[index] if isinstance(index, slice) else super().__getitem__(index)
+                return order if isinstance(index, slice) else super().__getitem__(index)
 
         layers.__class__ = Looped
         yield
 
-    rng_index = rng.randrange(N_LAYERS)
+    number = rng.randrange(N_LAYERS)
     return Edit("looped blocks", name, "refused", case, layer, change, measure=rng.choice(["jacobians", "whole"]))
 
 
@@ -629,20 +647,21 @@ def untouched(rng: random.Random) -> Edit:
 
 # How many of each kind are drawn, of 200
 KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
-    (untouched, 12),
-    (wrapped_projection, 30),
+    (untouched, 10),
+    (wrapped_projection, 26),
     (activation, 14),
-    (norm, 10),
+    (norm, 9),
     (attention, 10),
     (token_shift, 10),
-    (user_hook, 22),
+    (user_hook, 21),
     (hook_between, 5),
     (module_hook, 8),
-    (context, 16),
+    (context, 15),
     (dtype, 8),
     (experts, 4),
     (prompt, 10),
     (cut_graph, 8),
+    (frozen_norm, 5),
     (cut_positions, 6),
     (false_activation, 6),
     (detaching_hook, 6),
@@ -672,7 +691,9 @@ def draw(seed: int, count: int) -> list[Edit]:
                 edits.append(make(rng))
                 break
             at -= share
-    return [replace(edit, prompt=edit.prompt if edit.prompt is not None else _ids(seed + i)) for i, edit in enumerate(edits)]
+    return [
+        replace(edit, prompt=edit.prompt if edit.prompt is not None else _ids(seed + i)) for i, edit in enumerate(edits)
+    ]
 
 
 def _ids(seed: int) -> list[int]:

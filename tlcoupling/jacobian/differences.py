@@ -269,7 +269,7 @@ class BlockDifferences:
         inside = self._inside(sublayer)
         stream = self._input(inside)[0]
         seeds = (_seed(layer, src) + 1 + index for index in range(_DIRECTIONS))
-        directions = torch.stack([random_vector(trace, layer, seed) for seed in seeds])
+        directions = torch.stack([self._direction(stream, src, seed) for seed in seeds])
         wrote = {"attn": trace.attn_out, "mlp": trace.mlp_out, "block": trace.resid[1:] - trace.resid[:-1]}[sublayer]
         batched = self._batched
 
@@ -304,7 +304,7 @@ class BlockDifferences:
         chunk = max(1, self._at_once() // 2)
         order = sorted(by_src)
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
-            directions = torch.stack([random_vector(trace, layer, _seed(layer, src)) for src in some])
+            directions = torch.stack([self._direction(stream, src, _seed(layer, src)) for src in some])
             steps = stream.new_tensor([STEP * _length(stream[src]) for src in some])
             moves = stream.new_zeros(len(some), *stream.shape)
             moves[range(len(some)), some] = steps[:, None] * directions
@@ -315,6 +315,15 @@ class BlockDifferences:
                 for index, src in enumerate(some):
                     for dest in by_src[src]:
                         self._keep(name, src, dest, directions[index], values[index, dest], steps[index], inside)
+
+    def _direction(self, stream: Float[Tensor, "pos d_model"], src: int, seed: int) -> Float[Tensor, " d_model"]:
+        """Draw a direction of length 1 that leans as much on what the norms read as on chance.
+
+        A norm whose scale is off the graph errs along its input alone, a small share of a random direction.
+        """
+        read = (stream, self._trace.mlp_input(self.layer)[0])
+        mixed = sum((rows[src] / _length(rows[src]) for rows in read), random_vector(self._trace, self.layer, seed))
+        return mixed / _length(mixed)
 
     def _keep(
         self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, inside: bool
