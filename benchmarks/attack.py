@@ -40,7 +40,8 @@ import tlcoupling as tlc
 from tlcoupling.errors import TLCouplingError, UnsupportedModelError
 
 SUBLAYERS = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
-STEPS = (4e-3, 1e-3)  # of the length of what is moved
+STEPS = (4e-3, 1e-3)  # of the length of what is moved; a staircase shows at these
+FINE = (4e-5, 1e-5)  # in models that stay in float64: few kinks are so close
 # How far a matrix may lie from its differences, beside what the two steps differ by: one direction is held to 2 %.
 ALLOWED = 0.02
 # Rounding of a write in models whose modules cast to float32, and in those that stay in float64.
@@ -97,6 +98,7 @@ class Truth:
         """Take an edit, a model in which it is in force, and token ids ``[pos]``."""
         self.edit, self.model, self.tokens = edit, model, tokens
         self.exact = MODELS[edit.case].exact
+        self.steps = FINE if self.exact and edit.expected == "measured" else STEPS
         self._changes: dict[tuple[int, str, int], Any] = {}
 
     def run(self, layer: int, move_at: str = "", moves: Tensor | None = None) -> dict[str, Tensor]:
@@ -122,7 +124,7 @@ class Truth:
             stream = still[point][0]
             length, width = float(stream[src].norm()), stream.shape[1]
             found: dict[str, list[Tensor]] = defaultdict(list)
-            for step in STEPS:
+            for step in self.steps:
                 moves = stream.new_zeros(2 * width, *stream.shape)
                 moves[:width, src] = step * length * torch.eye(width).to(stream)
                 moves[width:, src] = -moves[:width, src]
@@ -140,7 +142,7 @@ class Truth:
         width = len(narrow)
         if sublayer == "block" and src == dest:
             wide, narrow = (each - torch.eye(width).to(each) for each in (wide, narrow))
-        rounding = ROUNDING[self.exact] * float(still[sublayer][0, dest].norm()) * width**0.5 / (STEPS[1] * length)
+        rounding = ROUNDING[self.exact] * float(still[sublayer][0, dest].norm()) * width**0.5 / (self.steps[1] * length)
         noise = float((wide - narrow).norm())
         # a staircase has no derivative: whatever is returned for one is wrong
         noise = noise if noise <= 0.2 * float(narrow.norm()) + rounding else 0.0

@@ -298,7 +298,7 @@ def token_shift(rng: random.Random) -> Edit:
 
 def norm(rng: random.Random) -> Edit:
     """A norm that does something else than its class says."""
-    case, layer = _draw(rng, SEQUENTIAL)
+    case, layer = _draw(rng, SEPARATE)
     path = rng.choice(["ln1", "ln2"])
     name, wrap = rng.choice(
         [
@@ -547,7 +547,7 @@ def training(rng: random.Random) -> Edit:
 
 def looped(rng: random.Random) -> Edit:
     """A decoder that runs its stack twice, skips a block, or runs two in the other order."""
-    case, layer = _draw(rng, SEPARATE)
+    case, layer = _draw(rng, ("bridge-llama", "bridge-mistral"))
     name = rng.choice(["twice", "a block twice", "other order"])
 
     @contextmanager
