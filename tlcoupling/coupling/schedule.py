@@ -25,7 +25,7 @@ from tlcoupling.memory import free_memory
 
 STACKED = 2**22  # numbers in the matrices that a worker decomposes together
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
-BUFFERS = 64 * 2**20  # bytes of a linear algebra library's buffers and of threads, for each worker: more than measured
+BUFFERS = 64 * 2**20  # bytes of a linear algebra library's buffers and of threads, for each worker (assumed)
 
 
 @dataclass(frozen=True)
