@@ -186,7 +186,7 @@ BREAKS = (
         "forward/stream",
         "torch.float32: 1e-4,",
         "torch.float32: 1e-2,",
-        "forward/test_trace::test_writes_that_do_not_add_up_are_refused",
+        "forward/test_trace::test_writes_may_miss_the_stream_by_its_rounding",
     ),
     _slip(
         "dropped check of what the MLP reads",
@@ -303,8 +303,8 @@ BREAKS = (
     _slip(
         "NaN agrees with a number",
         "sweeps/agreement",
-        "    one, two = one[one.isfinite()], two[two.isfinite()]",
-        "    both = one.isfinite() & two.isfinite()\n    one, two = one[both], two[both]",
+        "one.shape != two.shape or not torch.equal(one.isfinite(), two.isfinite())",
+        "one.shape != two.shape",
         "sweeps/test_agreement",
     ),
     _slip(
@@ -312,7 +312,7 @@ BREAKS = (
         "scores/correlate",
         "partial_correlation(x, null).r ** 2",
         "partial_correlation(x, null).r",
-        "scores/test_correlate",
+        "scores/test_correlate::test_the_published_points_give_the_figures_r_squared_and_what_width_explains",
     ),
     _slip(
         "one degree of freedom too few",
@@ -340,7 +340,7 @@ BREAKS = (
         "results/intervals",
         "paired=len(samples) > 1",
         "paired=False",
-        "scores/test_correlate",
+        "scores/test_correlate::test_the_interval_is_scipys_bootstrap_of_the_pairs",
     ),
     _slip(
         "the file is renamed before it is on the disk",
