@@ -25,7 +25,7 @@ TESTED_IN = {
     "jacobian/autograd": "jacobian/test_engine",
     "jacobian/cost": "coupling/test_schedule",
     "coupling/spectra": "coupling/test_method",
-    "jacobian/differences": "jacobian/test_engine",
+    "jacobian/evidence": "jacobian/test_certificate",
     "jacobian/formula": "jacobian/test_engine",
     "jacobian/norms": "jacobian/test_engine",
     "jacobian/parts": "linalg/test_operator",

@@ -295,6 +295,19 @@ def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
         tlc.growth(hooked)
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+def test_writes_may_miss_the_stream_by_its_rounding(dtype: torch.dtype, allowed: float):
+    _, cache = CASES[0].model(dtype).run_with_cache(TOKENS[None])
+    for share in (0.5, 2.0):
+        activations = {name: value.clone() for name, value in cache.items()}
+        activations["blocks.1.hook_mlp_out"] += share * allowed * activations["blocks.1.hook_resid_post"]
+        if share < 1:
+            assert tlc.growth(activations).alpha.isfinite().all()
+        else:
+            with pytest.raises(ResidualIdentityError, match=rf"block 1: .* by 2.00e-\d+ .*allowed: {allowed:.0e}"):
+                tlc.growth(activations)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
