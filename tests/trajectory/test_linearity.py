@@ -109,7 +109,7 @@ def test_a_step_of_length_zero_is_nan_and_named():
     activations["blocks.2.hook_resid_pre"][0, 4] = before
     for name in ("blocks.2.hook_resid_mid", "blocks.2.hook_resid_post"):
         activations[name][0, 4] += shift
-    with pytest.warns(UserWarning, match="block step of layer 1 has length zero at position 4"):
+    with pytest.warns(UserWarning, match="block step of layer 1 has no direction at position 4"):
         found = tlc.linearity(activations)
     assert found.path("block").isnan().tolist() == [False] * 4 + [True] + [False] * 2
     assert found.path("sublayer").isnan()[4]

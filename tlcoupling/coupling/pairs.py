@@ -141,7 +141,19 @@ def _compare(
         "frobenius": frobenius,
         "frobenius_error": torch.stack([one.frobenius_error.to(device) for one in rows]),
         "residual": stacked(rows, "residual").amax(-1),
+        **{name: stacked(columns, name) for name in ("gaps", "uncertainty")},
+        "overlap_uncertainty": _of_overlaps(
+            stacked(rows, "subspace_uncertainty"), stacked(columns, "subspace_uncertainty"), options
+        ),
     }
+
+
+def _of_overlaps(
+    rows: Float[Tensor, "row rank"], columns: Float[Tensor, "column rank"], options: Options
+) -> Float[Tensor, "k row column"]:
+    """Return the larger uncertainty of the two subspaces that each overlap compares."""
+    at = [k - 1 for k in options.k]
+    return rows.mT[at][:, :, None].maximum(columns.mT[at][:, None])
 
 
 def _in_bases(

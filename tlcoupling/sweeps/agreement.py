@@ -17,14 +17,17 @@ from tlcoupling.results.base import read_result
 TOLERANCE = 1e-4
 _SMALL = 0.01  # scale floor: values near zero are compared absolutely, since rounding can be all of them
 # Fields that depend on time, machine and solver convergence
-_OF_THE_MACHINE = ("seconds", "versions", "engine", "commit", "residual")
+_OF_THE_MACHINE = (
+    *("seconds", "versions", "engine", "commit", "residual"),
+    *("gaps", "uncertainty", "overlap_uncertainty"),  # files of version 0.1 lack these
+)
 
 
 def differences(first: Path, second: Path) -> list[str]:
     """Return the names of the fields in which two result files differ, with the size of numeric differences.
 
     Numbers agree if they differ by rounding alone (``TOLERANCE``). Times, package versions, the chosen engine, the
-    hub's commit and the solver's residual are ignored.
+    hub's commit, the solver's residual and the uncertainty that follows from it are ignored.
 
     Raises:
         ResultFileError: one of them is damaged.
