@@ -23,6 +23,7 @@ FIRST_CHECK_OF_PRODUCTS = 3  # matrix-free steps cost far more than a convergenc
 USUAL_STEPS = 10  # for a top-10 spectrum; storage for the bases starts at this size
 DECAY = 5.0  # usual reduction of the residual per step, at least; predicts when to check again
 ROUNDING = 32.0  # residuals of a few eps s_1 are what rounding leaves, at all widths: 5 to 30 in float32
+SKEW = 16.0  # eps: largest inner product of a new column with an existing one; rounding alone gives 1 to 4
 ROUNDS = 4  # of orthogonalisation, at most: with inexact products more rounds do not help
 
 
@@ -106,13 +107,18 @@ def _ritz(
     left, right = left[..., :k], right[..., :k, :].mT
     jv = u @ (inner @ right)  # J V lies in the span of U, by construction
     top_u, top_v = u @ left, v @ right
-    # this form of J V is only as exact as U is orthonormal, so loss of orthonormality counts as residual
-    skew = (top_u.mT @ top_u - torch.eye(top_u.shape[-1]).to(top_u)).norm(dim=-1)
+    # this form of J V is only as exact as U and V are orthonormal, so loss of orthonormality counts as residual
+    skew = _skew(top_u).maximum(_skew(top_v))
     residual = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew * s[..., :1])
     asked = _asked(s, next_s, tolerance)
     excess = torch.where(residual > 0, residual / asked, 0.0)  # J may be zero
     fields = zip(top_u, s, top_v, next_s, residual / s, residual <= asked, strict=True)
     return [Triplets(*one, "krylov") for one in fields], float(excess.max())
+
+
+def _skew(basis: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack k"]:
+    """Return how far each column is from orthonormal to all."""
+    return (basis.mT @ basis - torch.eye(basis.shape[-1]).to(basis)).norm(dim=-1)
 
 
 def _asked(
@@ -141,9 +147,9 @@ def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stac
         random = torch.randn(block.shape[1:], generator=generator, dtype=block.dtype).to(block)
         block = block.where(kept[:, None, None], random)
     block = torch.linalg.qr(block).Q
-    allowed = 1e3 * torch.finfo(block.dtype).eps * block.shape[-1]
+    allowed = SKEW * torch.finfo(block.dtype).eps
     for _ in range(ROUNDS):
-        if not ((basis.mT @ block).abs().sum((1, 2)) > allowed).any():
+        if not ((basis.mT @ block).abs() > allowed).any():
             break
         block = torch.linalg.qr(_projected_out(block, basis)).Q
     return block
