@@ -142,18 +142,11 @@ def _compare(
         "frobenius_error": torch.stack([one.frobenius_error.to(device) for one in rows]),
         "residual": stacked(rows, "residual").amax(-1),
         **{name: stacked(columns, name) for name in ("gaps", "uncertainty")},
-        "overlap_uncertainty": _of_overlaps(
-            stacked(rows, "subspace_uncertainty"), stacked(columns, "subspace_uncertainty"), options
-        ),
+        **{
+            name: stacked(spectra, "subspace_uncertainty").mT[[k - 1 for k in options.k]]
+            for name, spectra in (("subspace_uncertainty", rows), ("basis_subspace_uncertainty", columns))
+        },
     }
-
-
-def _of_overlaps(
-    rows: Float[Tensor, "row rank"], columns: Float[Tensor, "column rank"], options: Options
-) -> Float[Tensor, "k row column"]:
-    """Return the larger uncertainty of the two subspaces that each overlap compares."""
-    at = [k - 1 for k in options.k]
-    return rows.mT[at][:, :, None].maximum(columns.mT[at][:, None])
 
 
 def _in_bases(

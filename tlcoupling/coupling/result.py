@@ -58,8 +58,10 @@ class Coupling(Result):
             relative to itself. ``[*group, column, rank]``.
         uncertainty: how far the singular vectors of a column may be from the exact ones, given the gap, the residual
             and the precision: a bound on the sine of the angle, from 0 to 1 (``Triplets.uncertainty``). Same axes.
-        overlap_uncertainty: the same bound for the subspaces of the top K vectors, the larger of row's and column's.
-            ``[*group, k, row, column]``. These three are None in results from version 0.1, which does not have them.
+        subspace_uncertainty: the same bound for the spaces that the top K vectors of each row span. ``[*group, k,
+            row]``.
+        basis_subspace_uncertainty: the same of each column. These four are None in results of version 0.1.
+            ``[*group, k, column]``.
     """
 
     values: Float[Tensor, "*group k n n"]
@@ -79,7 +81,8 @@ class Coupling(Result):
     absolute: bool
     gaps: Float[Tensor, "*group n rank"] | None = field(default=None, kw_only=True)
     uncertainty: Float[Tensor, "*group n rank"] | None = field(default=None, kw_only=True)
-    overlap_uncertainty: Float[Tensor, "*group k n n"] | None = field(default=None, kw_only=True)
+    subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
+    basis_subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, group: Sequence[str] = (), member: str = "", **kwargs: Any) -> None:
         """Name the axes: those of the groups, and of what is compared in each."""
@@ -93,7 +96,8 @@ class Coupling(Result):
             "singular_values": (*members, "rank"),
             **dict.fromkeys(("frobenius", "frobenius_error", "residual"), members),
             **dict.fromkeys(("gaps", "uncertainty"), (*bases, "rank")),
-            "overlap_uncertainty": pairs,
+            "subspace_uncertainty": pairs[:-1],
+            "basis_subspace_uncertainty": (*group, "k", f"basis_{member}"),
         }
         cls._derived = {
             **dict.fromkeys(("excess", "z", "values_determined", "overlap_determined"), pairs),
@@ -149,7 +153,10 @@ class Coupling(Result):
     @property
     def overlap_determined(self) -> Bool[Tensor, "*group k n n"] | None:
         """Return which overlaps compare determined subspaces; only the gap behind the top K counts; None if unknown."""
-        return None if self.overlap_uncertainty is None else self.overlap_uncertainty <= DETERMINED
+        if self.subspace_uncertainty is None or self.basis_subspace_uncertainty is None:
+            return None
+        rows, columns = (each <= DETERMINED for each in (self.subspace_uncertainty, self.basis_subspace_uncertainty))
+        return rows[..., None] & columns[..., None, :]
 
     def mean(self, quantity: Quantity = "values") -> Float[Tensor, "*group k"]:
         """Mean over the ordered pairs of different members; NaN where there is only one.
@@ -255,26 +262,30 @@ def measure(
 def _warn_of_undetermined(fields: Mapping[str, Tensor], sublayers: Sequence[str], groups: Sequence[Group]) -> None:
     """Warn of singular vectors and subspaces that are not determined; name the layers, and the tokens if few."""
     vectors = fields["uncertainty"] > DETERMINED  # [sublayer, group, column, rank]
-    spans = (fields["overlap_uncertainty"] > DETERMINED).any(-2).any(-2)  # [sublayer, group, column]
-    concerned = (vectors.any(-1) | spans).nonzero().tolist()
+    rows, columns = ((fields[f"{of}subspace_uncertainty"] > DETERMINED).any(-2) for of in ("", "basis_"))
+    concerned = {
+        (index, getattr(groups[group], side)[at])
+        for undetermined, side in ((vectors.any(-1) | columns, "columns"), (rows, "rows"))
+        for index, group, at in undetermined.nonzero().tolist()
+    }
     if not concerned:
         return
-    names = ", ".join(sublayers[index] for index in sorted({index for index, _, _ in concerned}))
-    places = [groups[group].columns[column] for _, group, column in concerned]
+    names = ", ".join(sublayers[index] for index in sorted({index for index, _ in concerned}))
+    places = {place for _, place in concerned}
     where = _few("layer", sorted({place.layer for place in places}))
     tokens = sorted({pos for place in places for pos in (place.src, place.dest)})
     if len(tokens) <= FEW_TOKENS:
         where += f" at {_few('token', tokens)}"
     overlaps = (
-        f"{int(spans.sum())} subspaces, which end at such a gap, are not determined either (`overlap_determined`)"
-        if spans.any()
+        "so do subspace overlaps where such values lie at K and K + 1 (`overlap_determined`)"
+        if rows.any() or columns.any()
         else "subspace overlaps are determined"
     )
     warnings.warn(
         f"{int(vectors.sum())} of {vectors.numel()} pairs of singular vectors are not determined, because singular "
         f"values nearly coincide: {names} of {where}. Coupling in these bases depends on the solver and on rounding, "
         f"and is marked (`determined`, `values_determined`); {overlaps}",
-        stacklevel=6,
+        stacklevel=5,
     )
 
 

@@ -19,7 +19,7 @@ _SMALL = 0.01  # scale floor: values near zero are compared absolutely, since ro
 # Fields that depend on time, machine and solver convergence
 _OF_THE_MACHINE = (
     *("seconds", "versions", "engine", "commit", "residual"),
-    *("gaps", "uncertainty", "overlap_uncertainty"),  # files of version 0.1 lack these
+    *("gaps", "uncertainty", "subspace_uncertainty", "basis_subspace_uncertainty"),  # files of version 0.1 lack these
 )
 
 
