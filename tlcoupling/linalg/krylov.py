@@ -97,7 +97,7 @@ def _ritz(
     k: int,
     tolerance: float,
 ) -> tuple[list[Triplets], float]:
-    """Return the best triplets within the spans of U and V, from B = U^T J V, and the worst residual over that asked."""
+    """Return the best triplets within the spans of U and V, from B = U^T J V; also the worst of residual / asked."""
     inner = jtu.mT @ v
     left, spectrum, right = torch.linalg.svd(inner)
     s, next_s = spectrum[..., :k], spectrum.new_zeros(len(spectrum))
@@ -112,8 +112,8 @@ def _ritz(
     residual = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew * s[..., :1])
     asked = _asked(s, next_s, tolerance)
     excess = torch.where(residual > 0, residual / asked, 0.0)  # J may be zero
-    fields = zip(top_u, s, top_v, next_s, residual / s, residual <= asked, strict=True)
-    return [Triplets(*one, "krylov") for one in fields], float(excess.max())
+    columns = zip(top_u, s, top_v, next_s, residual / s, residual <= asked, strict=True)
+    return [Triplets(*one, solver="krylov") for one in columns], float(excess.max())
 
 
 def _skew(basis: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack k"]:
@@ -121,9 +121,7 @@ def _skew(basis: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack k"]:
     return (basis.mT @ basis - torch.eye(basis.shape[-1]).to(basis)).norm(dim=-1)
 
 
-def _asked(
-    s: Float[Tensor, "stack K"], next_s: Float[Tensor, " stack"], tolerance: float
-) -> Float[Tensor, "stack K"]:
+def _asked(s: Float[Tensor, "stack K"], next_s: Float[Tensor, " stack"], tolerance: float) -> Float[Tensor, "stack K"]:
     """Return the largest residual asked of each triplet, absolute.
 
     It is the tolerance, relative to the triplet's own s_k. Where another singular value is so close that this would
