@@ -98,12 +98,11 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
 
 
 _STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon", "falcon-two-norms"}
-_PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm"}
+_PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm", "stablelm-qk-norm"}
 _ON_3 = version("transformer-lens").startswith("3.")
 _PARTLY_ANALYTIC: dict[str, tuple[str, ...]] = {
     "mixtral": ("attn",),  # experts
     "deepseek-v3": ("mlp",),  # queries and keys are compressed
-    "cohere-qk-norm": ("mlp",),  # norms of queries with another gain for each head
 }
 # transformer-lens 3 refuses to boot the one, and names the other's norms behind the sublayers as norms before them
 _LEFT_OUT = {"cohere-qk-norm", "olmo2"} if _ON_3 else set()

@@ -199,6 +199,11 @@ def families() -> dict[str, tuple[str, str, Any]]:
             "CohereForCausalLM",
             hf.CohereConfig(**_GROUPED, use_qk_norm=True),
         ),
+        "stablelm-qk-norm": (
+            "stabilityai/stablelm-2-12b",
+            "StableLmForCausalLM",
+            hf.StableLmConfig(**_GROUPED, qk_layernorm=True, use_parallel_residual=True),
+        ),
         "granite": (
             "ibm-granite/granite-3.0-2b-base",
             "GraniteForCausalLM",

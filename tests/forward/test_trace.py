@@ -202,6 +202,10 @@ def test_bad_prompts(model: torch.nn.Module, prompt: object, message: str):
         tlc.trace(model, prompt)
 
 
+def test_a_prompt_may_fill_the_context(model: torch.nn.Module):
+    assert tlc.trace(model, list(range(model.cfg.n_ctx))).n_tokens == model.cfg.n_ctx == 32
+
+
 def test_training_mode_is_refused_and_not_switched_off(model: torch.nn.Module):
     model.train()
     try:
@@ -258,6 +262,9 @@ def test_an_encoder_is_refused():
     bert = bridge.TransformerBridge.boot_transformers("bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer())
     with pytest.raises(UnsupportedModelError, match="encoder"):
         tlc.trace(bert, TOKENS)
+    bert.cfg.attention_dir = "causal"  # the pattern says otherwise, of two tokens too
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        tlc.trace(bert, TOKENS[:2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -11,10 +11,10 @@ from cases import CASES, TOKENS, Case, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import CertificateError, StaleTraceError, UnsupportedModelError
+from tlcoupling.forward.block import Block, Uncovered
 from tlcoupling.forward.hooked import attached
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.engine import JacobianEngine
-from tlcoupling.jacobian.norms import Uncovered
 from tlcoupling.linalg.maps import Projection
 
 PLACES = [(0, 6, 6), (2, 0, 0), (1, 2, 5), (2, 0, 6)]  # layer, src, dest
@@ -194,7 +194,7 @@ def test_a_post_norm_of_equal_gains_is_no_factor_of_the_write(case: Case):
     """Row by row, 1 / r is such a factor; where one row is run, it must not be taken for one."""
     model = tlc.random_baseline(case.model())
     trace = tlc.trace(model, TOKENS)
-    engine, oracle = JacobianEngine(trace, "auto", dests=[6]), JacobianEngine(trace, "autograd")
+    engine, oracle = JacobianEngine(trace, "auto", pairs=[(6, 6)]), JacobianEngine(trace, "autograd")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for sublayer in trace.sublayers:
@@ -302,4 +302,4 @@ def test_values_that_do_not_fit_each_other_go_to_autograd(q: Any, k: Any, v: Any
     shapes = {"q": q, "k": k, "v": v, "pattern": pattern}
     values = {f"attn.hook_{name}": torch.zeros(shape) for name, shape in shapes.items()}
     with pytest.raises(Uncovered, match="have shapes"):
-        AttentionCore.from_values(torch.nn.Module(), None, values)
+        AttentionCore.from_values(Block(None, 0, "attn_only", {}), values)

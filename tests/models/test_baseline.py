@@ -12,8 +12,7 @@ from cases import CASES, FEW, TOKENS, Case
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.forward.hooked import norms_are_folded
-from tlcoupling.forward.weights import weight_of
+from tlcoupling.forward.block import norms_are_folded, weight_of
 from tlcoupling.models.baseline import _is_centered, _writing_weights
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -109,8 +109,13 @@ def test_a_step_of_length_zero_is_nan_and_named():
     activations["blocks.2.hook_resid_pre"][0, 4] = before
     for name in ("blocks.2.hook_resid_mid", "blocks.2.hook_resid_post"):
         activations[name][0, 4] += shift
-    with pytest.warns(UserWarning, match="block step of layer 1 has no direction at position 4"):
+    with pytest.warns(UserWarning) as said:
         found = tlc.linearity(activations)
+    # the sublayers' path takes two steps a layer
+    for path, times in (("block", 1), ("sublayer", 2), ("attn", 1), ("mlp", 1)):
+        start = f"the {path} step of layer 1 has no direction at position 4"
+        assert sum(str(one.message).startswith(start) for one in said) == times
+    assert sum("has no direction" in str(one.message) for one in said) == 5
     assert found.path("block").isnan().tolist() == [False] * 4 + [True] + [False] * 2
     assert found.path("sublayer").isnan()[4]
 

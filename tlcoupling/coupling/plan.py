@@ -16,7 +16,7 @@ from tlcoupling.coupling.groups import Group, schedule
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS, PROBES, Way, cheapest
 from tlcoupling.errors import InsufficientMemoryError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.jacobian.autograd import vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.memory import free_memory

@@ -18,10 +18,10 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.triplets import DETERMINED
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]
@@ -205,7 +205,7 @@ class OrderedCoupling(Coupling):
         return torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
 
 
-@full_precision()
+@measured
 def measure(
     kind: type[CouplingT],
     trace: Trace,
@@ -240,7 +240,8 @@ def measure(
     started = time.perf_counter()
     job = Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
     plan = make_plan(job)
-    jacobians = JacobianEngine(trace, options.engine, {place.dest for group in groups for place in group.places})
+    pairs = {(place.src, place.dest) for group in groups for place in group.places}
+    jacobians = JacobianEngine(trace, options.engine, pairs)
     fields = compare_groups(jacobians, sublayers, plan, options, progress)
     _warn_of_undetermined(fields, sublayers, groups)
     if "sublayer" not in kind._axes["values"]:
@@ -270,8 +271,8 @@ def _warn_of_undetermined(fields: Mapping[str, Tensor], sublayers: Sequence[str]
     }
     if not concerned:
         return
-    names = ", ".join(sublayers[index] for index in sorted({index for index, _ in concerned}))
-    places = {place for _, place in concerned}
+    modules, places = ({pair[part] for pair in concerned} for part in (0, 1))
+    names = ", ".join(name for index, name in enumerate(sublayers) if index in modules)
     where = _few("layer", sorted({place.layer for place in places}))
     tokens = sorted({pos for place in places for pos in (place.src, place.dest)})
     if len(tokens) <= FEW_TOKENS:

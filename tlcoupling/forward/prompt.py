@@ -54,7 +54,8 @@ def to_tokens(model: Any, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, 
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens.shape[1] > context:
         raise ArgumentError("prompt", f"{tokens.shape[1]} tokens", f"at most {context}, the model's context length")
-    return tokens.long().to(next(model.parameters()).device)
+    # a copy: ids made under torch.inference_mode cannot be looked up where gradients are on
+    return tokens.long().to(next(model.parameters()).device, copy=True)
 
 
 def to_str_tokens(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:

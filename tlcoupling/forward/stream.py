@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
+from tlcoupling.forward.block import Topology, block_hook, topology_of, topology_of_model
 from tlcoupling.forward.cache import fetch, how_to_cache, plain
-from tlcoupling.forward.hooked import Topology, block_hook, topology_of, topology_of_model
 
 # Rounding of x + a + m against what the model itself added up, relative to the norm of the sum.
 IDENTITY_TOLERANCE = {
@@ -232,6 +232,6 @@ def stream_of(source: Any) -> Stream:
             "the activations hold no hook_resid_mid and name no model, so that their blocks are taken as parallel: no "
             "sublayer path, no shares of growth. Where the blocks are sequential, cache hook_resid_mid too; an "
             "ActivationCache settles it by its model",
-            stacklevel=3,
+            stacklevel=4,
         )
     return Stream.from_activations(activations, max(layers) + 1, topology)

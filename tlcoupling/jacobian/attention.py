@@ -1,4 +1,4 @@
-r"""The attention core in closed form: from queries, keys and values to z, one (src, dest) at a time.
+r"""The attention core in closed form: from queries, keys and values to z, for one pair (src, dest) at a time.
 
 Head h at dest, with pattern p, values v, z = sum_s p_s v_s, and scores f(q . k_s) of slopes f'_s:
 dz = sum_s p_s dv_s + sum_s f'_s p_s (v_s - z) (k_s . dq + q . dk_s). Without a soft-cap f'_s = c, the scale of the
@@ -8,7 +8,8 @@ derivative. Between projection and core, queries and keys may be normalised (QK-
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.forward.block import Block, Uncovered, close
 from tlcoupling.forward.lifting import lifted
-from tlcoupling.jacobian.norms import Norm, Uncovered, close
+from tlcoupling.jacobian.norms import Norm
 from tlcoupling.jacobian.parts import HeadMap
 from tlcoupling.jacobian.scores import Scores
 from tlcoupling.linalg.operator import JacobianOperator
@@ -54,20 +56,25 @@ class AttentionCore:
         return self.pattern.shape[0]
 
     @classmethod
-    def from_values(cls, model: Any, attn: Any, values: Mapping[str, Tensor]) -> AttentionCore:
-        """Read the core of an attention module off a block's values, and check that they fit it.
+    def from_values(cls, block: Block, values: Mapping[str, Tensor]) -> AttentionCore:
+        """Read the core of a block's attention off its activations, and check that they fit it.
+
+        Args:
+            block: the block.
+            values: activations by short hook name, without batch axis.
 
         Raises:
-            Uncovered: a hook point is missing, or the pattern is no softmax of scores that are known here.
+            Uncovered: a hook point is missing, or the pattern is not a softmax of a known function of q . k.
         """
         for name in ("q", "k", "v", "pattern"):
             if f"attn.hook_{name}" not in values:
                 raise Uncovered(f"the attention has no hook_{name}")
         q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
         _require_fit(values["attn.hook_pattern"], q, k, v)
-        q_norm, k_norm = (HeadNorm.read(model, attn, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
+        q_norm, k_norm = (HeadNorm.read(block, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
+        attn = block.attn.module
         q, k = (x if norm is None else norm(x) for norm, x in ((q_norm, q), (k_norm, k)))
-        reason = Uncovered("the attention has no positions that are known here")
+        reason = Uncovered("the attention encodes positions in an unknown form")
         for rotary in Rotary.candidates(attn, values):
             queries, keys = (q, k) if rotary is None else (rotary.apply(q), rotary.apply(k))
             try:
@@ -79,7 +86,7 @@ class AttentionCore:
                 heads = pattern.shape[0]
                 keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
                 products = einsum(queries, keys, "dest head e, src head e -> head dest src")
-                scores = Scores.fit(products, pattern, attn, model.cfg, q.shape[-1])
+                scores = Scores.fit(products, pattern, attn, block.model.cfg, q.shape[-1])
             except Uncovered as error:
                 reason = error
                 continue
@@ -88,9 +95,9 @@ class AttentionCore:
         raise reason
 
     def blocks(self, src: int, dest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """dz_dest per head with respect to its q at dest, its k at src and its v at src, each ``[head, e, e]``.
+        """Return d z_dest by q at dest, by k at src and by v at src for each head, each ``[head, e, e]``.
 
-        q and k are those before the rotation, behind a QK-norm.
+        q and k are taken before the rotation and after a QK-norm.
         """
         seen = slice(dest + 1)
         p, v = self.pattern[:, dest, seen], self.values[seen]
@@ -108,47 +115,66 @@ class AttentionCore:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """A norm of queries or keys: of each head by itself (Qwen 3, Gemma 3), or of all heads together (OLMo 2).
+    """A norm of queries or keys.
+
+    It norms each head by itself, with one gain for all heads (Qwen 3, Gemma 3) or with a gain for each (Cohere,
+    StableLM), or it norms all heads together (OLMo 2).
 
     Attributes:
-        norm: the norm.
+        norms: the norm of each head, or the one norm of all heads together.
         inputs: what it norms, ``[pos, group, e]``.
-        together: whether over all heads at once.
+        together: whether it norms all heads at once.
     """
 
-    norm: Norm
+    norms: tuple[Norm, ...]
     inputs: Float[Tensor, "pos group e"]
-    together: bool
+    together: bool = False
 
     @classmethod
-    def read(cls, model: Any, attn: Any, name: str, inputs: Float[Tensor, "pos group e"]) -> HeadNorm | None:
-        """Read the norm off the module of that name, None where there is none; half precision is lifted meanwhile.
+    def read(cls, block: Block, name: str, inputs: Float[Tensor, "pos group e"]) -> HeadNorm | None:
+        """Read the norm off the module of that name in the attention; None where there is none.
+
+        Each kind of norm is tried in turn. A module that is of another kind fails, or gives another output.
 
         Raises:
-            Uncovered: the module is no such norm.
+            Uncovered: the module is of no kind that is known.
         """
-        module = getattr(attn, name, None)
+        module, groups = block.attn.part(name), range(inputs.shape[1])
         if module is None:
             return None
-        for together in (False, True):
-            rows = inputs.flatten(-2) if together else inputs[:, 0]
-            try:
-                with lifted(model, module):
-                    return cls(Norm.read(module, rows, name), inputs, together)
-            except RuntimeError:  # the module holds weights for another number of coordinates
-                continue
+
+        def of_head(group: int, axis: int) -> Callable[[Tensor], Tensor]:
+            """The norm of one head, where the module takes all heads, along an axis of ``[1, ., ., e]``."""
+            return lambda rows: module(torch.stack([rows] * len(groups), axis)).select(axis, group)
+
+        kinds: tuple[Callable[[], HeadNorm], ...] = (
+            lambda: cls((Norm.read(module, inputs[:, 0], name),) * len(groups), inputs),
+            lambda: cls((Norm.read(module, inputs.flatten(-2), name),), inputs, together=True),
+            *(
+                lambda axis=axis: cls(
+                    tuple(Norm.read(of_head(group, axis), inputs[:, group], name) for group in groups), inputs
+                )
+                for axis in (2, 1)
+            ),
+        )
+        with lifted(block.model, module):
+            for kind in kinds:
+                with suppress(RuntimeError, IndexError, Uncovered):
+                    return kind()
         raise Uncovered(f"{name} norms neither each head nor all of them together")
 
     def __call__(self, x: Float[Tensor, "pos group e"]) -> Float[Tensor, "pos group e"]:
-        """The normed queries or keys."""
-        return self.norm(x.flatten(-2)).view_as(x) if self.together else self.norm(x)
+        """Return the normed queries or keys."""
+        if self.together:
+            return self.norms[0](x.flatten(-2)).view_as(x)
+        return torch.stack([norm(x[:, group]) for group, norm in enumerate(self.norms)], dim=1)
 
     def derivative(self, pos: int) -> JacobianOperator:
-        """The Jacobian at one position, from all heads' coordinates to all heads' coordinates."""
+        """Return the Jacobian at one position, from all heads' coordinates to all heads' coordinates."""
         x = self.inputs[pos]
         if self.together:
-            return self.norm.derivative(x.flatten())
-        blocks = torch.stack([self.norm.derivative(row).dense() for row in x])
+            return self.norms[0].derivative(x.flatten())
+        blocks = torch.stack([norm.derivative(row).dense() for norm, row in zip(self.norms, x, strict=True)])
         return HeadMap(blocks, torch.arange(len(x), device=x.device), len(x))
 
 
@@ -175,9 +201,9 @@ class Rotary:
 
     @classmethod
     def candidates(cls, attn: Any, values: Mapping[str, Tensor]) -> Iterator[Rotary | None]:
-        """The rotations that a block may use: from its hooked cosines and sines, or its buffers; None for none.
+        """Yield the rotations that a block may use, from its hooked cosines and sines or its buffers; None for none.
 
-        Planes are coordinates (i, i + n/2) or (2i, 2i + 1), and a table of angles may be laid out for either.
+        A plane is spanned by coordinates (i, i + n/2) or (2i, 2i + 1), and a table of angles may be ordered for either.
         """
         q = values["attn.hook_q"]
         length, size = q.shape[0], q.shape[-1]
@@ -217,10 +243,10 @@ class Rotary:
 
 
 def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check that these are a pattern ``[head, dest, src]``, queries, keys and values ``[pos, head, e]``.
+    """Check the shapes of a pattern ``[head, dest, src]`` and of queries, keys and values ``[pos, head, e]``.
 
     Raises:
-        Uncovered: they are not, as where heads come before positions.
+        Uncovered: a shape does not fit, such as one with heads before positions.
     """
     shapes = [tuple(x.shape) for x in (pattern, q, k, v)]
     if [len(shape) for shape in shapes] == [3, 3, 3, 3]:

@@ -15,8 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import HookError
 from tlcoupling.forward.trace import Trace
-from tlcoupling.forward.weights import output_of_heads
-from tlcoupling.jacobian.norms import write_factor
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 
@@ -171,8 +169,9 @@ def _batched_grad(
             retain_graph=True,
             is_grads_batched=batched,
             allow_unused=True,
-            materialize_grads=True,
         )
+        if grads is None:  # unused: torch would make zeros without the batch axis
+            return leaf.new_zeros(len(cotangent) if batched else 1, *leaf.shape)
         return grads if batched else grads[None]
 
     rows = []
@@ -210,8 +209,8 @@ def output_at(
     check: bool,
 ) -> Float[Tensor, " d"]:
     """What a sublayer puts out at dest when it reads ``stream``; a block's own x^l is taken off it for src = dest."""
-    resid_pre = trace.block_input(layer)
-    reads_mid = sublayer == "mlp" and trace.topology == "sequential"
+    resid_pre, block = trace.block_input(layer), trace.block(layer)
+    reads_mid = sublayer != "block" and block.sublayers[sublayer].reads == "hook_resid_mid"
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
@@ -221,17 +220,16 @@ def output_at(
     if reads_mid:
         hooks["hook_resid_mid"] = lambda tensor: stream
     source = "attn.hook_z" if head is not None else f"hook_{sublayer}_out"
-    for name in (source, *(("attn.hook_out", "hook_attn_out") if head is not None else ())):
+    for name in (source, *((block.attn.gives, block.attn.write) if head is not None else ())):
         if trace.point(layer, name) is not None:
             hooks[name] = keep(name)
     resid_post = trace.run_block(layer, resid_pre if reads_mid else stream, hooks)
     if check:
         trace.check_current("block", layer, resid_post[0])
     if head is not None:
-        weight = output_of_heads(trace.model.blocks[layer].attn, layer, kept.get(source))[head].to(resid_pre)
-        given = kept.get("attn.hook_out")
-        normed = isinstance(getattr(trace.model.blocks[layer], "ln1_post", None), nn.Module)
-        factor = write_factor(None if given is None else given[0].detach(), kept["hook_attn_out"][0].detach(), normed)
+        weight = block.output_of_heads(kept.get(source))[head].to(resid_pre)
+        given, written = kept.get(block.attn.gives), kept[block.attn.write][0].detach()
+        factor = block.attn.write_factor(None if given is None else given[0].detach(), written)
         return factor * (kept[source][0, dest, head] @ weight)
     if sublayer == "block":
         return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]

@@ -1,27 +1,27 @@
 """What a block's Jacobians cost in work and memory, from the shapes of its weights alone: nothing is run.
 
-The closed forms are put together from maps without numbers (on torch's meta device), so that their work is counted by
-the same composition that later does it. Which engine a sublayer will get is a guess here, from the names of its
-weights: only the certificate knows.
+The formula of the closed forms (``formula``) is composed of shapes on torch's meta device. The composition that counts
+the work is therefore the one that does it. Which engine a sublayer will get is a guess from the names of its weights:
+only the certificate decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.forward.hooked import Topology
-from tlcoupling.forward.weights import weight_of
+from tlcoupling.forward.block import Block, Sublayer, Topology, Uncovered
+from tlcoupling.jacobian.attention import AttentionCore, HeadNorm
 from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
-from tlcoupling.jacobian.parts import BlockMap, HeadMap, NormMap
-from tlcoupling.linalg.maps import Diagonal, Identity, Projection
-from tlcoupling.linalg.operator import JacobianOperator, Sum
-
-_ATTN_WEIGHTS, _MLP_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O"), ("W_in", "W_out")
+from tlcoupling.jacobian.formula import attention_map, block_map, mlp_map
+from tlcoupling.jacobian.norms import Norm
+from tlcoupling.jacobian.scores import Scores
+from tlcoupling.linalg.maps import Identity
+from tlcoupling.linalg.operator import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Cost:
     """The cost of one Jacobian.
 
     Attributes:
-        engine: ``"analytic"`` or ``"autograd"``, as far as shapes tell.
+        engine: ``"analytic"`` or ``"autograd"``, guessed from the weights.
         product_flops: floating-point operations of one product with one vector.
         dense_flops: of forming the matrix.
         run_flops: of running the block's own modules again before the first product; once for a layer.
-        run_bytes: memory held while the layer is at work: lifted weights, recorded values, autograd's graph.
-        column_bytes: memory on the way of a product, for each of its vectors.
-        dense_bytes: memory on the way to the matrix; by autograd, beside that of the products which it is made of.
+        run_bytes: memory held while the layer is measured: lifted weights, recorded activations, autograd's graph.
+        column_bytes: working memory of a product, for each of its vectors.
+        dense_bytes: working memory of forming the matrix; by autograd, in addition to that of its products.
     """
 
     engine: str
@@ -48,7 +48,7 @@ class Cost:
 
 
 def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engine: str = "auto") -> dict[str, Cost]:
-    """The cost of one position's Jacobians of a layer, by sublayer.
+    """Return the cost of one position's Jacobians of a layer, by sublayer.
 
     Args:
         model: the model.
@@ -57,125 +57,119 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
         n_tokens: length of the prompt.
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
     """
-    block, cfg = model.blocks[layer], model.cfg
-    weights = _numel(block)
-    dtype = next(block.parameters()).dtype
+    block, cfg = Block.read(model, layer, topology), model.cfg
+    weights = _numel(block.module)
+    dtype = next(block.module.parameters()).dtype
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
     lifted = weights * size if dtype.itemsize < size else 0
-    attn, mlp = _attn_map(block, cfg), None if topology == "attn_only" else _mlp_map(block)
+    maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
+    attn, mlp = maps["attn"], maps.get("mlp")
     heads = int(cfg.n_heads)
-    column_bytes = autograd_column_bytes(block, heads, n_tokens, size)
+    column_bytes = autograd_column_bytes(block.module, heads, n_tokens, size)
     by_autograd = Cost(
         engine="autograd",
-        product_flops=autograd_flops(block, n_tokens),
-        dense_flops=cfg.d_model * autograd_flops(block, n_tokens),
+        product_flops=autograd_flops(block.module, n_tokens),
+        dense_flops=cfg.d_model * autograd_flops(block.module, n_tokens),
         run_flops=6.0 * weights * n_tokens,  # forward, backward, and the backward pass's own graph
         run_bytes=lifted + 1.5 * column_bytes,
         column_bytes=column_bytes,
         dense_bytes=float(size * cfg.d_model**2),
     )
 
-    def closed(made: JacobianOperator | None, widths: Iterable[int]) -> Cost:
+    modules = {name: sublayer.module for name, sublayer in block.sublayers.items()}
+    width = {"attn": 4 * heads * int(cfg.d_head), "mlp": 3 * _widest(modules.get("mlp"))}
+    # the values of the attention at all positions, one row of the MLP, and one cotangent
+    run_flops = 4.0 * sum(_numel(module) * (n_tokens if name == "attn" else 1) for name, module in modules.items())
+
+    def closed(made: JacobianOperator | None, widest: int) -> Cost:
         if made is None or engine == "autograd":
             return by_autograd
-        widths = list(widths)
         return Cost(
             engine="analytic",
             product_flops=made.product_flops,
             dense_flops=made.dense_flops,
-            run_flops=4.0 * (weights if topology == "attn_only" else _numel(block.attn)) * n_tokens
-            + (0.0 if topology == "attn_only" else 4.0 * _numel(block.mlp)),  # values and one cotangent
+            run_flops=run_flops,
             run_bytes=lifted + column_bytes,
-            column_bytes=size * (4.0 * cfg.d_model + max(widths)),
-            dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + max(widths)),
+            column_bytes=size * (4.0 * cfg.d_model + widest),
+            dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + widest),
         )
 
-    attn_width = 4 * heads * int(cfg.d_head)
-    mlp_width = 3 * max((max(shape) for shape in _matrix_shapes(getattr(block, "mlp", None))), default=0)
-    costs = {"attn": closed(attn, [attn_width])}
-    if topology == "attn_only":
-        return {"block": costs["attn"], **costs}
-    costs["mlp"] = closed(mlp, [mlp_width])
-    whole = None
-    if attn is not None and mlp is not None:
-        whole = BlockMap(attn, mlp, skip=True) if topology == "sequential" else Sum([attn, mlp])
-    return {"block": closed(whole, [attn_width, mlp_width]), **costs}
+    costs = {name: closed(maps[name], width[name]) for name in modules}
+    whole = attn
+    if "mlp" in maps:
+        whole = None if attn is None or mlp is None else block_map(block.topology, attn, mlp, same=True)
+    return {"block": closed(whole, max(width[name] for name in modules)), **costs}
 
 
 def layer_costs(
     model: Any, layers: Iterable[int], topology: Topology, n_tokens: int, engine: str = "auto"
 ) -> dict[int, dict[str, Cost]]:
-    """``block_costs`` of several layers; those whose weights have the same shapes are counted once."""
+    """Return ``block_costs`` of several layers; layers whose weights have the same shapes are counted once."""
     known: dict[Any, dict[str, Cost]] = {}
-    found = {}
+    costs = {}
     for layer in layers:
         block = model.blocks[layer]
         key = tuple((name, tuple(p.shape), p.dtype, str(p.device)) for name, p in block.named_parameters())
         if key not in known:
             known[key] = block_costs(model, layer, topology, n_tokens, engine)
-        found[layer] = known[key]
-    return found
+        costs[layer] = known[key]
+    return costs
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _numel(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def _matrix_shapes(module: nn.Module | None) -> list[tuple[int, ...]]:
-    return [] if module is None else [tuple(p.shape[-2:]) for p in module.parameters() if p.ndim > 1]
+def _widest(module: nn.Module | None) -> int:
+    """The largest side of a module's matrices."""
+    shapes = [p.shape[-2:] for p in module.parameters() if p.ndim > 1] if module is not None else []
+    return max((max(shape) for shape in shapes), default=0)
 
 
-def _shapes(module: Any, names: Sequence[str]) -> Mapping[str, torch.Size] | None:
-    """Shapes of a module's weights in TransformerLens's orientation; None where one is missing."""
-    found = {name: weight.shape for name in names if (weight := weight_of(module, name)) is not None}
-    return found if set(found) == set(names) else None
+def _map(block: Block, sublayer: Sublayer) -> JacobianOperator | None:
+    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
+    try:
+        weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
+    except Uncovered:
+        return None
+    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, sublayer.behind))
+    if sublayer.name == "mlp":
+        return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
+    heads, _, size = weights["W_Q"].shape
+    n_groups = block.n_groups or weights["W_K"].shape[0]
+    queries, keys = _empty(1, heads, size), _empty(1, n_groups, size)
+    core = AttentionCore(
+        pattern=_empty(heads, 1, 1),
+        values=_empty(1, heads, weights["W_V"].shape[2]),
+        queries=queries,
+        keys=queries,
+        scores=Scores(1.0),
+        rotary=None,
+        q_norm=_head_norm(sublayer.part("q_norm"), queries),
+        k_norm=_head_norm(sublayer.part("k_norm"), keys),
+        n_groups=n_groups,
+    )
+    return attention_map(core, weights, 0, 0, before, behind)
 
 
 def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _norm_map(block: nn.Module, name: str, size: int) -> JacobianOperator:
-    """The derivative of a norm of the block; the identity where it has none."""
-    module = getattr(block, name, None)
-    if module is None or isinstance(module, nn.Identity):
-        return Identity(size, _empty())
-    return _norm_of(size)
+def _norm(size: int) -> Norm:
+    return Norm(_empty(size), _empty(size), _empty(), centered=False)
 
 
-def _norm_of(size: int) -> NormMap:
-    return NormMap(_empty(size), _empty(), _empty(size), centered=False)
+def _derivative(norm: nn.Module | None, size: int) -> JacobianOperator:
+    """The derivative of a norm of the stream; the identity where there is none."""
+    return Identity(size, _empty()) if norm is None else _norm(size).derivative(_empty(size))
 
 
-def _head_map(heads: int, size: int, n_groups: int) -> HeadMap:
-    return HeadMap(_empty(heads, size, size), torch.empty(heads, dtype=torch.long, device="meta"), n_groups)
-
-
-def _attn_map(block: Any, cfg: Any) -> JacobianOperator | None:
-    shapes = _shapes(block.attn, _ATTN_WEIGHTS)
-    if shapes is None or any(len(shape) != 3 for shape in shapes.values()):
+def _head_norm(module: nn.Module | None, inputs: Tensor) -> HeadNorm | None:
+    """A QK-norm, of all heads together where it has a gain of that length."""
+    if module is None:
         return None
-    d, heads, size = shapes["W_Q"][1], shapes["W_Q"][0], shapes["W_Q"][2]
-    groups = getattr(cfg, "n_key_value_heads", None) or shapes["W_K"][0]
-    branches = []
-    for n_groups, norm in ((groups, "k_norm"), (groups, None), (heads, "q_norm")):
-        branch: JacobianOperator = _head_map(heads, size, n_groups)
-        module = None if norm is None else getattr(block.attn, norm, None)
-        if module is not None:
-            together = n_groups > 1 and max((p.numel() for p in module.parameters()), default=0) == n_groups * size
-            branch = branch @ (_norm_of(n_groups * size) if together else _head_map(n_groups, size, n_groups))
-        branches.append(branch @ Projection(_empty(n_groups * size, d)))
-    whole = Projection(_empty(d, heads * size)) @ Sum(branches) @ _norm_map(block, "ln1", d)
-    return _norm_map(block, "ln1_post", d) @ whole
-
-
-def _mlp_map(block: Any) -> JacobianOperator | None:
-    shapes = _shapes(block.mlp, _MLP_WEIGHTS)
-    if shapes is None or any(len(shape) != 2 for shape in shapes.values()):
-        return None
-    d, width = shapes["W_in"]
-    branches = 2 if weight_of(block.mlp, "W_gate") is not None else 1
-    inner = Sum([Diagonal(_empty(width)) @ Projection(_empty(width, d)) for _ in range(branches)])
-    reads = "ln1" if getattr(block, "ln2", None) is None else "ln2"
-    whole = Projection(_empty(d, width)) @ inner @ _norm_map(block, reads, d)
-    return _norm_map(block, "ln2_post", d) @ whole
+    count, size = inputs.shape[1:]
+    if count > 1 and any(parameter.shape == (count * size,) for parameter in module.parameters()):
+        return HeadNorm((_norm(count * size),), inputs, together=True)
+    return HeadNorm((_norm(size),) * count, inputs)

@@ -1,8 +1,8 @@
-r"""Norms: what a norm module does, read from what it makes of a few inputs.
+r"""Norms: what a norm module does, read from its outputs for a few inputs.
 
 n(x) = g * x_hat + b with x_hat = C x / r and r = sqrt(mean((C x)^2) + eps); C subtracts the mean (LayerNorm) or is the
-identity (RMSNorm). Four probes and the inputs at hand tell g, b, eps and C, whatever the module's class and however it
-stores them: a gain folded into the next weight, one kept as 1 + w (Gemma), a norm of each head's queries or of all.
+identity (RMSNorm). Five probes and the actual inputs determine g, b, eps and C. The module's class does not matter, nor
+how it stores them: a gain folded into the next weight, one kept as 1 + w (Gemma), a norm of queries or keys.
 """
 
 from __future__ import annotations
@@ -14,38 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.forward.block import Uncovered, close
 from tlcoupling.jacobian.parts import NormMap
 
-# How far a block's own float32 values may lie from the formula that is to describe them, relative to the largest.
-_FIT = 1e-4
 # Small enough that eps (1e-6 to 1e-5 in models) shows in what the norm makes of a probe of this size.
 _SMALL = 1e-3
-
-
-class Uncovered(Exception):
-    """The closed form does not describe this sublayer; the message says what does not fit."""
-
-
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors agree to a part in 10^4 of the larger's largest entry."""
-    scale = torch.maximum(ours.abs().max(), theirs.abs().max())
-    return bool((ours - theirs.to(ours)).abs().max() <= _FIT * scale)
-
-
-def write_factor(given: Float[Tensor, "pos d"] | None, written: Float[Tensor, "pos d"], normed: bool) -> float:
-    """The number by which a block multiplies what a sublayer's module gives before it is added to the stream (Granite).
-
-    1 where nothing is known of what the module gives, and where the write is no multiple of it.
-
-    Args:
-        given: what the module gives.
-        written: what is added to the stream.
-        normed: whether a post-norm stands between them: one of equal gains makes a multiple too, of each row by itself.
-    """
-    if given is None or normed or close(given, written):
-        return 1.0
-    factor = (given * written).sum() / given.square().sum()
-    return float(factor) if close(factor * given, written) else 1.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +71,7 @@ class Norm:
         return NormMap(normalized, scale[0], self.gain, self.centered)
 
     def parts(self, parts: Float[Tensor, "part row d"], x: Float[Tensor, "row d"]) -> Float[Tensor, "part row d"]:
-        """What the norm makes of parts of x with the scale of x held: n(x) is their sum and b where they sum to x."""
+        """Norm parts of x with the scale of x held fixed: where the parts sum to x, the results sum to n(x) - b."""
         _, scale = self._normalize(x)
         inner = parts - parts.mean(-1, keepdim=True) if self.centered else parts
         return self.gain * inner / scale

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tlcoupling.jacobian.norms import Uncovered, close
+from tlcoupling.forward.block import Uncovered, close
 
 _STEPS = 30  # of Gauss-Newton on c with a soft-cap; it converges in a few
-_NEAR = 1e-2  # a fitted c within this of one that the model declares is taken to be that one: it has no rounding error
+_NEAR = 1e-2  # a fitted c within this of one that the model declares is replaced by it: it has no rounding error
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Scores:
         cfg: Any,
         d_head: int,
     ) -> Scores:
-        """The f with which the pattern is a softmax of f(q . k), with no bias or with one; the usual f is tried first.
+        """Find f such that the pattern is a softmax of f(q . k), without or with a bias; the usual f is tried first.
 
         Raises:
-            Uncovered: there is none.
+            Uncovered: no such f fits.
         """
         declared = list(_declared_scales(attn, cfg, d_head))
         for biased in (False, True):
@@ -66,34 +66,34 @@ class Scores:
                 if rows.match(usual):
                     return usual
                 fitted = rows.fit(usual)
-                near = [c for c in declared if not abs(fitted.scale - c) > _NEAR * c]  # one position leaves it open
+                near = [c for c in declared if not abs(fitted.scale - c) > _NEAR * c]  # with one position any c fits
                 for scores in (*(cls(c, cap) for c in near[:1]), fitted):
                     if rows.match(scores):
                         return scores
-        raise Uncovered("the attention pattern is no softmax of a function of q . k and a bias of the source position")
+        raise Uncovered("the attention pattern is not a softmax of a function of q . k and a source bias")
 
 
 class _Rows:
-    """Rows of log-patterns to be compared with rows of scores, where both positions are attended to.
+    """Rows of log-patterns and of scores, compared over the attended positions.
 
-    A softmax leaves a row's constant open; a bias of the source position drops out of the difference of two rows.
+    A softmax ignores a constant in each row. A bias of the source position cancels in the difference of two rows.
     """
 
     def __init__(
         self, products: Float[Tensor, "head dest src"], pattern: Float[Tensor, "head dest src"], biased: bool
     ) -> None:
-        """Take all rows, or their differences where there is a bias."""
+        """Take all rows, or the differences of consecutive rows where there is a bias."""
         self.products, self.pattern, self.biased = products, pattern, biased
         seen = pattern > 0
         self.seen: Bool[Tensor, "head row src"] = seen[:, 1:] & seen[:, :-1] if biased else seen
 
     @cached_property
     def logs(self) -> Float[Tensor, "head row src"]:
-        """What the log-pattern determines."""
+        """The log-pattern, centred."""
         return self._open(self.pattern.where(self.pattern > 0, 1.0).log())
 
     def _open(self, rows: Float[Tensor, "head dest src"]) -> Float[Tensor, "head row src"]:
-        """What of the rows a pattern determines: (differences of) rows less their mean over what is attended to."""
+        """Centre each row over the attended positions (a softmax ignores constants)."""
         rows = (rows.diff(dim=1) if self.biased else rows).where(self.seen, 0.0)
         mean = rows.sum(-1, keepdim=True) / self.seen.sum(-1, keepdim=True).clamp(min=1)
         return (rows - mean).where(self.seen, 0.0)
@@ -110,7 +110,7 @@ class _Rows:
         return scores
 
     def match(self, scores: Scores) -> bool:
-        """Whether scores give the pattern: each row, or each row's change from the one before."""
+        """Whether the scores reproduce the pattern: each row, or each row's change from the previous one."""
         logits = scores(self.products)
         truth = self.pattern
         if self.biased:
@@ -122,7 +122,7 @@ class _Rows:
 
 
 def _declared_scales(attn: Any, cfg: Any, d_head: int) -> Iterator[float]:
-    """Scales that a model may use; the usual one first."""
+    """Yield the scales that a model may use, the usual one first."""
     yield d_head**-0.5
     yield 1.0
     for holder in (attn, getattr(attn, "original_component", None)):
@@ -133,7 +133,7 @@ def _declared_scales(attn: Any, cfg: Any, d_head: int) -> Iterator[float]:
 
 
 def _declared_caps(attn: Any, cfg: Any) -> Iterator[float]:
-    """The soft-caps that a model names; whether they are used shows in the pattern."""
+    """Yield the soft-caps that a model names; only the pattern shows whether they are used."""
     for holder, name in (
         (cfg, "attn_scores_soft_cap"),
         (cfg, "attn_logit_softcapping"),

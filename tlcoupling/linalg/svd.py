@@ -15,6 +15,7 @@ from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.memory import free_memory
+from tlcoupling.precision import full_precision
 
 SolverName = Literal["auto", "dense", "krylov"]
 
@@ -49,6 +50,7 @@ def truncated_svd(
     return truncated_svds([operator], k, solver, tolerance)[0]
 
 
+@full_precision()
 def truncated_svds(
     operators: Sequence[JacobianOperator], k: int, solver: SolverName = "auto", tolerance: float | None = None
 ) -> list[Triplets]:
@@ -80,7 +82,7 @@ def truncated_svds(
                     f"block Krylov has not converged for triplets {which}: the largest residual is "
                     f"{float(results[index].residual[left].max()):.1e} of its singular value, not {tolerance:.0e}; the "
                     "gap between singular values is too small. solver='dense' is exact",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
     for one, triplets in zip(operators, results, strict=True):
         _require_rank(one, triplets)

@@ -11,12 +11,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.hooked import norms_are_folded, require_supported
-from tlcoupling.forward.weights import weight_of
+from tlcoupling.forward.block import Block, norms_are_folded
+from tlcoupling.forward.context import measured
+from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.offline import answered_locally, offline
 
@@ -24,6 +25,7 @@ _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; r
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
+@measured
 def random_baseline(model: Any, seed: int = 0) -> Any:
     """Return a model of the same architecture with freshly initialised weights.
 
@@ -82,7 +84,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         warnings.warn(
             "the model's weights were processed, but its writing weights cannot be read: those of the random model "
             "are not centred, which shifts residual streams by their mean",
-            stacklevel=2,
+            stacklevel=3,
         )
     return fresh.eval()
 
@@ -157,12 +159,9 @@ def _processed(model: Any) -> bool:
 def _writing_weights(model: Any) -> list[Tensor] | None:
     """Return the weights by which sublayers write, ``[..., d_model]``; None if a model does not expose them."""
     weights = []
-    for block in model.blocks:
-        for part, name in (("attn", "W_O"), ("mlp", "W_out")):
-            module = getattr(block, part, None)
-            if not isinstance(module, nn.Module):
-                continue
-            weight = weight_of(module, name)
+    for layer in range(len(model.blocks)):
+        for sublayer in Block.read(model, layer).sublayers.values():
+            weight = sublayer.write_weight()
             if weight is None or weight.shape[-1] != model.cfg.d_model:
                 return None
             weights.append(weight)

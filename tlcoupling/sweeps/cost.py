@@ -22,7 +22,7 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.models.smollm2 import NAME as SMOLLM2
 from tlcoupling.sweeps.cells import Cell

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlcoupling.forward.stream import stream_of
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.trajectory.line import fit_line
 from tlcoupling.trajectory.linearity import length, provenance_of, tokens_of
@@ -91,6 +92,7 @@ def expodistance(alpha: Float[Tensor, "layer *rest"]) -> Float[Tensor, "*rest"]:
     return alpha.var(0, correction=0) / alpha.mean(0).square()
 
 
+@full_precision()
 def growth(source: Any) -> Growth:
     """Measure how residual norms grow with depth.
 
@@ -144,7 +146,7 @@ def growth_of_norms(
         warnings.warn(
             f"the expodistance is NaN at position {named}: it divides by the mean growth, and from x^0 to x^L the "
             "log-norm changes by no more than rounding, or a norm is zero",
-            stacklevel=3,
+            stacklevel=4,
         )
     line = fit_line(torch.arange(len(norms), dtype=norms.dtype, device=norms.device), log_norms)
     return Growth(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.block import Uncovered
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace
-from tlcoupling.forward.weights import output_of_heads
-from tlcoupling.jacobian.norms import Norm, Uncovered, write_factor
-from tlcoupling.precision import full_precision
+from tlcoupling.jacobian.norms import Norm
 from tlcoupling.results.base import Result
 
 
@@ -83,6 +82,7 @@ class HeadSteps(Result):
         }
 
 
+@measured
 def head_steps(trace: Trace) -> HeadSteps:
     """How much of each token's step each head writes, in every layer.
 
@@ -123,31 +123,27 @@ def head_steps(trace: Trace) -> HeadSteps:
     )
 
 
-@full_precision()
 def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     """What each head of a layer adds to the stream; the attention's write is their sum and a bias.
 
     Raises:
         UnsupportedModelError, StaleTraceError: see ``head_steps``.
     """
-    block, kept = trace.model.blocks[layer], {}
+    block, kept = trace.block(layer), {}
+    attn = block.attn
 
     def keep(name: str) -> Callable[[Tensor], None]:
         return lambda tensor: kept.__setitem__(name, tensor[0].detach())
 
-    names = [name for name in ("attn.hook_z", "attn.hook_out") if trace.point(layer, name) is not None]
-    norm = getattr(block, "ln1_post", None)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if isinstance(norm, torch.nn.Module):
-            given = keep("ln1_post")
-            stack.callback(norm.register_forward_pre_hook(lambda module, args: given(args[0])).remove)
-        written = trace.run_attn(layer, trace.block_input(layer), {name: keep(name) for name in names})[0]
+    (hook_z,) = attn.points("z")
+    hooks = {name: keep(name) for name in (hook_z, attn.gives) if trace.point(layer, name) is not None}
+    with torch.no_grad(), attn.keep_unnormed(keep("unnormed")):
+        written = trace.run_attn(layer, trace.block_input(layer), hooks)[0]
     trace.check_current("attn", layer, written)
-    weight = output_of_heads(block.attn, layer, kept.get("attn.hook_z")).to(written)
-    before = kept.get("ln1_post", written)
-    factor = write_factor(kept.get("attn.hook_out"), written, normed="ln1_post" in kept)
-    writes = factor * einsum(kept["attn.hook_z"].to(written), weight, "pos head e, head e d -> head pos d")
+    weight = block.output_of_heads(kept.get(hook_z)).to(written)
+    before = kept.get("unnormed", written)
+    factor = attn.write_factor(kept.get(attn.gives), written)
+    writes = factor * einsum(kept[hook_z].to(written), weight, "pos head e, head e d -> head pos d")
     rest = before - writes.sum(0)  # a bias is the same at all positions
     gap = (rest - rest.mean(0)).norm() / before.norm()
     if not gap <= IDENTITY_TOLERANCE[written.dtype]:
@@ -155,10 +151,11 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
             f"the heads of layer {layer} do not add up to what its attention writes ({gap:.1e} off): hooks that edit "
             "the write, or an architecture that mixes its heads, do this"
         )
-    if "ln1_post" not in kept:
+    if attn.behind is None:
         return writes
     try:
-        with lifted(trace.model, block.ln1_post):
-            return Norm.read(block.ln1_post, before, "ln1_post").parts(writes, before)
+        with lifted(trace.model, attn.behind):
+            norm = Norm.read(attn.behind, before, "the norm behind the attention")
     except Uncovered as error:
-        raise UnsupportedModelError(f"the post-norm of layer {layer} cannot be split into heads: {error}") from error
+        raise UnsupportedModelError(f"the write of layer {layer} cannot be split into heads: {error}") from error
+    return norm.parts(writes, before)

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.hooked import Topology
+from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import Stream, stream_of
 from tlcoupling.forward.trace import Trace
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 
 
@@ -141,10 +142,11 @@ class Path:
             warnings.warn(
                 f"the {self.name} step of layer {layer} has no direction at position {pos}, because its length is zero "
                 f"or no more than the stream's rounding: the line-shape score of the {self.name} path is NaN there",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
+@full_precision()
 def linearity(source: Any) -> Linearity:
     """Measure how straight the token trajectories are.
 

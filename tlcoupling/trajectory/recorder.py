@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import MissingHookError, TLCouplingError, UnsupportedModelError
+from tlcoupling.forward.block import Topology, block_hook, topology_of_model
 from tlcoupling.forward.cache import without_batch
-from tlcoupling.forward.hooked import Topology, block_hook, model_name_of, require_supported, topology_of_model
+from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.stream import (
     IDENTITY_TOLERANCE,
     mid_is_another,
@@ -24,6 +25,7 @@ from tlcoupling.forward.stream import (
     relative_gap,
     writes_do_not_add_up,
 )
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance
 from tlcoupling.trajectory.growth import Growth, growth_of_norms
 from tlcoupling.trajectory.linearity import Linearity, length, linearity_of_paths, make_paths, walk
@@ -79,6 +81,7 @@ class TrajectoryRecorder:
             (block_hook(layer, name), self._reader(layer, name)) for layer in range(self._n_layers) for name in names
         ]
 
+    @full_precision()
     def linearity(self) -> Linearity:
         """Return how straight the token trajectories of the last run were.
 
@@ -92,6 +95,7 @@ class TrajectoryRecorder:
         self._require_run()
         return linearity_of_paths(self._paths, self._provenance(), self._tokens)
 
+    @full_precision()
     def growth(self) -> Growth:
         """Return how the residual norms of the last run grew.
 
@@ -124,6 +128,7 @@ class TrajectoryRecorder:
         return tuple(str(pos) for pos in range(len(self._norms[0])))
 
     def _reader(self, layer: int, name: str) -> Callable[..., None]:
+        @full_precision()
         def read(activation: Tensor, hook: Any) -> None:
             if (layer, name) == (0, "hook_resid_pre"):
                 self._start()

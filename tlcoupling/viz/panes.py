@@ -12,7 +12,8 @@ from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.token import TokenCoupling
-from tlcoupling.viz.plain import formula, label, packed, rounded, visible
+from tlcoupling.text import visible
+from tlcoupling.viz.plain import formula, label, packed, rounded
 
 # Cells that the attention component draws without a noticeable delay: all heads, and the zoomed one again.
 ATTENTION_CELLS = 40_000

@@ -1,0 +1,266 @@
+"""Block: what one transformer block is made of, read once from its modules.
+
+A sublayer adds ``c * behind(module(before(x)))`` to the residual stream: a norm before its module and one behind it,
+where it has them, and a constant factor (Granite). ``Block`` says which modules these are, how the sublayers are
+arranged (``topology``), and which weights they hold. The forward pass, both Jacobian engines, their costs and the split
+into heads read it, and nothing else looks into a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tlcoupling.errors import UnsupportedModelError
+
+Topology = Literal["sequential", "parallel", "attn_only"]
+
+# TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
+_WEIGHTS = {"attn": (("W_Q", "W_K", "W_V", "W_O"), 3), "mlp": (("W_in", "W_out"), 2)}
+_GATE = "W_gate"  # of a gated MLP, beside the others
+# How far a block's float32 activations may lie from a formula that describes them, relative to the largest entry.
+_FIT = 1e-4
+
+
+class Uncovered(Exception):
+    """The closed form does not describe this sublayer; the message says what does not fit."""
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors agree to a part in 10^4 of the larger's largest entry."""
+    scale = torch.maximum(ours.abs().max(), theirs.abs().max())
+    return bool((ours - theirs.to(ours)).abs().max() <= _FIT * scale)
+
+
+def block_hook(layer: int, name: str) -> str:
+    """The full name of a hook point in a block, ``blocks.{layer}.{name}``."""
+    return f"blocks.{layer}.{name}"
+
+
+def topology_of(hook_names: Container[str], attn_only: bool = False, layer: int = 0) -> Topology:
+    """Read a block's topology off the names of its hook points (design, section 2).
+
+    Args:
+        hook_names: names of hook points, of a model or in a cache.
+        attn_only: what the model's configuration says; a ``HookedTransformer`` without MLPs has their hook points.
+        layer: block index.
+    """
+    if attn_only or block_hook(layer, "hook_mlp_out") not in hook_names:
+        return "attn_only"
+    return "sequential" if block_hook(layer, "hook_resid_mid") in hook_names else "parallel"
+
+
+def topology_of_model(model: Any, layer: int = 0) -> Topology:
+    """The topology of one of a model's blocks."""
+    return topology_of(model.hook_dict, bool(getattr(model.cfg, "attn_only", False)), layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """One sublayer of a block, which adds ``c * behind(module(before(x)))`` to the residual stream.
+
+    Attributes:
+        name: ``"attn"`` or ``"mlp"``; the hook points of its module begin with it.
+        module: the attention or the MLP; None where the block names it otherwise than ``attn`` and ``mlp``.
+        before: the norm that the module reads through; None where it reads the stream itself.
+        behind: the norm between the module and the stream; None where there is none. Where it is, c is 1.
+        reads: the hook point of x, the stream that it reads.
+    """
+
+    name: str
+    module: Any
+    before: nn.Module | None
+    behind: nn.Module | None
+    reads: str
+
+    @property
+    def write(self) -> str:
+        """The hook point of what it adds to the stream."""
+        return f"hook_{self.name}_out"
+
+    @property
+    def gives(self) -> str:
+        """The hook point of what its module gives."""
+        return f"{self.name}.hook_out"
+
+    def points(self, *names: str) -> tuple[str, ...]:
+        """Short names of hook points of its module: ``attn.hook_q`` for ``q``."""
+        return tuple(f"{self.name}.hook_{name}" for name in names)
+
+    def part(self, name: str) -> nn.Module | None:
+        """A module inside, such as the ``q_norm`` of an attention; None where there is none."""
+        return getattr(self.module, name, None)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of its closed form, by TransformerLens's names and in its orientation.
+
+        Returns:
+            W_Q, W_K, W_V ``[head, d_model, e]`` and W_O ``[head, e, d_model]`` of an attention, where
+            ``HookedTransformer`` repeats the keys and values of a group for each of its heads. W_in (and W_gate)
+            ``[d_model, d_mlp]`` and W_out ``[d_mlp, d_model]`` of an MLP.
+
+        Raises:
+            Uncovered: a weight is missing, or has another number of axes, as those of experts have.
+        """
+        names, axes = _WEIGHTS[self.name]
+        weights = {name: weight_of(self.module, name) for name in names}
+        for name, weight in weights.items():
+            if weight is None:
+                raise Uncovered(f"{type(self.module).__name__} has no {name}")
+            if weight.ndim != axes:
+                raise Uncovered(f"{name} of {type(self.module).__name__} has {weight.ndim} axes, not {axes}")
+        if self.name == "mlp":
+            weights[_GATE] = weight_of(self.module, _GATE)
+        return {name: weight.detach() for name, weight in weights.items() if weight is not None}
+
+    def write_weight(self) -> Tensor | None:
+        """The weight that it writes with, ``[..., d_model]``; None where it has none of TransformerLens's name."""
+        return weight_of(self.module, _WEIGHTS[self.name][0][-1])
+
+    def write_factor(self, given: Float[Tensor, "pos d"] | None, written: Float[Tensor, "pos d"]) -> float:
+        """Return c, the number by which the block multiplies what the module gives.
+
+        1 where it is not known what the module gives, where the write is not a multiple of it, and where a norm stands
+        behind the module (a norm with equal gains also rescales, but each row by its own factor).
+
+        Args:
+            given: what the module gives, at ``gives``; None where it was not recorded.
+            written: what is added to the stream.
+        """
+        if given is None or self.behind is not None or close(given, written):
+            return 1.0
+        factor = (given * written).sum() / given.square().sum()
+        return float(factor) if close(factor * given, written) else 1.0
+
+    def keep_unnormed(self, keep: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+        """Pass the input of the norm behind the module, ``[1, pos, d_model]``, to ``keep`` whenever the block runs."""
+        if self.behind is None:
+            return nullcontext()
+        return self.behind.register_forward_pre_hook(lambda module, args: keep(args[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of a model.
+
+    Attributes:
+        model: the model.
+        layer: block index.
+        topology: ``"sequential"``, ``"parallel"`` or ``"attn_only"``.
+        sublayers: by name, in the order in which they run.
+    """
+
+    model: Any
+    layer: int
+    topology: Topology
+    sublayers: Mapping[str, Sublayer]
+
+    @classmethod
+    def read(cls, model: Any, layer: int, topology: Topology | None = None) -> Block:
+        """Describe a block as it is now.
+
+        Args:
+            model: the model.
+            layer: block index.
+            topology: where it is known; read off the names of the block's hook points otherwise.
+        """
+        topology = topology or topology_of_model(model, layer)
+        module = model.blocks[layer]
+        one_norm = topology == "parallel" and getattr(module, "ln2", None) is None  # it feeds both sublayers
+        norms = {"attn": "ln1", "mlp": "ln1" if one_norm else "ln2"}
+        sublayers = {
+            name: Sublayer(
+                name,
+                getattr(module, name, None),
+                _norm(module, norms[name]),
+                _norm(module, behind),
+                "hook_resid_mid" if name == "mlp" and topology == "sequential" else "hook_resid_pre",
+            )
+            for name, behind in (("attn", "ln1_post"), ("mlp", "ln2_post"))
+            if name == "attn" or topology != "attn_only"
+        }
+        return cls(model, layer, topology, sublayers)
+
+    @property
+    def module(self) -> nn.Module:
+        """The block itself."""
+        return self.model.blocks[self.layer]
+
+    @property
+    def attn(self) -> Sublayer:
+        """The attention."""
+        return self.sublayers["attn"]
+
+    @property
+    def mlp(self) -> Sublayer:
+        """The MLP; a KeyError in an attention-only block."""
+        return self.sublayers["mlp"]
+
+    @property
+    def n_groups(self) -> int | None:
+        """Number of key and value heads that the configuration names; None where it is that of all heads."""
+        return getattr(self.model.cfg, "n_key_value_heads", None)
+
+    def output_of_heads(self, z: Tensor | None) -> Float[Tensor, "head e d_model"]:
+        """W_O, with which each head writes its share.
+
+        Args:
+            z: what the attention's ``hook_z`` showed; None where it showed nothing.
+
+        Raises:
+            UnsupportedModelError: the attention's write cannot be split into heads.
+        """
+        weight = self.attn.write_weight()
+        of_layer = f"the attention of layer {self.layer} ({type(self.attn.module).__name__})"
+        if z is None or weight is None:
+            missing = " and ".join(name for name, value in (("hook_z", z), ("W_O", weight)) if value is None)
+            raise UnsupportedModelError(f"{of_layer} has no {missing} to split it into heads")
+        if weight.ndim != 3 or z.shape[-2:] != weight.shape[:2]:
+            raise UnsupportedModelError(
+                f"{of_layer} cannot be split into heads: hook_z of shape {tuple(z.shape)} does not fit W_O of shape "
+                f"{tuple(weight.shape)}"
+            )
+        return weight.detach()
+
+
+def norms_are_folded(model: Any) -> bool:
+    """Whether the gains and biases of the blocks' norms were folded into the weights that read from them.
+
+    A ``HookedTransformer`` says so in its configuration. A ``TransformerBridge`` keeps its norms, sets their gains to a
+    constant and their biases to zero, and says only that it processed something.
+    """
+    if str(getattr(model.cfg, "normalization_type", None)).endswith("Pre"):
+        return True
+    if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
+        return False
+    blocks = [Block.read(model, layer) for layer in range(len(model.blocks))]
+    norms = [sublayer.before for block in blocks for sublayer in block.sublayers.values()]
+    parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
+    return bool(parameters) and all(
+        (parameter == (0 if name.endswith("bias") else parameter.flatten()[0])).all() for name, parameter in parameters
+    )
+
+
+def weight_of(module: Any, name: str) -> Tensor | None:
+    """A weight of a module by TransformerLens's name, None where it has none of that name.
+
+    Attention with compressed queries and keys (DeepSeek) answers with ``NotImplementedError``, and one whose head size
+    differs from the model's with ``ValueError``: ``getattr`` with a default lets both through.
+    """
+    try:
+        weight = getattr(module, name)
+    except (AttributeError, NotImplementedError, ValueError):
+        return None
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _norm(block: nn.Module, name: str) -> nn.Module | None:
+    """A norm of a block; None for the identity, which stands for a norm in models without any."""
+    module = getattr(block, name, None)
+    return None if isinstance(module, nn.Identity) else module
