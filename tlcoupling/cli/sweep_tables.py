@@ -16,8 +16,6 @@ from tlcoupling.text import visible
 
 _SHOWN = 40  # models
 _ERRORS = 5
-# shares of the matrix-product rate that measured calls reach (``Estimate.seconds``)
-_REACHED = (0.1, 0.25)
 
 
 def print_forecast(forecast: Forecast) -> None:
@@ -34,7 +32,7 @@ def print_forecast(forecast: Forecast) -> None:
                 _number(group.flops / 1e12),
                 decimal(int(group.file_bytes or 0)),
                 decimal(int(group.memory_bytes or 0)),
-                _span(group.flops, forecast.rate),
+                _span(group.seconds or 0.0),
             )
         name = group.model.rpartition("/")[2]
         if group.n_revisions > 1:
@@ -51,15 +49,15 @@ def print_forecast(forecast: Forecast) -> None:
         _number(forecast.flops / 1e12),
         decimal(int(forecast.file_bytes)),
         "",
-        _span(forecast.flops, forecast.rate),
+        _span(forecast.seconds),
         style="bold",
     )
     console.print(table)
     whose = "measured on this machine" if forecast.measured else "from --rate"
     some = next((group.model for group in forecast.groups if group.flops is None), "")
     console.print(
-        f"\nTimes assume a quarter to a tenth of {forecast.rate / 1e12:.3g} TFLOP/s of matrix products\n"
-        f"({whose}), which measured calls reach. Loading takes extra time.\n"
+        f"\nTimes are estimates at {forecast.rate / 1e12:.3g} TFLOP/s of matrix products\n"
+        f"({whose}). Loading takes extra time.\n"
         "Memory is that of one cell, in addition to the model.\n"
         "Prompt lengths are estimated from their characters."
     )
@@ -101,12 +99,11 @@ def print_report(report: SweepReport) -> None:
     console.print(Text(visible(f"store   {report.store.folder}")))
 
 
-def _span(flops: float, rate: float) -> str:
-    """Format the times at a quarter and at a tenth of the rate, in one unit."""
-    low, high = (flops / (rate * share) for share in reversed(_REACHED))
+def _span(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
     sizes = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-    size, name = next(((size, name) for size, name in sizes if high >= size), (1e-3, "ms"))
-    return f"{_number(low / size)} to {_number(high / size)} {name}"
+    size, name = next(((size, name) for size, name in sizes if seconds >= size), (1e-3, "ms"))
+    return f"{_number(seconds / size)} {name}"
 
 
 def _number(value: float) -> str:

@@ -50,13 +50,13 @@ def print_estimate(estimate: Estimate) -> None:
     for name in ("GFLOP", "seconds"):
         table.add_column(name, justify="right", header_style="dim")
     for stage in estimate.stages:
-        table.add_row(stage.name, stage.way, f"{stage.flops / 1e9:.1f}", f"{stage.flops / estimate.rate:.2f}")
+        table.add_row(stage.name, stage.method, f"{stage.flops / 1e9:.1f}", f"{stage.seconds:.2f}")
     table.add_section()
     table.add_row("all", "", f"{estimate.flops / 1e9:.1f}", f"{estimate.seconds:.2f}", style="bold")
     console.print(table)
     console.print(
-        f"\nSeconds at this machine's matrix-product rate, {estimate.rate / 1e9:.0f} GFLOP/s, are a lower bound:\n"
-        "measured calls reach a tenth to a quarter of that rate.\n"
+        f"\nSeconds are estimates from rates measured on this machine (matrix products:\n"
+        f"{estimate.rates.matmul / 1e9:.0f} GFLOP/s).\n"
         f"Memory beyond the model: at most {decimal(int(estimate.memory_bytes))}, of "
         f"{decimal(int(estimate.free_bytes))} free."
     )

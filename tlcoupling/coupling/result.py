@@ -16,7 +16,7 @@ from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_groups
-from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
@@ -238,11 +238,13 @@ def measure(
             determined; the warning names the layers.
     """
     started = time.perf_counter()
-    job = Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
-    plan = make_plan(job)
-    pairs = {(place.src, place.dest) for group in groups for place in group.places}
-    jacobians = JacobianEngine(trace, options.engine, pairs)
-    fields = compare_groups(jacobians, sublayers, plan, options, progress)
+    schedule = make_schedule(
+        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
+    )
+    jacobians = JacobianEngine(
+        trace, options.engine, {(place.src, place.dest) for group in groups for place in group.places}
+    )
+    fields = compare_groups(jacobians, schedule, progress)
     _warn_of_undetermined(fields, sublayers, groups)
     if "sublayer" not in kind._axes["values"]:
         fields = {name: tensor[0] for name, tensor in fields.items()}

@@ -14,6 +14,7 @@ from tlcoupling.linalg.dense import dense_svd
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.triplets import Triplets
+from tlcoupling.linalg.work import Work
 from tlcoupling.memory import free_memory
 from tlcoupling.precision import full_precision
 
@@ -22,6 +23,8 @@ SolverName = Literal["auto", "dense", "krylov"]
 # A residual of 1e-4 moves the coupling of SmolLM2's blocks by 2e-6; float32 products allow 1e-6.
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
 DENSE_COPIES = 6  # the matrix, its SVD and LAPACK's workspace hold at most as many numbers as these matrices
+
+STEP_CALLS = 40.0  # small calls that take as long as what is not linear algebra in a Krylov step, measured
 
 
 def truncated_svd(
@@ -66,7 +69,9 @@ def truncated_svds(
         tolerance = TOLERANCE[first.dtype]
     if not tolerance > 0:
         raise ArgumentError("tolerance", tolerance, "a number above 0")
-    if solver == "dense" or (solver == "auto" and all(_dense_is_cheaper(one, k) for one in operators)):
+    if solver == "dense" or (
+        solver == "auto" and all(_dense_is_cheaper(size, k, one.product_flops, one.dense_flops) for one in operators)
+    ):
         results = [dense_svd(one, k) for one in operators]
     else:
         results = krylov_svd(operators, k, tolerance)
@@ -89,14 +94,13 @@ def truncated_svds(
     return results
 
 
-def _dense_is_cheaper(operator: JacobianOperator, k: int) -> bool:
+def _dense_is_cheaper(size: int, k: int, product_flops: float, dense_flops: float) -> bool:
     """Return whether a full SVD costs less than the usual number of Krylov steps."""
-    size = min(operator.shape)
     vectors = (k + OVERSAMPLING) * USUAL_STEPS
     if vectors >= size // 2:
         return True
-    whole = operator.dense_flops + 20.0 * size**3
-    steps = 2 * vectors * operator.product_flops + 8.0 * size * vectors**2
+    whole = dense_flops + 20.0 * size**3
+    steps = 2 * vectors * product_flops + 8.0 * size * vectors**2
     return whole < steps
 
 
@@ -104,6 +108,29 @@ def _dense_fits(operator: JacobianOperator) -> bool:
     """Return whether the matrix and its full SVD fit into memory."""
     rows, columns = operator.shape
     return DENSE_COPIES * rows * columns * operator.dtype.itemsize <= free_memory(operator.device)
+
+
+def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver: SolverName = "auto") -> Work:
+    """Return the work of ``truncated_svd``: of the solver that it would choose, at the usual number of Krylov steps.
+
+    Args:
+        size: the smaller dimension of the operator.
+        k: number of triplets.
+        product_flops: floating-point operations of one product with one vector.
+        dense_flops: floating-point operations of forming the matrix.
+        solver: as in ``truncated_svd``.
+    """
+    if solver == "dense" or (solver == "auto" and _dense_is_cheaper(size, k, product_flops, dense_flops)):
+        return Work(matmul=dense_flops, thin=8.0 * size**2 * k, svd=20.0 * size**3, calls=STEP_CALLS)
+    width = min(k + OVERSAMPLING, size)
+    vectors = min(width * USUAL_STEPS, size)
+    orthogonal = 12.0 * size * vectors**2 + 8.0 * size * width * vectors  # three projections and a QR on either side
+    checks = 2.0  # a last one, and two in smaller spaces that cost about half of it each
+    return Work(
+        thin=2 * vectors * product_flops + orthogonal + checks * 4.0 * size * vectors**2,
+        svd=checks * 20.0 * vectors**3,
+        calls=STEP_CALLS * USUAL_STEPS,
+    )
 
 
 def _require_rank(operator: JacobianOperator, triplets: Triplets) -> None:

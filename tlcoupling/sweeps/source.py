@@ -13,7 +13,7 @@ from typing import Any
 from tlcoupling.errors import ModelLoadError
 from tlcoupling.models.offline import offline
 from tlcoupling.sweeps.cells import Cell
-from tlcoupling.sweeps.cost import Shape
+from tlcoupling.sweeps.shapes import Shape
 
 # Files that determine a model's numbers; a Trainer's folder also holds optimiser states
 _FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "vocab*", "merges.txt", "*.model")
