@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import block_hook
+from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.lifting import HALF, lifted_model
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
@@ -46,7 +47,7 @@ def require_supported(model: Any, in_training: bool = False) -> None:
             "the model is in training mode, where dropout makes every forward pass another function: "
             "call model.eval() first"
         )
-    points = model.hook_dict
+    points = hook_points(model)
     for layer in range(len(model.blocks)):
         if block_hook(layer, "hook_attn_out") not in points:
             raise UnsupportedModelError(
@@ -159,7 +160,7 @@ def record_forward(
         hook_names: hook points to record behind the hooks that are attached to them.
         names_before: hook points to record before these.
     """
-    points, calls = model.hook_dict, []
+    points, calls = hook_points(model), []
     activations: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
 

@@ -7,7 +7,7 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -22,6 +22,7 @@ from tlcoupling.forward.block import Block, block_hook, norms_are_folded, topolo
 from tlcoupling.forward.cache import plain
 from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_name_of, record_forward, require_supported
 from tlcoupling.forward.lifting import lifted_parts
+from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_str_tokens, to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
@@ -56,7 +57,7 @@ class Trace(Stream):
     hooked_layers: frozenset[int]
     _hooks: UserHooks = field(repr=False)
     _calls: list[BlockCall] = field(repr=False)
-    _points: Mapping[str, Any] = field(repr=False)
+    _points: dict[str, Any] = field(repr=False)
 
     def __repr__(self) -> str:
         """One line."""
@@ -141,7 +142,7 @@ class Trace(Stream):
 
     def layers_hooked_now(self) -> frozenset[int]:
         """The blocks in whose Jacobians hooks act that are attached now, apart from those that the trace keeps."""
-        return hooked_layers(self._points, self.model.blocks)
+        return hooked_layers(self._points_now(self._points), self.model.blocks)
 
     @contextlib.contextmanager
     def hooks_attached(self) -> Iterator[None]:
@@ -156,11 +157,20 @@ class Trace(Stream):
 
     def hooked_outside_blocks(self) -> bool:
         """Whether hooks of the user's act outside the blocks now: on embeddings, final norm or logits."""
-        return hooked_outside_blocks(self.model, self._points)
+        return hooked_outside_blocks(self.model, self._points_now(self._points))
 
     def point(self, layer: int, name: str) -> Any | None:
-        """The hook point ``blocks.{layer}.{name}``, None where the model has none."""
-        return self._points.get(block_hook(layer, name))
+        """Return the hook point ``blocks.{layer}.{name}``, None where the model has none."""
+        full = block_hook(layer, name)
+        return self._points_now([full]).get(full)
+
+    def _points_now(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the hook points by name, read again if the model has replaced one of ``names``."""
+        if not all(in_place(self.model, self._points[name]) for name in names if name in self._points):
+            points = hook_points(self.model)
+            self._points.clear()
+            self._points.update(points)
+        return self._points
 
     def block(self, layer: int) -> Block:
         """What a block is made of now."""
@@ -179,8 +189,7 @@ class Trace(Stream):
         float32 while their part of the block runs.
         """
         block = self.model.blocks[layer]
-        reads = self._points[block_hook(layer, "hook_resid_pre")]
-        after = self._points.get(block_hook(layer + 1, "hook_resid_pre"))
+        reads, after = self.point(layer, "hook_resid_pre"), self.point(layer + 1, "hook_resid_pre")
         with ExitStack() as stack:
             stack.enter_context(lifted_parts(self.model, block))
             stack.enter_context(self._hooks.attached(layer))
@@ -260,7 +269,7 @@ class Trace(Stream):
             return out if behind is None else behind(out)
 
     def _named(self, layer: int, hooks: Mapping[str, Hook]) -> list[tuple[Any, Hook]]:
-        return [(self._points[block_hook(layer, name)], hook) for name, hook in hooks.items()]
+        return [(self.point(layer, name), hook) for name, hook in hooks.items()]
 
     def check_current(
         self, sublayer: str, layer: int, now: Float[Tensor, "pos d_model"], rows: Sequence[int] | None = None
@@ -323,7 +332,7 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
     """
     require_supported(model)
     tokens = to_tokens(model, prompt, prepend_bos)
-    points, n_layers = model.hook_dict, len(model.blocks)
+    points, n_layers = hook_points(model), len(model.blocks)
     topology = topology_of_model(model)
     user_hooks = UserHooks.of(model, points, fwd_hooks)
     with user_hooks.attached():
