@@ -17,13 +17,13 @@ from torch import Tensor
 from tlcoupling.arguments import KSpec, check_index, check_name, resolve_k
 from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.linalg.svd import truncated_svd
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -136,7 +136,7 @@ class PublishedMisalignment(Result):
         return {"k": self.ks, "layer": layers, "basis_layer": layers, "rank": ranks}
 
 
-@full_precision()
+@measured
 def published(
     model: Any,
     prompt: Any,

@@ -18,11 +18,11 @@ from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 from tlcoupling.trajectory.growth import Growth, growth
 from tlcoupling.trajectory.linearity import Linearity, linearity
@@ -91,6 +91,7 @@ class Analysis(Result):
         return table
 
 
+@measured
 def analyze(
     model: Any,
     prompt: Any,
@@ -187,7 +188,7 @@ def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, 
     except ArgumentError as error:
         if error.name != "k":
             raise
-        warnings.warn(f"context coupling from a fixed {fixed} is left out: {error}", stacklevel=3)
+        warnings.warn(f"context coupling from a fixed {fixed} is left out: {error}", stacklevel=4)
         return None
 
 
@@ -198,7 +199,6 @@ def _attention_layers(traced: Trace, compared: tuple[int, ...]) -> tuple[int, ..
     return tuple(layer for layer in chosen if traced.point(layer, PATTERN) is not None)
 
 
-@full_precision()
 def _patterns(traced: Trace, layers: Sequence[int]) -> Float[Tensor, "layer head dest src"] | None:
     """Return the attention patterns of some layers by running their blocks again; None for no layers."""
     patterns: list[Tensor] = []

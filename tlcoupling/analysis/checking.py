@@ -12,11 +12,11 @@ import torch
 
 from tlcoupling.arguments import Indices, resolve_indices
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.precision import full_precision
 
 if TYPE_CHECKING:
     import pandas
@@ -71,6 +71,7 @@ class Check:
         return pd.DataFrame([vars(one) for one in self.findings])
 
 
+@measured
 def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> Check:
     """Run the residual identity, the certificate and a comparison with autograd on a model.
 
@@ -112,7 +113,6 @@ def _spread_tokens(model: Any) -> list[int]:
     return [index * max(vocabulary - 1, 0) // 8 for index in range(1, 9)]
 
 
-@full_precision()
 def _compare(traced: Trace, sublayer: str, layers: Sequence[int]) -> Finding:
     """Compare both engines on random vectors, at the last position and between two positions."""
     what = f"{sublayer} Jacobians of layers {', '.join(map(str, layers))}"

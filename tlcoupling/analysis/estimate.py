@@ -17,6 +17,7 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.plan import Job, Plan, make_plan
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.forward.block import topology_of_model
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
@@ -95,6 +96,7 @@ class Estimate:
         return pd.DataFrame(rows)
 
 
+@measured
 def estimate(
     model: Any,
     prompt: Any,

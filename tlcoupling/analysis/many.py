@@ -20,6 +20,7 @@ from tlcoupling.forward.prompt import named_prompts
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.precision import full_precision
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Provenance, Result, engines_of_prompts
 from tlcoupling.results.intervals import Interval, Unit, bootstrap_mean
@@ -157,6 +158,7 @@ class ManyAnalyses(Result):
         return {"row": range(len(self.tokens)), "sublayer": self.sublayers, "k": self.ks, "path": self.paths}
 
 
+@full_precision()
 def analyze_many(
     model: Any,
     prompts: Mapping[str, Any] | Sequence[Any],
@@ -222,7 +224,7 @@ def analyze_many(
         except Exception as error:  # of any type: one bad prompt must not lose the others
             first = first or error
             errors.append(f"{type(error).__name__}: {error}")
-            warnings.warn(f"prompt {name!r} could not be measured: {errors[-1]}", stacklevel=2)
+            warnings.warn(f"prompt {name!r} could not be measured: {errors[-1]}", stacklevel=3)
     if last is None:
         raise EveryPromptFailedError(
             f"none of {len(named)} prompts could be measured; the first: {errors[0]}"

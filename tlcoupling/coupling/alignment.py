@@ -16,10 +16,10 @@ from tlcoupling.coupling.groups import Place
 from tlcoupling.coupling.metric import projector_moments
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -82,7 +82,7 @@ class HeadAlignment(Result):
         return {"layer": self.layers, "k": self.ks, "head": range(self.writes.shape[-1])}
 
 
-@full_precision()
+@measured
 def head_alignment(
     trace: Trace,
     k: KSpec = 10,

@@ -18,11 +18,11 @@ from tlcoupling.arguments import Indices, check_index, check_name, check_sublaye
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.forward.block import block_hook, topology_of_model
+from tlcoupling.forward.context import in_training_mode, measured
 from tlcoupling.forward.hooked import Done, Hook, attached, require_supported
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
-from tlcoupling.precision import full_precision
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]
@@ -30,7 +30,7 @@ Sublayer = Literal["block", "attn", "mlp"]
 _MIN_GAP = 100  # least gap of squared singular values, in rounding errors; below it the derivative is noise
 
 
-@full_precision()
+@measured
 def coupling_loss(
     model: Any,
     tokens: Any,
@@ -95,7 +95,7 @@ def coupling_loss(
     size = resolve_one_k("k", k, model.cfg.d_model)
     reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
     writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
-    if model.training:
+    if in_training_mode(model):
         _require_repeatable(model, ids)
     jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]

@@ -19,10 +19,10 @@ from tlcoupling.coupling.metric import Bases, coupling, null_coupling
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -94,7 +94,7 @@ class ProjectedJacobians(Result):
         return {"sublayer": self.sublayers, **layers, "left": rank, "right": rank, "rank": rank}
 
 
-@full_precision()
+@measured
 def projected_jacobians(
     trace: Trace,
     layers: Indices,

@@ -17,9 +17,9 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.plan import Job, make_plan
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import JacobianEngine
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]
@@ -158,7 +158,7 @@ class OrderedCoupling(Coupling):
         return torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
 
 
-@full_precision()
+@measured
 def measure(
     kind: type[CouplingT],
     trace: Trace,

@@ -14,12 +14,12 @@ from torch import Tensor
 from tlcoupling.arguments import Indices, check_int, resolve_indices, resolve_one_k
 from tlcoupling.directions.intervention import Site, orthonormal, project_out, random_directions
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.prompt import named_prompts
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result, engines_of_prompts
 
 _CELLS = ("prompt", "layer")
@@ -93,7 +93,7 @@ class CausalEffect(Result):
         return self.effect - self.control_mean
 
 
-@full_precision()
+@measured
 def causal_effect(
     model: Any,
     prompts: Mapping[str, Any] | Sequence[Any],

@@ -16,6 +16,7 @@ from torch import Tensor
 from tlcoupling.arguments import as_list, check_int, check_name, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.block import block_hook
+from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
 Positions = SupportsIndex | Iterable[SupportsIndex] | None
@@ -58,6 +59,7 @@ def keep_only(
     return _intervention(directions, layer, site, positions, lambda activation, part: part)
 
 
+@full_precision()
 def random_directions(
     directions: Float[Tensor, "d_model k"],
     activation: Float[Tensor, " d_model"],
@@ -131,6 +133,7 @@ def _intervention(
     basis, name = orthonormal(directions), block_hook(layer, f"hook_{site}")
     chosen = None if positions is None else as_list(positions)
 
+    @full_precision()
     def act(activation: Tensor, hook: Any) -> Tensor:
         n_tokens, width = activation.shape[-2:]
         if basis.shape[-2] != width:

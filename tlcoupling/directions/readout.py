@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tlcoupling.arguments import check_index, check_int, check_sublayer
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.trace import Trace
@@ -27,7 +28,6 @@ from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import require_same_product
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class DirectionReadout(Result):
         return table
 
 
-@full_precision()
+@measured
 def read_directions(
     trace: Trace,
     layer: int,

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from tlcoupling.arguments import check_index, check_name
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 Tokens = Literal["same", "all"]
@@ -84,6 +84,7 @@ class LinearizationGap(Result):
         return {"size": self.sizes, "depth": self.depths}
 
 
+@measured
 def linearized(
     trace: Trace,
     perturbation: Float[Tensor, " d_model"],
@@ -125,7 +126,6 @@ def linearized(
     return _linearized(trace, perturbation.to(trace.resid), layer, pos, tokens, jacobians)
 
 
-@full_precision()
 def _linearized(
     trace: Trace, perturbation: Tensor, layer: int, pos: int, tokens: Tokens, jacobians: JacobianEngine
 ) -> Float[Tensor, "depth pos d_model"]:
@@ -148,6 +148,7 @@ def _linearized(
     return torch.stack(carried)[:, pos:]
 
 
+@measured
 def linearization_gap(
     trace: Trace,
     direction: Float[Tensor, " d_model"] | None = None,
@@ -210,7 +211,7 @@ def linearization_gap(
         warnings.warn(
             "the perturbation does not change the real model at some size and depth, so there is nothing to compare "
             "the linearisation with: gap and cosine are NaN there",
-            stacklevel=2,
+            stacklevel=3,
         )
     settings = {"layer": layer, "pos": pos, "sizes": list(sizes), "tokens": tokens, "engine": engine, "seed": seed}
     return LinearizationGap(
@@ -225,7 +226,6 @@ def linearization_gap(
     )
 
 
-@full_precision()
 def _real(trace: Trace, stream: Float[Tensor, "pos d_model"], layer: int) -> Float[Tensor, "depth pos d_model"]:
     """Return the residual streams x^layer .. x^L that the model's own blocks compute from a stream at ``layer``."""
     streams = [stream]

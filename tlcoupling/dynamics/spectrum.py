@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 from tlcoupling.trajectory.line import fit_line
 
@@ -73,7 +74,7 @@ class SingularValueProfile(Result):
     @property
     def fitted(self) -> Float[Tensor, "sublayer token layer rank"]:
         """Return the fitted s, 1 / (intercept + slope l); NaN if the line is not above 0."""
-        depth = torch.tensor(self.layers, dtype=self.slope.dtype)[:, None]
+        depth = torch.tensor(self.layers, dtype=self.slope.dtype, device=self.slope.device)[:, None]
         inverse = self.intercept[:, :, None] + self.slope[:, :, None] * depth
         return 1 / inverse.where(inverse > 0, torch.nan)
 
@@ -86,6 +87,7 @@ class SingularValueProfile(Result):
         }
 
 
+@full_precision()
 def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
     """Fit the law s(l) = 1 / (intercept + slope l) to the singular values of a ``DepthCoupling``.
 
@@ -105,7 +107,7 @@ def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
     fields = {"slope": line.slope, "intercept": line.intercept, "r_squared": line.r_squared}
     if len(depth) < 3:
         warnings.warn(
-            f"a line through {len(depth)} layers is not a fit: slope, intercept and R^2 are NaN", stacklevel=2
+            f"a line through {len(depth)} layers is not a fit: slope, intercept and R^2 are NaN", stacklevel=3
         )
         fields = {name: torch.full_like(value, torch.nan) for name, value in fields.items()}
     return SingularValueProfile(

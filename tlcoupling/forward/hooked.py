@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import block_hook
-from tlcoupling.forward.points import hook_points
+from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.lifting import HALF, lifted_model
+from tlcoupling.forward.points import hook_points
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
 _FLOATING = (torch.float32, torch.float64, *HALF)
@@ -33,7 +35,8 @@ def require_supported(model: Any, in_training: bool = False) -> None:
 
     Raises:
         UnsupportedModelError: not a hooked model, no decoder blocks, an encoder or a state-space model, quantised
-            weights, or training mode.
+            weights, a module in training mode, or weights that cannot be differentiated through (see
+            ``require_own_state``).
     """
     missing = [n for n in ("cfg", "blocks", "hook_dict", "run_with_cache") if not hasattr(model, n)]
     if missing:
@@ -41,11 +44,6 @@ def require_supported(model: Any, in_training: bool = False) -> None:
             f"{type(model).__name__} is no TransformerLens model with decoder blocks (it lacks "
             f"{', '.join(missing)}); a HookedTransformer or a TransformerBridge of a decoder is needed. Encoders, "
             "encoder-decoders and models without a `blocks` list are not supported"
-        )
-    if model.training and not in_training:
-        raise UnsupportedModelError(
-            "the model is in training mode, where dropout makes every forward pass another function: "
-            "call model.eval() first"
         )
     points = hook_points(model)
     for layer in range(len(model.blocks)):
@@ -60,6 +58,7 @@ def require_supported(model: Any, in_training: bool = False) -> None:
                 f"blocks.{name} is quantised ({parameter.dtype}): its products are approximations, so their Jacobian "
                 "would be too. Load the model in bfloat16, float16, float32 or float64"
             )
+    require_own_state(model, in_training)
 
 
 def model_name_of(model: Any) -> str:
@@ -150,15 +149,19 @@ class ForwardRecord:
 def record_forward(
     model: Any, tokens: Tensor, hook_names: Iterable[str], names_before: Iterable[str] = ()
 ) -> ForwardRecord:
-    """Run the model up to the end of its last block and record hook points and block calls.
+    """Run the model through all its blocks and record hook points and block calls.
 
-    Half-precision models run in float32, one module lifted at a time.
+    Half-precision models run in float32, one module lifted at a time. The run ends at the unembedding, not at the last
+    block: a looped decoder runs its blocks again in between.
 
     Args:
         model: the model.
         tokens: token ids.
         hook_names: hook points to record behind the hooks that are attached to them.
         names_before: hook points to record before these.
+
+    Raises:
+        UnsupportedModelError: the pass does not run each block once, in order.
     """
     points, calls = hook_points(model), []
     activations: dict[str, Tensor] = {}
@@ -167,10 +170,16 @@ def record_forward(
     def record(name: str, kept: dict[str, Tensor]) -> tuple[Any, Hook]:
         return points[name], lambda tensor: kept.__setitem__(name, tensor.detach().clone())
 
-    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def capture(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer != len(calls):
+            raise UnsupportedModelError(
+                f"the forward pass calls block {layer} as number {len(calls) + 1} of its block calls; each of the "
+                f"{len(model.blocks)} blocks has to be called once, in order. Looped decoders, which run their blocks "
+                "several times, and models that skip or share blocks are not supported"
+            )
         calls.append(BlockCall.capture(args, kwargs))
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
+    def stop(module: nn.Module, args: Any) -> None:
         raise Done
 
     with ExitStack() as stack:
@@ -178,10 +187,13 @@ def record_forward(
         stack.enter_context(attached([record(name, activations) for name in hook_names]))
         stack.enter_context(attached([record(name, before) for name in names_before], first=True))
         stack.enter_context(lifted_model(model))
-        for block in model.blocks:
-            handle = block.register_forward_pre_hook(capture, with_kwargs=True)
+        for layer, block in enumerate(model.blocks):
+            handle = block.register_forward_pre_hook(partial(capture, layer), with_kwargs=True)
             stack.callback(handle.remove)
-        stack.callback(model.blocks[-1].register_forward_hook(stop).remove)
+        if isinstance(unembed := getattr(model, "unembed", None), nn.Module):
+            stack.callback(unembed.register_forward_pre_hook(stop, prepend=True).remove)
         with suppress(Done):
             model(tokens, return_type=None)
+    if len(calls) < len(model.blocks):
+        raise UnsupportedModelError(f"the forward pass runs {len(calls)} of {len(model.blocks)} blocks")
     return ForwardRecord(activations, before, calls)

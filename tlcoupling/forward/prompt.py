@@ -106,7 +106,8 @@ def to_tokens(
         raise ArgumentError("prompt", f"{tokens.shape[1]} tokens", f"at most {context}, the model's context length")
     _require_text(model, tokens)
     _warn_of_two_bos(model, tokens[0])
-    return tokens.long().to(next(model.parameters()).device)
+    # a copy: ids made under torch.inference_mode cannot be looked up where gradients are on
+    return tokens.long().to(next(model.parameters()).device, copy=True)
 
 
 def _encode(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:

@@ -232,6 +232,6 @@ def stream_of(source: Any) -> Stream:
             "the activations hold no hook_resid_mid and name no model, so that their blocks are taken as parallel: no "
             "sublayer path, no shares of growth. Where the blocks are sequential, cache hook_resid_mid too; an "
             "ActivationCache settles it by its model",
-            stacklevel=3,
+            stacklevel=4,
         )
     return Stream.from_activations(activations, max(layers) + 1, topology)

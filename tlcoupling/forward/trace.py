@@ -20,13 +20,13 @@ from torch import Tensor
 from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.block import Block, block_hook, norms_are_folded, topology_of_model
 from tlcoupling.forward.cache import plain
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_name_of, record_forward, require_supported
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_str_tokens, to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance
 
 PATTERN = "attn.hook_pattern"
@@ -67,6 +67,7 @@ class Trace(Stream):
         )
 
     @classmethod
+    @measured
     def from_cache(cls, model: Any, cache: Any, tokens: Any, *, fwd_hooks: FwdHooks = ()) -> Trace:
         """A trace from a ``run_with_cache`` that you already have.
 
@@ -176,6 +177,7 @@ class Trace(Stream):
         """What a block is made of now."""
         return Block.read(self.model, layer, self.topology)
 
+    @measured
     def run_block(
         self,
         layer: int,
@@ -211,6 +213,7 @@ class Trace(Stream):
         stream = self.resid_mid if self.topology == "sequential" else self.resid
         return stream[layer].to(next(self.model.blocks[layer].parameters()).device)[None]
 
+    @measured
     def run_attn(
         self, layer: int, resid_pre: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "1 pos d_model"]:
@@ -239,6 +242,7 @@ class Trace(Stream):
             handle.remove()
         return written[0]
 
+    @measured
     def run_mlp_in_block(
         self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "1 pos d_model"]:
@@ -258,6 +262,7 @@ class Trace(Stream):
             self.run_block(layer, resid_pre, hooks)
         return written[0]
 
+    @measured
     def run_mlp(
         self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "1 pos d_model"]:
@@ -299,7 +304,7 @@ class Trace(Stream):
             )
 
 
-@full_precision()
+@measured
 def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: bool | None = None) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 
@@ -311,6 +316,10 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
     module whose ``forward`` was replaced counts as the model's own: ``engine="autograd"`` follows it wherever it goes,
     while a closed form is held against it at the first position that is asked for.
 
+    What is in force around this call or any later use of the trace does not count: autocast, ``torch.inference_mode``,
+    ``torch.no_grad``, a default dtype or device, the precision of float32 products, threads that measure the same model
+    (they wait). Hooks run in that state too: one that makes a tensor should give it the activation's dtype and device.
+
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
         prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
@@ -319,7 +328,8 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
             (``cfg.default_prepend_bos``), as everywhere in TransformerLens.
 
     Raises:
-        UnsupportedModelError: an encoder, a state-space model, quantised weights, or training mode.
+        UnsupportedModelError: an encoder, a state-space model, a looped decoder, quantised or offloaded weights, or a
+            module in training mode.
         ArgumentError: an empty prompt, a batch larger than one, token ids out of range, or hooks on points that are not
             there or are not called.
         HookError: a hook gives back no tensor, or one of another shape.

@@ -12,12 +12,12 @@ import torch
 from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.forward.block import Uncovered
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.differences import require_followed
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.precision import full_precision
 
 EngineName = Literal["auto", "analytic", "autograd"]
 
@@ -159,7 +159,7 @@ class JacobianEngine:
         )
 
 
-@full_precision()
+@measured
 def residual_jacobian(
     trace: Trace,
     layer: int,

@@ -6,12 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.precision import full_precision
 
 
 class JacobianOperator(ABC):
@@ -20,6 +22,9 @@ class JacobianOperator(ABC):
     A subclass sets ``shape``, ``dtype`` and ``device`` and defines ``mm`` and ``rmm``. ``A @ B``, ``A + B`` and ``A.T``
     compose operators of any kind. Solvers choose between products and the matrix by the two costs: set them where the
     defaults, those of a dense matrix, are wrong.
+
+    Products are taken in full precision, whatever autocast, inference mode or precision of float32 products is in force
+    where they are asked for.
 
     Attributes:
         shape: ``(rows, columns)``: rows are output coordinates, columns input coordinates.
@@ -39,6 +44,13 @@ class JacobianOperator(ABC):
     product_flops: float = cached_property(lambda self: 2.0 * math.prod(self.shape))  # pyright: ignore[reportAssignmentType]
     dense_flops: float = cached_property(lambda self: self.shape[1] * self.product_flops)  # pyright: ignore[reportAssignmentType]
     _light = False  # one product costs O(n): a composition applies it to the matrix of its neighbour
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take the products of every kind of operator in full precision: users keep operators and use them anywhere."""
+        super().__init_subclass__(**kwargs)
+        for name in ("mm", "rmm", "dense"):
+            if name in vars(cls):
+                setattr(cls, name, full_precision()(vars(cls)[name]))
 
     @abstractmethod
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:

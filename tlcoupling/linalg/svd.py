@@ -14,6 +14,7 @@ from tlcoupling.linalg.dense import dense_svd
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.triplets import Triplets
+from tlcoupling.precision import full_precision
 
 SolverName = Literal["auto", "dense", "krylov"]
 
@@ -43,6 +44,7 @@ def truncated_svd(
     return truncated_svds([operator], k, solver, tolerance)[0]
 
 
+@full_precision()
 def truncated_svds(
     operators: Sequence[JacobianOperator], k: int, solver: SolverName = "auto", tolerance: float | None = None
 ) -> list[Triplets]:
@@ -72,7 +74,7 @@ def truncated_svds(
                 warnings.warn(
                     f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: the gap between singular "
                     "values is too small; solver='dense' is exact",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
     for one, triplets in zip(operators, results, strict=True):
         _require_rank(one, triplets)

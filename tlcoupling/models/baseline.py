@@ -16,6 +16,7 @@ from torch import Tensor
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.offline import answered_locally, offline
@@ -24,6 +25,7 @@ _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; r
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
+@measured
 def random_baseline(model: Any, seed: int = 0) -> Any:
     """Return a model of the same architecture with freshly initialised weights.
 
@@ -82,7 +84,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         warnings.warn(
             "the model's weights were processed, but its writing weights cannot be read: those of the random model "
             "are not centred, which shifts residual streams by their mean",
-            stacklevel=2,
+            stacklevel=3,
         )
     return fresh.eval()
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from tlcoupling.errors import ArgumentError, ModelLoadError
 from tlcoupling.models import smollm2
+from tlcoupling.precision import full_precision
 
 _ALLOWED = (
     f"{smollm2.NAME!r}, the name of a model that TransformerLens supports, "
@@ -24,6 +25,7 @@ _ALLOWED = (
 )
 
 
+@full_precision()
 def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs: Any) -> nn.Module:
     """Load a model with TransformerLens, in eval mode.
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.results.intervals import bca, check_bootstrap
 from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
@@ -134,6 +135,7 @@ class Correlations(Result):
         }
 
 
+@full_precision()
 def correlate(
     table: Any | None = None,
     scores: Any | None = None,
@@ -213,7 +215,7 @@ def _row(
         row["low"], row["high"], _ = bca((x, y), _pearson, confidence, resamples, seed)
         row["rho"], row["rho_p"] = spearmanr(x, y)
     else:
-        warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=3)
+        warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=4)
     given = {held: _given(held, name, joined, present) for held in GIVEN}
     partial = [_held_fixed(x, y, held, values) for held, values in given.items()]
     row["partial"], row["partial_p"] = [r for r, _ in partial], [p for _, p in partial]
@@ -238,7 +240,7 @@ def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> 
     warnings.warn(
         f"{source} is unknown for some models with {name}: the correlation given {source} and the share that it "
         "explains are NaN",
-        stacklevel=4,
+        stacklevel=5,
     )
     return None
 

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.context import measuring, modules_of
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 from tlcoupling.models.load import _transformer_bridge
@@ -28,8 +28,7 @@ from tlcoupling.models.offline import answered_locally, offline
 def evaluated(model: Any) -> Iterator[Any]:
     """Yield the model in a state that can be measured, and restore it on exit.
 
-    Module modes, gradients, random generators, autocast, ``no_grad`` and ``inference_mode`` are restored. Inside, the
-    outer autocast and grad modes do not act.
+    Module modes, gradients and random generators are restored. Inside, PyTorch is in its own state; see ``measuring``.
 
     Args:
         model: a ``HookedTransformer``, a ``TransformerBridge`` or a HuggingFace model; also in the wrappers of
@@ -39,12 +38,7 @@ def evaluated(model: Any) -> Iterator[Any]:
         UnsupportedModelError: another type, or a model that cannot be measured; see ``trace``.
     """
     model = unwrapped(model)
-    with ExitStack() as stack:
-        stack.enter_context(generators_kept())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-        stack.enter_context(torch.autocast(device, enabled=False))
+    with generators_kept(), measuring(model), ExitStack() as stack:
         if _is_huggingface(model):
             model = _bridge_around(model)
         else:
@@ -71,11 +65,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     Flags are set one by one. ``model.eval()`` would lose which parts were frozen in eval mode, and some libraries
     override it to change weights.
     """
-    original = getattr(model, "original_model", None)  # a bridge does not list it among its modules
-    modules = [*model.modules(), *(original.modules() if isinstance(original, nn.Module) else ())]
-    modes = [(module, module.training) for module in modules]
+    modes = [(module, module.training) for _, module in modules_of(model)]
     try:
-        for module in modules:
+        for module, _ in modes:
             module.training = False
         yield
     finally:

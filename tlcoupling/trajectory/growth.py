@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.forward.stream import stream_of
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.trajectory.line import fit_line
 from tlcoupling.trajectory.linearity import provenance_of, tokens_of
@@ -87,6 +88,7 @@ def expodistance(alpha: Float[Tensor, "layer *rest"]) -> Float[Tensor, "*rest"]:
     return alpha.var(0, correction=0) / alpha.mean(0).square()
 
 
+@full_precision()
 def growth(source: Any) -> Growth:
     """Measure how residual norms grow with depth.
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Uncovered
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace
 from tlcoupling.jacobian.norms import Norm
-from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 
 
@@ -82,6 +82,7 @@ class HeadSteps(Result):
         }
 
 
+@measured
 def head_steps(trace: Trace) -> HeadSteps:
     """How much of each token's step each head writes, in every layer.
 
@@ -122,7 +123,6 @@ def head_steps(trace: Trace) -> HeadSteps:
     )
 
 
-@full_precision()
 def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     """What each head of a layer adds to the stream; the attention's write is their sum and a bias.
 

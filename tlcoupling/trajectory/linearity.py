@@ -20,6 +20,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import Stream, stream_of
 from tlcoupling.forward.trace import Trace
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 
 
@@ -126,10 +127,11 @@ class Path:
             warnings.warn(
                 f"the {self.name} step of layer {layer} has length zero at position {pos}, so it has no direction: the "
                 f"line-shape score of the {self.name} path is NaN there",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
+@full_precision()
 def linearity(source: Any) -> Linearity:
     """Measure how straight the token trajectories are.
 

@@ -25,6 +25,7 @@ from tlcoupling.forward.stream import (
     relative_gap,
     writes_do_not_add_up,
 )
+from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance
 from tlcoupling.trajectory.growth import Growth, growth_of_norms
 from tlcoupling.trajectory.linearity import Linearity, linearity_of_paths, make_paths, walk
@@ -80,6 +81,7 @@ class TrajectoryRecorder:
             (block_hook(layer, name), self._reader(layer, name)) for layer in range(self._n_layers) for name in names
         ]
 
+    @full_precision()
     def linearity(self) -> Linearity:
         """Return how straight the token trajectories of the last run were.
 
@@ -93,6 +95,7 @@ class TrajectoryRecorder:
         self._require_run()
         return linearity_of_paths(self._paths, self._provenance(), self._tokens)
 
+    @full_precision()
     def growth(self) -> Growth:
         """Return how the residual norms of the last run grew.
 
@@ -122,6 +125,7 @@ class TrajectoryRecorder:
         return tuple(str(pos) for pos in range(len(self._norms[0])))
 
     def _reader(self, layer: int, name: str) -> Callable[..., None]:
+        @full_precision()
         def read(activation: Tensor, hook: Any) -> None:
             if (layer, name) == (0, "hook_resid_pre"):
                 self._start()

@@ -1,0 +1,125 @@
+"""The one context in which the library touches a model.
+
+Everything that runs a model, or differentiates what it ran, does so within ``measuring(model)``: in PyTorch's own state
+(``full_precision``), and alone among the threads that measure this model. ``require_own_state`` refuses a model whose
+own state makes its passes something else than a function that can be differentiated.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.precision import full_precision
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def measuring(source: Any) -> Iterator[None]:
+    """Compute with a model for a while, and leave every setting as it was, also after an error.
+
+    Within, PyTorch is in its own state (see ``full_precision``). Other threads that measure the same model, or another
+    bridge around the same HuggingFace model, wait; those that measure other models do not. Entering it again within
+    costs a few microseconds.
+
+    Args:
+        source: a model, or a ``Trace`` (or anything else with a ``model``) of it.
+
+    Raises:
+        UnsupportedModelError: a tensor made under ``torch.inference_mode`` takes part in a derivative.
+    """
+    with _lock_of(source), full_precision():
+        try:
+            yield
+        except RuntimeError as error:
+            if "Inference tensor" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                "a tensor that was made under torch.inference_mode() takes part in a derivative, which PyTorch does "
+                "not allow: a hook brought it in, or the model keeps it from an earlier pass. Clone it outside of "
+                "inference mode"
+            ) from error
+
+
+def measured(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function within ``measuring`` its argument ``model`` or ``trace``, or its trace, for a trace's methods."""
+    names = list(inspect.signature(function).parameters)
+    index = next(index for index, name in enumerate(names) if name in ("self", "model", "trace"))
+
+    @functools.wraps(function)
+    def within(*args: P.args, **kwargs: P.kwargs) -> R:
+        with measuring(args[index] if len(args) > index else kwargs.get(names[index])):
+            return function(*args, **kwargs)
+
+    return within
+
+
+def _lock_of(source: Any) -> threading.RLock:
+    """The lock of a model; of the HuggingFace model where bridges share one."""
+    model = source if isinstance(source, nn.Module) else getattr(source, "model", None)
+    owner = getattr(model, "original_model", None) or model
+    if not isinstance(owner, nn.Module):
+        return threading.RLock()  # nothing to share: the call is going to refuse it
+    with _locks_lock:
+        return _locks.setdefault(owner, threading.RLock())
+
+
+def modules_of(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Go through all modules of a model by name, once each: a bridge does not list those of the model it wraps."""
+    seen: set[nn.Module] = set()
+    yield from model.named_modules(seen)
+    original = getattr(model, "original_model", None)
+    if isinstance(original, nn.Module):
+        yield from original.named_modules(seen, "original_model")
+
+
+def in_training_mode(model: Any) -> bool:
+    """Whether any module of a model is in training mode."""
+    return any(module.training for _, module in modules_of(model))
+
+
+def require_own_state(model: Any, in_training: bool = False) -> None:
+    """Refuse a model whose forward pass is not a fixed function that can be differentiated.
+
+    Args:
+        model: the model.
+        in_training: allow training mode.
+
+    Raises:
+        UnsupportedModelError: a module in training mode; weights that are not in memory, or were made under
+            ``torch.inference_mode``; the message names the first.
+    """
+    for where, module in modules_of(model):
+        if module.training and not in_training:
+            also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
+            raise UnsupportedModelError(
+                f"{where or 'the model'} is in training mode, where dropout makes every forward pass another function: "
+                f"call model.eval(){also} first"
+            )
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is None or not (tensor.is_meta or tensor.is_inference()):
+                continue
+            if tensor.is_meta:
+                raise UnsupportedModelError(
+                    f"{where}.{name} lies on the device 'meta', so its numbers are not in memory: accelerate offloads "
+                    "it (device_map= with 'cpu' or 'disk'), or it was never loaded. Load the whole model onto devices, "
+                    "in bfloat16 where memory is short"
+                )
+            raise UnsupportedModelError(
+                f"{where}.{name} was made under torch.inference_mode(), so nothing can be differentiated through it. "
+                "Load the model outside of it, or take copy.deepcopy(model) there"
+            )
