@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,13 +219,9 @@ def test_what_is_no_hooked_model_is_refused():
 def test_quantised_weights_are_refused(model: torch.nn.Module):
     block = torch.nn.Module()
     block.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
-    fake = SimpleNamespace(
-        cfg=model.cfg,
-        blocks=torch.nn.ModuleList([block]),
-        hook_dict={"blocks.0.hook_attn_out": None},
-        run_with_cache=None,
-        training=False,
-    )
+    fake = torch.nn.Module()
+    fake.cfg, fake.blocks, fake.run_with_cache = model.cfg, torch.nn.ModuleList([block]), None
+    fake.hook_dict = {"blocks.0.hook_attn_out": None}
     with pytest.raises(UnsupportedModelError, match=r"blocks.0.weight is quantised \(torch.uint8\)"):
         tlc.trace(fake, TOKENS)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.block import block_hook
 from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.lifting import HALF, lifted_model
@@ -34,10 +34,15 @@ def require_supported(model: Any, in_training: bool = False) -> None:
         in_training: allow training mode.
 
     Raises:
+        ArgumentError: the name of a model, or a trace.
         UnsupportedModelError: not a hooked model, no decoder blocks, an encoder or a state-space model, quantised
             weights, a module in training mode, or weights that cannot be differentiated through (see
             ``require_own_state``).
     """
+    if isinstance(model, str):
+        raise ArgumentError("model", model, "a model, such as tlc.load_model returns by name")
+    if hasattr(model, "run_block"):
+        raise ArgumentError("model", model, "a model: this is a trace, whose model is trace.model")
     missing = [n for n in ("cfg", "blocks", "hook_dict", "run_with_cache") if not hasattr(model, n)]
     if missing:
         raise UnsupportedModelError(

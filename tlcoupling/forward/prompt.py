@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
@@ -182,10 +182,10 @@ def _pads_excluded(model: Any, tokens: Int[Tensor, " pos"]) -> slice:
     roles = [name for name in ("bos", "eos", "unk") if pad == getattr(tokenizer, f"{name}_token_id", None)]
     if pad is None or len(tokens) == 0 or ("bos" in roles and len(tokens) == 1):
         return slice(None)
-    shown = f"{pad} ({tokenizer.pad_token!r})"
+    shown = f"{pad} ({getattr(tokenizer, 'pad_token', None)!r})"
     how = f"pass the text itself, token ids without pads, or {_MASK}= (1 for each token of the prompt, 0 for each pad)"
     if not text:
-        raise ArgumentError("prompt", f"{len(tokens)} times the pad token {shown}", f"at least one token of text: {how}")
+        raise ArgumentError("prompt", f"{len(tokens)} times the pad token {shown}", f"at least one token: {how}")
     start, stop = text[0], text[-1] + 1
     if "bos" in roles and start == 1:
         start = 0
@@ -224,8 +224,9 @@ def _warn_of_two_bos(model: Any, tokens: Int[Tensor, " pos"]) -> None:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and tokens[:2].tolist() == [bos, bos]:
         warnings.warn(
-            f"the prompt begins with the BOS token {tokenizer.bos_token!r} twice. A text that holds it already, such as "
-            "a chat template's, gets another: pass prepend_bos=False with such a text, or token ids with one BOS token",
+            f"the prompt begins with the BOS token {getattr(tokenizer, 'bos_token', None)!r} twice. A text that holds it "
+            "already, such as a chat template's, gets another: pass prepend_bos=False with the text, or token ids with "
+            "one BOS token",
             stacklevel=4,
         )
 

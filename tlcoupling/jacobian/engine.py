@@ -13,7 +13,7 @@ from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.differences import require_followed
@@ -51,6 +51,7 @@ class JacobianEngine:
         Raises:
             ArgumentError: an unknown engine.
         """
+        require_trace(trace)
         check_name("engine", engine, get_args(EngineName))
         self.trace, self.engine = trace, engine
         self._dests = tuple(dests)
