@@ -36,8 +36,10 @@ class Splice:
         def behind(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             return hook(output, hook=self)
 
-        register = self.module.register_forward_pre_hook if prepend else self.module.register_forward_hook
-        self._handles.append(register(before if prepend else behind))
+        if prepend:
+            self._handles.append(self.module.register_forward_pre_hook(before))
+        else:
+            self._handles.append(self.module.register_forward_hook(behind))
 
     def remove_hooks(self, dir: str, level: int) -> None:
         """Remove the hooks that ``add_hook`` attached."""
@@ -56,13 +58,12 @@ def hook_points(model: Any) -> dict[str, Any]:
     add_aliases = getattr(model, "_add_aliases_to_hooks", None)
     if add_aliases is not None and "blocks.0.hook_resid_pre" not in points:
         add_aliases(points)  # a bridge of SAELens lists none
-    splices: dict[int, Splice] = {}
     for name, module in _spliced(model):
-        points[name] = splices[id(module)] = Splice(name, module)
-    for name, point in points.items():
-        # an alias keeps a point that was replaced under its own name
-        points[name] = splices.get(id(point)) or points.get(getattr(point, "name", None), point)
-    return points
+        before, splice = points.get(name, module), Splice(name, module)
+        points.update({each: splice for each, point in points.items() if point is before or point is module})
+        points[name] = splice
+    # an alias keeps a point after another has replaced it under its own name
+    return {name: points.get(getattr(point, "name", None), point) for name, point in points.items()}
 
 
 def in_place(model: Any, point: Any) -> bool:

@@ -224,9 +224,9 @@ def _warn_of_two_bos(model: Any, tokens: Int[Tensor, " pos"]) -> None:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and tokens[:2].tolist() == [bos, bos]:
         warnings.warn(
-            f"the prompt begins with the BOS token {getattr(tokenizer, 'bos_token', None)!r} twice. A text that holds it "
-            "already, such as a chat template's, gets another: pass prepend_bos=False with the text, or token ids with "
-            "one BOS token",
+            f"the prompt begins with the BOS token {getattr(tokenizer, 'bos_token', None)!r} twice. A text that holds "
+            "one already, such as a chat template's, gets another: pass prepend_bos=False with the text, or token ids "
+            "with one BOS token",
             stacklevel=4,
         )
 
