@@ -161,7 +161,7 @@ class ManyAnalyses(Result):
 @full_precision()
 def analyze_many(
     model: Any,
-    prompts: Mapping[str, Any] | Sequence[Any],
+    prompts: Mapping[str, Any] | Sequence[Any] | Tensor,
     *,
     k: KSpec = 10,
     tokens: Indices = -1,

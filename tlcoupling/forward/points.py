@@ -70,8 +70,8 @@ def in_place(model: Any, point: Any) -> bool:
     """Return whether a model still runs a point: attaching or detaching an autoencoder puts another in its place."""
     try:
         now = reduce(getattr, point.name.split("."), model)
-    except AttributeError:  # no name, or none of a module
-        return True
+    except AttributeError:  # SAELens leaves points without a full name behind: read them again
+        return False
     return now is (point.module if isinstance(point, Splice) else point)
 
 

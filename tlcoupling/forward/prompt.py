@@ -25,7 +25,8 @@ _BATCH = "one prompt: tlc.analyze_many measures several"
 
 
 def named_prompts(
-    prompts: Mapping[str, Any] | Sequence[Any], attention_mask: Mapping[str, Any] | Sequence[Any] | Tensor | None = None
+    prompts: Mapping[str, Any] | Sequence[Any] | Tensor,
+    attention_mask: Mapping[str, Any] | Sequence[Any] | Tensor | None = None,
 ) -> dict[str, Any]:
     """Return several prompts by their names, or by their numbers if they have none.
 
