@@ -204,6 +204,7 @@ def residual_jacobian(
         >>> J = tlc.residual_jacobian(trace, layer=3, sublayer="attn")  # doctest: +SKIP
         >>> J.mv(torch.randn(trace.d_model)).shape  # doctest: +SKIP
     """
+    require_trace(trace)
     layer = check_index("layer", layer, trace.n_layers)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers)
