@@ -3,6 +3,8 @@
 # make test-lane LANE=2.18
 #                the tests of what depends on the generation of transformer-lens, on an older one (2.18 or 3.9) in
 #                a virtual environment of its own, .venv-2.18
+# make mutants   set up, then break single lines of the sources and check that a test notices each break; some minutes.
+#                BREAKS='stream store' tries only those whose file or description holds one of the words
 # make lint      ruff, check and format, and the import contract
 # make types     pyright
 # make docs      build the documentation site in site/
@@ -15,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
+BREAKS ?=
 # Small matrices gain nothing from threads: two test processes of one thread each.
 WORKERS ?= -n 2 --dist worksteal
 CONSTRAINTS ?= constraints.txt
@@ -35,7 +38,7 @@ LANE_SKIPS := $(patsubst %,--deselect tests/training/test_monitor.py::test_%,\
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lane lint types docs notebooks clean setup setup-dev setup-test
+.PHONY: demo test test-lane mutants lint types docs notebooks clean setup setup-dev setup-test
 
 demo: setup
 	$(BIN)/tlcoupling report --output $(OUT)/report
@@ -50,6 +53,9 @@ ifeq ($(LANE),3.9)
 	$(MAKE) $(VENV)-$(LANE)/.saelens VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
 endif
 	OMP_NUM_THREADS=1 $(VENV)-$(LANE)/bin/python -m pytest $(WORKERS) $(LANE_TESTS) $(LANE_SKIPS) $(PYTEST_ARGS)
+
+mutants: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(BREAKS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

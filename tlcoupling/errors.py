@@ -65,6 +65,10 @@ class DegenerateSpectrumError(TLCouplingError):
     """Singular values coincide, so their singular vectors have no derivative."""
 
 
+class DerivativeError(TLCouplingError):
+    """The derivative that autograd gives is not that of the function that the model computes."""
+
+
 class CertificateError(TLCouplingError):
     """An analytic Jacobian does not match the model's own derivative."""
 

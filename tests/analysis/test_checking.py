@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, TOKENS, Case
+from cases import CASES, TOKENS, Case, built_here
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
@@ -15,16 +15,16 @@ from tlcoupling.jacobian.parts import NormMap
 def test_a_covered_model_holds(case: Case):
     found = tlc.check(case.model(), TOKENS)
     assert found.passed
-    assert [one.outcome for one in found.findings] == ["holds"] * 4
-    assert len(found.to_dataframe()) == 4
-    assert repr(found).endswith("4 holds, 0 falls back, 0 refused)")
+    assert [one.outcome for one in found.findings] == ["holds"] * 5
+    assert len(found.to_dataframe()) == 5
+    assert repr(found).endswith("5 holds, 0 falls back, 0 refused)")
 
 
 def test_a_wrong_closed_form_falls_back_with_its_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(NormMap, "mm", lambda self, x, right=NormMap.mm: 2 * right(self, x))
     found = tlc.check(CASES[0].model(), TOKENS, layers=[1])
-    assert [one.outcome for one in found.findings] == ["holds"] + ["falls back"] * 3
-    assert all("misses the module's own derivative" in one.detail for one in found.findings[1:])
+    assert [one.outcome for one in found.findings] == ["holds"] * 2 + ["falls back"] * 3
+    assert all("misses the module's own derivative" in one.detail for one in found.findings[2:])
 
 
 def test_a_gap_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -32,8 +32,8 @@ def test_a_gap_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch):
     gaps = iter([[1e-9, 1e-9], [float("nan"), 1e-9]] + 10 * [[1e-9, 1e-9]])
     monkeypatch.setattr("tlcoupling.analysis.checking._gaps", lambda found, truth: next(gaps))
     found = tlc.check(CASES[0].model(), TOKENS, layers=[1])
-    assert [one.outcome for one in found.findings] == ["holds", "refused", "holds", "holds"]
-    assert "nan from autograd" in found.findings[1].detail
+    assert [one.outcome for one in found.findings] == ["holds", "holds", "refused", "holds", "holds"]
+    assert "nan from autograd" in found.findings[2].detail
 
 
 def test_layers_are_resolved():
@@ -41,10 +41,16 @@ def test_layers_are_resolved():
     for layers in ([], [3], [-4], [1, 1]):
         with pytest.raises(ArgumentError, match="layers="):
             tlc.check(model, TOKENS, layers=layers)
-    assert tlc.check(model, TOKENS, layers=[-1]).findings[1].what == "block Jacobians of layers 2"
+    assert tlc.check(model, TOKENS, layers=[-1]).findings[2].what == "block Jacobians of layers 2"
 
 
 def test_what_cannot_be_measured_is_refused_with_the_reason():
     found = tlc.check(torch.nn.Linear(2, 2))
     assert not found.passed
     assert "no TransformerLens model" in found.findings[0].detail
+
+
+@pytest.mark.parametrize("context", [1, 3, 32])
+def test_the_default_prompt_fits_the_context(context: int):
+    result = tlc.check(built_here({"n_ctx": context}))
+    assert result.passed and result.findings[0].what == "residual identity"

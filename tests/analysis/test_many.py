@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, EveryPromptFailedError
-from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.jacobian.analytic import AnalyticLayer
+from tlcoupling.jacobian.evidence import Evidence
 from tlcoupling.results.intervals import bootstrap_mean
 
 PROMPTS = [TOKENS[:4], TOKENS, TOKENS.flip(0), torch.tensor([1, 2, 3, 40, 45])]
@@ -58,12 +59,12 @@ def test_settings_reach_the_measurement():
 
 def test_a_refused_certificate_of_any_prompt_shows(monkeypatch: pytest.MonkeyPatch):
     """The provenance says what computed each prompt, not only the last one."""
-    certify = JacobianEngine._certify
+    refusal = Evidence.refusal
 
-    def refuse_short(engine: JacobianEngine, *arguments: Any) -> str | None:
-        return "refused" if engine.trace.n_tokens == 4 else certify(engine, *arguments)
+    def refuse_short(evidence: Evidence, closed: AnalyticLayer, *arguments: Any) -> str | None:
+        return "refused" if len(closed.resid_pre) == 4 else refusal(evidence, closed, *arguments)
 
-    monkeypatch.setattr(JacobianEngine, "_certify", refuse_short)
+    monkeypatch.setattr(Evidence, "refusal", refuse_short)
     model, prompts = FEW[0].model(), {"long": TOKENS, "short": TOKENS[:4], "other": TOKENS.flip(0)}
     said = {"attn": "analytic (2 of 3 prompts, first 'long'), autograd (1 of 3 prompts, first 'short')"}
     with pytest.warns(UserWarning, match="by autograd"):

@@ -12,7 +12,7 @@ import tlcoupling as tlc
 from tlcoupling.results.base import Provenance
 
 
-def coupling_of(values: torch.Tensor) -> tlc.DepthCoupling:
+def coupling_of(values: torch.Tensor, layers: tuple[int, ...] | None = None) -> tlc.DepthCoupling:
     """What the profile reads of a DepthCoupling."""
     fields = {name: None for name in tlc.DepthCoupling.__dataclass_fields__}
     fields |= dict(
@@ -21,7 +21,7 @@ def coupling_of(values: torch.Tensor) -> tlc.DepthCoupling:
         sublayers=("block",),
         positions=(0,),
         tokens=("a",),
-        layers=tuple(range(values.shape[2])),
+        layers=tuple(range(values.shape[2])) if layers is None else layers,
     )
     made = object.__new__(tlc.DepthCoupling)
     made.__dict__.update(fields)
@@ -37,6 +37,15 @@ def test_the_law_is_found_where_it_holds(a: float, b: float, n: int):
     assert float(found.slope) == pytest.approx(1 / a, rel=1e-6)
     assert float(found.intercept) == pytest.approx(b / a, rel=1e-6)
     assert float(found.r_squared) == pytest.approx(1, abs=1e-9)
+    torch.testing.assert_close(found.fitted, values)
+
+
+def test_the_depths_are_those_of_the_measured_layers():
+    """Every third layer from the fourth on, of s(l) = 2 / (l + 5)."""
+    layers = (3, 6, 9, 12)
+    values = (2 / (torch.tensor(layers, dtype=torch.float64) + 5))[None, None, :, None]
+    found = tlc.singular_value_profile(coupling_of(values, layers))
+    assert float(found.slope) == pytest.approx(1 / 2) and float(found.intercept) == pytest.approx(5 / 2)
     torch.testing.assert_close(found.fitted, values)
 
 

@@ -201,6 +201,10 @@ def test_bad_prompts(model: torch.nn.Module, prompt: object, message: str):
         tlc.trace(model, prompt)
 
 
+def test_a_prompt_may_fill_the_context(model: torch.nn.Module):
+    assert tlc.trace(model, list(range(model.cfg.n_ctx))).n_tokens == model.cfg.n_ctx == 32
+
+
 def test_training_mode_is_refused_and_not_switched_off(model: torch.nn.Module):
     model.train()
     try:
@@ -253,6 +257,9 @@ def test_an_encoder_is_refused():
     bert = bridge.TransformerBridge.boot_transformers("bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer())
     with pytest.raises(UnsupportedModelError, match="encoder"):
         tlc.trace(bert, TOKENS)
+    bert.cfg.attention_dir = "causal"  # the pattern says otherwise, of two tokens too
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        tlc.trace(bert, TOKENS[:2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -281,6 +288,19 @@ def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
         _, hooked = model.run_with_cache(TOKENS[None])
     with pytest.raises(ResidualIdentityError, match="block 1: .*a trace with fwd_hooks= tells their share apart"):
         tlc.growth(hooked)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+def test_writes_may_miss_the_stream_by_its_rounding(dtype: torch.dtype, allowed: float):
+    _, cache = CASES[0].model(dtype).run_with_cache(TOKENS[None])
+    for share in (0.5, 2.0):
+        activations = {name: value.clone() for name, value in cache.items()}
+        activations["blocks.1.hook_mlp_out"] += share * allowed * activations["blocks.1.hook_resid_post"]
+        if share < 1:
+            assert tlc.growth(activations).alpha.isfinite().all()
+        else:
+            with pytest.raises(ResidualIdentityError, match=rf"block 1: .* by 2.00e-\d+ .*allowed: {allowed:.0e}"):
+                tlc.growth(activations)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -440,6 +440,29 @@ def test_a_hook_registered_on_a_hook_point_acts_where_the_point_is(case: Case):
         assert relative_error(found, truth - torch.eye(WIDTH, dtype=torch.float64)) < case.tolerance
 
 
+@of_each_class
+def test_hooks_outside_the_blocks_are_told(case: Case):
+    model = case.model()
+    trace = tlc.trace(model, TOKENS)
+    same = hook(lambda x: x)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_attn_out", same)]), registered(model.blocks[1].attn, lambda *_: None):
+        assert not trace.hooked_outside_blocks()
+    with model.hooks(fwd_hooks=[("hook_embed", same)]):
+        assert trace.hooked_outside_blocks()
+    with registered(model.unembed, lambda *_: None):
+        assert trace.hooked_outside_blocks()
+    assert not trace.hooked_outside_blocks()
+
+
+@of_each_class
+def test_a_hook_may_look_ahead(case: Case):
+    """A pattern that a hook makes even over all positions makes no encoder of the model."""
+    even = hook(lambda pattern: torch.full_like(pattern, 1 / len(TOKENS)))
+    trace = tlc.trace(case.model(), TOKENS, fwd_hooks=[("blocks.0.attn.hook_pattern", even)])
+    assert trace.hooked_layers == {0}
+    torch.testing.assert_close(trace.attn_out[0], trace.attn_out[0, :1].expand(len(TOKENS), -1))
+
+
 def test_a_hook_that_is_not_smooth_is_said_to_be_once():
     case = FEW[0]
     jagged = hook(lambda x: x + 0.3 * torch.sign(torch.sin(1e4 * x)))

@@ -194,7 +194,7 @@ def test_a_post_norm_of_equal_gains_is_no_factor_of_the_write(case: Case):
     """Row by row, 1 / r is such a factor; where one row is run, it must not be taken for one."""
     model = tlc.random_baseline(case.model())
     trace = tlc.trace(model, TOKENS)
-    engine, oracle = JacobianEngine(trace, "auto", dests=[6]), JacobianEngine(trace, "autograd")
+    engine, oracle = JacobianEngine(trace, "auto", pairs=[(6, 6)]), JacobianEngine(trace, "autograd")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for sublayer in trace.sublayers:

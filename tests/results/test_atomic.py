@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +25,27 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_data_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Otherwise a power cut could leave an empty file under the name."""
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else os.pread(handle, 9, 0).decode())
+        sync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("the data")
+    assert done == ["the data", "rename", "folder"]
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644  # mkstemp's own is 0o600
 
 
 def test_only_what_dead_processes_left_is_removed(tmp_path: Path):

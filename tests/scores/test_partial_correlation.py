@@ -17,10 +17,11 @@ def test_partial_correlation_is_that_of_residuals():
     design = np.stack([np.ones(15), *given_], 1)
     left = [each - design @ np.linalg.lstsq(design, each, rcond=None)[0] for each in (x, y)]
     r, _ = scipy.stats.pearsonr(*left)
-    found = partial_correlation(x, y, given_)
-    assert found.r == pytest.approx(r, abs=1e-12) and found.freedom == 15 - 2 - 2
     t = r * np.sqrt(11 / (1 - r * r))
-    assert found.p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 11), rel=1e-9)
+    for sign in (1, -1):
+        found = partial_correlation(x, sign * y, given_)
+        assert found.r == pytest.approx(sign * r, abs=1e-12) and found.freedom == 15 - 2 - 2
+        assert found.p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 11), rel=1e-9)
 
 
 def test_partial_correlation_within_groups_by_hand():

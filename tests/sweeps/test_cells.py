@@ -9,7 +9,7 @@ import pytest
 from sweep_cells import SETTINGS, cell_of
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.sweeps.cells import Cell, Settings
+from tlcoupling.sweeps.cells import MEASUREMENT, Cell, Settings
 
 
 def test_a_key_is_of_the_contents():
@@ -29,6 +29,17 @@ def test_a_key_is_of_the_contents():
     assert len({cell.key, *(other.key for other in others)}) == 1 + len(others)
     assert Settings.of(k=[2, 0.25], tokens=[0, -1]) == SETTINGS
     assert Settings.of(k=10, tokens=-1, sublayers="mlp") == Settings(sublayers=("mlp",))
+
+
+def test_each_setting_and_the_version_of_the_measurement_are_in_the_key(monkeypatch: pytest.MonkeyPatch):
+    changes = {"k": 2, "tokens": "all", "sublayers": "mlp", "normalizer": "trace", "bases": "vu", "absolute": False}
+    changes |= {"prepend_bos": False, "engine": "autograd", "solver": "dense"}
+    assert changes.keys() == SETTINGS.arguments().keys()
+    settings = [Settings.of(**{**SETTINGS.arguments(), name: value}) for name, value in changes.items()]
+    keys = {cell_of().key, *(dataclasses.replace(cell_of(), settings=one).key for one in settings)}
+    assert len(keys) == 1 + len(changes)
+    monkeypatch.setattr("tlcoupling.sweeps.cells.MEASUREMENT", MEASUREMENT + 1)
+    assert cell_of().key not in keys
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def fresh() -> Any:
     return bridge() if _hooked_transformer() is None else hooked()
 
 
-def test_the_store_is_a_sweeps_and_goes_on(tmp_path: Path):
+def test_the_store_is_a_sweeps_and_goes_on(untyped: None, tmp_path: Path):
     _, monitor = train(fresh, watch=monitored(every=4, store=tmp_path / "run", name="run"))
     store = tlc.SweepStore(tmp_path / "run")
     assert sorted({(cell.model, cell.step) for cell in store.cells()}) == [("run", 0), ("run", 4), ("run", 8)]

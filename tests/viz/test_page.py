@@ -21,7 +21,7 @@ from tlcoupling import viz
 from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
-from tlcoupling.viz.plain import packed, visible
+from tlcoupling.viz.plain import packed
 
 NAN = float("nan")
 
@@ -133,7 +133,10 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     rows, columns = torch.tril_indices(4, 4)
     patterns[..., rows, columns] = unpacked(data["pairs"]["attention"]["patterns"])
     torch.testing.assert_close(patterns, analysis.attention.double(), atol=step, rtol=0)
-    numbers = data["tokens"]
+    numbers, growth = data["tokens"], analysis.growth
+    assert numbers["norm"] == pytest.approx(growth.norms[-1].tolist(), abs=5e-3)  # of two digits
+    assert data["growth"]["alpha"] == pytest.approx(growth.alpha.mean(1).tolist(), abs=5e-5)
+    assert len(data["growth"]["log_norms"]) == len(analysis.tokens)
     assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], abs=6e-4)
     both = [a + m for a, m in zip(numbers["attn_share"], numbers["mlp_share"], strict=True)]
     assert both == pytest.approx(numbers["rate"], abs=1.6e-4)  # three numbers rounded to four digits
@@ -162,6 +165,8 @@ def test_summary_reduces_over_pairs_and_tokens() -> None:
         assert row.overlap_null == row.k / 16
     growth = growth_summary(analysis.growth)
     assert growth.attn_share + growth.mlp_share == pytest.approx(growth.mean_rate, abs=1e-6)
+    assert growth.mean_slope == pytest.approx(float(analysis.growth.slope.mean()), rel=1e-6)
+    assert growth.mean_rate == pytest.approx(float(analysis.growth.rate.mean()), rel=1e-6)
     assert d_model_of(analysis.coupling) == 16
 
 
@@ -188,13 +193,6 @@ def test_parallel_blocks_have_no_shares() -> None:
     analysis = make_analysis(sequential=False)
     assert growth_summary(analysis.growth).attn_share is None
     assert data_of(viz.render_html(analysis))["growth"]["shares"] == {}
-
-
-def test_invisible_characters_are_shown() -> None:
-    assert visible(" a\n\t\u202e\u200b") == " a↵⇥\\u{202e}\\u{200b}"
-    assert visible("") == "∅"
-    assert visible("\u200d") == "\\u{200d}"
-    assert visible("🏳️‍🌈") == "🏳️‍🌈"
 
 
 def test_long_prompts_show_their_end_on_all_axes() -> None:

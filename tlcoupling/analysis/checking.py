@@ -73,11 +73,11 @@ class Check:
 
 @measured
 def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> Check:
-    """Run the residual identity, the certificate and a comparison with autograd on a model.
+    """Run the residual identity, the differences, the certificate and a comparison with autograd on a model.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge``.
-        prompt: as in ``trace``; by default eight token ids spread over the vocabulary.
+        prompt: as in ``trace``; by default eight token ids spread over the vocabulary, or as many as fit the context.
         layers: layers whose Jacobians are compared; by default the first, the middle and the last.
 
     Returns:
@@ -103,28 +103,56 @@ def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> C
     ]
     last = traced.n_layers - 1
     chosen = resolve_indices("layers", sorted({0, last // 2, last}) if layers is None else layers, traced.n_layers)
+    findings.append(_differences(traced, chosen))
     for sublayer in traced.sublayers:
         findings.append(_compare(traced, sublayer, chosen))
     return Check(name, tuple(findings))
 
 
 def _spread_tokens(model: Any) -> list[int]:
-    vocabulary = getattr(getattr(model, "cfg", None), "d_vocab", 0)
-    return [index * max(vocabulary - 1, 0) // 8 for index in range(1, 9)]
+    """Return token ids from all over the vocabulary, at most eight and no more than the context holds."""
+    cfg = getattr(model, "cfg", None)
+    vocabulary, context = getattr(cfg, "d_vocab", 0), getattr(cfg, "n_ctx", None)
+    count = min(8, context or 8)
+    return [index * max(vocabulary - 1, 0) // count for index in range(1, count + 1)]
+
+
+def _pairs(traced: Trace, sublayer: str) -> list[tuple[int, int]]:
+    """The last position, and, where a sublayer reads others, one from the middle to it."""
+    last = traced.n_tokens - 1
+    return sorted({(last, last)} if sublayer == "mlp" else {(last, last), (last // 2, last)})
+
+
+def _differences(traced: Trace, layers: Sequence[int]) -> Finding:
+    """Hold autograd against central differences of what is run."""
+    what = f"central differences of layers {', '.join(map(str, layers))}"
+    engine = JacobianEngine(traced, "autograd", _pairs(traced, "block"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for layer in layers:
+                for sublayer in traced.sublayers:
+                    for src, dest in _pairs(traced, sublayer):
+                        engine.operator(layer, sublayer, src, dest)
+        except TLCouplingError as error:
+            return Finding(what, "refused", str(error))
+    unsettled = [str(one.message) for one in caught if "differences" in str(one.message)]
+    if unsettled:
+        return Finding(what, "refused", unsettled[0])
+    return Finding(what, "holds", f"autograd's derivative is the function's own, to {engine.difference_gap:.1e}")
 
 
 def _compare(traced: Trace, sublayer: str, layers: Sequence[int]) -> Finding:
     """Compare both engines on random vectors, at the last position and between two positions."""
     what = f"{sublayer} Jacobians of layers {', '.join(map(str, layers))}"
-    last = traced.n_tokens - 1
-    pairs = {(last, last)} if sublayer == "mlp" else {(last, last), (last // 2, last)}
-    auto, oracle = JacobianEngine(traced, "auto"), JacobianEngine(traced, "autograd")
+    pairs = _pairs(traced, sublayer)
+    auto, oracle = (JacobianEngine(traced, name, pairs) for name in ("auto", "autograd"))
     gaps: list[float] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for layer in layers:
-                for src, dest in sorted(pairs):
+                for src, dest in pairs:
                     ours = auto.operator(layer, sublayer, src, dest)
                     gaps += _gaps(ours, oracle.operator(layer, sublayer, src, dest))
         except TLCouplingError as error:

@@ -18,7 +18,7 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.metric import Bases, coupling, null_coupling
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
-from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
@@ -137,10 +137,12 @@ def projected_jacobians(
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])
-    plan = make_plan(Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options))
-    jacobians = JacobianEngine(trace, engine, {position})
+    schedule = make_schedule(
+        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options)
+    )
+    jacobians = JacobianEngine(trace, engine, {(position, position)})
     spectra = {
-        (name, place): decompose(jacobians, name, place, options, len(chosen), plan.keep)
+        (name, place): decompose(jacobians, schedule, name, place)
         for place in sorted(groups[0].places)
         for name in names
     }

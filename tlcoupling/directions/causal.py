@@ -195,7 +195,7 @@ class _Measured:
         self._draws, self._generator = draws, generator
         self.k = directions if isinstance(directions, int) else orthonormal(directions).shape[-1]
         self.positions = range(traced.n_tokens - 1)
-        self.jacobians = JacobianEngine(traced, engine, self.positions)
+        self.jacobians = JacobianEngine(traced, engine, {(pos, pos) for pos in self.positions})
         self.loss = self._loss([])
 
     def _loss(self, hooks: list[Any]) -> Float[Tensor, ""]:

@@ -25,7 +25,8 @@ from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
-from tlcoupling.jacobian.differences import require_same_product
+from tlcoupling.jacobian.certificate import random_vector
+from tlcoupling.jacobian.differences import Function
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Result
@@ -138,6 +139,7 @@ def read_directions(
     Raises:
         ArgumentError: an argument out of range.
         HookError: a user hook hides its effect from autograd.
+        DerivativeError: the model itself hides its effect from autograd.
         UnsupportedModelError: the embeddings are not in the residual stream's space.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
@@ -191,6 +193,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     Raises:
         ArgumentError: a hook of the trace is on a point that the forward pass does not call.
         HookError: a user hook hides its effect from autograd.
+        DerivativeError: the model itself hides its effect from autograd.
         StaleTraceError: the model now gives another x^L.
 
     Warns:
@@ -208,8 +211,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
             )
         weights = logits.numel() * trace.d_model
         jacobian = GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
-        if trace.hooked_outside_blocks():
-            _require_followed(trace, pos, jacobian, logits.detach())
+        _require_followed(trace, pos, jacobian, logits.detach())
     return jacobian
 
 
@@ -231,17 +233,27 @@ def _logits(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"])
 
 
 def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
-    """Check the derivative of the logits against central differences along one random direction."""
-    probe = torch.randn(trace.d_model, generator=torch.Generator().manual_seed(0), dtype=jacobian.dtype)
-    probe = (probe / probe.norm()).to(jacobian.device)
+    """Hold the derivative of the logits against central differences."""
+    stream = trace.resid[-1][None]
 
-    def run(step: float) -> Float[Tensor, "1 vocabulary"]:
-        moved = trace.resid[-1][None].clone()
-        moved[0, pos] += step * probe
-        return _logits(trace, pos, moved)[None].detach()
+    @torch.no_grad()
+    def moved(moves: Float[Tensor, "move d_model"]) -> Float[Tensor, "move 1 vocabulary"]:
+        changes = []
+        for move in moves:
+            other = stream.clone()
+            other[0, pos] += move
+            changes.append(_logits(trace, pos, other).detach() - logits)
+        return torch.stack(changes)[:, None].to(logits)
 
-    size = float(trace.resid[-1, pos].norm())
-    reason = require_same_product("the logits", jacobian.mv(probe)[None], run, size, logits[None])
+    directions = torch.stack([random_vector(trace, trace.n_layers - 1, seed) for seed in range(4)])
+    reason = Function(
+        where="the logits",
+        moved=moved,
+        product=lambda direction: jacobian.mv(direction)[None],
+        size=float(stream[0, pos].norm()) or 1.0,
+        lengths=logits.norm()[None],
+        hooked=trace.hooked_outside_blocks(),
+    ).require(directions.to(jacobian.device))
     if reason is not None:
         warnings.warn(reason, stacklevel=4)
 

@@ -116,6 +116,7 @@ def linearized(
     Raises:
         ArgumentError: an argument out of range.
         HookError: a user hook hides its effect from autograd.
+        DerivativeError: the model itself hides its effect from autograd.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
     require_trace(trace)
@@ -143,8 +144,8 @@ def _linearized(
     for index in range(layer, trace.n_layers):
         step = StreamJacobian(trace, index)
         moved = step.mv(carried[-1].to(step.device).flatten()).unflatten(0, stream.shape).to(stream.device)
-        if index in jacobians.hooked or step.constant:
-            jacobians.warn_once(index, require_step_followed(trace, index, moved, carried[-1]))
+        reason = require_step_followed(trace, step, index, carried[-1], index in jacobians.hooked)
+        jacobians.warn_once(index, reason)
         carried.append(moved)
     return torch.stack(carried)[:, pos:]
 
@@ -176,6 +177,7 @@ def linearization_gap(
     Raises:
         ArgumentError: an argument out of range; a direction of length zero; a size that is not above zero.
         HookError: a user hook hides its effect from autograd.
+        DerivativeError: the model itself hides its effect from autograd.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Warns:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, HookError
@@ -23,6 +24,8 @@ FwdHooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 # Whose own hooks are part of what a model is: they capture and pass on, or move to another device.
 _LIBRARIES = ("tlcoupling.", "transformer_lens.", "transformers.", "accelerate.")
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# torch.nn.modules.module keeps the hooks of all modules (register_module_forward_hook) in tables of these names
+_GLOBAL_TABLES = tuple(f"_global{name}" for name in _TABLES)
 
 
 def has_user_hooks(points: Collection[Any]) -> bool:
@@ -43,6 +46,12 @@ def has_module_hooks(modules: Iterable[nn.Module]) -> bool:
     """
     functions = (function for module in modules for table in _TABLES for function in getattr(module, table).values())
     return any(not _of_library(function) for function in functions)
+
+
+def has_global_hooks() -> bool:
+    """Return whether anyone but the libraries has registered hooks on all modules of the process."""
+    tables = (getattr(torch.nn.modules.module, name) for name in _GLOBAL_TABLES)
+    return any(not _of_library(function) for table in tables for function in table.values())
 
 
 def _is_its_own(handle: Any) -> bool:
@@ -68,8 +77,10 @@ def hooked_layers(points: Mapping[str, Any], blocks: nn.ModuleList) -> frozenset
     The Jacobian of block l is that of x^{l+1} with respect to x^l. Hooks on its own ``hook_resid_pre`` make x^l, and
     act before it; those on its ``hook_resid_post`` and on the next ``hook_resid_pre`` make x^{l+1}, and act within it.
     Hooks outside the blocks (embeddings) move x^0 alone. Hooks of PyTorch's own kind act within the block whose modules
-    they are registered on.
+    they are registered on, and those of all modules within every block.
     """
+    if has_global_hooks():
+        return frozenset(range(len(blocks)))
     touched = {name: point for name, point in points.items() if has_user_hooks([point])}
     known = {id(point) for point in points.values()}
 
@@ -86,7 +97,11 @@ def hooked_outside_blocks(model: Any, points: Mapping[str, Any]) -> bool:
     """Whether hooks of the user's act outside the blocks: on embeddings, final norm or logits."""
     modules = [part for name, part in model.named_children() if name not in ("blocks", "original_model")]
     outside = [point for name, point in points.items() if not name.startswith("blocks.")]
-    return has_user_hooks(outside) or has_module_hooks(each for part in modules for each in part.modules())
+    return (
+        has_user_hooks(outside)
+        or has_module_hooks(each for part in modules for each in part.modules())
+        or has_global_hooks()
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,7 @@ class AnalyticLayer:
     """The closed forms of one block, from runs of its own sublayers."""
 
     def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
-        """Run the attention once, for its activations and its certificate.
+        """Run the attention once, for its activations.
 
         Args:
             trace: a trace of the model.
@@ -58,7 +58,6 @@ class AnalyticLayer:
         self._dests = tuple(sorted(set(dests)))
         self._mlp_run: tuple[tuple[int, ...], Run] | None = None  # the last one, with its positions
         self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they are unknown
-        self._mlp_pulled: dict[int, Float[Tensor, " d_model"]] = {}  # by position
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
         self._norms: dict[nn.Module, Norm] = {}
@@ -124,19 +123,6 @@ class AnalyticLayer:
         rows, run = self._mlp_run
         return run, rows.index(pos)
 
-    def mlp_pulled(self, cotangent: Float[Tensor, " d_model"], pos: int) -> Float[Tensor, " d_model"]:
-        """Return J_mlp^T y by the real modules, for the cotangent y that certifies this layer.
-
-        The graph of the run is freed: it holds the MLP's lifted weights where the model is half precision.
-        """
-        if pos not in self._mlp_pulled:
-            run, row = self.mlp_run(pos)
-            if self._mlp_pulled:
-                rows, run = self._run_mlp((pos,))
-                row = rows.index(pos)
-            self._mlp_pulled[pos] = run.pull(cotangent, row, again=False)[row]
-        return self._mlp_pulled[pos]
-
     def _run_mlp(self, rows: tuple[int, ...]) -> tuple[tuple[int, ...], Run]:
         """Run the MLP on some rows, or inside its block on all rows; return the rows that it ran on, and the run."""
         if self._mlp_alone:
@@ -154,7 +140,7 @@ class AnalyticLayer:
     def _run(self, name: str, runner: Runner, stream: Float[Tensor, "1 row d_model"]) -> Run:
         sublayer = self.block.sublayers[name]
         points = sublayer.points(*(_ATTN_VALUES if name == "attn" else _MLP_VALUES))
-        return run_sublayer(self._trace, self.layer, sublayer, runner, points, stream)
+        return run_sublayer(self._trace, self.layer, sublayer, runner, points, stream, with_graph=name == "mlp")
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""

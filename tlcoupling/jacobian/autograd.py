@@ -169,8 +169,9 @@ def _batched_grad(
             retain_graph=True,
             is_grads_batched=batched,
             allow_unused=True,
-            materialize_grads=True,
         )
+        if grads is None:  # unused: torch would make zeros without the batch axis
+            return leaf.new_zeros(len(cotangent) if batched else 1, *leaf.shape)
         return grads if batched else grads[None]
 
     rows = []

@@ -1,69 +1,169 @@
-"""Central differences of what is run, hooks included, against what autograd says of it.
+"""Central differences of what is run, held against what a Jacobian says of it: the last link of the chain of trust.
 
-Where hooks of the user's act, autograd is the only engine, and a hook can hide from it what it does: a graph that is
-detached gives a smaller Jacobian, and no error. Two central differences along one direction tell. A hook may treat each
-position in its own way, so that what holds for one says nothing of another.
+A closed form is held against autograd (``certificate``), and autograd against the function itself, here. A graph that
+is cut (``no_grad``, ``detach``, numpy) or a derivative that is made up (straight-through rounding) gives another
+Jacobian than the function has, and no error. Each measured pair (src, dest) is tested by itself, along one direction.
+
+Where a first difference disagrees, ``Function.verdict`` takes more of them: in several directions, on both sides, over
+a ladder of steps. It tells four things apart:
+
+- rounding: the gap stays within the function's own rounding, which is measured;
+- curvature: the gap falls with the square of the step;
+- a kink or a jump close by (ReLU, a router's tie): most directions agree, on one side at least;
+- a false derivative: none of these. Differences then settle elsewhere, or, on a staircase, nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tlcoupling.errors import HookError
+from tlcoupling.errors import DerivativeError, HookError
+from tlcoupling.forward.hooked import Hook
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.autograd import AutogradJacobian, input_of, output_at
+from tlcoupling.jacobian.autograd import autograd_column_bytes, vectors_at_once
+from tlcoupling.jacobian.certificate import Pair, random_vector
+from tlcoupling.linalg.operator import JacobianOperator
+from tlcoupling.memory import free_memory
 
-# Steps relative to the stream's norm. Differences are good to the square of the step and to float32 rounding over the
-# step (HuggingFace's modules cast to float32 inside); what a hook detaches is a share of the Jacobian.
-STEPS = (4e-3, 1e-3)
-TOLERANCE = 0.05
+# Steps relative to the length of what is moved. HuggingFace's modules cast to float32 inside, so that float64 models
+# gain nothing from smaller ones. A difference is good to the square of the step and to rounding over the step.
+STEP = 1.6e-2
+_LADDER = (4 * STEP, STEP, STEP / 4, STEP / 16, STEP / 64)
+_TINY = 1e-6  # a move that shows rounding: its true effect is far below the tolerance at each step of the ladder
+_DIRECTIONS = 4
+# How far a Jacobian's product may lie from a difference, relative to the larger of the two.
+TOLERANCE = 0.02
+# Rounding of a sublayer's write, relative to its length: what is assumed at first, and at most once it is measured.
+# Scores of 100 move a pattern by 100 float32 roundings, 1e-5.
+_ROUNDING, _MOST_ROUNDING = 10 * torch.finfo(torch.float32).eps, 1e-4
 
 
-def require_followed(
-    oracle: AutogradJacobian, trace: Trace, layer: int, sublayer: str, src: int, dest: int
-) -> str | None:
-    """Check that autograd follows what is run, along one random direction: four runs of the block.
+@dataclass(frozen=True)
+class Function:
+    """A function, what is said of its derivative, and how it is run.
 
-    Returns:
-        Why nothing can be said, None where autograd is right.
-
-    Raises:
-        HookError: differences settle elsewhere than at autograd's derivative.
+    Attributes:
+        where: its name in a message; ``{row}`` in it stands for the row.
+        moved: from moves of the input ``[move, *input]`` to the changes of the output that they make, ``[move, row,
+            d]``.
+        product: from a direction of the input to the Jacobian's product with it, ``[row, d]``.
+        size: by what a direction is multiplied where the step is 1.
+        lengths: of the output's rows, to which their rounding is relative.
+        hooked: whether hooks of the user's act in it.
     """
-    generator = torch.Generator().manual_seed(layer)
-    probe = torch.randn(trace.d_model, generator=generator, dtype=oracle.dtype).to(oracle.device)
-    probe = probe / probe.norm()
 
-    def run(step: float) -> Float[Tensor, "1 d"]:
-        moved = input_of(trace, layer, sublayer).clone()
-        moved[0, src] += step * probe
-        return output_at(trace, layer, sublayer, src, dest, None, moved, check=False)[None]
+    where: str
+    moved: Callable[[Tensor], Float[Tensor, "move row d"]]
+    product: Callable[[Tensor], Float[Tensor, "row d"]]
+    size: float
+    lengths: Float[Tensor, " row"]
+    hooked: bool
 
-    size = float(trace.resid[layer, src].norm())
-    where = f"layer {layer}, {sublayer} from position {src} to {dest}"
-    return require_same_product(where, oracle.mv(probe)[None], run, size, trace.resid[layer + 1, dest][None])
+    def require(self, directions: Tensor) -> str | None:
+        """Hold the product against one central difference, and against many where that does not confirm it.
+
+        Args, Returns, Raises:
+            see ``verdict``.
+        """
+        step = STEP * self.size
+        up, down = self.moved(torch.stack([step * directions[0], -step * directions[0]]))
+        right = agree(self.product(directions[0]), (up - down) / (2 * step), _ROUNDING * self.lengths / step)
+        return None if right.all() else self.verdict(directions)
+
+    def verdict(self, directions: Tensor) -> str | None:
+        """Judge the product by many differences.
+
+        Args:
+            directions: of the input, in which it is moved by a step times ``size``, ``[direction, *input]``.
+
+        Returns:
+            None where the product is right. Why nothing can be said, where a hook of the user's is not smooth.
+
+        Raises:
+            HookError: the product is not the derivative, and hooks act.
+            DerivativeError: the product is not the derivative of the model's own function.
+        """
+        steps = self.size * torch.tensor(_LADDER, dtype=self.lengths.dtype, device=self.lengths.device)
+        product = torch.stack([self.product(one) for one in directions])  # [direction, row, d]
+        both = torch.stack([directions, -directions])
+
+        def change(step: float) -> Float[Tensor, "side direction row d"]:
+            return self.moved((step * both).flatten(0, 1)).unflatten(0, both.shape[:2])
+
+        rounding = change(_TINY * self.size).norm(dim=-1).flatten(0, 1).median(dim=0).values
+        rounding = 3 * rounding.clamp(max=_MOST_ROUNDING * self.lengths) / steps[:, None]
+        ahead, back = torch.stack([change(float(step)) / step for step in steps], dim=2)
+        central = (ahead - back) / 2  # [direction, step, row, d]
+        product = product[:, None].expand_as(central)
+        close = agree(product, central, rounding)
+        aside = close | agree(product, ahead, 2 * rounding) | agree(product, -back, 2 * rounding)
+        share = aside.float().mean(0)  # [step, row]
+        right = (share[1] >= 0.5) & (share[2] >= 0.75)  # a kink or a jump close by, or rounding alone
+        # nothing is relative to a product of zero: the function has to be constant, over longer moves too
+        constant = product[:, 0].norm(dim=-1).amax(0) == 0
+        right &= ~constant | close[0].all(0)
+        gap = central - product
+        for wide, narrow in ((0, 1), (1, 2), (2, 3)):  # curvature: 16 times the gap at 4 times the step
+            excess = (gap[:, wide] - 16 * gap[:, narrow]).norm(dim=-1)
+            falls = excess <= 0.5 * gap[:, wide].norm(dim=-1) + 16 * rounding[narrow]
+            right |= ~constant & ((falls & close[:, narrow]).float().mean(0) >= 0.75)
+        if right.all():
+            return None
+        settled = agree(central[:, 1], central[:, 2], rounding[2]).float().mean(0) >= 0.5
+        wrong = ~right & settled if (~right & settled).any() else ~right
+        row = int(wrong.nonzero()[0])
+        where = self.where.replace("{row}", str(row))
+        lengths = (
+            f"autograd's product with a direction has length {float(product[0, 0, row].norm()):.3g}, and lies "
+            f"{float(gap[0, 1, row].norm()):.3g} from central differences"
+        )
+        if self.hooked and settled[row]:
+            raise HookError(
+                f"{where}: autograd does not see all that is run: {lengths}. A hook that detaches the graph does this "
+                "(detach(), no_grad, numpy, an autoencoder's detached error term)"
+            )
+        if self.hooked:
+            return (
+                f"{where}: the Jacobian could not be checked by differences, which do not settle ({lengths}): a hook "
+                "is not smooth there"
+            )
+        raise DerivativeError(
+            f"{where}: autograd's derivative is not that of the function that is run: {lengths}, which "
+            f"{'settle there' if settled[row] else 'do not settle'}. Parts that run without a graph do this (experts "
+            "under no_grad, a detached part, a hook registered on all modules), and so do rounded activations (int8, "
+            "ternary weights with straight-through derivatives)"
+        )
+
+
+def agree(
+    product: Float[Tensor, "*batch d"], quotient: Float[Tensor, "*batch d"], rounding: Float[Tensor, "*#batch"]
+) -> Bool[Tensor, "*batch"]:
+    """Return where products with a Jacobian lie within ``TOLERANCE`` and rounding of difference quotients."""
+    size = torch.maximum(product.norm(dim=-1), quotient.norm(dim=-1))
+    return (product - quotient).norm(dim=-1) <= TOLERANCE * size + rounding
 
 
 def require_step_followed(
-    trace: Trace, layer: int, found: Float[Tensor, "pos d_model"], move: Float[Tensor, "pos d_model"]
+    trace: Trace, step: JacobianOperator, layer: int, move: Float[Tensor, "pos d_model"], hooked: bool
 ) -> str | None:
     """Check what autograd makes of a perturbation of a whole stream by one block, at each position.
 
+    The skip connection, which would hide small Jacobians, is taken off both sides.
+
     Args:
         trace: a trace of the model.
+        step: the block's Jacobian, all positions in one vector.
         layer: block index.
-        found: the perturbation behind the block, by autograd.
-        move: the perturbation before it.
+        move: the perturbation before the block.
+        hooked: whether hooks of the user's act in the block.
 
-    Returns:
-        Why nothing can be said, None where autograd is right.
-
-    Raises:
-        HookError: see ``require_followed``.
+    Returns, Raises:
+        see ``Function.verdict``.
     """
     lengths = move.norm(dim=-1)
     moving = lengths > 0
@@ -71,56 +171,234 @@ def require_step_followed(
         return None
     start = trace.block_input(layer)
 
-    def run(step: float) -> Float[Tensor, "pos d_model"]:
-        return trace.run_block(layer, start + step * move.to(start), {})[0]
+    @torch.no_grad()
+    def moved(moves: Float[Tensor, "move pos d_model"]) -> Float[Tensor, "move pos d_model"]:
+        still = trace.run_block(layer, start.clone(), {})[0]
+        return torch.stack([trace.run_block(layer, start + one, {})[0] - still - one for one in moves])
 
-    # no position moves by more than a step's share of its own stream
-    size = float((trace.resid[layer].norm(dim=-1)[moving] / lengths[moving]).min())
-    return require_same_product(f"layer {layer}, block at position {{pos}}", found, run, size, trace.resid[layer + 1])
+    draws = torch.stack([random_vector(trace, layer, _seed(layer, index)) for index in range(len(move))])
+    others = [draws.roll(index, 0).to(move) * lengths[:, None] for index in range(_DIRECTIONS - 1)]
+    return Function(
+        where=f"layer {layer}, block at position {{row}}",
+        moved=moved,
+        product=lambda direction: step.mv(direction.flatten()).unflatten(0, move.shape) - direction,
+        # no position moves by more than a step's share of its own stream
+        size=float((trace.resid[layer].norm(dim=-1)[moving] / lengths[moving]).min()) or 1.0,
+        lengths=trace.resid[layer + 1].norm(dim=-1).to(start),
+        hooked=hooked,
+    ).require(torch.stack([move, *others]).to(start))
 
 
-def require_same_product(
-    where: str,
-    found: Float[Tensor, "row d"],
-    run: Callable[[float], Float[Tensor, "row d"]],
-    size: float,
-    output: Float[Tensor, "row d"],
-) -> str | None:
-    """Hold a product with a Jacobian against central differences along the same direction, row by row.
+@dataclass(frozen=True)
+class Quotient:
+    """A central difference.
 
-    Args:
-        where: what it is, as a message names it; ``{pos}`` in it stands for the row.
-        found: the product, by autograd.
-        run: from the distance moved along the direction to the function's value there.
-        size: the distance that a step of 1 is.
-        output: the function's value, whose rounding the differences have.
-
-    Returns:
-        Why nothing can be said, None where the two agree: the function is not smooth there (a hard threshold, a top-k).
-
-    Raises:
-        HookError: differences settle elsewhere than at the product.
+    Attributes:
+        direction: along which the input was moved.
+        value: the change of the output per unit.
+        rounding: how far rounding may have moved the value.
     """
-    size = size or 1.0
-    with torch.no_grad():
-        wide, narrow = ((run(size * h) - run(-size * h)).to(found) / (2 * size * h) for h in STEPS)
-    rounding = torch.finfo(torch.float32).eps * output.to(found).norm(dim=-1) / size / STEPS[1]
-    allowed = TOLERANCE * torch.maximum(found.norm(dim=-1), narrow.norm(dim=-1)) + 10 * rounding
-    gap = (found - narrow).norm(dim=-1)
-    missed = ~(gap <= allowed)
-    if not missed.any():
-        return None
-    settled = missed & ((wide - narrow).norm(dim=-1) <= allowed)
-    row = int((settled if settled.any() else missed).nonzero()[0])
-    where = where.replace("{pos}", str(row))
-    lengths = f"autograd's product with a direction has length {float(found[row].norm()):.3g}"
-    if settled.any():
-        raise HookError(
-            f"{where}: autograd does not see all that is run: {lengths}, and lies {float(gap[row]):.3g} from "
-            "central differences. A hook that detaches the graph does this (detach(), no_grad, numpy, an "
-            "autoencoder's detached error term)"
+
+    direction: Float[Tensor, " d_model"]
+    value: Float[Tensor, " d_model"]
+    rounding: Float[Tensor, ""]
+
+
+class BlockDifferences:
+    """Central differences of a block and its sublayers.
+
+    One pair of runs moves x^l at ``src``, and shows what the attention, the MLP and the block make of it at all
+    ``dest``. All announced pairs are taken together, a batch of moves in one run, unless hooks of the user's act.
+
+    Attributes:
+        gap: the largest distance of a Jacobian's product from a difference that confirmed it, relative to the larger.
+    """
+
+    def __init__(self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair] = ()) -> None:
+        """Take a layer.
+
+        Args:
+            trace: a trace of the model.
+            layer: block index.
+            hooked: whether hooks of the user's act in the block.
+            pairs: (src, dest) that will be asked for.
+        """
+        self._trace, self.layer, self._hooked = trace, layer, hooked
+        self._pairs = frozenset(pairs)
+        self._batched = not hooked
+        self._known: dict[tuple[str, int, int], Quotient] = {}
+        self.gap = 0.0
+
+    def quotient(self, sublayer: str, src: int, dest: int) -> Quotient:
+        """Return the difference of a sublayer at ``dest`` for a move of its input at ``src``.
+
+        The MLP of a sequential block reads x_mid, which the attention moves too where x^l is moved: its direction for
+        src = dest is that of x_mid.
+        """
+        key = (sublayer, src, dest)
+        if key not in self._known:
+            inside = src != dest and self._inside(sublayer)
+            wanted = self._pairs if (src, dest) in self._pairs else {(src, dest)}
+            by_src: dict[int, set[int]] = {}
+            for one, other in wanted:
+                by_src.setdefault(one, set()).add(other)
+            self._measure(by_src, inside)
+        return self._known[key]
+
+    def require(
+        self, operator: JacobianOperator, sublayer: str, src: int, dest: int, product: Float[Tensor, " d_model"]
+    ) -> str | None:
+        """Hold a Jacobian against one central difference, and against many where that does not confirm it.
+
+        Args:
+            operator: the Jacobian.
+            sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+            src: input position.
+            dest: output position.
+            product: of the Jacobian with the direction of ``quotient``.
+
+        Returns, Raises:
+            see ``Function.verdict``.
+        """
+        one = self.quotient(sublayer, src, dest)
+        if product.norm() > 0 and agree(product, one.value, one.rounding):
+            larger = torch.maximum(product.norm(), one.value.norm())
+            self.gap = max(self.gap, float((product - one.value).norm() / larger))
+            return None
+        trace, layer = self._trace, self.layer
+        inside = self._inside(sublayer)
+        stream = self._input(inside)[0]
+        seeds = (_seed(layer, src) + 1 + index for index in range(_DIRECTIONS))
+        directions = torch.stack([random_vector(trace, layer, seed) for seed in seeds])
+        wrote = {"attn": trace.attn_out, "mlp": trace.mlp_out, "block": trace.resid[1:] - trace.resid[:-1]}[sublayer]
+        batched = self._batched
+
+        def moved(moves: Float[Tensor, "move d"]) -> Float[Tensor, "move 1 d"]:
+            whole = stream.new_zeros(len(moves), *stream.shape)
+            whole[:, src] = moves
+            still = self._run(inside, whole[:1] * 0, batched)
+            chunk = self._at_once()
+            runs = [self._run(inside, part, batched) for part in whole.split(chunk)]
+            return torch.cat([self._change(run, still, sublayer, [dest]) for run in runs])
+
+        function = Function(
+            where=f"layer {layer}, {sublayer} from position {src} to {dest}",
+            moved=moved,
+            product=lambda direction: operator.mv(direction)[None],
+            size=_length(stream[src]),
+            lengths=wrote[layer, dest].norm()[None].to(stream),
+            hooked=self._hooked,
         )
-    return (
-        f"{where}: the Jacobian could not be checked by differences, which do not settle ({lengths}, "
-        f"{float(gap[row]):.3g} from them): a hook is not smooth there, or the stream is too large for its rounding"
-    )
+        try:
+            return function.verdict(directions)
+        except DerivativeError:
+            if not batched:
+                raise
+            batched = False  # modules may do otherwise on a batch
+            return function.verdict(directions)
+
+    def _measure(self, by_src: Mapping[int, Iterable[int]], inside: bool) -> None:
+        """Take the differences for moves at each src, of x^l or of what the MLP reads ``inside`` the block."""
+        trace, layer = self._trace, self.layer
+        stream = self._input(inside)[0]
+        chunk = max(1, self._at_once() // 2)
+        order = sorted(by_src)
+        for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
+            directions = torch.stack([random_vector(trace, layer, _seed(layer, src)) for src in some])
+            steps = stream.new_tensor([STEP * _length(stream[src]) for src in some])
+            moves = stream.new_zeros(len(some), *stream.shape)
+            moves[range(len(some)), some] = steps[:, None] * directions
+            found = self._run(inside, torch.cat([moves, -moves]), self._batched)
+            up, down = ({name: rows[half] for name, rows in found.items()} for half in _halves(len(some)))
+            for name in ("mlp",) if inside else trace.sublayers:
+                values = self._change(up, down, name) / (2 * steps[:, None, None])
+                for index, src in enumerate(some):
+                    for dest in by_src[src]:
+                        self._keep(name, src, dest, directions[index], values[index, dest], steps[index], inside)
+
+    def _keep(
+        self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, inside: bool
+    ) -> None:
+        trace = self._trace
+        if name == "mlp" and trace.topology == "sequential" and not inside:
+            if src != dest:
+                return
+            direction = direction + self._known["attn", src, dest].value
+        wrote = torch.stack([part[self.layer, dest].norm() for part in _writes(trace, name)]).sum()
+        self._known[name, src, dest] = Quotient(direction, value.clone(), _ROUNDING * wrote.to(step) / step)
+
+    def _change(
+        self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int] | slice = slice(None)
+    ) -> Float[Tensor, "move dest d"]:
+        """The difference of two runs in what a sublayer writes, or in all that a block adds to the stream.
+
+        The stream is long where its writes are short, so that it would round them away: what a block adds beside its
+        writes counts only where it rises above the rounding of the stream.
+        """
+        if name != "block":
+            return (up[name] - down[name])[:, dests]
+        writes = sum((up[part] - down[part])[:, dests] for part in ("attn", "mlp") if part in up)
+        rest = (up["rest"] - down["rest"])[:, dests]
+        lengths = self._trace.resid[self.layer + 1].norm(dim=-1).to(rest)[dests]
+        return writes + rest * (rest.norm(dim=-1) > _ROUNDING * lengths)[..., None]
+
+    def _run(self, inside: bool, moves: Float[Tensor, "move pos d"], batched: bool) -> dict[str, Tensor]:
+        """What the sublayers write in runs with the stream moved, and what the block adds beside it."""
+        if batched:
+            try:
+                return self._run_together(inside, moves)
+            except Exception:  # whatever a module raises that takes no batch; one by one it shows what it is
+                self._batched = False
+        runs = [self._run_together(inside, move[None]) for move in moves]
+        return {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
+
+    @torch.no_grad()
+    def _run_together(self, inside: bool, moves: Float[Tensor, "move pos d"]) -> dict[str, Tensor]:
+        trace, layer = self._trace, self.layer
+        kept: dict[str, Tensor] = {}
+        hooks: dict[str, Hook] = {
+            f"hook_{name}_out": lambda tensor, name=name: kept.__setitem__(name, tensor.clone())
+            for name in trace.sublayers
+            if name != "block"
+        }
+        read = resid_pre = trace.block_input(layer)
+        if inside:
+            mid = self._input(inside) + moves
+            resid_pre = resid_pre.expand(len(moves), -1, -1).contiguous()
+            hooks["hook_resid_mid"] = lambda tensor: mid
+        else:
+            read = resid_pre = resid_pre + moves
+        resid_post = trace.run_block(layer, resid_pre.clone(), hooks)
+        kept["rest"] = resid_post - read - sum(kept.values())
+        return kept
+
+    def _inside(self, sublayer: str) -> bool:
+        """Return whether a sublayer reads the stream behind another one."""
+        return sublayer == "mlp" and self._trace.topology == "sequential"
+
+    def _input(self, inside: bool) -> Float[Tensor, "1 pos d"]:
+        return self._trace.mlp_input(self.layer) if inside else self._trace.block_input(self.layer)
+
+    def _at_once(self) -> int:
+        """How many runs fit into a batch."""
+        trace = self._trace
+        column = autograd_column_bytes(trace.model.blocks[self.layer], trace.model.cfg.n_heads, trace.n_tokens, 4)
+        return vectors_at_once(column, free_memory(trace.resid.device))
+
+
+def _writes(trace: Trace, name: str) -> list[Tensor]:
+    """The recorded writes of a sublayer, or of all of a block."""
+    every = {"attn": trace.attn_out, "mlp": trace.mlp_out}
+    return [write for part, write in every.items() if write is not None and name in (part, "block")]
+
+
+def _seed(layer: int, src: int) -> int:
+    return 1_000_003 * (layer + 1) + 101 * src
+
+
+def _length(vector: Float[Tensor, " d"]) -> float:
+    return float(vector.norm()) or 1.0
+
+
+def _halves(size: int) -> tuple[slice, slice]:
+    return slice(0, size), slice(size, None)

@@ -7,46 +7,41 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from typing import Literal, get_args
 
-import torch
-
 from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
-from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
-from tlcoupling.jacobian.differences import require_followed
+from tlcoupling.jacobian.certificate import Pair
+from tlcoupling.jacobian.evidence import Evidence
 from tlcoupling.linalg.operator import JacobianOperator
 
 EngineName = Literal["auto", "analytic", "autograd"]
 
-# Relative gap allowed between an analytic product and the module's own derivative along the same probe. Float32
-# products of this size agree to 1e-5; HuggingFace modules cast to float32 inside, whatever the model's dtype.
-CERTIFICATE_TOLERANCE = 1e-4
-
 
 class JacobianEngine:
-    """Makes the Jacobians of one trace, and remembers what made them.
+    """Makes the Jacobians of one trace, holds each against the model, and remembers what made them.
 
-    With ``auto``, each layer and sublayer is taken in closed form where the architecture allows it and one random probe
-    through the closed form matches the derivative of the real module along it (to ``CERTIFICATE_TOLERANCE``); where it
-    does not, or where hooks of the user's act in the block, autograd takes over and a warning says so once.
-    ``analytic`` makes either case an error. Where hooks act, what autograd gives is held against central differences,
-    for each src and dest: a hook that detaches the graph is an error.
+    The chain of trust is tested link by link, at every (src, dest) that is asked for. The closed form is held against
+    the derivative of the real modules (``certificate``). Where it misses that, or where hooks of the user's act in the
+    block, ``auto`` takes autograd and a warning says so once, and ``analytic`` raises. What comes out of either is held
+    against central differences of what is run (``differences``): a graph that is cut is an error.
 
     Attributes:
         hooked: the blocks in whose Jacobians hooks of the user's act.
+        difference_gap: the largest relative distance of a Jacobian's product from a central difference that
+            confirmed it.
     """
 
-    def __init__(self, trace: Trace, engine: EngineName = "auto", dests: Iterable[int] = ()) -> None:
+    def __init__(self, trace: Trace, engine: EngineName = "auto", pairs: Iterable[Pair] = ()) -> None:
         """Take a trace.
 
         Args:
             trace: a trace of the model.
             engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
-            dests: positions that will be asked for as dest: what they share in a layer is then done at once. One layer
-                is held at a time, so ask for all that is needed of a layer before the next.
+            pairs: (src, dest) that will be asked for: what they share in a layer is then done at once. One layer is
+                held at a time, so ask for all that is needed of a layer before the next.
 
         Raises:
             ArgumentError: an unknown engine.
@@ -54,13 +49,15 @@ class JacobianEngine:
         require_trace(trace)
         check_name("engine", engine, get_args(EngineName))
         self.trace, self.engine = trace, engine
-        self._dests = tuple(dests)
+        self._pairs = frozenset(pairs)
         self.hooked = trace.hooked_layers | trace.layers_hooked_now()
-        self._last: AnalyticLayer | None = None
-        self._refusals: dict[tuple[int, str, bool], str | None] = {}  # by layer, sublayer, src = dest
+        self.difference_gap = 0.0
+        self._evidence: Evidence | None = None
+        self._closed: AnalyticLayer | None = None
+        self._refusals: dict[tuple[int, str, int, int], str | None] = {}  # by layer, sublayer, src, dest
         self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._warned: set[Hashable] = set()
-        self._followed: set[tuple[int, str, int, int]] = set()  # what was held against differences
+        self._confirmed: set[tuple[int, str, int, int]] = set()  # what was held against differences
 
     @property
     def used(self) -> dict[str, str]:
@@ -75,26 +72,30 @@ class JacobianEngine:
         return report
 
     def operator(self, layer: int, sublayer: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
-        """The Jacobian of one layer and sublayer; indices must be in range and not negative.
+        """Return the Jacobian of one layer and sublayer; indices must be in range and not negative.
 
         Raises:
             CertificateError: ``engine="analytic"`` and the closed form is missing, uncertified or hooked.
             HookError: a hook of the user's hides from autograd what it does.
+            DerivativeError: the model itself hides from autograd what it does.
             StaleTraceError: the model has changed since the trace was taken.
         """
-        made = None
-        if self.engine != "autograd":
-            made = self._analytic(layer, sublayer, src, dest, head)
+        key = (layer, sublayer, src, dest)
+        made = whole = None
+        if self.engine != "autograd" and self._certified(*key):
+            closed = self._closed_form(layer)
+            made, whole = closed.sublayer(sublayer, src, dest, head), closed.sublayer(sublayer, src, dest)
         self._used[sublayer]["autograd" if made is None else "analytic"].add(layer)
-        if made is not None:
-            return made
-        oracle = AutogradJacobian(self.trace, layer, sublayer, src, dest, head)
-        key = (layer, sublayer, src, dest)  # a hook may act on some positions alone
-        if (layer in self.hooked or oracle.constant) and key not in self._followed:
-            whole = oracle if head is None else AutogradJacobian(self.trace, *key, None)
-            self.warn_once((layer, sublayer), require_followed(whole, self.trace, *key))
-            self._followed.add(key)
-        return oracle
+        if made is None:
+            made = AutogradJacobian(self.trace, layer, sublayer, src, dest, head)
+        if key not in self._confirmed:
+            if whole is None:
+                whole = made if head is None else AutogradJacobian(self.trace, *key, None)
+            evidence = self._evidence_of(layer)
+            self.warn_once((layer, sublayer), evidence.contradiction(whole, sublayer, src, dest))
+            self.difference_gap = max(self.difference_gap, evidence.gap)
+            self._confirmed.add(key)
+        return made
 
     def warn_once(self, subject: Hashable, reason: str | None) -> None:
         """Warn, the first time that there is something to say of a subject."""
@@ -102,62 +103,36 @@ class JacobianEngine:
             self._warned.add(subject)
             warnings.warn(reason, stacklevel=3)
 
-    def _analytic(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator | None:
-        """The certified closed form, or None after saying why not."""
+    def _certified(self, layer: int, sublayer: str, src: int, dest: int) -> bool:
+        """Return whether the closed form of a pair can be used, after saying why not."""
         if layer in self.hooked:
             where = ", ".join(map(str, sorted(self.hooked)))
-            return self._refuse(f"hooks are attached to block {where}, and only autograd sees them act")
-        closed_form = self._observed(layer)
-        if sublayer != "mlp" or src == dest:  # an MLP does not reach another position: nothing to certify
-            key = (layer, sublayer, src == dest)
-            if key not in self._refusals:
-                self._refusals[key] = self._certify(closed_form, sublayer, src, dest)
-            if (refusal := self._refusals[key]) is not None:
-                return self._refuse(f"{sublayer}: {refusal}")
-        return closed_form.sublayer(sublayer, src, dest, head)
+            return self._refuse("hooks", f"hooks are attached to block {where}, and only autograd sees them act")
+        key = (layer, sublayer, src, dest)
+        if key not in self._refusals:
+            self._refusals[key] = self._evidence_of(layer).refusal(self._closed_form(layer), sublayer, src, dest)
+        if (refusal := self._refusals[key]) is None:
+            return True
+        reason = f"{sublayer}: {refusal}"
+        return self._refuse(reason.partition(" by ")[0], reason)
 
-    def _observed(self, layer: int) -> AnalyticLayer:
+    def _closed_form(self, layer: int) -> AnalyticLayer:
         """The closed forms of a layer; those of one layer are held at a time."""
-        if self._last is None or self._last.layer != layer:
-            self._last = AnalyticLayer(self.trace, layer, self._dests)
-        return self._last
+        if self._closed is None or self._closed.layer != layer:
+            self._closed = AnalyticLayer(self.trace, layer, {dest for _, dest in self._pairs})
+        return self._closed
 
-    def _refuse(self, reason: str) -> None:
+    def _evidence_of(self, layer: int) -> Evidence:
+        """What the model itself says of a layer; that of one layer is held at a time."""
+        if self._evidence is None or self._evidence.layer != layer:
+            self._evidence = Evidence(self.trace, layer, layer in self.hooked, self._pairs)
+        return self._evidence
+
+    def _refuse(self, subject: str, reason: str) -> bool:
         if self.engine == "analytic":
             raise CertificateError(f"engine='analytic' cannot be used here: {reason}")
-        self.warn_once(reason, f"tlcoupling computes by autograd, which is slower: {reason}")
-
-    def _certify(self, closed_form: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
-        """Why a closed form cannot be used, None where it can: one random cotangent through the real modules.
-
-        A block is its two sublayers in the order of its topology; that their writes add up is checked on every trace.
-        """
-        generator = torch.Generator().manual_seed(closed_form.layer)
-        stream = closed_form.resid_pre
-        y = torch.randn(stream.shape[1], generator=generator, dtype=stream.dtype).to(stream.device)
-        truth, read = torch.zeros_like(y), y
-        sequential = self.trace.topology == "sequential"
-        reached = self.trace.mlp_out is not None and (sequential or src == dest)
-        if sublayer == "mlp" or (sublayer == "block" and reached):
-            through_mlp = closed_form.mlp_pulled(y, dest)
-            read = y + through_mlp if sequential else y
-            truth = through_mlp if src == dest else truth
-        if sublayer != "mlp":
-            truth = truth + closed_form.attn_run.pull(read, dest, again=True)[src]
-        try:
-            operator = closed_form.sublayer(sublayer, src, dest)
-        except Uncovered as reason:
-            return str(reason)
-        # J^T y as a vector; J x, which has to be its adjoint, in the one number y . J x
-        x = torch.randn(stream.shape[1], generator=generator, dtype=stream.dtype).to(stream.device)
-        adjoint = (y @ operator.mv(x) - truth @ x).abs() / x.norm()
-        gap, size = torch.maximum((operator.rmv(y) - truth).norm(), adjoint), truth.norm()
-        if gap <= CERTIFICATE_TOLERANCE * size:
-            return None
-        return (
-            f"its closed form misses the module's own derivative by {gap / size:.1e} "
-            f"(first in layer {closed_form.layer}; allowed: {CERTIFICATE_TOLERANCE:.0e})"
-        )
+        self.warn_once(subject, f"tlcoupling computes by autograd, which is slower: {reason}")
+        return False
 
 
 @measured
@@ -198,6 +173,7 @@ def residual_jacobian(
         ArgumentError: an index out of range, an unknown sublayer or engine.
         CertificateError: ``engine="analytic"`` where no certified closed form exists.
         HookError: a hook of the user's hides from autograd what it does.
+        DerivativeError: the model itself hides from autograd what it does.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:

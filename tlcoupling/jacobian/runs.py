@@ -1,4 +1,4 @@
-"""Runs of a block's own sublayers: what the closed forms read, and the derivative that certifies them."""
+"""Runs of a block's own sublayers: what the closed forms read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Runner = Callable[[int, Tensor, Mapping[str, Hook]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of a sublayer's own modules, with its graph.
+    """One run of a sublayer's own modules.
 
     Attributes:
         values: recorded activations by short hook name, without batch axis.
@@ -30,29 +30,12 @@ class Run:
     values: Mapping[str, Tensor]
     unnormed: Float[Tensor, "pos d_model"] | None
     out: Float[Tensor, "pos d_model"]
-    _in_graph: Mapping[str, Tensor]
-    _leaf: Float[Tensor, "1 pos d_model"]
-    _output: Float[Tensor, "1 pos d_model"]
-
-    def pull(self, cotangent: Float[Tensor, " d_model"], row: int, again: bool) -> Float[Tensor, "pos d_model"]:
-        """Return J^T y at each row of the input, for a cotangent y at one row of the output.
-
-        Args:
-            cotangent: y.
-            row: of the output.
-            again: keep the graph for another call; it holds the lifted weights of half-precision models.
-        """
-        if not self._output.requires_grad:
-            return torch.zeros_like(self.out)
-        with torch.enable_grad():  # the caller may have it off
-            output = self._output[0, row]
-        (pulled,) = torch.autograd.grad(
-            output, self._leaf, cotangent, retain_graph=again, allow_unused=True, materialize_grads=True
-        )
-        return pulled[0]
+    _in_graph: dict[str, Tensor]
 
     def slopes(self, output: str, inputs: Iterable[str]) -> list[Tensor | None]:
         """Return the diagonal of d output / d input, for a recorded activation that is pointwise in others.
+
+        Frees the graph of the run, which holds the lifted weights of half-precision models: it can be called once.
 
         Args:
             output: the short hook name of the activation.
@@ -62,9 +45,10 @@ class Run:
             One diagonal for each input; None for those that the output does not depend on.
         """
         out, leaves = self._in_graph[output], [self._in_graph[name] for name in inputs]
-        if not out.requires_grad:
+        self._in_graph.clear()
+        if not (out.requires_grad and all(leaf.requires_grad for leaf in leaves)):
             return [None for _ in leaves]
-        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
         return [None if grad is None else grad[0] for grad in grads]
 
 
@@ -75,8 +59,9 @@ def run_sublayer(
     run: Runner,
     points: Iterable[str],
     stream: Float[Tensor, "1 pos d_model"],
+    with_graph: bool,
 ) -> Run:
-    """Run a sublayer with its graph kept, and record its values.
+    """Run a sublayer, and record its values.
 
     Args:
         trace: a trace of the model.
@@ -85,6 +70,7 @@ def run_sublayer(
         run: how the trace runs it.
         points: short names of the hook points to record, as far as the model has them.
         stream: what the sublayer reads.
+        with_graph: keep the graph for ``Run.slopes``.
     """
     values: dict[str, Tensor] = {}
     in_graph: dict[str, Tensor] = {}
@@ -95,13 +81,16 @@ def run_sublayer(
             values[name] = tensor.detach()[0].clone()  # a module may go on to write into the tensor itself
             # A hook may be shown a view that the output does not depend on (OPT's MLP). The output depends on what the
             # hook returns.
-            in_graph[name] = tensor.view_as(tensor)
-            return in_graph[name]
+            given = tensor.view_as(tensor)
+            if with_graph:
+                in_graph[name] = given
+            return given
 
         return record
 
     hooks = {name: keep(name) for name in points if trace.point(layer, name) is not None}
-    leaf = stream.detach().clone().requires_grad_()
-    with sublayer.keep_unnormed(lambda tensor: unnormed.append(tensor.detach()[0].clone())), torch.enable_grad():
+    leaf = stream.detach().clone().requires_grad_(with_graph)
+    unnormed_kept = sublayer.keep_unnormed(lambda tensor: unnormed.append(tensor.detach()[0].clone()))
+    with unnormed_kept, torch.set_grad_enabled(with_graph):
         output = run(layer, leaf, hooks)
-    return Run(values, unnormed[0] if unnormed else None, output.detach()[0].clone(), in_graph, leaf, output)
+    return Run(values, unnormed[0] if unnormed else None, output.detach()[0].clone(), in_graph)

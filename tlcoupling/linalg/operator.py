@@ -65,12 +65,12 @@ class JacobianOperator(ABC):
         return self.mm(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
 
     def mv(self, x: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-        """J x."""
-        return self.mm(x[:, None])[:, 0]
+        """J x, in the operator's own dtype and on its device."""
+        return self.mm(x.to(self.device, self.dtype)[:, None])[:, 0]
 
     def rmv(self, y: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
-        """J^T y."""
-        return self.rmm(y[:, None])[:, 0]
+        """J^T y, in the operator's own dtype and on its device."""
+        return self.rmm(y.to(self.device, self.dtype)[:, None])[:, 0]
 
     def __matmul__(self, other: JacobianOperator) -> JacobianOperator:
         """A @ B: first B, then A.

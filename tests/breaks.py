@@ -1,0 +1,471 @@
+"""Plausible slips in single lines of the sources, each of which a test must notice; ``mutants.py`` tries them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Break(NamedTuple):
+    """One slip.
+
+    Attributes:
+        slip: what is wrong, in a few words.
+        file: the source file, from the root of the repository.
+        old: the text to replace; it stands once in the file.
+        new: what replaces it.
+        tests: test files, or single tests of a long file, that should notice.
+    """
+
+    slip: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def stale(self, root: Path) -> str | None:
+        """Return why the break no longer fits the sources and tests, or None if it does."""
+        path = root / self.file
+        if not path.is_file() or path.read_text(encoding="utf-8").count(self.old) != 1:
+            return f"{self.file} does not hold {self.old!r} exactly once"
+        for test in self.tests:
+            file, _, name = test.partition("::")
+            if not (root / file).is_file() or f"def {name}" not in (root / file).read_text(encoding="utf-8"):
+                return f"there is no test {test}"
+        return None
+
+
+def _slip(slip: str, module: str, old: str, new: str, *tests: str) -> Break:
+    files = (f"tests/{test.replace('::', '.py::')}" if "::" in test else f"tests/{test}.py" for test in tests)
+    return Break(slip, f"tlcoupling/{module}.py", old, new, tuple(files))
+
+
+BREAKS = (
+    _slip(
+        "dropped abs of the projected Jacobian",
+        "coupling/metric",
+        "aligned = projected.abs() if absolute else projected",
+        "aligned = projected",
+        "coupling/test_metric",
+    ),
+    _slip(
+        "wrong normaliser: the trace as a mean",
+        "coupling/metric",
+        'if normalizer == "frobenius" else s1.sum(-1)',
+        'if normalizer == "frobenius" else s1.mean(-1)',
+        "coupling/test_metric",
+    ),
+    _slip(
+        "the null's K outside the square",
+        "coupling/metric",
+        "expected = (k * spread) ** 2 + s1",
+        "expected = k * spread**2 + s1",
+        "coupling/test_metric",
+    ),
+    _slip(
+        "a factor of two lost in the null's spread",
+        "coupling/metric",
+        "(1 + 2 * k * uneven)",
+        "(1 + k * uneven)",
+        "coupling/test_metric",
+    ),
+    _slip(
+        "the mean includes the diagonal",
+        "coupling/metric",
+        "return matrix[..., mask].mean(-1)",
+        "return matrix.flatten(-2).mean(-1)",
+        "coupling/test_metric",
+    ),
+    _slip(
+        "the profile reads one triangle twice",
+        "coupling/result",
+        "matrix.diagonal(-step, -2, -1)",
+        "matrix.diagonal(step, -2, -1)",
+        "coupling/test_depth::test_summaries_leave_the_diagonal_out",
+    ),
+    _slip(
+        "off by one: the fixed src itself is out of reach",
+        "coupling/context",
+        "reach = range(held, trace.n_tokens)",
+        "reach = range(held + 1, trace.n_tokens)",
+        "coupling/test_token::test_context_coupling_is_the_formula",
+    ),
+    _slip(
+        "Jacobians are kept to the end",
+        "coupling/groups",
+        "[last].dropped.append(place)",
+        "[order[-1]].dropped.append(place)",
+        "coupling/test_groups",
+    ),
+    _slip(
+        "later threads keep a worker's thread count",
+        "coupling/workers",
+        "self._stack.callback(torch.set_num_threads, self._threads)",
+        "pass",
+        "coupling/test_workers",
+    ),
+    _slip(
+        "work for the calling thread alone runs in threads",
+        "coupling/workers",
+        "if self._pool is None or not at_once:",
+        "if self._pool is None:",
+        "coupling/test_workers",
+    ),
+    _slip(
+        "wrong tolerance of the certificate",
+        "jacobian/certificate",
+        "TOLERANCE = 1e-4",
+        "TOLERANCE = 1e-1",
+        "jacobian/test_engine::test_auto_falls_back_and_says_so_once_when_the_closed_form_is_wrong",
+    ),
+    _slip(
+        "the provenance names the closed form for autograd's numbers",
+        "jacobian/engine",
+        '["autograd" if made is None else "analytic"]',
+        '["analytic"]',
+        "forward/test_user_hooks::test_only_hooked_blocks_leave_the_closed_form",
+    ),
+    _slip(
+        "a branch of the composition without its own norm",
+        "jacobian/formula",
+        "(heads if norm is None else heads @ norm.derivative(pos))",
+        "heads",
+        "jacobian/test_engine::test_norms_of_queries_and_keys_are_read_in_float32",
+    ),
+    _slip(
+        "the skip connection passes between positions",
+        "jacobian/formula",
+        "BlockMap(attn, mlp, skip=same)",
+        "BlockMap(attn, mlp, skip=True)",
+        "jacobian/test_engine::test_the_engines_agree_in_float64",
+    ),
+    _slip(
+        "lost orthonormality does not count as residual",
+        "linalg/krylov",
+        "top_u, s, top_v).maximum(skew)",
+        "top_u, s, top_v)",
+        "linalg/test_svd",
+    ),
+    _slip(
+        "an early end of the iteration",
+        "linalg/krylov",
+        "if reached <= tolerance:",
+        "if reached <= 10 * tolerance:",
+        "linalg/test_svd",
+    ),
+    _slip(
+        "the residual looks at one side",
+        "linalg/triplets",
+        "return right.maximum(left) / s",
+        "return right / s",
+        "linalg/test_svd",
+    ),
+    _slip(
+        "wrong tolerance of the numerical rank",
+        "linalg/svd",
+        "floor = triplets.s[0] * max(operator.shape) * torch",
+        "floor = triplets.s[0] * torch",
+        "linalg/test_svd",
+    ),
+    _slip(
+        "off by one: a prompt may not fill the context",
+        "forward/prompt",
+        "if context and tokens.shape[1] > context:",
+        "if context and tokens.shape[1] >= context:",
+        "forward/test_trace::test_a_prompt_may_fill_the_context",
+    ),
+    _slip(
+        "wrong tolerance of the residual identity",
+        "forward/stream",
+        "torch.float32: 1e-4,",
+        "torch.float32: 1e-2,",
+        "forward/test_trace::test_writes_may_miss_the_stream_by_its_rounding",
+    ),
+    _slip(
+        "dropped check of what the MLP reads",
+        "forward/stream",
+        "stream._check_resid_mid(stack(mids), IDENTITY_TOLERANCE[first.dtype])",
+        "pass",
+        "forward/test_trace::test_writes_that_are_not_finite_name_their_block",
+    ),
+    _slip(
+        "sign of the hooks' edits",
+        "forward/stream",
+        "edits = resid[1:] - stack(",
+        "edits = stack(",
+        "forward/test_user_hooks::test_edits_of_the_stream_belong_to_no_sublayer",
+    ),
+    _slip(
+        "a short row's rounding counts in full",
+        "forward/stream",
+        "gap / truth.norm(dim=-1).clamp_min(shortest)",
+        "gap / truth.norm(dim=-1)",
+        "forward/test_trace",
+    ),
+    _slip(
+        "a cache may differ at single positions",
+        "forward/trace",
+        "gaps.median() <= allowed and gaps.max() <= 10 * allowed",
+        "gaps.median() <= allowed",
+        "forward/test_trace::test_a_cache_is_held_against_the_model_at_each_position",
+    ),
+    _slip(
+        "off by one: attention may look one token ahead",
+        "forward/trace",
+        "pattern.triu(1)",
+        "pattern.triu(2)",
+        "forward/test_trace::test_an_encoder_is_refused",
+    ),
+    _slip(
+        "a hook that looks ahead makes the model an encoder",
+        "forward/trace",
+        "pattern is not None and 0 not in hooked and",
+        "pattern is not None and",
+        "forward/test_user_hooks::test_a_hook_may_look_ahead",
+    ),
+    _slip(
+        "hooks edit the stream of the trace in place",
+        "forward/trace",
+        "given = resid_pre.clone()",
+        "given = resid_pre",
+        "forward/test_user_hooks::test_forward_pass_and_jacobians_see_the_hooks",
+    ),
+    _slip(
+        "wrong hook point: the next block's reading is left out",
+        "forward/trace",
+        "return out if after is None else after(out)",
+        "return out",
+        "forward/test_user_hooks::test_forward_pass_and_jacobians_see_the_hooks",
+    ),
+    _slip(
+        "a hook on a block's input counts as the block's own",
+        "forward/user_hooks",
+        "any(point is not reads for point in points_of_block(touched, layer))",
+        "any(points_of_block(touched, layer))",
+        "forward/test_user_hooks::test_only_hooked_blocks_leave_the_closed_form",
+    ),
+    _slip(
+        "hooks registered on modules outside the blocks are overlooked",
+        "forward/user_hooks",
+        "has_module_hooks(each for part in modules for each in part.modules())",
+        "False",
+        "forward/test_user_hooks::test_hooks_outside_the_blocks_are_told",
+    ),
+    _slip(
+        "dropped check that a result is that of its cell",
+        "sweeps/store",
+        "return measured is not None and measured.cell.key == cell.key",
+        "return measured is not None",
+        "sweeps/test_store",
+    ),
+    _slip(
+        "another store's failure replaces ours",
+        "sweeps/store",
+        "if key not in known and self._measured(key) is None:",
+        "if self._measured(key) is None:",
+        "sweeps/test_store",
+    ),
+    _slip(
+        "keys without the version of the measurement",
+        "sweeps/cells",
+        'return _digest({"measurement": MEASUREMENT, **self.to_json()})',
+        "return _digest(self.to_json())",
+        "sweeps/test_cells",
+    ),
+    _slip(
+        "keys lack the settings other than K",
+        "sweeps/cells",
+        'return _digest({"measurement": MEASUREMENT, **self.to_json()})',
+        'return _digest({"measurement": MEASUREMENT, **self.to_json(), "settings": self.settings.k})',
+        "sweeps/test_cells",
+    ),
+    _slip(
+        "wrong tolerance of agreement: bfloat16 weights pass",
+        "sweeps/agreement",
+        "TOLERANCE = 1e-4",
+        "TOLERANCE = 1e-2",
+        "sweeps/test_agreement",
+    ),
+    _slip(
+        "numbers near zero are compared relatively",
+        "sweeps/agreement",
+        "_SMALL = 0.01",
+        "_SMALL = 0.0",
+        "sweeps/test_agreement",
+    ),
+    _slip(
+        "NaN agrees with a number",
+        "sweeps/agreement",
+        "one.shape != two.shape or not torch.equal(one.isfinite(), two.isfinite())",
+        "one.shape != two.shape",
+        "sweeps/test_agreement",
+    ),
+    _slip(
+        "a share of variance that is not squared",
+        "scores/correlate",
+        "partial_correlation(x, null).r ** 2",
+        "partial_correlation(x, null).r",
+        "scores/test_correlate::test_the_published_points_give_the_figures_r_squared_and_what_width_explains",
+    ),
+    _slip(
+        "one degree of freedom too few",
+        "scores/partial_correlation",
+        "freedom = size - basis.shape[1] - 1",
+        "freedom = size - basis.shape[1] - 2",
+        "scores/test_partial_correlation",
+    ),
+    _slip(
+        "dropped abs in the p-value",
+        "scores/partial_correlation",
+        "t.sf(abs(r) * np",
+        "t.sf(r * np",
+        "scores/test_partial_correlation",
+    ),
+    _slip(
+        "off by one: two units have no interval",
+        "results/intervals",
+        "if len(present) < 2:",
+        "if len(present) <= 2:",
+        "results/test_intervals",
+    ),
+    _slip(
+        "pairs are resampled apart",
+        "results/intervals",
+        "paired=len(samples) > 1",
+        "paired=False",
+        "scores/test_correlate::test_the_interval_is_scipys_bootstrap_of_the_pairs",
+    ),
+    _slip(
+        "the file is renamed before it is on the disk",
+        "results/atomic",
+        "        _to_disk(temporary, os.O_RDWR)\n        temporary.chmod(0o644)\n        os.replace(temporary, path)",
+        "        temporary.chmod(0o644)\n        os.replace(temporary, path)\n        _to_disk(path, os.O_RDWR)",
+        "results/test_atomic",
+    ),
+    _slip(
+        "a file that only its writer can read",
+        "results/atomic",
+        "        temporary.chmod(0o644)\n",
+        "",
+        "results/test_atomic",
+    ),
+    _slip(
+        "files of a living process are removed",
+        "results/atomic",
+        "abandoned = age > _ABANDONED_HERE_SECONDS and not _is_alive(int(process))",
+        "abandoned = age > _ABANDONED_HERE_SECONDS",
+        "results/test_atomic",
+    ),
+    _slip(
+        "the sample's variance for the population's",
+        "trajectory/growth",
+        "alpha.var(0, correction=0)",
+        "alpha.var(0, correction=1)",
+        "trajectory/test_growth",
+    ),
+    _slip(
+        "shares of growth in the wrong order",
+        "trajectory/growth",
+        "(mid - log_norms[:-1]).cpu(), (after - mid).cpu()",
+        "(after - mid).cpu(), (mid - log_norms[:-1]).cpu()",
+        "trajectory/test_linearity",
+    ),
+    _slip(
+        "a step of length zero is named by another layer",
+        "trajectory/linearity",
+        "(self.n // self._per_layer, pos)",
+        "(self.n, pos)",
+        "trajectory/test_linearity",
+    ),
+    _slip(
+        "the fit runs over the layers' ranks, not their indices",
+        "dynamics/spectrum",
+        "depth = torch.tensor(coupling.layers, dtype=values.dtype)",
+        "depth = torch.arange(len(coupling.layers), dtype=values.dtype)",
+        "dynamics/test_spectrum",
+    ),
+    _slip(
+        "the linearised system without the skip connection",
+        "dynamics/linearized",
+        "last + operator.mv(last)",
+        "operator.mv(last)",
+        "dynamics/test_linearized::test_in_a_linear_model_the_linearisation_is_exact",
+    ),
+    _slip(
+        "the page's norms are those of the embedding",
+        "viz/payload",
+        "rounded(growth.norms[-1], 2)",
+        "rounded(growth.norms[0], 2)",
+        "viz/test_page::test_a_page_holds_the_numbers_of_its_analysis",
+    ),
+    _slip(
+        "wrong axis: the page's growth per token, not per layer",
+        "viz/payload",
+        "rounded(result.alpha.nanmean(1))",
+        "rounded(result.alpha.nanmean(0))",
+        "viz/test_page::test_a_page_holds_the_numbers_of_its_analysis",
+    ),
+    _slip(
+        "the summary's slope is the mean rate",
+        "analysis/summary",
+        "mean_slope=growth.slope.nanmean().item()",
+        "mean_slope=growth.rate.nanmean().item()",
+        "viz/test_page::test_summary_reduces_over_pairs_and_tokens",
+    ),
+    _slip(
+        "means over rows, not over prompts",
+        "training/means",
+        "sum(numbers) / len(numbers)",
+        "sum(numbers) / len(rows)",
+        "training/test_monitor::test_what_is_recorded_of_a_step_is_what_analyze_measures_of_those_weights",
+    ),
+    _slip(
+        "step and value swapped for TensorBoard",
+        "training/means",
+        "logger.add_scalar(name, value, step)",
+        "logger.add_scalar(name, step, value)",
+        "training/test_monitor::test_numbers_go_to_loggers_and_the_cost_is_printed",
+    ),
+    _slip(
+        "the hub may be asked",
+        "models/offline",
+        'patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True)',
+        'patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False)',
+        "models/test_load",
+    ),
+    _slip(
+        "a run refuses a store of other runs",
+        "training/record",
+        "for cell in _cells(store) if cell.model == self.name",
+        "for cell in _cells(store)",
+        "training/test_monitor::test_a_run_does_not_begin_where_another_of_its_name_is",
+    ),
+    _slip(
+        "NumPy's generator is not restored",
+        "models/generators",
+        "np.random.set_state(arrays)",
+        "pass",
+        "models/test_generators",
+    ),
+    _slip(
+        "a forecast swaps what is left and what is done",
+        "cli/sweep_tables",
+        "str(group.n_cells), str(group.n_kept), *costs",
+        "str(group.n_kept), str(group.n_cells), *costs",
+        "sweeps/test_forecast::test_a_dry_run_prints_and_writes_nothing",
+    ),
+    _slip(
+        "minutes are printed as hours",
+        "cli/sweep_tables",
+        '(60.0, "min")',
+        '(60.0, "h")',
+        "cli/test_sweep_tables",
+    ),
+    _slip(
+        "a report counts the kept cells as failed",
+        "cli/sweep_tables",
+        "[red]{len(report.failed)} failed[/]",
+        "[red]{report.n_kept} failed[/]",
+        "cli/test_sweep_tables",
+    ),
+)

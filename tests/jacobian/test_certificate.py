@@ -1,0 +1,117 @@
+"""The certificate: what a closed form does not describe goes to autograd, whichever pair is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+
+import pytest
+import torch
+from broken import LLAMA, PAIRS, adapter, forward, growing, needs_llama, part, shifting
+from cases import CASES, TOKENS, Case, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tlcoupling as tlc
+from tlcoupling.jacobian.engine import JacobianEngine
+
+pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
+
+
+def agree_everywhere(trace: tlc.Trace, layer: int, pairs: list[tuple[int, int]], tolerance: float) -> set[str]:
+    """Hold ``auto`` against autograd on pairs of a layer; return which engines it used."""
+    auto, oracle = JacobianEngine(trace, "auto", pairs), JacobianEngine(trace, "autograd", pairs)
+    for sublayer in trace.sublayers:
+        for src, dest in pairs:
+            found, truth = (each.operator(layer, sublayer, src, dest).dense() for each in (auto, oracle))
+            assert relative_error(found, truth) < tolerance, (sublayer, src, dest)
+    return set(auto.used.values())
+
+
+@needs_llama
+@pytest.mark.parametrize("first", [(0, 0), (6, 6)])
+def test_an_adapter_is_seen_wherever_it_has_a_derivative(first: tuple[int, int]):
+    """At (0, 0), one key, queries and keys have none: that pair says nothing of others."""
+    model = LLAMA.build(torch.float64).eval()
+    with forward(part(model, 1, "attn.q"), adapter), forward(part(model, 1, "attn.k"), adapter):
+        trace = tlc.trace(model, TOKENS)
+        agree_everywhere(trace, 1, [first, (2, 5), (0, 6), (3, 3), (6, 6)], LLAMA.tolerance)
+        found = tlc.token_coupling(trace, k=3, tokens="all", layers=1).values
+        truth = tlc.token_coupling(trace, k=3, tokens="all", layers=1, engine="autograd").values
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-5)
+
+
+@needs_llama
+@given(
+    path=st.sampled_from(["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out", "mlp"]),
+    layer=st.integers(0, 2),
+    wrap=st.sampled_from([adapter, growing]),
+    pairs=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=4, unique=True),
+)
+@settings(max_examples=25, deadline=None)
+def test_no_wrapped_projection_passes(path: str, layer: int, wrap, pairs: list[tuple[int, int]]):
+    model = LLAMA.model()
+    with forward(part(model, layer, path), wrap), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        agree_everywhere(tlc.trace(model, TOKENS), layer, pairs, LLAMA.tolerance)
+
+
+@needs_llama
+def test_an_mlp_that_reads_its_neighbour_is_no_function_of_one_position():
+    model = LLAMA.build(torch.float64).eval()
+    with forward(part(model, 1, "mlp"), shifting):
+        trace = tlc.trace(model, TOKENS)
+        engine = JacobianEngine(trace)
+        with pytest.warns(UserWarning, match="the MLP reads other positions than its own"):
+            mixed = engine.operator(1, "mlp", 4, 5)
+        assert mixed.dense().norm() > 0.1
+        assert engine.operator(1, "mlp", 3, 5).dense().norm() == 0
+        for tokens in ([5], [4, 5], list(range(7))):  # also where its neighbour is run beside it
+            pairs = [(4, 5)] + [(token, token) for token in tokens]
+            assert agree_everywhere(trace, 1, pairs, LLAMA.tolerance) == {"autograd", "analytic"}
+
+
+@pytest.mark.parametrize("scale", [10.0, 20.0])
+def test_a_soft_cap_counts_where_scores_are_large(scale: float):
+    """The pattern of short prefixes fits without the cap to 1e-4."""
+    case = next((case for case in CASES if case.name == "bridge-gemma2"), None)
+    if case is None:
+        pytest.skip("no Gemma 2")
+    model = case.build(torch.float64).eval()
+    for layer in range(3):
+        model.blocks[layer].attn.q.original_component.weight.data.mul_(scale)
+    agree_everywhere(tlc.trace(model, TOKENS), 1, [(src, 6) for src in range(7)], 1e-4)
+
+
+def test_a_scale_of_scores_shows_with_two_tokens():
+    case = next((case for case in CASES if case.name == "bridge-mpt"), None)
+    if case is None:
+        pytest.skip("no MPT")
+    model = case.build(torch.float64).eval()
+    for block in model.blocks:
+        block.attn.original_component.softmax_scale = 0.8
+    agree_everywhere(tlc.trace(model, TOKENS[:2]), 1, [(0, 0), (0, 1), (1, 1)], case.tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_pair_of_a_healthy_model_keeps_its_engine(case: Case, dtype: torch.dtype):
+    """No false alarm: at no pair is a closed form refused that is right, nor a derivative doubted."""
+    trace = tlc.trace(case.model(dtype), TOKENS)
+    engine = JacobianEngine(trace, "auto", PAIRS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(misses|reads other|do not settle)")
+        for sublayer in trace.sublayers:
+            for src, dest in PAIRS if sublayer != "mlp" else [(pos, pos) for pos in range(len(TOKENS))]:
+                engine.operator(1, sublayer, src, dest)
+    assert engine.used == {name: "analytic" if name in case.analytic else "autograd" for name in trace.sublayers}
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_pairs_that_are_announced_are_certified_as_those_that_are_not(case: Case):
+    trace = tlc.trace(case.model(), TOKENS)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("error")
+        announced = JacobianEngine(trace, "analytic", PAIRS).operator(1, "block", 2, 5).dense()
+        assert torch.equal(announced, JacobianEngine(trace, "analytic", [(5, 5)]).operator(1, "block", 2, 5).dense())
