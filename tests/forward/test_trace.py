@@ -320,3 +320,20 @@ def test_writes_may_miss_the_stream_by_its_rounding(dtype: torch.dtype, allowed:
 def test_bad_indices(model: torch.nn.Module, arguments: dict, message: str):
     with pytest.raises(ArgumentError, match=message):
         tlc.residual_jacobian(tlc.trace(model, TOKENS), **arguments)
+
+
+def test_a_cache_of_some_layers_is_refused(model: torch.nn.Module):
+    _, cache = model.run_with_cache(TOKENS[None], stop_at_layer=2)
+    for measure in (tlc.growth, tlc.linearity):
+        with pytest.raises(MissingHookError, match="ends with block 1, and its model has 3 blocks"):
+            measure(cache)
+
+
+def test_a_model_that_is_not_hooked_completely_is_refused():
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    config = transformers.OpenAIGPTConfig(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
+    config.architectures = ["OpenAIGPTLMHeadModel"]
+    hf_model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    gpt1 = bridge.TransformerBridge.boot_transformers("openai-gpt", hf_model=hf_model, tokenizer=tiny_tokenizer())
+    with pytest.raises(UnsupportedModelError, match="does not call 'blocks.1.hook_resid_post'"):
+        tlc.trace(gpt1, TOKENS)
