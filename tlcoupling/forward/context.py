@@ -104,7 +104,8 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
             ``torch.inference_mode``; the message names the first.
     """
     for where, module in modules_of(model):
-        if module.training and not in_training:
+        # SAELens leaves fresh modules in the places of hook points, in training mode; it does nothing to them
+        if module.training and not in_training and not where.rpartition(".")[2].startswith("hook_"):
             also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
             raise UnsupportedModelError(
                 f"{where or 'the model'} is in training mode, where dropout makes every forward pass another function: "
