@@ -14,15 +14,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.precision import full_precision
 
-P = ParamSpec("P")
-R = TypeVar("R")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -55,17 +54,17 @@ def measuring(source: Any) -> Iterator[None]:
             ) from error
 
 
-def measured(function: Callable[P, R]) -> Callable[P, R]:
+def measured(function: FunctionT) -> FunctionT:
     """Run a function within ``measuring`` its argument ``model`` or ``trace``, or its trace, for a trace's methods."""
     names = list(inspect.signature(function).parameters)
     index = next(index for index, name in enumerate(names) if name in ("self", "model", "trace"))
 
     @functools.wraps(function)
-    def within(*args: P.args, **kwargs: P.kwargs) -> R:
+    def within(*args: Any, **kwargs: Any) -> Any:
         with measuring(args[index] if len(args) > index else kwargs.get(names[index])):
             return function(*args, **kwargs)
 
-    return within
+    return cast(FunctionT, within)
 
 
 def _lock_of(source: Any) -> AbstractContextManager[Any]:
