@@ -34,7 +34,13 @@ _MLP_VALUES = ("pre", "pre_linear", "post", "out")
 
 
 class AnalyticLayer:
-    """The closed forms of one block, from runs of its own sublayers."""
+    """The closed forms of one block, from runs of its own sublayers.
+
+    Attributes:
+        trace: the trace of the model.
+        layer: block index.
+        attn_run: the run of the attention.
+    """
 
     def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
         """Run the attention once, for its activations.
@@ -47,7 +53,7 @@ class AnalyticLayer:
         Raises:
             StaleTraceError: the block's output differs from that of the trace.
         """
-        self._trace, self.layer = trace, layer
+        self.trace, self.layer = trace, layer
         self.block = trace.block(layer)
         self.d_model = trace.d_model
         stream = trace.block_input(layer)
@@ -101,7 +107,8 @@ class AnalyticLayer:
 
     def _mlp(self, pos: int) -> JacobianOperator:
         """J_mlp at a position."""
-        mlp, (run, row) = self.block.mlp, self.mlp_run(pos)
+        mlp, (run, positions) = self.block.mlp, self.mlp_run(pos)
+        row = positions.index(pos)
         if not self._mlp_slopes:
             raise Uncovered("hook_post of the MLP is not a function of hook_pre (and hook_pre_linear)")
         weights, slopes = self._weights(mlp), [slope[row] for slope in self._mlp_slopes]
@@ -109,8 +116,8 @@ class AnalyticLayer:
         behind = self._norm(mlp.behind, "the norm behind the MLP", run.unnormed, row)
         return mlp_map(slopes, weights, before, behind, mlp.write_factor(run.values.get(mlp.gives), run.out))
 
-    def mlp_run(self, pos: int) -> tuple[Run, int]:
-        """Return a run of the MLP that includes a position, and the row of that position.
+    def mlp_run(self, pos: int) -> tuple[Run, tuple[int, ...]]:
+        """Return a run of the MLP that includes a position, and the positions of its rows.
 
         The MLP runs alone on the requested rows. Where its module cannot, it runs inside its block on all rows.
 
@@ -121,26 +128,26 @@ class AnalyticLayer:
             self._mlp_run = self._run_mlp(self._dests if pos in self._dests else (pos,))
             self._mlp_slopes = self._activation_slopes(self._mlp_run[1])
         rows, run = self._mlp_run
-        return run, rows.index(pos)
+        return run, rows
 
     def _run_mlp(self, rows: tuple[int, ...]) -> tuple[tuple[int, ...], Run]:
         """Run the MLP on some rows, or inside its block on all rows; return the rows that it ran on, and the run."""
         if self._mlp_alone:
             try:
-                run = self._run("mlp", self._trace.run_mlp, self.mlp_input[None, list(rows)])
-                self._trace.check_current("mlp", self.layer, run.out, rows)
+                run = self._run("mlp", self.trace.run_mlp, self.mlp_input[None, list(rows)])
+                self.trace.check_current("mlp", self.layer, run.out, rows)
                 return rows, run
             except (TypeError, ValueError, RuntimeError, AttributeError, StaleTraceError):
                 # the MLPs of BLOOM and MPT add the residual stream themselves; that of OPT is not a module
                 self._mlp_alone = False
-        run = self._run("mlp", self._trace.run_mlp_in_block, self.mlp_input[None])
-        self._trace.check_current("mlp", self.layer, run.out)
+        run = self._run("mlp", self.trace.run_mlp_in_block, self.mlp_input[None])
+        self.trace.check_current("mlp", self.layer, run.out)
         return tuple(range(len(self.mlp_input))), run
 
     def _run(self, name: str, runner: Runner, stream: Float[Tensor, "1 row d_model"]) -> Run:
         sublayer = self.block.sublayers[name]
         points = sublayer.points(*(_ATTN_VALUES if name == "attn" else _MLP_VALUES))
-        return run_sublayer(self._trace, self.layer, sublayer, runner, points, stream, with_graph=name == "mlp")
+        return run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""
@@ -156,7 +163,7 @@ class AnalyticLayer:
         if module is None or inputs is None:
             return Identity(self.d_model, self.resid_pre)
         if module not in self._norms:
-            with lifted(self._trace.model, module):
+            with lifted(self.trace.model, module):
                 self._norms[module] = Norm.read(module, inputs, name)
         return self._norms[module].derivative(inputs[row])
 

@@ -25,10 +25,9 @@ from torch import Tensor
 from tlcoupling.errors import DerivativeError, HookError
 from tlcoupling.forward.hooked import Hook
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.autograd import autograd_column_bytes, vectors_at_once
+from tlcoupling.jacobian.autograd import at_once
 from tlcoupling.jacobian.certificate import Pair, random_vector
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.memory import free_memory
 
 # Steps relative to the length of what is moved. HuggingFace's modules cast to float32 inside, so that float64 models
 # gain nothing from smaller ones. A difference is good to the square of the step and to rounding over the step.
@@ -277,7 +276,7 @@ class BlockDifferences:
             whole = stream.new_zeros(len(moves), *stream.shape)
             whole[:, src] = moves
             still = self._run(inside, whole[:1] * 0, batched)
-            chunk = self._at_once()
+            chunk = at_once(trace, layer)
             runs = [self._run(inside, part, batched) for part in whole.split(chunk)]
             return torch.cat([self._change(run, still, sublayer, [dest]) for run in runs])
 
@@ -301,8 +300,8 @@ class BlockDifferences:
         """Take the differences for moves at each src, of x^l or of what the MLP reads ``inside`` the block."""
         trace, layer = self._trace, self.layer
         stream = self._input(inside)[0]
-        chunk = max(1, self._at_once() // 2)
         order = sorted(by_src)
+        chunk = max(1, at_once(trace, layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
             directions = torch.stack([random_vector(trace, layer, _seed(layer, src)) for src in some])
             steps = stream.new_tensor([STEP * _length(stream[src]) for src in some])
@@ -378,12 +377,6 @@ class BlockDifferences:
 
     def _input(self, inside: bool) -> Float[Tensor, "1 pos d"]:
         return self._trace.mlp_input(self.layer) if inside else self._trace.block_input(self.layer)
-
-    def _at_once(self) -> int:
-        """How many runs fit into a batch."""
-        trace = self._trace
-        column = autograd_column_bytes(trace.model.blocks[self.layer], trace.model.cfg.n_heads, trace.n_tokens, 4)
-        return vectors_at_once(column, free_memory(trace.resid.device))
 
 
 def _writes(trace: Trace, name: str) -> list[Tensor]:
