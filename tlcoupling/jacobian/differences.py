@@ -15,7 +15,7 @@ a ladder of steps. It tells four things apart:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -226,6 +226,7 @@ class BlockDifferences:
         self._pairs = frozenset(pairs)
         self._batched = not hooked
         self._known: dict[tuple[str, int, int], Quotient] = {}
+        self._constants: dict[tuple[str, int, int], bool] = {}
         self.gap = 0.0
 
     def quotient(self, sublayer: str, src: int, dest: int) -> Quotient:
@@ -264,6 +265,8 @@ class BlockDifferences:
             larger = torch.maximum(product.norm(), one.value.norm())
             self.gap = max(self.gap, float((product - one.value).norm() / larger))
             return None
+        if product.norm() == 0 and one.value.norm() <= one.rounding and self._constant(sublayer, src, dest):
+            return None
         trace, layer = self._trace, self.layer
         inside = self._inside(sublayer)
         stream = self._input(inside)[0]
@@ -298,22 +301,58 @@ class BlockDifferences:
 
     def _measure(self, by_src: Mapping[int, Iterable[int]], inside: bool) -> None:
         """Take the differences for moves at each src, of x^l or of what the MLP reads ``inside`` the block."""
+        for src, direction, step, (up, down) in self._moved(by_src, inside, STEP, -STEP):
+            for name in ("mlp",) if inside else self._trace.sublayers:
+                value = self._change(up, down, name)[0] / (2 * step)
+                for dest in by_src[src]:
+                    self._keep(name, src, dest, direction, value[dest], step, inside)
+
+    def _constant(self, sublayer: str, src: int, dest: int) -> bool:
+        """Return whether what a sublayer writes at ``dest`` stays when its input at ``src`` moves by its own length.
+
+        This confirms a Jacobian of zero by one pair of runs for all announced pairs of a source.
+        """
+        if (sublayer, src, dest) not in self._constants:
+            pairs = self._pairs if (src, dest) in self._pairs else {(src, dest)}
+            sources = {one for one, _ in pairs}
+            for one, _, _, (up, down) in self._moved(sources, self._inside(sublayer), 1.0, -0.5):
+                change = self._change(up, down, sublayer)[0].norm(dim=-1)
+                for start, end in pairs:
+                    if start == one:
+                        still = change[end] <= _ROUNDING * self._written(sublayer, end).to(change)
+                        self._constants[sublayer, one, end] = bool(still)
+        return self._constants[sublayer, src, dest]
+
+    def _moved(
+        self, sources: Iterable[int], inside: bool, ahead: float, back: float
+    ) -> Iterator[tuple[int, Float[Tensor, " d"], Float[Tensor, ""], tuple[dict[str, Tensor], dict[str, Tensor]]]]:
+        """Move the input at each source, some sources in a batch of runs.
+
+        Args:
+            sources: positions.
+            inside: move what the MLP reads ``inside`` the block, not x^l.
+            ahead: how far in one run, relative to the length of the input there.
+            back: how far in the other.
+
+        Yields:
+            The source, the direction, the length of the move ahead, and what the two runs wrote.
+        """
         trace, layer = self._trace, self.layer
         stream = self._input(inside)[0]
-        order = sorted(by_src)
+        order = sorted(sources)
         chunk = max(1, at_once(trace, layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
             directions = torch.stack([random_vector(trace, layer, _seed(layer, src)) for src in some])
-            steps = stream.new_tensor([STEP * _length(stream[src]) for src in some])
+            lengths = stream.new_tensor([_length(stream[src]) for src in some])
             moves = stream.new_zeros(len(some), *stream.shape)
-            moves[range(len(some)), some] = steps[:, None] * directions
-            found = self._run(inside, torch.cat([moves, -moves]), self._batched)
-            up, down = ({name: rows[half] for name, rows in found.items()} for half in _halves(len(some)))
-            for name in ("mlp",) if inside else trace.sublayers:
-                values = self._change(up, down, name) / (2 * steps[:, None, None])
-                for index, src in enumerate(some):
-                    for dest in by_src[src]:
-                        self._keep(name, src, dest, directions[index], values[index, dest], steps[index], inside)
+            moves[range(len(some)), some] = lengths[:, None] * directions
+            ran = self._run(inside, torch.cat([ahead * moves, back * moves]), self._batched)
+            for index, src in enumerate(some):
+                up, down = (
+                    {name: rows[which : which + 1] for name, rows in ran.items()}
+                    for which in (index, index + len(some))
+                )
+                yield src, directions[index], ahead * lengths[index], (up, down)
 
     def _keep(
         self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, inside: bool
@@ -323,8 +362,12 @@ class BlockDifferences:
             if src != dest:
                 return
             direction = direction + self._known["attn", src, dest].value
-        wrote = torch.stack([part[self.layer, dest].norm() for part in _writes(trace, name)]).sum()
-        self._known[name, src, dest] = Quotient(direction, value.clone(), _ROUNDING * wrote.to(step) / step)
+        rounding = _ROUNDING * self._written(name, dest).to(step) / step
+        self._known[name, src, dest] = Quotient(direction, value.clone(), rounding)
+
+    def _written(self, name: str, dest: int) -> Float[Tensor, ""]:
+        """The length of what a sublayer, or all of a block's, wrote."""
+        return torch.stack([part[self.layer, dest].norm() for part in _writes(self._trace, name)]).sum()
 
     def _change(
         self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int] | slice = slice(None)
@@ -391,7 +434,3 @@ def _seed(layer: int, src: int) -> int:
 
 def _length(vector: Float[Tensor, " d"]) -> float:
     return float(vector.norm()) or 1.0
-
-
-def _halves(size: int) -> tuple[slice, slice]:
-    return slice(0, size), slice(size, None)
