@@ -303,9 +303,9 @@ class BlockDifferences:
         """Take the differences for moves at each src, of x^l or of what the MLP reads ``inside`` the block."""
         for src, direction, step, (up, down) in self._moved(by_src, inside, STEP, -STEP):
             for name in ("mlp",) if inside else self._trace.sublayers:
-                value = self._change(up, down, name)[0] / (2 * step)
-                for dest in by_src[src]:
-                    self._keep(name, src, dest, direction, value[dest], step, inside)
+                dests = sorted(by_src[src])
+                for dest, change in zip(dests, self._change(up, down, name, dests)[0], strict=True):
+                    self._keep(name, src, dest, direction, change / (2 * step), step, inside)
 
     def _constant(self, sublayer: str, src: int, dest: int) -> bool:
         """Return whether what a sublayer writes at ``dest`` stays when its input at ``src`` moves by its own length.
@@ -316,11 +316,10 @@ class BlockDifferences:
             pairs = self._pairs if (src, dest) in self._pairs else {(src, dest)}
             sources = {one for one, _ in pairs}
             for one, _, _, (up, down) in self._moved(sources, self._inside(sublayer), 1.0, -0.5):
-                change = self._change(up, down, sublayer)[0].norm(dim=-1)
-                for start, end in pairs:
-                    if start == one:
-                        still = change[end] <= _ROUNDING * self._written(sublayer, end).to(change)
-                        self._constants[sublayer, one, end] = bool(still)
+                dests = sorted(end for start, end in pairs if start == one)
+                for end, change in zip(dests, self._change(up, down, sublayer, dests)[0], strict=True):
+                    still = change.norm() <= _ROUNDING * self._written(sublayer, end).to(change)
+                    self._constants[sublayer, one, end] = bool(still)
         return self._constants[sublayer, src, dest]
 
     def _moved(
@@ -370,7 +369,7 @@ class BlockDifferences:
         return torch.stack([part[self.layer, dest].norm() for part in _writes(self._trace, name)]).sum()
 
     def _change(
-        self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int] | slice = slice(None)
+        self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int]
     ) -> Float[Tensor, "move dest d"]:
         """The difference of two runs in what a sublayer writes, or in all that a block adds to the stream.
 
