@@ -19,7 +19,7 @@ import wide_block
 from measure import Row, table
 from rich.console import Console
 
-from tlcoupling.analysis.estimate import matmul_rate
+from tlcoupling.linalg.work import measured_rates
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    peak = matmul_rate(device)
+    peak = measured_rates(device).matmul
     lines: list[Row | str] = []
     for part in (smollm2.rows(device, options.rounds), wide_block.rows(device)):
         for one in part:

@@ -18,7 +18,8 @@ from measure import Row, alternating, measured
 from published import block_calls, block_jacobian
 
 import tlcoupling as tlc
-from tlcoupling.coupling.spectra import Decomposition, cheapest, spectra_of
+from tlcoupling.coupling.method import cheapest
+from tlcoupling.coupling.spectra import Decomposition, spectra_of
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.models.smollm2 import smollm2_huggingface
 
@@ -92,10 +93,11 @@ def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
         return engine.operator(0, "block", last, last)
 
     operator = make()
-    way = cheapest(operator, WIDTH, K, LAYERS, "auto", keep=True)
-    (spectrum,) = spectra_of([Decomposition(operator, make, way.name, "block")], K, "auto")
+    method = cheapest(operator, WIDTH, K, LAYERS, "auto", keep=True)
+    (spectrum,) = spectra_of([Decomposition(operator, make, method.name, "block")], K, "auto")
     spectrum.multiply(torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device))
-    return spectrum, way.flops
+    work = method.forming + method.decomposing + method.comparing * LAYERS
+    return spectrum, work.flops
 
 
 def _published_seconds(device: torch.device) -> float:

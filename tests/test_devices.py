@@ -12,7 +12,7 @@ from cases import CASES, TOKENS, Case
 from devices import DEVICES, Ledger, MixedDevicesError, Placed, simulated_devices, spread
 
 import tlcoupling as tlc
-from tlcoupling.coupling.spectra import ways
+from tlcoupling.coupling.method import methods
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.operator import JacobianOperator
 
@@ -99,14 +99,14 @@ def test_so_they_are_on_other_architectures(traces: tuple[tlc.Trace, tlc.Trace])
 
 
 @pytest.mark.parametrize("case", SPREAD[:1], ids=str)
-@pytest.mark.parametrize("way", ["matrix dropped", "products"])
+@pytest.mark.parametrize("method", ["matrix dropped", "products"])
 def test_so_they_are_where_no_matrix_is_kept(
-    traces: tuple[tlc.Trace, tlc.Trace], way: str, monkeypatch: pytest.MonkeyPatch
+    traces: tuple[tlc.Trace, tlc.Trace], method: str, monkeypatch: pytest.MonkeyPatch
 ):
     def chosen(work: Any, size: int, k: int, columns: int, solver: Any, keep: bool) -> Any:
-        return next(each for each in ways(work, size, k, columns, solver) if each.name == way)
+        return next(each for each in methods(work, size, k, columns, solver) if each.name == method)
 
-    monkeypatch.setattr("tlcoupling.coupling.pairs.cheapest", chosen)
+    monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", chosen)
     one, two = traces
     require_same(tlc.depth_coupling(two, 3, sublayers="block"), tlc.depth_coupling(one, 3, sublayers="block"))
 

@@ -15,7 +15,7 @@ import tlcoupling as tlc
 from tlcoupling.sweeps import plan_file as reading
 from tlcoupling.sweeps import prompts
 from tlcoupling.sweeps.cells import Settings
-from tlcoupling.sweeps.cost import Shape
+from tlcoupling.sweeps.shapes import Shape
 from tlcoupling.sweeps.table import COLUMNS
 
 ROOT = Path(__file__).parent.parent

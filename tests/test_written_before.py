@@ -16,7 +16,9 @@ NUMBERS = json.loads((OLD / "numbers.json").read_text(encoding="utf-8"))
 
 @pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"store"}))
 def test_a_result_file_of_0_1_0_loads(name: str):
-    result, then = tlc.load(OLD / f"{name}.safetensors"), NUMBERS[name]
+    with pytest.warns(UserWarning, match="without a checksum"):
+        result, then = tlc.load(OLD / f"{name}.safetensors"), NUMBERS[name]
+    assert result.provenance.verified is False
     assert type(result).__name__ == then["kind"]
     assert repr(result) == then["repr"]
     assert result.provenance.versions["tlcoupling"] == "0.1.0"
@@ -25,11 +27,22 @@ def test_a_result_file_of_0_1_0_loads(name: str):
         assert float(result._arrays()[quantity][1].double().nansum()) == pytest.approx(total, rel=1e-12), quantity
 
 
+@pytest.mark.parametrize("name", ["depth", "token", "context", "heads"])
+def test_how_certain_a_coupling_of_0_1_0_is_is_unknown(name: str):
+    coupling = tlc.load(OLD / f"{name}.safetensors")
+    for field in ("gaps", "uncertainty", "determined", "values_determined", "overlap_determined"):
+        assert getattr(coupling, field) is None
+        assert field not in set(coupling.to_dataframe()["quantity"])
+
+
 def test_a_store_of_0_1_0_loads(tmp_path: Path):
     shutil.copytree(OLD / "store", tmp_path / "store")
     store = tlc.SweepStore(tmp_path / "store")
-    table = store.table()
+    with pytest.warns(UserWarning, match="2 results of the store .* have no checksum") as said:
+        table = store.table()
+    assert len(said) == 1 and table["verified"].tolist() == [False] * len(table)
     assert sorted(set(table["key"])) == NUMBERS["store"]["keys"]
     assert sorted(table["coupling"]) == pytest.approx(NUMBERS["store"]["coupling"], rel=1e-12)
+    assert table["undetermined"].isna().all()
     for key in NUMBERS["store"]["keys"]:
         assert isinstance(store.load(key), tlc.Analysis)

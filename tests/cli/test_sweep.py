@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -14,6 +15,8 @@ from command_line import words_read
 from typer.testing import CliRunner
 
 from tlcoupling.cli import app
+from tlcoupling.cli.app import errors_as_one_line
+from tlcoupling.errors import ModelLoadError
 from tlcoupling.models.load import _hooked_transformer, _transformer_bridge
 
 HOOKED, BRIDGE = _hooked_transformer(), _transformer_bridge()
@@ -100,3 +103,26 @@ def test_keys_of_prompts_that_would_do_nothing_are_refused(tmp_path: Path, promp
     result = sweep(str(tmp_path / "plan.toml"), "--dry-run")
     assert result.exit_code == 1 and result.stdout == ""
     assert refused in result.stderr and allowed in result.stderr and "plan.toml, line 2" in result.stderr
+
+
+def test_names_do_not_command_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A name with a colour, rich's markup and a bidirectional control; in a failure, a damaged file and an error."""
+    evil = "a\x1b[31m[bold]\u202e[/]"
+
+    def unloadable(*args: Any, **kwargs: Any) -> Any:
+        raise ModelLoadError(f"no {evil} here")
+
+    monkeypatch.setattr("tlcoupling.models.load.load_model", unloadable)
+    plan = tmp_path / "plan.toml"
+    label = evil.replace("\x1b", "\\u001b")
+    plan.write_text(f'models = [{{ name = "nowhere/one", label = "{label}" }}]\nprompts.text = "a"\n', "utf-8")
+    result = sweep(str(plan))
+    dry = sweep(str(plan), "--dry-run", "--rate", "1")
+    refused = sweep(str(tmp_path / f"no {evil}.toml"))
+    merged = CliRunner().invoke(app, ["merge", str(tmp_path / "plan.store"), "--into", str(tmp_path / f"{evil}.store")])
+    assert (result.exit_code, dry.exit_code, refused.exit_code, merged.exit_code) == (1, 0, 1, 0)
+    for one in (result, dry, refused, merged):
+        assert "\x1b" not in one.output and "\u202e" not in one.output
+        assert "[31m[bold]" in one.output, "shown, not obeyed"
+    with errors_as_one_line():
+        assert "\x1b" not in warnings.formatwarning(f"{evil} is odd", UserWarning, "file.py", 1, "")

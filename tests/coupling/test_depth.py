@@ -50,8 +50,8 @@ def test_workers_change_no_number(case: Case, stacked: int, monkeypatch: pytest.
 
     alone = measured()
     threads = torch.get_num_threads()
-    monkeypatch.setattr("tlcoupling.coupling.plan._most_workers", lambda *_: 3)
-    monkeypatch.setattr("tlcoupling.coupling.plan.STACKED", stacked)
+    monkeypatch.setattr("tlcoupling.coupling.schedule._most_workers", lambda *_: 3)
+    monkeypatch.setattr("tlcoupling.coupling.schedule.STACKED", stacked)
     for found, expected in zip(measured(), alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
     assert torch.get_num_threads() == threads

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile_stores import ANALYSIS, FACTS, PLAN, hostile, whole
 from small_sweeps import contents_apart_from_times
 from sweep_cells import cell_of, measured
+from typer.testing import CliRunner
 
 import tlcoupling as tlc
+from tlcoupling.cli import app
+from tlcoupling.cli.sweep_tables import print_report
 from tlcoupling.errors import ResultFileError, StoreError
+from tlcoupling.sweeps import run
+from tlcoupling.sweeps.cells import ModelFacts
+from tlcoupling.sweeps.source import Source
 
 
 def test_what_is_saved_comes_back(store: tlc.SweepStore):
@@ -54,9 +62,9 @@ def test_equal_cells_are_equal_files_apart_from_their_times(tmp_path: Path):
 def test_a_lost_end_is_no_result(store: tlc.SweepStore):
     cell = cell_of()
     path = store.save(cell, *measured(cell))
-    whole = path.read_bytes()
-    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
+    content = path.read_bytes()
+    for size in (0, 7, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
         assert not store.has(cell)
         with pytest.raises(ResultFileError, match="damaged"):
             store.load(cell.key)
@@ -146,3 +154,60 @@ def test_no_store_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be written to"):
         tlc.SweepStore(tmp_path / "file", create=True)
+
+
+def test_a_malformed_file_costs_one_row_and_is_named(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """50 cells: by the table, by a merge in both directions, and by a sweep, which measures the bad ones again."""
+    store, bad = hostile(tmp_path / "one")
+    table = store.table()
+    assert len(table) == 50
+    wrong = table[table["status"] != "measured"]
+    assert {row["key"]: bad[row["key"]] for _, row in wrong.iterrows()} == bad
+    assert set(wrong["status"]) == {"damaged"} and all(row["key"] in row["error"] for _, row in wrong.iterrows())
+    assert table[table["status"] == "measured"]["verified"].all()
+
+    arguments = ["merge", str(store.folder), "--into", str(tmp_path / "all")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+    assert result.exit_code == 1, result.output
+    skipped = [line for line in result.stdout.splitlines() if line.startswith("  skipped: ")]
+    assert len(skipped) == len(bad) and all(any(key in line for line in skipped) for key in bad)
+    assert f"{store.folder}: {50 - len(bad)} of " in result.stdout
+    merged = tlc.SweepStore(tmp_path / "all")
+    assert merged.keys() == {cell.key for cell in PLAN.cells} - bad.keys() and not merged.failed_keys()
+
+    with pytest.warns(UserWarning, match="damaged files were not copied"):
+        assert whole(tmp_path / "two").add(store) == 0
+    assert store.add(whole(tmp_path / "two")) == len(bad)
+    assert store.table()["status"].tolist() == ["measured"] * 50 and not store.damaged()
+
+    monkeypatch.setattr(Source, "open", lambda source: None)
+    monkeypatch.setattr(ModelFacts, "of", lambda model: FACTS)
+    monkeypatch.setattr(run, "analyze", lambda *args, **kwargs: ANALYSIS)
+    again, bad = hostile(tmp_path / "three")
+    report = tlc.sweep(PLAN, again)
+    assert report.complete and (report.n_kept, report.n_measured) == (50 - len(bad), len(bad))
+    assert {cell.key: bad[cell.key] for cell in report.damaged} == bad
+    print_report(report)
+    said = "".join(capsys.readouterr().out.split())  # the terminal folds long lines
+    assert all(key in said for key in bad)
+    assert again.table()["status"].tolist() == ["measured"] * 50
+    assert len(list(again.folder.rglob("*.aside-*/inside"))) == 2, "a folder in the way is kept under another name"
+
+
+def test_names_that_are_no_text_are_rows(store: tlc.SweepStore):
+    """A file name of any bytes, and half characters in what a file says."""
+    (store.folder / "cells" / os.fsdecode(b"\xff\xfe.safetensors")).write_bytes(b"")
+    cell = dataclasses.replace(PLAN.cells[0], model="half \ud83e", prompt="\ud83e")
+    store.save(cell, ANALYSIS, FACTS)
+    store.fail(dataclasses.replace(cell, step=1), ValueError("half \ud83e"))
+    table = store.table()
+    assert sorted(table["status"]) == ["damaged", "failed", "measured"]
+    assert set(table["model"].dropna()) == {"half \\ud83e"} and "\\udcff\\udcfe" in set(table["key"])
+
+
+def test_a_cell_without_a_checksum_is_copied_as_it_is(tmp_path: Path):
+    old = tlc.SweepStore(Path(__file__).parents[1] / "data" / "written_by_0_1_0" / "store")
+    store = tlc.SweepStore(tmp_path, create=True)
+    assert store.add(old) == 2
+    with pytest.warns(UserWarning, match="2 results of the store .* have no checksum"):
+        assert not store.table()["verified"].any()

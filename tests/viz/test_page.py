@@ -21,7 +21,7 @@ from tlcoupling import viz
 from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
-from tlcoupling.viz.plain import packed, visible
+from tlcoupling.viz.plain import packed
 
 NAN = float("nan")
 
@@ -193,13 +193,6 @@ def test_parallel_blocks_have_no_shares() -> None:
     analysis = make_analysis(sequential=False)
     assert growth_summary(analysis.growth).attn_share is None
     assert data_of(viz.render_html(analysis))["growth"]["shares"] == {}
-
-
-def test_invisible_characters_are_shown() -> None:
-    assert visible(" a\n\t\u202e\u200b") == " a↵⇥\\u{202e}\\u{200b}"
-    assert visible("") == "∅"
-    assert visible("\u200d") == "\\u{200d}"
-    assert visible("🏳️‍🌈") == "🏳️‍🌈"
 
 
 def test_long_prompts_show_their_end_on_all_axes() -> None:

@@ -1,10 +1,11 @@
-"""What a measurement would cost: its work, its memory and its time, known before anything of it is run."""
+"""Estimates of the work, memory and time of a measurement, made before it is run."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,9 @@ import torch
 from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
-from tlcoupling.coupling.groups import Group
+from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.plan import Job, Plan, make_plan
+from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.forward.block import topology_of_model
 from tlcoupling.forward.context import measured
@@ -23,10 +24,17 @@ from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import sublayers_of
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.precision import full_precision
+from tlcoupling.linalg.work import Rates, Work, measured_rates
 
 if TYPE_CHECKING:
     import pandas
+
+PASS_CALLS = 400.0  # small module calls that take as long as what is not linear algebra in a pass of a block, measured
+JACOBIAN_CALLS = 60.0  # likewise in making a closed form
+# Passes of a block for each dest whose closed form is certified (backward), for each src (moved to both sides), and for
+# each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
+PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
+STAGES = ("Jacobians", "decomposition", "comparison")
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,15 @@ class Stage:
 
     Attributes:
         name: what is done.
-        way: how; empty where there is one way.
+        method: how; empty where there is only one method.
         flops: floating-point operations.
+        seconds: estimated time on this machine.
     """
 
     name: str
-    way: str
+    method: str
     flops: float
+    seconds: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +66,7 @@ class Estimate:
         stages: the parts of the work.
         memory_bytes: memory needed beyond the model, at most.
         free_bytes: memory that is free.
-        rate: floating-point operations per second of this machine's matrix products, measured.
+        rates: how fast this machine works, measured.
     """
 
     model_name: str
@@ -66,7 +76,7 @@ class Estimate:
     stages: tuple[Stage, ...]
     memory_bytes: float
     free_bytes: float
-    rate: float
+    rates: Rates
 
     @property
     def flops(self) -> float:
@@ -75,8 +85,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds at the rate of matrix products: a lower bound. Calls reach a tenth to a quarter of that rate."""
-        return self.flops / self.rate
+        """Estimated seconds of the call on this machine, where nothing else loads it."""
+        return sum(stage.seconds for stage in self.stages)
 
     def __repr__(self) -> str:
         """One line."""
@@ -84,16 +94,15 @@ class Estimate:
 
         return (
             f"Estimate({self.model_name}: {self.n_measured} of {self.n_tokens} tokens, {self.flops / 1e9:.4g} GFLOP, "
-            f"{self.seconds:.2g} s at {self.rate / 1e9:.0f} GFLOP/s, {decimal(int(self.memory_bytes))} of "
+            f"about {self.seconds:.2g} s, {decimal(int(self.memory_bytes))} of "
             f"{decimal(int(self.free_bytes))} free)"
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per stage: name, way, flops, seconds."""
+        """Return one row per stage: name, method, flops, seconds."""
         import pandas as pd
 
-        rows = [{**vars(stage), "seconds": stage.flops / self.rate} for stage in self.stages]
-        return pd.DataFrame(rows)
+        return pd.DataFrame([vars(stage) for stage in self.stages])
 
 
 @measured
@@ -107,14 +116,16 @@ def estimate(
     layers: Indices | None = None,
     token_layers: Indices | None = None,
     prepend_bos: bool | None = None,
+    attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
 ) -> Estimate:
-    """What ``trace`` and ``depth_coupling`` (or ``analyze``) would cost with these arguments; the model is not run.
+    """Estimate what ``trace`` and ``depth_coupling`` (or ``analyze``) would cost; the model is not run.
 
-    The work is that of the way that the call would take (matrices or products, kept or made again), counted from the
-    shapes of the weights. Which sublayers have closed forms is a guess from the names of their weights; with hooks of
-    yours attached, pass ``engine="autograd"``.
+    Counts the work of the schedule that the call would follow, from the shapes of the weights, and turns it into
+    seconds by rates of this machine. These are measured once per process, in a fraction of a second. Which sublayers
+    have closed forms is a guess from the names of their weights. With your own hooks attached, pass
+    ``engine="autograd"``. Writing files and pages is not counted.
 
     Args:
         model: as in ``trace``.
@@ -125,11 +136,12 @@ def estimate(
         layers: as in ``depth_coupling``.
         token_layers: as in ``analyze``; their token-wise and context coupling are counted.
         prepend_bos: as in ``trace``.
+        attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
 
     Returns:
-        ``Estimate``: work, memory, and seconds at the matrix-product rate, which is measured meanwhile (a moment).
+        ``Estimate``: work, memory and seconds.
 
     Raises:
         UnsupportedModelError, ArgumentError: as ``trace`` and ``depth_coupling`` would.
@@ -139,7 +151,7 @@ def estimate(
         >>> tlc.estimate(model, "When Mary and John went to the store", tokens="all")  # doctest: +SKIP
     """
     require_supported(model)
-    n_tokens = to_tokens(model, prompt, prepend_bos).shape[1]
+    n_tokens = to_tokens(model, prompt, prepend_bos, attention_mask).shape[1]
     topology = topology_of_model(model)
     names, n_layers = resolve_sublayers(sublayers, sublayers_of(topology)), len(model.blocks)
     options = Options.resolve(model.cfg.d_model, k, "frobenius", "uv", True, engine, solver)
@@ -149,31 +161,90 @@ def estimate(
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, n_layers)
     jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, n_tokens, names)
-    plans = {
-        kind: make_plan(Job(model, topology, n_tokens, dtype, parts, groups, options))
+    schedules = {
+        kind: make_schedule(Comparison(model, topology, n_tokens, dtype, parts, groups, options))
         for kind, (parts, groups) in jobs.items()
     }
-    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    run_again = sum(plan.run_flops for plan in plans.values())
-    stages = [Stage("forward pass", "", 2.0 * weights * n_tokens), Stage("blocks run again", "", run_again)]
-    for kind, plan in plans.items():
-        stages += _stages(f"{kind} " if kind else "", plan)
+    rates = measured_rates(first.device, dtype)
     return Estimate(
         model_name=model_name_of(model),
         n_tokens=n_tokens,
         n_measured=len(positions),
         ks=options.k,
-        stages=tuple(stages),
-        memory_bytes=max(plan.peak_bytes for plan in plans.values()),
-        free_bytes=min(plan.free_bytes for plan in plans.values()),
-        rate=matmul_rate(first.device, dtype),
+        stages=stages_of(model, n_tokens, schedules, rates),
+        memory_bytes=max(schedule.peak_bytes for schedule in schedules.values()),
+        free_bytes=min(schedule.free_bytes for schedule in schedules.values()),
+        rates=rates,
     )
+
+
+def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rates: Rates) -> tuple[Stage, ...]:
+    """List the work of a trace and of some schedules.
+
+    Args:
+        model: the model, or the shapes of its weights.
+        n_tokens: length of the prompt.
+        schedules: by the kind of coupling; empty for that across depth.
+        rates: how fast the machine works.
+    """
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    traced = Work(matmul=2.0 * weights * n_tokens, calls=PASS_CALLS * len(model.blocks))
+    checked = sum((_passes_again(schedule) for schedule in schedules.values()), Work())
+    stages = [
+        Stage(name, "", work.flops, rates.seconds(work))
+        for name, work in (("forward pass", traced), ("blocks run again", checked))
+    ]
+    for kind, schedule in schedules.items():
+        for (sublayer, stage), work in _by_stage(schedule).items():
+            names = {method.name for (_, name), method in schedule.methods.items() if name == sublayer}
+            shared = stage == "Jacobians" and work.flops == 0 and "products" not in names
+            method = "the block's" if shared else ", ".join(sorted(names))
+            name = f"{kind} {sublayer}: {stage}".lstrip()
+            stages.append(Stage(name, method, work.flops, rates.seconds(work, schedule.workers)))
+    return tuple(stages)
+
+
+def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
+    """Return the work on Jacobians by sublayer and stage."""
+    comparison = schedule.comparison
+    made = Counter(visit.place.layer for batch in schedule.batches for visit in visits(batch))
+    pairs = Counter[int]()
+    for group in comparison.groups:
+        for place in group.rows:
+            pairs[place.layer] += len(group.columns)
+    overlaps = Work(thin=4.0 * comparison.model.cfg.d_model * max(comparison.options.k) ** 2)
+    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(comparison.sublayers, STAGES), Work())
+    for (layer, name), method in schedule.methods.items():
+        closed, block = schedule.costs[layer, name].engine == "analytic", schedule.costs.get((layer, "block"))
+        # a block's closed form is made of the matrices of its sublayers; by autograd a row is half a product
+        shared = name != "block" and block is not None and block.engine == "analytic"
+        forming = method.forming * (0.0 if shared else 1.0 if closed else 0.5)
+        stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * made[layer]
+        stages[name, "decomposition"] += method.decomposing * made[layer]
+        stages[name, "comparison"] += (method.comparing + overlaps) * pairs[layer]
+    return stages
+
+
+def _passes_again(schedule: Schedule) -> Work:
+    """Return the work of running blocks again: to certify closed forms, and for each Jacobian by autograd."""
+    work = Work()
+    for batch in schedule.batches:
+        places = set().union(*(group.places for group in batch))
+        for layer in schedule.comparison.layers:
+            of_layer = [place for place in places if place.layer == layer]
+            dests, srcs = ({getattr(place, side) for place in of_layer} for side in ("dest", "src"))
+            costs = [cost for (one, _), cost in schedule.costs.items() if one == layer]
+            by_autograd = sum(cost.engine == "autograd" for cost in costs)
+            alone = PASSES_OF_AUTOGRAD * by_autograd * len(of_layer)
+            passes = 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs) + alone
+            work += Work(matmul=costs[0].forward_flops * passes, calls=PASS_CALLS * (CALLS_OF_CHECKS + alone))
+    return work
 
 
 def _pairs_of_tokens(
     layers: Sequence[int], n_tokens: int, sublayers: Sequence[str]
 ) -> dict[str, tuple[tuple[str, ...], list[Group]]]:
-    """What ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
+    """Return what ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
     if not layers:
         return {}
     positions, reach = range(n_tokens), tuple(name for name in sublayers if name != "mlp")
@@ -182,36 +253,3 @@ def _pairs_of_tokens(
         pairs["fixed src"] = (reach, context_groups(layers, "src", 0, positions))
         pairs["fixed dest"] = (reach, context_groups(layers, "dest", n_tokens - 1, positions))
     return pairs
-
-
-def _stages(kind: str, plan: Plan) -> list[Stage]:
-    """The work of a plan: making, decomposing and comparing the Jacobians of each sublayer."""
-    stages = []
-    for name, (way, count) in plan.ways.items():
-        part_of_block = way.formed == 0 and way.name != "products"
-        stages.append(
-            Stage(f"{kind}{name}: Jacobians", "the block's" if part_of_block else way.name, count * way.formed)
-        )
-        stages.append(Stage(f"{kind}{name}: decomposition", way.name, count * way.thin))
-        stages.append(Stage(f"{kind}{name}: comparison", way.name, count * way.compared))
-    return stages
-
-
-@full_precision()
-def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """A device's matrix-product rate in floating-point operations per second, the fastest of several products."""
-    size, rounds = (4096, 5) if device.type == "cuda" else (1024, 10)
-    a, seconds = torch.randn(size, size, device=device, dtype=dtype), []
-    for _ in range(rounds):
-        _finish(device)
-        started = time.perf_counter()
-        _ = a @ a
-        _finish(device)
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * size**3 / min(seconds)
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from tlcoupling.errors import TLCouplingError
+from tlcoupling.text import visible
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PROMPT = "landmarks"
@@ -56,7 +58,7 @@ def load(name: str) -> Any:
 
     from tlcoupling.models.load import load_model
 
-    with Console(stderr=True).status(Text(f"loading {name}")):
+    with Console(stderr=True).status(Text(f"loading {visible(name)}")):
         return load_model(name)
 
 
@@ -66,6 +68,12 @@ def prompt_or_default(given: str | None) -> str:
         return given
     prompts = resources.files("tlcoupling") / "data" / "prompts.json"
     return json.loads(prompts.read_text(encoding="utf-8"))[DEFAULT_PROMPT]
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print lines of text, on stderr if ``err``. Names in it cannot command the terminal (``tlcoupling.text``)."""
+    for line in text.split("\n"):
+        typer.echo(visible(line) if line else "", err=err)
 
 
 def refuse(given: Mapping[str, bool], allowed: str) -> None:
@@ -82,9 +90,17 @@ def refuse(given: Mapping[str, bool], allowed: str) -> None:
 
 @contextmanager
 def errors_as_one_line() -> Iterator[None]:
-    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1."""
+    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1. Escape control characters in warnings."""
+    formatted = warnings.formatwarning
+
+    def shown(message: Warning | str, *rest: Any, **more: Any) -> str:
+        return formatted(visible(str(message)), *rest, **more)
+
+    warnings.formatwarning = shown
     try:
         yield
     except TLCouplingError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        say(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
+    finally:
+        warnings.formatwarning = formatted

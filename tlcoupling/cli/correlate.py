@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tlcoupling.cli.app import app, errors_as_one_line
+from tlcoupling.cli.app import app, errors_as_one_line, say
 from tlcoupling.errors import ResultFileError
+from tlcoupling.text import visible
 
 if TYPE_CHECKING:
     from tlcoupling.scores.correlate import Correlations
@@ -73,13 +74,13 @@ def _print(result: Correlations, table: str | None) -> None:
 
     console = Console(highlight=False)
     title = "The published points" if table is None else table
-    console.print(Text(title, style="bold"))
+    console.print(Text(visible(title), style="bold"))
     console.print(f"{len(result.models)} models, {len(result.families)} families")
     for heading, columns, rows in (_against(result), _fixed(result), _without(result)):
         console.print(f"\n{heading}")
         console.print(_table(columns, rows))
     for line in summary(result):
-        console.print(f"\n{line}")
+        console.print(Text(f"\n{visible(line)}"))
 
 
 def summary(result: Correlations) -> list[str]:
@@ -150,7 +151,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> Any:
         words = index == 0 or name.startswith("without")
         table.add_column(name, justify="left" if words else "right", header_style="dim", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 
 
@@ -172,17 +173,17 @@ def _p(value: float) -> str:
 
 def _write(result: Correlations, folder: Path) -> None:
     """Write the result, its numbers as CSV and JSON, and figures if matplotlib is installed."""
-    typer.echo(f"\nresult  {result.save(folder / 'correlations.safetensors')}")
+    say(f"\nresult  {result.save(folder / 'correlations.safetensors')}")
     by_name = {name: {key: _plain(value) for key, value in result.of(name).items()} for name in result.predictors}
     try:
         result.to_dataframe().to_csv(folder / "correlations.csv", index=False)
         (folder / "correlations.json").write_text(json.dumps(by_name, indent=1, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise ResultFileError(f"cannot write to {str(folder)!r}: {error}") from error
-    typer.echo(f"table   {folder / 'correlations.csv'}\nnumbers {folder / 'correlations.json'}")
+    say(f"table   {folder / 'correlations.csv'}\nnumbers {folder / 'correlations.json'}")
     for name in result.predictors:
         if name.startswith("coupling") and (" " not in name or " block " in name):
-            typer.echo(_figure(result, name, folder / f"{name.replace(' ', '-').replace('=', '')}.png"))
+            say(_figure(result, name, folder / f"{name.replace(' ', '-').replace('=', '')}.png"))
 
 
 def _figure(result: Correlations, coupling: str, path: Path) -> str:

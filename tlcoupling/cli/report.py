@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tlcoupling.cli.app import DEFAULT_MODEL, DEFAULT_PROMPT, app, errors_as_one_line, load, prompt_or_default, refuse
+from tlcoupling.cli.app import (
+    DEFAULT_MODEL,
+    DEFAULT_PROMPT,
+    app,
+    errors_as_one_line,
+    load,
+    prompt_or_default,
+    refuse,
+    say,
+)
 from tlcoupling.errors import ResultFileError
 
 if TYPE_CHECKING:
@@ -154,13 +163,13 @@ def _save(analysis: Analysis, folder: Path) -> Path:
     """Write the result, its long table and the page; print their paths, and return that of the page."""
     from tlcoupling.viz import write_html
 
-    typer.echo(f"\nresult  {analysis.save(folder / 'result.safetensors')}")
+    say(f"\nresult  {analysis.save(folder / 'result.safetensors')}")
     table = folder / "result.csv"
     try:
         analysis.to_dataframe().to_csv(table, index=False)
     except OSError as error:
         raise ResultFileError(f"cannot write the table to {str(table)!r}: {error}") from error
-    typer.echo(f"table   {table}")
+    say(f"table   {table}")
     page = write_html(analysis, folder / "report.html")
-    typer.echo(f"page    {page}")
+    say(f"page    {page}")
     return page

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tlcoupling.cli.app import app, errors_as_one_line, refuse
+from tlcoupling.cli.app import app, errors_as_one_line, refuse, say
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -93,7 +93,7 @@ def sweep(
             report = run(read, kept, executor=chosen, workers=workers, progress=sys.stderr.isatty())
         print_report(report)
         if table is not None:
-            typer.echo(f"table   {kept.write_table(table)}")
+            say(f"table   {kept.write_table(table)}")
     if not report.complete:
         raise typer.Exit(1)
 
@@ -114,14 +114,26 @@ def merge(
         Path | None, typer.Option(help="After merging, write all results of that store to this parquet file.")
     ] = None,
 ) -> None:
-    """Join the stores of several machines. Two results of the same cell must agree up to rounding."""
+    """Join the stores of several machines. Two results of the same cell must agree up to rounding.
+
+    Damaged files are named and not copied; the exit code is then 1.
+    """
+    skipped: list[str] = []
     with errors_as_one_line():
         from tlcoupling.sweeps.store import SweepStore
 
         sources = [SweepStore(path) for path in stores]
         target = SweepStore(into, create=True)
         for source in sources:
-            typer.echo(f"{source.folder}: {target.add(source)} of {len(source.keys())} cells are new")
-        typer.echo(f"store   {into}: {len(target.keys())} cells, {len(target.failed_keys())} failed")
+            before = len(skipped)
+            added = target.add(source, lambda key, reason: skipped.append(reason))
+            say(f"{source.folder}: {added} of {len(source.keys())} cells are new")
+            for reason in skipped[before:]:
+                say(f"  skipped: {reason}")
+        left = len(target.damaged())
+        damaged = f", {left} damaged" if left else ""
+        say(f"store   {into}: {len(target.keys())} cells, {len(target.failed_keys())} failed{damaged}")
         if table is not None:
-            typer.echo(f"table   {target.write_table(table)}")
+            say(f"table   {target.write_table(table)}")
+    if skipped:
+        raise typer.Exit(1)

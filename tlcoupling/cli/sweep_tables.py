@@ -12,11 +12,10 @@ from rich.text import Text
 
 from tlcoupling.sweeps.forecast import Forecast
 from tlcoupling.sweeps.run import SweepReport
+from tlcoupling.text import visible
 
 _SHOWN = 40  # models
 _ERRORS = 5
-# shares of the matrix-product rate that measured calls reach (``Estimate.seconds``)
-_REACHED = (0.1, 0.25)
 
 
 def print_forecast(forecast: Forecast) -> None:
@@ -33,12 +32,12 @@ def print_forecast(forecast: Forecast) -> None:
                 _number(group.flops / 1e12),
                 decimal(int(group.file_bytes or 0)),
                 decimal(int(group.memory_bytes or 0)),
-                _span(group.flops, forecast.rate),
+                _span(group.seconds or 0.0),
             )
         name = group.model.rpartition("/")[2]
         if group.n_revisions > 1:
             name += f" x {group.n_revisions}"
-        table.add_row(Text(name), str(group.n_cells), str(group.n_kept), *costs)
+        table.add_row(Text(visible(name)), str(group.n_cells), str(group.n_kept), *costs)
     hidden = len(forecast.groups) - _SHOWN
     if hidden > 0:
         table.add_row(Text(f"... and {hidden} more", style="dim"))
@@ -50,15 +49,15 @@ def print_forecast(forecast: Forecast) -> None:
         _number(forecast.flops / 1e12),
         decimal(int(forecast.file_bytes)),
         "",
-        _span(forecast.flops, forecast.rate),
+        _span(forecast.seconds),
         style="bold",
     )
     console.print(table)
     whose = "measured on this machine" if forecast.measured else "from --rate"
     some = next((group.model for group in forecast.groups if group.flops is None), "")
     console.print(
-        f"\nTimes assume a quarter to a tenth of {forecast.rate / 1e12:.3g} TFLOP/s of matrix products\n"
-        f"({whose}), which measured calls reach. Loading takes extra time.\n"
+        f"\nTimes are estimates at {forecast.rate / 1e12:.3g} TFLOP/s of matrix products\n"
+        f"({whose}). Loading takes extra time.\n"
         "Memory is that of one cell, in addition to the model.\n"
         "Prompt lengths are estimated from their characters."
     )
@@ -66,14 +65,14 @@ def print_forecast(forecast: Forecast) -> None:
         missing = len(forecast.groups) - len(forecast.known)
         console.print(
             f"?: {missing} of {len(forecast.groups)} models are not on this machine,\n"
-            f"such as {some}. Give their shape in the plan:\n"
+            f"such as {visible(some)}. Give their shape in the plan:\n"
             "shape = {n_layers = 32, d_model = 4096, n_heads = 32}",
             markup=False,
         )
 
 
 def print_report(report: SweepReport) -> None:
-    """Print the counts of a sweep, and each failure with its reason."""
+    """Print the counts of a sweep, and each failed cell and damaged file with its reason."""
     console = Console(highlight=False)
     counts = f"{report.n_measured} measured in {report.seconds:.1f} s, {report.n_kept} measured before"
     if report.failed:
@@ -84,23 +83,27 @@ def print_report(report: SweepReport) -> None:
     errors = Counter(report.failed.values())
     for error, count in errors.most_common(_ERRORS):
         example = next(cell for cell, text in report.failed.items() if text == error)
-        console.print(Text(f"  {count} x {error}", style="red", overflow="fold"))
-        console.print(Text(f"      such as {example}", style="dim"))
+        console.print(Text(visible(f"  {count} x {error}"), style="red", overflow="fold"))
+        console.print(Text(visible(f"      such as {example}"), style="dim"))
     if len(errors) > _ERRORS:
-        console.print(f"  and {len(errors) - _ERRORS} other errors; {report.store.folder / 'failed'} lists all")
+        folder = visible(str(report.store.folder / "failed"))
+        console.print(Text(f"  and {len(errors) - _ERRORS} other errors; {folder} lists all"))
     for reason in report.reasons[:_ERRORS]:
-        console.print(Text(f"  {reason}", style="yellow"))
+        console.print(Text(visible(f"  {reason}"), style="yellow"))
+    if report.damaged:
+        console.print(f"{len(report.damaged)} files were damaged, and their cells measured again:")
+    for reason in report.damaged.values():
+        console.print(Text(visible(f"  {reason}"), style="yellow", overflow="fold"))
     if not report.complete:
         console.print("Run the same command again to measure the missing cells.")
-    console.print(Text(f"store   {report.store.folder}"))
+    console.print(Text(visible(f"store   {report.store.folder}")))
 
 
-def _span(flops: float, rate: float) -> str:
-    """Format the times at a quarter and at a tenth of the rate, in one unit."""
-    low, high = (flops / (rate * share) for share in reversed(_REACHED))
+def _span(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
     sizes = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-    size, name = next(((size, name) for size, name in sizes if high >= size), (1e-3, "ms"))
-    return f"{_number(low / size)} to {_number(high / size)} {name}"
+    size, name = next(((size, name) for size, name in sizes if seconds >= size), (1e-3, "ms"))
+    return f"{_number(seconds / size)} {name}"
 
 
 def _number(value: float) -> str:

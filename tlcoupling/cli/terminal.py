@@ -15,7 +15,7 @@ from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.checking import Check
 from tlcoupling.analysis.estimate import Estimate
 from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
-from tlcoupling.viz.plain import visible
+from tlcoupling.text import visible
 
 _LONGEST_TOKEN = 24
 
@@ -24,7 +24,7 @@ def print_analysis(analysis: Analysis) -> None:
     """Print the headline numbers of an analysis."""
     console = Console(highlight=False)
     growth, coupling = analysis.growth, analysis.coupling
-    console.print(Text(analysis.provenance.model_name, style="bold"))
+    console.print(Text(visible(analysis.provenance.model_name), style="bold"))
     console.print(
         f"{len(growth.alpha)} layers, d_model {d_model_of(coupling)}, {len(analysis.tokens)} tokens, "
         f"{analysis.provenance.seconds:.1f} s"
@@ -41,7 +41,7 @@ def print_analysis(analysis: Analysis) -> None:
 def print_estimate(estimate: Estimate) -> None:
     """Print the cost of a measurement."""
     console = Console(highlight=False)
-    console.print(Text(estimate.model_name, style="bold"))
+    console.print(Text(visible(estimate.model_name), style="bold"))
     ks = ", ".join(map(str, estimate.ks))
     console.print(f"coupling of {estimate.n_measured} of {estimate.n_tokens} tokens, all pairs of layers, K = {ks}\n")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -50,13 +50,13 @@ def print_estimate(estimate: Estimate) -> None:
     for name in ("GFLOP", "seconds"):
         table.add_column(name, justify="right", header_style="dim")
     for stage in estimate.stages:
-        table.add_row(stage.name, stage.way, f"{stage.flops / 1e9:.1f}", f"{stage.flops / estimate.rate:.2f}")
+        table.add_row(stage.name, stage.method, f"{stage.flops / 1e9:.1f}", f"{stage.seconds:.2f}")
     table.add_section()
     table.add_row("all", "", f"{estimate.flops / 1e9:.1f}", f"{estimate.seconds:.2f}", style="bold")
     console.print(table)
     console.print(
-        f"\nSeconds at this machine's matrix-product rate, {estimate.rate / 1e9:.0f} GFLOP/s, are a lower bound:\n"
-        "measured calls reach a tenth to a quarter of that rate.\n"
+        f"\nSeconds are estimates from rates measured on this machine (matrix products:\n"
+        f"{estimate.rates.matmul / 1e9:.0f} GFLOP/s).\n"
         f"Memory beyond the model: at most {decimal(int(estimate.memory_bytes))}, of "
         f"{decimal(int(estimate.free_bytes))} free."
     )
@@ -65,13 +65,14 @@ def print_estimate(estimate: Estimate) -> None:
 def print_check(check: Check) -> None:
     """Print what holds on a model, what falls back to autograd and what is refused."""
     console = Console(highlight=False)
-    console.print(Text(check.model_name, style="bold"))
+    console.print(Text(visible(check.model_name), style="bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("checked", "outcome", "detail"):
         table.add_column(name, header_style="dim", overflow="fold")
     colours = {"holds": "green", "falls back": "yellow", "refused": "red"}
     for one in check.findings:
-        table.add_row(Text(one.what), Text(one.outcome, style=colours[one.outcome]), Text(one.detail))
+        outcome = Text(one.outcome, style=colours[one.outcome])
+        table.add_row(Text(visible(one.what)), outcome, Text(visible(one.detail)))
     console.print(table)
 
 

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.arguments import Indices, KSpec, check_index, check_sublayer, resolve_indices
-from tlcoupling.coupling.groups import Place
+from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import projector_moments
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.results.base import Result
@@ -116,15 +117,20 @@ def head_alignment(
     Example:
         >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # heads of layer 3 # doctest: +SKIP
     """
+    require_trace(trace)
     started = time.perf_counter()
     check_sublayer("of", of, trace.sublayers)
     options = Options.resolve(trace.d_model, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
+    groups = [Group.of([Place(layer, pos, pos)]) for layer in chosen]
+    schedule = make_schedule(
+        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, (of,), groups, options)
+    )
     jacobians, cfg = JacobianEngine(trace, engine, {(pos, pos)}), trace.model.cfg
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     for layer in chosen:
-        top = decompose(jacobians, of, Place(layer, pos, pos), options, 1, keep=True).triplets
+        top = decompose(jacobians, schedule, of, Place(layer, pos, pos)).triplets
         heads = [
             _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, cfg.d_head)
             for head in range(cfg.n_heads)

@@ -47,24 +47,30 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One Jacobian's turn: the groups that are complete with it, and the Jacobians that none needs after it."""
+class Visit:
+    """One Jacobian in the order in which they are made.
+
+    Attributes:
+        place: the Jacobian.
+        finished: indices of the groups that it completes.
+        dropped: Jacobians that no later group needs.
+    """
 
     place: Place
     finished: list[int]
     dropped: list[Place]
 
 
-def schedule(groups: Sequence[Group]) -> list[Step]:
-    """All Jacobians of the groups, those of a layer in a row, and within it those of a dest."""
+def visits(groups: Sequence[Group]) -> list[Visit]:
+    """List all Jacobians of the groups by layer, and within a layer by dest."""
     order = sorted(set().union(*(group.places for group in groups)))
-    steps = {place: Step(place, [], []) for place in order}
+    by_place = {place: Visit(place, [], []) for place in order}
     needed_until: dict[Place, Place] = {}
     for index, group in enumerate(groups):
         last = max(group.places)
-        steps[last].finished.append(index)
+        by_place[last].finished.append(index)
         for place in group.places:
             needed_until[place] = max(needed_until.get(place, last), last)
     for place, last in needed_until.items():
-        steps[last].dropped.append(place)
-    return list(steps.values())
+        by_place[last].dropped.append(place)
+    return list(by_place.values())

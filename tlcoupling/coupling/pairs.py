@@ -1,8 +1,8 @@
 """What is measured on Jacobians that are compared with each other.
 
-A kind of coupling (depth, token, context, head) is a list of ``Group`` (``groups``). ``compare_groups`` follows a plan
-(``plan``): it visits a layer once, asks for all that is needed of it, and drops a Jacobian as soon as its groups are
-done.
+A kind of coupling (depth, token, context, head) is a list of ``Group`` (``groups``). ``compare_groups`` follows a
+``Schedule`` (``schedule``): it visits each layer once, makes all Jacobians that are needed of it, and drops a Jacobian
+as soon as its groups are done.
 """
 
 from __future__ import annotations
@@ -16,55 +16,52 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.groups import Place, schedule
+from tlcoupling.coupling.groups import Place, visits
 from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.plan import Plan
-from tlcoupling.coupling.spectra import Decomposition, Spectrum, cheapest, spectra_of
+from tlcoupling.coupling.schedule import Schedule
+from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers
 from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.memory import give_back_memory
 from tlcoupling.progress import ticking
 
 
-def compare_groups(
-    jacobians: JacobianEngine,
-    sublayers: Sequence[str],
-    plan: Plan,
-    options: Options,
-    progress: bool,
-) -> dict[str, Tensor]:
-    """All that is measured on each group, by field name, ``[sublayer, group, ...]`` on the CPU.
+def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool) -> dict[str, Tensor]:
+    """Measure each group; return the results by field name, ``[sublayer, group, ...]`` on the CPU.
 
     Raises:
         ArgumentError: K above the rank of a Jacobian.
     """
-    schedules = [schedule(batch) for batch in plan.batches]
-    ticks = ticking(range(sum(map(len, schedules))), "coupling", progress)
-    columns = max(len(group.columns) for batch in plan.batches for group in batch)
+    sublayers, options = schedule.comparison.sublayers, schedule.comparison.options
+    orders = [visits(batch) for batch in schedule.batches]
+    ticks = ticking(range(sum(map(len, orders))), "coupling", progress)
     cells: list[dict[str, dict[str, Tensor]]] = []
-    with Workers(plan.workers) as workers:
-        for batch, steps in zip(plan.batches, schedules, strict=True):
+    with Workers(schedule.workers) as workers:
+        for batch, order in zip(schedule.batches, orders, strict=True):
             held: dict[str, dict[Place, Spectrum]] = {name: {} for name in sublayers}
             compared: dict[int, dict[str, dict[str, Tensor]]] = {}
             waiting: list[Place] = []
-            for step in steps:
-                waiting.append(step.place)
-                if len(waiting) == plan.workers * plan.stack or step.finished:
+            for visit in order:
+                waiting.append(visit.place)
+                if len(waiting) == schedule.workers * schedule.stack or visit.finished:
                     wanted = list(product(waiting, sublayers))  # a place's sublayers in a row: they share matrices
-                    made = [decomposition(jacobians, name, p, options, columns, plan.keep) for p, name in wanted]
+                    made = [_decomposition(jacobians, schedule, name, place) for place, name in wanted]
                     for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
                         held[name][place] = spectrum
+                    del made
+                    give_back_memory()
                     for _ in waiting:
                         next(ticks)
                     waiting = []
-                for index in step.finished:
+                for index in visit.finished:
                     rows, columns_of = batch[index].rows, batch[index].columns
                     compared[index] = {
                         name: _compare([known[p] for p in rows], [known[p] for p in columns_of], options, workers)
                         for name, known in held.items()
                     }
-                for name, place in product(sublayers, step.dropped):
+                for name, place in product(sublayers, visit.dropped):
                     del held[name][place]
             cells += [compared[index] for index in range(len(batch))]
     next(ticks, None)
@@ -76,35 +73,40 @@ def compare_groups(
 
 
 def _decomposed(made: Sequence[Decomposition], options: Options, workers: Workers) -> list[Spectrum]:
-    """Their spectra, in order, each worker's share in one stack."""
+    """Return the spectra in order. Each worker takes its share in one stack."""
     share = -(-len(made) // workers.count)
     shares = [made[start : start + share] for start in range(0, len(made), share)]
-    # one that runs the modules of the model must not run them from several threads
-    at_once = not any(isinstance(one.operator, GraphJacobian) for one in made)
-    found = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
-    return [spectrum for spectra in found for spectrum in spectra]
+    at_once = not any(isinstance(one.operator, GraphJacobian) for one in made)  # those run the model's modules
+    stacks = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
+    return [spectrum for stack in stacks for spectrum in stack]
 
 
-def decomposition(
-    jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, keep: bool
-) -> Decomposition:
-    """How one Jacobian is decomposed: as a matrix where that is cheaper and fits."""
+def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str, place: Place) -> Decomposition:
+    """Make one Jacobian, to be decomposed by the scheduled method.
+
+    A certificate may have turned a scheduled closed form down. The method is then chosen again for what autograd
+    costs, and a warning says so where the two differ.
+    """
     make = partial(jacobians.operator, place.layer, sublayer, place.src, place.dest, place.head)
     operator = make()
-    way = cheapest(operator, operator.shape[0], max(options.k), columns, options.solver, keep)
-    return Decomposition(operator, make, way.name, f"{sublayer} of {place}")
+    method = schedule.methods[place.layer, sublayer]
+    engine = "autograd" if isinstance(operator, GraphJacobian) else "analytic"
+    if engine != schedule.costs[place.layer, sublayer].engine:
+        scheduled, method = method, schedule.comparison.method(operator, schedule.keep)
+        if method.name != scheduled.name:
+            reason = f"{sublayer}: scheduled as {scheduled.name!r}, but done as {method.name!r} by {engine}"
+            jacobians.warn_once(reason, reason)
+    return Decomposition(operator, make, method.name, f"{sublayer} of {place}")
 
 
-def decompose(
-    jacobians: JacobianEngine, sublayer: str, place: Place, options: Options, columns: int, keep: bool
-) -> Spectrum:
-    """The top triplets of one Jacobian, as a matrix where that is cheaper and fits.
+def decompose(jacobians: JacobianEngine, schedule: Schedule, sublayer: str, place: Place) -> Spectrum:
+    """Return the top triplets of one Jacobian by the scheduled method.
 
     Raises:
         ArgumentError: K above its rank.
     """
-    part = decomposition(jacobians, sublayer, place, options, columns, keep)
-    return spectra_of([part], max(options.k), options.solver)[0]
+    options = schedule.comparison.options
+    return spectra_of([_decomposition(jacobians, schedule, sublayer, place)], max(options.k), options.solver)[0]
 
 
 def project(
@@ -141,6 +143,11 @@ def _compare(
         "frobenius": frobenius,
         "frobenius_error": torch.stack([one.frobenius_error.to(device) for one in rows]),
         "residual": stacked(rows, "residual").amax(-1),
+        **{name: stacked(columns, name) for name in ("gaps", "uncertainty")},
+        **{
+            name: stacked(spectra, "subspace_uncertainty").mT[[k - 1 for k in options.k]]
+            for name, spectra in (("subspace_uncertainty", rows), ("basis_subspace_uncertainty", columns))
+        },
     }
 
 

@@ -18,9 +18,9 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.metric import Bases, coupling, null_coupling
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
-from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.results.base import Result
@@ -129,6 +129,7 @@ def projected_jacobians(
         >>> projected = tlc.projected_jacobians(trace, layers=[8, 12, 16], k=10)  # doctest: +SKIP
         >>> tlc.viz.figures.projected_jacobians(projected)  # doctest: +SKIP
     """
+    require_trace(trace)
     started = time.perf_counter()
     names = resolve_sublayers(sublayers, trace.sublayers)
     size = resolve_one_k("k", k, trace.d_model)
@@ -136,10 +137,12 @@ def projected_jacobians(
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])
-    plan = make_plan(Job(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options))
+    schedule = make_schedule(
+        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options)
+    )
     jacobians = JacobianEngine(trace, engine, {(position, position)})
     spectra = {
-        (name, place): decompose(jacobians, name, place, options, len(chosen), plan.keep)
+        (name, place): decompose(jacobians, schedule, name, place)
         for place in sorted(groups[0].places)
         for name in names
     }

@@ -12,7 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,7 +24,7 @@ from tlcoupling.precision import full_precision
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
@@ -68,7 +68,7 @@ def measured(function: Callable[P, R]) -> Callable[P, R]:
     return within
 
 
-def _lock_of(source: Any) -> threading.RLock:
+def _lock_of(source: Any) -> AbstractContextManager[Any]:
     """The lock of a model; of the HuggingFace model where bridges share one."""
     model = source if isinstance(source, nn.Module) else getattr(source, "model", None)
     owner = getattr(model, "original_model", None) or model
@@ -104,7 +104,8 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
             ``torch.inference_mode``; the message names the first.
     """
     for where, module in modules_of(model):
-        if module.training and not in_training:
+        # SAELens leaves fresh modules in the places of hook points, in training mode; it does nothing to them
+        if module.training and not in_training and not where.rpartition(".")[2].startswith("hook_"):
             also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
             raise UnsupportedModelError(
                 f"{where or 'the model'} is in training mode, where dropout makes every forward pass another function: "

@@ -32,7 +32,7 @@ class Cost:
         engine: ``"analytic"`` or ``"autograd"``, guessed from the weights.
         product_flops: floating-point operations of one product with one vector.
         dense_flops: of forming the matrix.
-        run_flops: of running the block's own modules again before the first product; once for a layer.
+        forward_flops: of one forward pass of the block.
         run_bytes: memory held while the layer is measured: lifted weights, recorded activations, autograd's graph.
         column_bytes: working memory of a product, for each of its vectors.
         dense_bytes: working memory of forming the matrix; by autograd, in addition to that of its products.
@@ -41,14 +41,14 @@ class Cost:
     engine: str
     product_flops: float
     dense_flops: float
-    run_flops: float
+    forward_flops: float
     run_bytes: float
     column_bytes: float
     dense_bytes: float
 
 
 def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engine: str = "auto") -> dict[str, Cost]:
-    """Return the cost of one position's Jacobians of a layer, by sublayer.
+    """Return the cost of one position's Jacobians of a layer, by sublayer; ``"head"`` is that of one attention head.
 
     Args:
         model: the model.
@@ -70,7 +70,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
         engine="autograd",
         product_flops=autograd_flops(block.module, n_tokens),
         dense_flops=cfg.d_model * autograd_flops(block.module, n_tokens),
-        run_flops=6.0 * weights * n_tokens,  # forward, backward, and the backward pass's own graph
+        forward_flops=2.0 * weights * n_tokens,
         run_bytes=lifted + 1.5 * column_bytes,
         column_bytes=column_bytes,
         dense_bytes=float(size * cfg.d_model**2),
@@ -78,8 +78,6 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
 
     modules = {name: sublayer.module for name, sublayer in block.sublayers.items()}
     width = {"attn": 4 * heads * int(cfg.d_head), "mlp": 3 * _widest(modules.get("mlp"))}
-    # the values of the attention at all positions, one row of the MLP, and one cotangent
-    run_flops = 4.0 * sum(_numel(module) * (n_tokens if name == "attn" else 1) for name, module in modules.items())
 
     def closed(made: JacobianOperator | None, widest: int) -> Cost:
         if made is None or engine == "autograd":
@@ -88,13 +86,14 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
             engine="analytic",
             product_flops=made.product_flops,
             dense_flops=made.dense_flops,
-            run_flops=run_flops,
+            forward_flops=by_autograd.forward_flops,
             run_bytes=lifted + column_bytes,
             column_bytes=size * (4.0 * cfg.d_model + widest),
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + widest),
         )
 
     costs = {name: closed(maps[name], width[name]) for name in modules}
+    costs["head"] = closed(_map(block, block.sublayers["attn"], head=0), width["attn"])
     whole = attn
     if "mlp" in maps:
         whole = None if attn is None or mlp is None else block_map(block.topology, attn, mlp, same=True)
@@ -126,13 +125,14 @@ def _widest(module: nn.Module | None) -> int:
     return max((max(shape) for shape in shapes), default=0)
 
 
-def _map(block: Block, sublayer: Sublayer) -> JacobianOperator | None:
+def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianOperator | None:
     """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
     try:
         weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
     except Uncovered:
         return None
-    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, sublayer.behind))
+    behind = sublayer.behind if head is None else None  # a head is measured before it
+    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, behind))
     if sublayer.name == "mlp":
         return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
     heads, _, size = weights["W_Q"].shape
@@ -149,7 +149,7 @@ def _map(block: Block, sublayer: Sublayer) -> JacobianOperator | None:
         k_norm=_head_norm(sublayer.part("k_norm"), keys),
         n_groups=n_groups,
     )
-    return attention_map(core, weights, 0, 0, before, behind)
+    return attention_map(core, weights, 0, 0, before, behind, head=head)
 
 
 def _empty(*shape: int) -> Tensor:

@@ -14,12 +14,17 @@ from tlcoupling.linalg.dense import dense_svd
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS, krylov_svd
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.triplets import Triplets
+from tlcoupling.linalg.work import Work
+from tlcoupling.memory import free_memory
 from tlcoupling.precision import full_precision
 
 SolverName = Literal["auto", "dense", "krylov"]
 
 # A residual of 1e-4 moves the coupling of SmolLM2's blocks by 2e-6; float32 products allow 1e-6.
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
+DENSE_COPIES = 6  # the matrix, its SVD and LAPACK's workspace hold at most as many numbers as these matrices
+
+STEP_CALLS = 40.0  # small calls that take as long as what is not linear algebra in a Krylov step, measured
 
 
 def truncated_svd(
@@ -31,12 +36,16 @@ def truncated_svd(
         operator: J, of shape [m, n].
         k: number of triplets, from 1 to the rank of J.
         solver: ``"dense"`` (full SVD of the matrix), ``"krylov"`` (products only), or ``"auto"``: the cheaper one, and
-            dense if Krylov does not reach the tolerance.
-        tolerance: largest residual that Krylov may leave, relative to s_1; by default 3e-5 in float32, 1e-10 in
-            float64.
+            dense if Krylov does not converge and the matrix fits into memory.
+        tolerance: largest residual that Krylov may leave of a triplet, relative to its own s_k; by default 3e-5 in
+            float32, 1e-10 in float64. Rounding leaves about 10 eps s_1 of each; Krylov stops at 32 eps s_1.
 
     Returns:
-        Triplets with their residuals.
+        Triplets with their residuals and the distances of their singular values.
+
+    Warns:
+        UserWarning: Krylov has not converged and the dense solver was not allowed, or its matrix does not fit into
+            memory. The warning says which triplets.
 
     Raises:
         ArgumentError: k below 1 or above the numerical rank, an unknown solver, or a tolerance not above 0.
@@ -60,20 +69,24 @@ def truncated_svds(
         tolerance = TOLERANCE[first.dtype]
     if not tolerance > 0:
         raise ArgumentError("tolerance", tolerance, "a number above 0")
-    if solver == "dense" or (solver == "auto" and all(_dense_is_cheaper(one, k) for one in operators)):
+    if solver == "dense" or (
+        solver == "auto" and all(_dense_is_cheaper(size, k, one.product_flops, one.dense_flops) for one in operators)
+    ):
         results = [dense_svd(one, k) for one in operators]
     else:
         results = krylov_svd(operators, k, tolerance)
         for index, one in enumerate(operators):
-            reached = float(results[index].residual.max())
-            if reached <= tolerance:
+            left = ~results[index].converged
+            if not left.any():
                 continue
-            if solver == "auto":
+            if solver == "auto" and _dense_fits(one):
                 results[index] = dense_svd(one, k)
             else:
+                which = ", ".join(str(rank + 1) for rank in left.nonzero()[:, 0].tolist())
                 warnings.warn(
-                    f"block Krylov reached a residual of {reached:.1e}, not {tolerance:.0e}: the gap between singular "
-                    "values is too small; solver='dense' is exact",
+                    f"block Krylov has not converged for triplets {which}: the largest residual is "
+                    f"{float(results[index].residual[left].max()):.1e} of its singular value, not {tolerance:.0e}; the "
+                    "gap between singular values is too small. solver='dense' is exact",
                     stacklevel=4,
                 )
     for one, triplets in zip(operators, results, strict=True):
@@ -81,15 +94,43 @@ def truncated_svds(
     return results
 
 
-def _dense_is_cheaper(operator: JacobianOperator, k: int) -> bool:
+def _dense_is_cheaper(size: int, k: int, product_flops: float, dense_flops: float) -> bool:
     """Return whether a full SVD costs less than the usual number of Krylov steps."""
-    size = min(operator.shape)
     vectors = (k + OVERSAMPLING) * USUAL_STEPS
     if vectors >= size // 2:
         return True
-    whole = operator.dense_flops + 20.0 * size**3
-    steps = 2 * vectors * operator.product_flops + 8.0 * size * vectors**2
+    whole = dense_flops + 20.0 * size**3
+    steps = 2 * vectors * product_flops + 8.0 * size * vectors**2
     return whole < steps
+
+
+def _dense_fits(operator: JacobianOperator) -> bool:
+    """Return whether the matrix and its full SVD fit into memory."""
+    rows, columns = operator.shape
+    return DENSE_COPIES * rows * columns * operator.dtype.itemsize <= free_memory(operator.device)
+
+
+def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver: SolverName = "auto") -> Work:
+    """Return the work of ``truncated_svd``: of the solver that it would choose, at the usual number of Krylov steps.
+
+    Args:
+        size: the smaller dimension of the operator.
+        k: number of triplets.
+        product_flops: floating-point operations of one product with one vector.
+        dense_flops: floating-point operations of forming the matrix.
+        solver: as in ``truncated_svd``.
+    """
+    if solver == "dense" or (solver == "auto" and _dense_is_cheaper(size, k, product_flops, dense_flops)):
+        return Work(matmul=dense_flops, thin=8.0 * size**2 * k, svd=20.0 * size**3, calls=STEP_CALLS)
+    width = min(k + OVERSAMPLING, size)
+    vectors = min(width * USUAL_STEPS, size)
+    orthogonal = 12.0 * size * vectors**2 + 8.0 * size * width * vectors  # three projections and a QR on either side
+    checks = 2.0  # a last one, and two in smaller spaces that cost about half of it each
+    return Work(
+        thin=2 * vectors * product_flops + orthogonal + checks * 4.0 * size * vectors**2,
+        svd=checks * 20.0 * vectors**3,
+        calls=STEP_CALLS * USUAL_STEPS,
+    )
 
 
 def _require_rank(operator: JacobianOperator, triplets: Triplets) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results.files import opened, write_file
+from tlcoupling.results.files import damage_reported, parse_file, read_bytes, write_file
+from tlcoupling.results.typed import build
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +54,8 @@ class Provenance:
         engine: the engine of each sublayer, ``{"block": "analytic", ...}``; empty if no Jacobian was needed.
         seconds: wall-clock time of the call.
         versions: versions of the packages that affect the numbers.
+        verified: True if the result was read from a file whose checksum matched, False if that file has no checksum
+            (written before there were any), None if it was not read from a file. Not saved.
     """
 
     model_name: str
@@ -62,6 +66,7 @@ class Provenance:
     engine: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=_versions)
+    verified: bool | None = field(default=None, compare=False, metadata={"saved": False})
 
 
 def engines_of_prompts(reports: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -160,7 +165,7 @@ class Result:
 
 
 def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
-    """Save a result, with a note in the header that ``files.read_note`` returns.
+    """Save a result, with a note in the header that ``read_result`` returns.
 
     Args:
         result: the result.
@@ -175,12 +180,22 @@ def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | Non
 
 
 def load(path: str | Path) -> Any:
-    """Read a result of any kind that ``save`` wrote.
+    """Read a result of any kind that ``save`` wrote, and check it against its checksum.
+
+    Files written before there were checksums load with a warning: their numbers cannot be verified, and
+    ``provenance.verified`` is False.
 
     Raises:
         ResultFileError: the file is missing, damaged, or not a tlcoupling result.
     """
-    return read_result(path)[0]
+    result = read_result(path)[0]
+    if not result.provenance.verified:
+        warnings.warn(
+            "a result file without a checksum was loaded: it was written by an early version of tlcoupling, and damage "
+            "to its numbers would not be noticed",
+            stacklevel=2,
+        )
+    return result
 
 
 def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
@@ -189,9 +204,27 @@ def read_result(path: str | Path) -> tuple[Any, Mapping[str, Any]]:
     Raises:
         ResultFileError: as ``load``.
     """
-    with opened(path) as (file, header):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _unflatten(header, tensors, prefix=""), header.get("note", {})
+    return parse_result(read_bytes(path), path)
+
+
+def parse_result(content: bytes, name: str | Path) -> tuple[Any, Mapping[str, Any]]:
+    """Return the result and the note of a file with these contents.
+
+    Args:
+        content: the file's bytes.
+        name: its name in messages.
+
+    Raises:
+        ResultFileError: as ``load``; also if types and shapes do not fit the kind of result.
+    """
+    tensors, header = parse_file(content, name)
+    with damage_reported(name, "the header of "):
+        result = _unflatten(header, tensors, "", "checksum" in header)
+        if tensors:
+            raise ValueError(f"unknown tensors {sorted(tensors)}")
+        if not isinstance(note := header.get("note", {}), dict):
+            raise TypeError("the note is not a mapping")
+        return result, note
 
 
 def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -206,23 +239,35 @@ def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[
             inner, header["nested"][spec.name] = _flatten(value, f"{prefix}{spec.name}.")
             tensors |= inner
         elif isinstance(value, Provenance):
-            header["provenance"] = asdict(value)
-        elif spec.metadata.get("saved", True):
+            record = asdict(value)
+            header["provenance"] = {one.name: record[one.name] for one in fields(value) if _is_saved(one)}
+        elif _is_saved(spec):
             header["plain"][spec.name] = value
     return tensors, header
 
 
-def _unflatten(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Result:
-    """Build the result from its tensors and header: the inverse of ``_flatten``."""
+def _is_saved(spec: Field[Any]) -> bool:
+    return spec.metadata.get("saved", True)
+
+
+def _unflatten(header: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str, verified: bool) -> Result:
+    """Build the result from its header and tensors, which are removed from ``tensors``: the inverse of ``_flatten``."""
     kind = Result._kinds[header["kind"]]
     values = {name: _tuples(value) for name, value in header["plain"].items()}
-    values["provenance"] = Provenance(**{name: _tuples(value) for name, value in header["provenance"].items()})
+    provenance = {name: _tuples(value) for name, value in header["provenance"].items()}
+    values["provenance"] = build(Provenance, {**provenance, "verified": verified})
     for name, inner in header["nested"].items():
-        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.")
+        values[name] = _unflatten(inner, tensors, f"{prefix}{name}.", verified)
     for spec in fields(kind):
         if prefix + spec.name in tensors:
-            values[spec.name] = tensors[prefix + spec.name]
-    return kind(**values)
+            values[spec.name] = tensors.pop(prefix + spec.name)
+    result = build(kind, values)
+    sizes = {axis: len(labels) for axis, labels in result._coords().items()}
+    for name, axes in kind._axes.items():
+        value, shape = getattr(result, name), tuple(sizes[axis] for axis in axes)
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{prefix}{name} has shape {tuple(value.shape)}, but its axes {axes} have sizes {shape}")
+    return result
 
 
 def _tuples(value: Any) -> Any:

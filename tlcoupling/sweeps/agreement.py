@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tlcoupling.results.base import read_result
+from tlcoupling.results.base import Result
 
 # Relative to a tensor's root mean square. On SmolLM2 in float32 (the dtype of all measurements), another solver or
 # engine changes a tensor by 1e-6 to 1e-5 of it. Weights rounded to bfloat16 change it by 1e-3.
 TOLERANCE = 1e-4
 _SMALL = 0.01  # scale floor: values near zero are compared absolutely, since rounding can be all of them
 # Fields that depend on time, machine and solver convergence
-_OF_THE_MACHINE = ("seconds", "versions", "engine", "commit", "residual")
+_OF_THE_MACHINE = (
+    *("seconds", "versions", "verified", "engine", "commit", "residual"),
+    *("gaps", "uncertainty", "subspace_uncertainty", "basis_subspace_uncertainty"),  # files of version 0.1 lack these
+)
 
 
-def differences(first: Path, second: Path) -> list[str]:
-    """Return the names of the fields in which two result files differ, with the size of numeric differences.
+def differences(first: tuple[Result, Mapping[str, Any]], second: tuple[Result, Mapping[str, Any]]) -> list[str]:
+    """Return the fields in which two results with their notes differ, with the size of numeric differences.
 
-    Numbers agree if they differ by rounding alone (``TOLERANCE``). Times, package versions, the chosen engine, the
-    hub's commit and the solver's residual are ignored.
-
-    Raises:
-        ResultFileError: one of them is damaged.
+    Numbers agree if they differ by rounding alone (``TOLERANCE``). Times, package versions, checksums, the chosen
+    engine, the hub's commit, the solver's residual and the uncertainty that follows from it are ignored.
     """
-    one, two = (dict(zip(("result", "note"), read_result(path), strict=True)) for path in (first, second))
+    one, two = (dict(zip(("result", "note"), whole, strict=True)) for whole in (first, second))
     return list(_differences(one, two, ""))
 
 

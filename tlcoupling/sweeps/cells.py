@@ -14,6 +14,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.results.typed import build
 
 # Increased when a change of the library changes a cell's numbers or model facts. Older results are then outdated and
 # measured again.
@@ -146,12 +147,11 @@ class Cell:
             KeyError, TypeError, ArgumentError: the record does not describe a cell.
         """
         prompt = record["prompt"]
-        rest = {name: value for name, value in record.items() if name not in ("prompt", "settings")}
-        return cls(
-            prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
-            settings=Settings.of(**record["settings"]),
-            **rest,
-        )
+        changes = {
+            "prompt": tuple(prompt) if isinstance(prompt, list) else prompt,
+            "settings": Settings.of(**record["settings"]),
+        }
+        return build(cls, {**record, **changes})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a plan would measure and cost, known without loading a model."""
+"""Forecasts of what a plan would measure and cost, without loading a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from tlcoupling.analysis.estimate import matmul_rate
 from tlcoupling.errors import ArgumentError, PlanError, StoreError
-from tlcoupling.sweeps.cost import CellCost, cell_costs
+from tlcoupling.linalg.work import Rates, measured_rates
 from tlcoupling.sweeps.plan import Plan
+from tlcoupling.sweeps.shapes import CellCost, cell_costs
 from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore
 
@@ -26,8 +26,9 @@ class ModelForecast:
         n_cells: cells of the plan.
         n_kept: of these, measured already.
         flops: floating-point operations of what is left; None where the model's shape is not known here.
-        file_bytes: of what is left; None likewise.
-        memory_bytes: beyond the model, at most, of one cell; None likewise.
+        seconds: estimated time of what is left, without loading the model; None likewise.
+        file_bytes: size of the files of what is left; None likewise.
+        memory_bytes: memory of one cell beyond the model, at most; None likewise.
     """
 
     model: str
@@ -35,6 +36,7 @@ class ModelForecast:
     n_cells: int
     n_kept: int
     flops: float | None
+    seconds: float | None
     file_bytes: float | None
     memory_bytes: float | None
 
@@ -55,28 +57,33 @@ class Forecast:
 
     @property
     def known(self) -> list[ModelForecast]:
-        """Those whose cost is known."""
+        """The groups whose cost is known."""
         return [group for group in self.groups if group.flops is not None]
 
     @property
     def flops(self) -> float:
-        """Of all groups whose cost is known."""
+        """Sum over the groups whose cost is known."""
         return math.fsum(group.flops or 0.0 for group in self.groups)
 
     @property
+    def seconds(self) -> float:
+        """Estimated time of all groups whose cost is known."""
+        return math.fsum(group.seconds or 0.0 for group in self.groups)
+
+    @property
     def file_bytes(self) -> float:
-        """Of all groups whose cost is known."""
+        """Sum over the groups whose cost is known."""
         return math.fsum(group.file_bytes or 0.0 for group in self.groups)
 
 
 def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = None) -> Forecast:
-    """What a plan would measure and cost.
+    """Forecast what a plan would measure and cost.
 
     Args:
         plan: the plan.
-        store: a store's folder, whose cells are done already; it need not exist.
-        rate: floating-point operations per second of matrix products; by default this machine's CPU or GPU, measured
-            (a moment).
+        store: a store's folder, whose cells are already done; it need not exist.
+        rate: floating-point operations per second of matrix products. Other rates are then those of a typical machine.
+            By default all rates are measured on this machine's CPU or GPU, in a fraction of a second.
 
     Raises:
         ArgumentError: a rate that is not above zero.
@@ -95,11 +102,12 @@ def forecast(plan: Plan, store: str | Path | None = None, rate: float | None = N
     by_model: dict[str, list[CellGroup]] = {}
     for group in plan.groups:
         by_model.setdefault(group.source.model, []).append(group)
-    groups = tuple(_of_model(model, found, kept, plan.name) for model, found in by_model.items())
-    return Forecast(groups, matmul_rate(device) if rate is None else rate, rate is None)
+    rates = measured_rates(device) if rate is None else Rates.typical(rate)
+    groups = tuple(_of_model(model, found, kept, plan.name, rates) for model, found in by_model.items())
+    return Forecast(groups, rates.matmul, rate is None)
 
 
-def _of_model(model: str, groups: list[CellGroup], kept: set[str], plan: str) -> ModelForecast:
+def _of_model(model: str, groups: list[CellGroup], kept: set[str], plan: str, rates: Rates) -> ModelForecast:
     cells = [cell for group in groups for cell in group.cells]
     counts = {
         "model": model,
@@ -110,14 +118,15 @@ def _of_model(model: str, groups: list[CellGroup], kept: set[str], plan: str) ->
     costs: list[CellCost] = []
     for group in groups:
         if group.shape is None:
-            return ModelForecast(**counts, flops=None, file_bytes=None, memory_bytes=None)
+            return ModelForecast(**counts, flops=None, seconds=None, file_bytes=None, memory_bytes=None)
         try:
-            costs += cell_costs(group.shape, [cell for cell in group.cells if cell.key not in kept])
+            costs += cell_costs(group.shape, [cell for cell in group.cells if cell.key not in kept], rates)
         except ArgumentError as error:
             raise PlanError(f"{plan}: {model}: {error}") from error
     return ModelForecast(
         **counts,
         flops=math.fsum(cost.flops for cost in costs),
+        seconds=math.fsum(cost.seconds for cost in costs),
         file_bytes=math.fsum(cost.file_bytes for cost in costs),
         memory_bytes=max((cost.memory_bytes for cost in costs), default=0.0),
     )

@@ -14,8 +14,8 @@ from tlcoupling.models.load import loads_hooked
 from tlcoupling.sweeps import prompts as prompt_tables
 from tlcoupling.sweeps.cells import Cell, Settings
 from tlcoupling.sweeps.checkpoints import pick_steps, published_steps, steps_in_folder
-from tlcoupling.sweeps.cost import Shape, shape_at_hand
 from tlcoupling.sweeps.executors import check_resources
+from tlcoupling.sweeps.shapes import Shape, shape_at_hand
 from tlcoupling.sweeps.source import CellGroup, Source, digest_of_folder
 
 _TOP = ("models", "prompts", "settings", "random_baseline", "local_files_only", "resources", "cells_per_job")

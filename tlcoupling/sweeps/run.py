@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tlcoupling.sweeps.executors import Requeued, process_pool
 from tlcoupling.sweeps.plan import Plan
 from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore, as_store, describe
+from tlcoupling.text import visible
 
 _POLL_SECONDS = 2.0
 OnCell = Callable[[Cell, str | None], None]
@@ -38,6 +39,8 @@ class SweepReport:
         unfinished: cells whose process or job ended before an outcome; a re-run measures them.
         reasons: why processes or jobs ended.
         seconds: wall-clock time.
+        damaged: cells whose file in the store was damaged before this sweep, each with the reason. The sweep measures
+            them again and replaces the file.
     """
 
     store: SweepStore
@@ -48,6 +51,7 @@ class SweepReport:
     unfinished: tuple[Cell, ...]
     reasons: tuple[str, ...]
     seconds: float
+    damaged: dict[Cell, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line."""
@@ -75,8 +79,8 @@ def sweep(
     """Measure the cells of a plan that a store lacks.
 
     Each measured cell is stored at once, atomically, so a re-run after any interruption measures only what is missing.
-    A failed cell leaves its error in the store, the others continue, and a re-run tries it again. Several sweeps may
-    share a store.
+    A failed cell leaves its error in the store, the others continue, and a re-run tries it again. A cell whose file is
+    damaged is measured again. Several sweeps may share a store.
 
     Args:
         plan: a plan, or its path.
@@ -111,6 +115,7 @@ def sweep(
     store = as_store(plan.default_store if store is None else store, create=True)
     cells = {cell.key: cell for cell in plan.cells}
     measured = {key for key in store.keys() & set(cells) if store.has(cells[key])}
+    damaged = store.damaged(set(cells) - measured)
     at_most = cells_per_job or plan.cells_per_job
     if at_most is None and workers is not None:
         at_most = math.ceil((len(cells) - len(measured)) / workers) or None
@@ -132,6 +137,7 @@ def sweep(
         unfinished=tuple(cell for cell in left if cell.key not in wrong),
         reasons=tuple(reasons),
         seconds=time.perf_counter() - started,
+        damaged={cells[key]: reason for key, reason in damaged.items()},
     )
 
 
@@ -271,7 +277,7 @@ class _Meter:
 
     def show(self, what: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, what=what)
+            self._bar.update(self._task, what=visible(what))
 
     def add(self, cells: int, failed: bool) -> None:
         self.set(self._done + cells - failed, self._failed + failed)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tlcoupling.errors import ModelLoadError
 from tlcoupling.models.offline import offline
 from tlcoupling.sweeps.cells import Cell
-from tlcoupling.sweeps.cost import Shape
+from tlcoupling.sweeps.shapes import Shape
 
 # Files that determine a model's numbers; a Trainer's folder also holds optimiser states
 _FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "vocab*", "merges.txt", "*.model")
@@ -44,10 +45,10 @@ class Source:
     local_files_only: bool = False
 
     def open(self) -> Any:
-        """Load the model.
+        """Load the model, whose weights are those that ``weights`` names.
 
         Raises:
-            ModelLoadError: as ``tlc.load_model``.
+            ModelLoadError: as ``tlc.load_model``; also if a folder's files have changed since the plan was read.
         """
         import torch
 
@@ -57,11 +58,33 @@ class Source:
         if self.load.get("dtype") is not None:
             arguments["dtype"] = getattr(torch, self.load["dtype"])
         with _no_bars(), offline() if self.local_files_only else nullcontext():
-            return load_model(self.name, hooked=self.load["hooked"], **arguments)
+            model = load_model(self.name, hooked=self.load["hooked"], **arguments)
+        if self.weights not in (None, self.name):
+            _leave_files(model)
+            self._require_unchanged()
+        return model
+
+    def _require_unchanged(self) -> None:
+        try:
+            digest = digest_of_folder(Path(self.name))
+        except OSError as error:
+            raise ModelLoadError(f"the files of the model {self.name!r} cannot be read again: {error}") from error
+        if digest != self.weights:
+            raise ModelLoadError(
+                f"the weights changed while they were loaded: the files of {self.name!r} have the digest {digest}, but "
+                f"had {self.weights} when the plan was read; run the sweep again to measure them as they are now"
+            )
 
     def __str__(self) -> str:
         """Return the model's name in progress bars and messages."""
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
+
+def _leave_files(model: Any) -> None:
+    """Copy weights in main memory: transformers maps files into memory, so a later write to one would change them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager

@@ -3,24 +3,29 @@
 ``cells/KEY.safetensors`` is a whole ``Analysis`` with its cell in the header. ``failed/KEY.json`` says why a cell could
 not be measured. Files are written atomically, and two writers of one cell write the same contents, so any number of
 processes can share a store without a lock.
+
+Anything may lie in these folders: damaged files, files of strangers, folders, pipes, links. Each costs one row of the
+table, of status "damaged", and nothing else. Links are not followed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis.analyze import Analysis
-from tlcoupling.errors import ResultFileError, StoreError, TLCouplingError
+from tlcoupling.errors import ResultFileError, StoreError
 from tlcoupling.results.atomic import remove_abandoned, replacing
-from tlcoupling.results.base import read_result, write_result
-from tlcoupling.results.files import read_note
+from tlcoupling.results.base import write_result
 from tlcoupling.sweeps.agreement import differences
 from tlcoupling.sweeps.cells import Cell, ModelFacts
+from tlcoupling.sweeps.entries import Failure, Measured, clear, read_cell, read_failure, replace_entry
 from tlcoupling.sweeps.table import (
     frame,
     row_of_damage,
@@ -34,23 +39,7 @@ if TYPE_CHECKING:
     import pandas
 
 _SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a cell could not be measured.
-
-    Attributes:
-        cell: the cell.
-        error: the error's type and message.
-        trace: its traceback.
-        seconds: duration of the attempt.
-    """
-
-    cell: Cell
-    error: str
-    trace: str = ""
-    seconds: float = 0.0
+OnDamage = Callable[[str, str], None]
 
 
 class SweepStore:
@@ -95,14 +84,17 @@ class SweepStore:
         """Return the path of a cell's result file, existing or not."""
         return self._cells / f"{key}{_SUFFIX}"
 
+    def _failure_path(self, key: str) -> Path:
+        return self._failed / f"{key}.json"
+
     def keys(self) -> set[str]:
         """Return the keys of cells with a result file, damaged or not."""
         return self._names(self._cells, _SUFFIX)
 
     def failed_keys(self) -> set[str]:
-        """Return the keys of cells that failed and have no undamaged result since."""
+        """Return the keys of cells with a failure record, damaged or not, and no undamaged result since."""
         failed = self._names(self._failed, ".json")
-        return failed - {key for key in failed & self.keys() if self._is_whole(key)}
+        return failed - {key for key in failed & self.keys() if self._measured(key)}
 
     def _names(self, folder: Path, suffix: str) -> set[str]:
         try:
@@ -118,17 +110,32 @@ class SweepStore:
 
     def has(self, cell: Cell) -> bool:
         """Return whether the store holds an undamaged result of a cell."""
-        try:
-            return read_note(self.path(cell.key)).get("cell") == cell.to_json()
-        except ResultFileError:
-            return False
+        measured = self._measured(cell.key)
+        return measured is not None and measured.cell.key == cell.key
 
-    def _is_whole(self, key: str) -> bool:
+    def _measured(self, key: str) -> Measured | None:
+        """Return a cell with its result; None if there is none, or its file is damaged."""
         try:
-            read_note(self.path(key))
+            return read_cell(self.path(key))
         except ResultFileError:
-            return False
-        return True
+            return None
+
+    def damaged(self, keys: Collection[str] | None = None) -> dict[str, str]:
+        """Return the keys of cells with a damaged file, each with the reason.
+
+        The file is a result, or the failure record of a cell without an undamaged result.
+
+        Args:
+            keys: the cells to check; None for all.
+        """
+        failed, reasons = self.failed_keys(), {}
+        for key in sorted(self.keys() | failed):
+            if keys is None or key in keys:
+                try:
+                    self._failure(key) if key in failed else read_cell(self.path(key))
+                except ResultFileError as error:
+                    reasons[key] = str(error)
+        return reasons
 
     def save(self, cell: Cell, analysis: Analysis, facts: ModelFacts) -> Path:
         """Write a cell's result atomically, and delete the record of an earlier failure.
@@ -136,9 +143,16 @@ class SweepStore:
         Raises:
             ResultFileError: it cannot be written (a full disk, a read-only folder).
         """
-        path = write_result(analysis, self.path(cell.key), {"cell": cell.to_json(), "model": asdict(facts)})
-        (self._failed / f"{cell.key}.json").unlink(missing_ok=True)
+        path = self.path(cell.key)
+        clear(path)
+        write_result(analysis, path, {"cell": cell.to_json(), "model": asdict(facts)})
+        self._forget_failure(cell.key)
         return path
+
+    def _forget_failure(self, key: str) -> None:
+        path = self._failure_path(key)
+        clear(path)
+        path.unlink(missing_ok=True)
 
     def fail(self, cell: Cell, error: BaseException, seconds: float = 0.0) -> Path:
         """Record why a cell could not be measured.
@@ -146,7 +160,7 @@ class SweepStore:
         Raises:
             StoreError: the record cannot be written either.
         """
-        path = self._failed / f"{cell.key}.json"
+        path = self._failure_path(cell.key)
         content = {
             "cell": cell.to_json(),
             "error": describe(error),
@@ -154,9 +168,8 @@ class SweepStore:
             "seconds": seconds,
         }
         try:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        except OSError as refused:
+            replace_entry(path, json.dumps(content, indent=1).encode())
+        except ResultFileError as refused:
             raise StoreError(
                 f"cannot write to the store {str(self.folder)!r}: {refused}; the unrecorded failure: {cell}: "
                 f"{describe(error)}"
@@ -177,11 +190,8 @@ class SweepStore:
         Raises:
             ResultFileError: there is none, or its file is damaged or not a cell's.
         """
-        analysis, note = read_result(self.path(key))
-        try:
-            return Cell.from_json(note["cell"]), analysis, ModelFacts(**note["model"])
-        except (KeyError, TypeError, TLCouplingError) as error:
-            raise ResultFileError(f"{str(self.path(key))!r} is not a cell of a sweep: {error!r}") from error
+        measured = read_cell(self.path(key))
+        return measured.cell, measured.analysis, measured.facts
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells that have a result, in the order of their keys.
@@ -190,34 +200,49 @@ class SweepStore:
             ResultFileError: a result file is damaged.
         """
         for key in sorted(self.keys()):
-            yield Cell.from_json(read_note(self.path(key))["cell"])
+            yield self.read(key)[0]
 
     def failures(self) -> list[Failure]:
-        """Return the failed cells of this version of the measurement, in the order of their keys."""
-        failures = []
-        for key in sorted(self.failed_keys()):
-            try:
-                content = json.loads((self._failed / f"{key}.json").read_text(encoding="utf-8"))
-                cell = Cell.from_json(content["cell"])
-                if cell.key == key:
-                    failures.append(Failure(**{**content, "cell": cell}))
-            except FileNotFoundError:
-                continue  # another process has measured it by now
-            except (OSError, KeyError, TypeError, ValueError) as error:
-                raise StoreError(f"{str(self._failed / key)!r}.json is not a failure record: {error!r}") from error
-        return failures
+        """Return the failed cells of this version of the measurement, in the order of their keys.
+
+        Damaged records are left out; ``damaged`` names them.
+        """
+        failed = self.failed_keys()
+        failures = map(self._failure, sorted(failed - self.damaged(failed).keys()))
+        return [failure for failure in failures if failure is not None]
+
+    def _failure(self, key: str) -> Failure | None:
+        """Return the failure of a cell; None if another process has measured it by now, or its record is outdated.
+
+        Raises:
+            ResultFileError: the record is damaged.
+        """
+        path = self._failure_path(key)
+        failure = read_failure(path) if os.path.lexists(path) else None
+        return failure if failure is not None and failure.cell.key == key else None
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the table: cells with a result in the order of their keys, then those that failed."""
-        for key in sorted(self.keys() - self.failed_keys()):
+        """Yield the rows of the table: cells with a result in the order of their keys, then those that failed.
+
+        Warns once, at the end, of results without a checksum.
+        """
+        failed, unverified = self.failed_keys(), 0
+        for key in (*sorted(self.keys() - failed), *sorted(failed)):
             try:
-                cell, analysis, facts = self.read(key)
+                if key not in failed:
+                    cell, analysis, facts = self.read(key)
+                    unverified += not analysis.provenance.verified
+                    yield from rows_of_cell(cell, analysis, facts) if cell.key == key else [row_of_outdated(cell, key)]
+                elif (failure := self._failure(key)) is not None:
+                    yield row_of_failure(failure.cell, failure.error, failure.seconds)
             except ResultFileError as error:
                 yield row_of_damage(key, str(error))
-                continue
-            yield from rows_of_cell(cell, analysis, facts) if cell.key == key else [row_of_outdated(cell, key)]
-        for failure in self.failures():
-            yield row_of_failure(failure.cell, failure.error, failure.seconds)
+        if unverified:
+            warnings.warn(
+                f"{unverified} results of the store {str(self.folder)!r} have no checksum: they were written by an "
+                "early version of tlcoupling, and damage to their numbers would not be noticed (column 'verified')",
+                stacklevel=2,
+            )
 
     def table(self) -> pandas.DataFrame:
         """Return one row per cell, sublayer and K; ``tlcoupling.sweeps.table.COLUMNS`` describes each column."""
@@ -231,39 +256,51 @@ class SweepStore:
         """
         return write_parquet(self.rows(), Path(path))
 
-    def add(self, other: SweepStore) -> int:
-        """Copy the cells of another store that this one lacks, and return their number.
+    def add(self, other: SweepStore, on_damage: OnDamage | None = None) -> int:
+        """Copy the cells of another store that this one lacks, or whose file is damaged here; return their number.
 
-        Failures of cells without a result in either store are copied too.
+        Failures of cells without a result in either store are copied too. Each file is read and checked before it is
+        copied; damaged files of the other store are skipped.
+
+        Args:
+            other: the other store.
+            on_damage: called with the key of each skipped file and the reason; by default, one warning has all reasons.
 
         Raises:
             StoreError: the two results of a cell differ in more than times, versions and rounding
                 (``tlcoupling.sweeps.agreement``). Raised before anything is copied.
-            ResultFileError: a result file is damaged, or cannot be written.
+            ResultFileError: a file cannot be written.
         """
-        ours, theirs = self.keys(), other.keys()
-        for key in sorted(ours & theirs):
-            if names := differences(self.path(key), other.path(key)):
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise StoreError(
-                    f"two stores disagree on the cell {other.read(key)[0]}: {', '.join(names[:3])}{more} differ by "
-                    f"more than rounding; remove the wrong one: {str(self.path(key))!r} or "
-                    f"{str(other.path(key))!r}"
-                )
-        for key in sorted(theirs - ours):
-            read_note(other.path(key))
-            self._copy(other.path(key), self.path(key))
-            (self._failed / f"{key}.json").unlink(missing_ok=True)
-        for key in sorted(other.failed_keys() - self.keys() - self.failed_keys()):
-            self._copy(other._failed / f"{key}.json", self._failed / f"{key}.json")
-        return len(theirs - ours)
+        skipped, lacking = other.damaged(), []
+        for key in sorted(other.keys() - other.failed_keys() - skipped.keys()):
+            ours = self._measured(key)
+            if ours is None:
+                lacking.append(key)
+            else:
+                self._require_agreement(key, ours, read_cell(other.path(key)), other)
+        for key in lacking:
+            replace_entry(self.path(key), read_cell(other.path(key)).content)
+            self._forget_failure(key)
+        known = {failure.cell.key for failure in self.failures()}
+        for failure in other.failures():
+            key = failure.cell.key
+            if key not in known and self._measured(key) is None:
+                replace_entry(self._failure_path(key), other._failure_path(key).read_bytes())
+        if on_damage is not None:
+            for key, reason in skipped.items():
+                on_damage(key, reason)
+        elif skipped:
+            warnings.warn(f"damaged files were not copied: {'; '.join(skipped.values())}", stacklevel=2)
+        return len(lacking)
 
-    def _copy(self, source: Path, target: Path) -> None:
-        try:
-            with replacing(target) as temporary:
-                temporary.write_bytes(source.read_bytes())
-        except OSError as error:
-            raise ResultFileError(f"cannot copy {str(source)!r} to {str(target)!r}: {error}") from error
+    def _require_agreement(self, key: str, ours: Measured, theirs: Measured, other: SweepStore) -> None:
+        one, two = ((one.analysis, {"cell": one.cell, "model": one.facts}) for one in (ours, theirs))
+        if names := differences(one, two):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise StoreError(
+                f"two stores disagree on the cell {theirs.cell}: {', '.join(names[:3])}{more} differ by more than "
+                f"rounding; remove the wrong one: {str(self.path(key))!r} or {str(other.path(key))!r}"
+            )
 
 
 def describe(error: BaseException) -> str:

@@ -48,6 +48,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "overlap_u": ("double", f"overlap of the subspaces written to, {_MEAN}"),
     "overlap_v": ("double", f"overlap of the subspaces read from, {_MEAN}"),
     "overlap_null": ("double", "expected overlap of random subspaces, K / d_model"),
+    "undetermined": (
+        "int64",
+        "pairs of singular vectors, of the K of each layer and measured token, that nearly equal singular values leave "
+        "undetermined; missing if measured by version 0.1",
+    ),
     "lss": ("double", "line-shape score of the sublayer's path, mean over the measured tokens"),
     "straightness": ("double", "distance over length of that path, mean over the measured tokens"),
     "ed": ("double", "expodistance of the block's path, median over the measured tokens"),
@@ -56,6 +61,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "r_squared": ("double", "R^2 of a line through the log-norm over layers, mean over the measured tokens"),
     "status": ("string", "measured; or without numbers (see error): failed, damaged (its file), outdated"),
     "error": ("string", "why the cell failed, or has no numbers here"),
+    "verified": ("bool", "true if its file matched its checksum; false if the file is of before there were checksums"),
     "seconds": ("double", "wall-clock time of the measurement"),
     "commit": ("string", "commit of the hub's repository of the model, if known"),
     "versions": ("string", "versions of the packages that affect the numbers, as JSON"),
@@ -66,25 +72,31 @@ def schema() -> pyarrow.Schema:
     """Return the parquet schema, with a description of each column."""
     import pyarrow as pa
 
-    kinds = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64()}
+    kinds = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
     return pa.schema(
         [pa.field(name, kinds[kind], metadata={"description": text}) for name, (kind, text) in COLUMNS.items()]
     )
 
 
 def to_arrow(rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
-    """Return rows as a pyarrow table."""
+    """Return rows as a pyarrow table. Half characters (lone surrogates), which UTF-8 lacks, are escaped."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist(list(rows), schema=schema())
+    return pa.Table.from_pylist(
+        [{name: _encodable(value) for name, value in row.items()} for row in rows], schema=schema()
+    )
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
-    """Return rows as a DataFrame; integers that may be missing are ``Int64``."""
+    """Return rows as a DataFrame; integers and booleans that may be missing are ``Int64`` and ``boolean``."""
     import pandas as pd
     import pyarrow as pa
 
-    return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get)
 
 
 def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
@@ -106,7 +118,7 @@ def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
 
 
 def row_of_damage(key: str, error: str) -> dict[str, Any]:
-    """Return the row of a cell whose result file cannot be read."""
+    """Return the row of a cell whose result file, or failure record, cannot be read."""
     return {"key": key, "status": "damaged", "error": error}
 
 
@@ -148,6 +160,7 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[
         "rate": growth.rate[at].nanmean().item(),
         "r_squared": growth.r_squared[at].nanmean().item(),
         "status": "measured",
+        "verified": analysis.provenance.verified,
         "seconds": analysis.provenance.seconds,
         "versions": json.dumps(dict(analysis.provenance.versions), sort_keys=True),
     }

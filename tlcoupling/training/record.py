@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.errors import ResultFileError, StoreError
-from tlcoupling.results.files import read_note
 from tlcoupling.sweeps.cells import Cell, ModelFacts
 from tlcoupling.sweeps.store import SweepStore, as_store, describe
 from tlcoupling.sweeps.table import frame, row_of_failure, rows_of_cell
@@ -89,7 +88,7 @@ def _cells(store: SweepStore) -> Iterator[Cell]:
     """Yield measured and failed cells; skip damaged files, whose cell is unknown."""
     for key in sorted(store.keys()):
         try:
-            yield Cell.from_json(read_note(store.path(key))["cell"])
+            yield store.read(key)[0]
         except ResultFileError:
             continue
     yield from (failure.cell for failure in store.failures())

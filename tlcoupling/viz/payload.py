@@ -16,7 +16,8 @@ from tlcoupling.analysis.summary import (
 )
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
-from tlcoupling.viz.plain import rounded, visible
+from tlcoupling.text import visible
+from tlcoupling.viz.plain import rounded
 
 
 def header(analysis: Analysis) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from tlcoupling.coupling.result import Coupling
+from tlcoupling.text import visible
 
-_SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\xa0": "⍽"}
-_JOINERS = "\u200c\u200d"  # invisible, but they shape the letters and emoji around them
 _LARGEST, _UNDEFINED = 32767, -32768  # of 16 bits
 
 
@@ -45,17 +44,6 @@ def packed(array: Tensor) -> dict[str, Any]:
     steps = torch.where(finite, array / scale, float(_UNDEFINED)).round().to(torch.int16)
     data = base64.b64encode(steps.contiguous().numpy().astype("<i2").tobytes()).decode()
     return {"shape": list(array.shape), "scale": scale, "data": data}
-
-
-def visible(text: str) -> str:
-    """Replace line breaks and invisible characters by visible signs, so no token looks empty or reorders others."""
-
-    def shown(char: str) -> str:
-        if char.isprintable() or (char in _JOINERS and len(text) > 1):
-            return char
-        return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
-
-    return "".join(map(shown, text)) or "∅"
 
 
 def label(text: str, longest: int = 16) -> str:

@@ -24,7 +24,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from tlcoupling.errors import ArgumentError, ResultFileError
-from tlcoupling.viz.payload import visible
+from tlcoupling.text import visible
 
 WIDTH = 7.0  # inches: the text width of a page
 FORMATS = ("png", "svg", "pdf")

@@ -1,12 +1,11 @@
-"""What a sweep would cost: from the shape of each model, known from the plan or from a configuration at hand.
+"""The cost of a sweep's cells, from the shape of each model: stated in the plan, or read from a local configuration.
 
-A model of the same shape is put together without numbers, and its work counted by the same plan that a measurement
-makes; nothing is downloaded for it.
+A stand-in of the same shape is built without numbers, and its work is counted from the schedule that a measurement
+would follow. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from tlcoupling.analysis.estimate import stages_of
 from tlcoupling.arguments import check_int, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.plan import Job, make_plan
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.block import Topology
 from tlcoupling.forward.stream import sublayers_of
+from tlcoupling.linalg.work import Rates
 from tlcoupling.models.smollm2 import NAME as SMOLLM2
 from tlcoupling.sweeps.cells import Cell
 
-_PARALLEL = ("gpt_neox", "gptj", "phi", "falcon", "cohere")
-_NOT_GATED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "phi", "falcon", "opt", "bloom", "mpt", "starcoder2")
-_CHARACTERS_A_TOKEN = 4.0  # of English text, about; what a coupling costs hardly depends on it
-_UNBOUNDED = 2.0**60  # bytes: the machine that will run it is not known here
+_CHARACTERS_A_TOKEN = 4.0  # of English text, about; the cost of coupling hardly depends on it
+_UNBOUNDED = 2.0**60  # bytes: the machine that will run the sweep is not known
 _HEADER = 5500.0  # bytes of a file's JSON, measured; what a token adds to it is little beside its numbers
 _TENSORS = 5  # values, null, null_std, overlap_u, overlap_v: a number for each pair of layers
 
@@ -92,18 +91,18 @@ class Shape:
 
 
 def shape_at_hand(name: str) -> Shape | None:
-    """A model's shape from a configuration on this machine: a folder's, or one that the hub's cache holds.
+    """Return a model's shape from a configuration on this machine: in a folder, or in the hub's cache.
 
     Args:
         name: as ``tlc.load_model`` takes it.
 
     Returns:
-        None where there is no such configuration, or it is of another form.
+        None without such a configuration, or where its decoder is of another form.
     """
     if name == SMOLLM2:
         return Shape(n_layers=30, d_model=576, n_heads=9, d_mlp=1536, n_key_value_heads=3)
-    path = Path(name) / "config.json"
-    if not path.is_file():
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
@@ -113,28 +112,44 @@ def shape_at_hand(name: str) -> Shape | None:
             return None
         if not isinstance(cached, str):
             return None
-        path = Path(cached)
+        folder = Path(cached).parent
     try:
-        return _of_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # without an estimate the sweep is none the worse
+        return _of_config(folder)
+    except Exception:  # a configuration can fail in any way, and the sweep does not need an estimate
+        return None
 
 
-def _of_config(config: Mapping[str, Any]) -> Shape:
-    def first(*names: str) -> Any:
-        return next((config[name] for name in names if config.get(name)), 0)
+def _of_config(folder: Path) -> Shape | None:
+    """Build a configuration's model without numbers, and read the shape off its blocks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = str(config.get("model_type", "")).lower()
-    return Shape(
-        n_layers=first("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-        d_model=first("hidden_size", "n_embd", "d_model"),
-        n_heads=first("num_attention_heads", "n_head", "n_heads", "num_heads"),
-        d_mlp=first("intermediate_size", "n_inner", "ffn_dim"),
-        n_key_value_heads=first("num_key_value_heads"),
-        d_head=first("head_dim"),
-        gated=kind not in _NOT_GATED,
-        parallel=kind in _PARALLEL,
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
+    d, heads, n_layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    block = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers)[0]
+    matrices = [parameter for parameter in block.parameters() if parameter.ndim == 2]
+    groups = getattr(config, "num_key_value_heads", None) or (1 if getattr(config, "multi_query", False) else heads)
+    if getattr(config, "new_decoder_architecture", False):  # of Falcon
+        groups = config.num_kv_heads
+    d_head = getattr(config, "head_dim", None) or d // heads
+    d_mlp = matrices[-1].numel() // d  # the MLP's write is the last matrix of a block
+    outside_attn = sum(matrix.numel() for matrix in matrices) - 2 * d * d_head * (heads + groups)
+    norms = [part for part in block.children() if {parameter.ndim for parameter in part.parameters()} == {1}]
+    shape = Shape(
+        n_layers=n_layers,
+        d_model=d,
+        n_heads=heads,
+        d_mlp=d_mlp,
+        n_key_value_heads=groups,
+        d_head=d_head,
+        gated=outside_attn > 2.5 * d * d_mlp,
+        parallel=len(norms) == 1
+        or any(getattr(config, name, False) for name in ("use_parallel_residual", "parallel_attn")),
     )
+    expected = n_layers * sum(parameter.numel() for parameter in block.parameters() if parameter.ndim > 1)
+    return shape if math.isclose(shape.weights, expected, rel_tol=0.05) else None  # such as experts
 
 
 @dataclass(frozen=True)
@@ -143,22 +158,24 @@ class CellCost:
 
     Attributes:
         flops: floating-point operations.
-        memory_bytes: beyond the model, at most.
-        file_bytes: of its result file.
+        seconds: estimated time, without loading the model.
+        memory_bytes: memory beyond the model, at most.
+        file_bytes: size of its result file.
     """
 
     flops: float
+    seconds: float
     memory_bytes: float
     file_bytes: float
 
 
 def n_tokens_of(prompt: str | tuple[int, ...]) -> int:
-    """Length of a prompt: of its token ids, or about that of its text."""
+    """Return the number of a prompt's token ids, or about that of its text."""
     return len(prompt) if isinstance(prompt, tuple) else 1 + math.ceil(len(prompt) / _CHARACTERS_A_TOKEN)
 
 
-def cell_costs(shape: Shape, cells: Sequence[Cell]) -> list[CellCost]:
-    """The cost of each of several cells; cells that differ in nothing that matters are counted once.
+def cell_costs(shape: Shape, cells: Sequence[Cell], rates: Rates) -> list[CellCost]:
+    """Return the cost of each cell; cells that differ in nothing that matters are counted once.
 
     Raises:
         ArgumentError: settings do not fit the shape.
@@ -167,15 +184,15 @@ def cell_costs(shape: Shape, cells: Sequence[Cell]) -> list[CellCost]:
     for cell in cells:
         kind = (cell.settings, n_tokens_of(cell.prompt))
         if kind not in known:
-            known[kind] = cell_cost(shape, cell)
+            known[kind] = cell_cost(shape, cell, rates)
     return [known[cell.settings, n_tokens_of(cell.prompt)] for cell in cells]
 
 
-def cell_cost(shape: Shape, cell: Cell) -> CellCost:
-    """The cost of a cell of a model of that shape, of which nothing else is known.
+def cell_cost(shape: Shape, cell: Cell, rates: Rates) -> CellCost:
+    """Return the cost of a cell of a model of that shape.
 
     Raises:
-        ArgumentError: its settings do not fit the shape (K above the width, a token that is not there).
+        ArgumentError: its settings do not fit the shape (K above the width, a token out of range).
     """
     settings, n_tokens = cell.settings, n_tokens_of(cell.prompt)
     model = _Stand(shape)
@@ -190,18 +207,22 @@ def cell_cost(shape: Shape, cell: Cell) -> CellCost:
     except ArgumentError:
         positions = tuple(range(len(settings.tokens)))  # the length is a guess: the run will tell
     groups = depth_groups(range(shape.n_layers), positions)
-    job = Job(model, shape.topology, n_tokens, torch.float32, names, groups, options)
-    plan = make_plan(job, free=_UNBOUNDED)
-    flops = 2.0 * shape.weights * n_tokens + plan.run_flops
-    flops += sum(count * (way.formed + way.thin + way.compared) for way, count in plan.ways.values())
+    comparison = Comparison(model, shape.topology, n_tokens, torch.float32, names, groups, options)
+    schedule = make_schedule(comparison, free=_UNBOUNDED)
+    stages = stages_of(model, n_tokens, {"": schedule}, rates)
     pairs = len(names) * len(positions) * len(options.k) * shape.n_layers**2
     per_row = len(names) * len(positions) * shape.n_layers * (max(options.k) + 3)
     trajectories = n_tokens * (3 * shape.n_layers + 12)
-    return CellCost(flops, plan.peak_bytes, 4.0 * (_TENSORS * pairs + per_row + trajectories) + _HEADER)
+    return CellCost(
+        flops=sum(stage.flops for stage in stages),
+        seconds=sum(stage.seconds for stage in stages),
+        memory_bytes=schedule.peak_bytes,
+        file_bytes=4.0 * (_TENSORS * pairs + per_row + trajectories) + _HEADER,
+    )
 
 
 class _Stand(nn.Module):
-    """The weights of a decoder without their numbers, under TransformerLens's names: what costs are counted from."""
+    """The weights of a decoder without their numbers, under TransformerLens's names. Costs are counted from them."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

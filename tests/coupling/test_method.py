@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from cases import CASES, TOKENS
 
 import tlcoupling as tlc
-from tlcoupling.coupling.spectra import cheapest, ways
+from tlcoupling.coupling.method import cheapest, methods
+from tlcoupling.jacobian.cost import Cost
 
 
 def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
@@ -17,10 +16,11 @@ def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
     trace = tlc.trace(CASES[0].model(), TOKENS)
     formed = tlc.depth_coupling(trace, 4)
     assert formed.frobenius_error.max() == 0
+    one = tlc.residual_jacobian(trace, 0)
     for index, name in ((1, "matrix dropped"), (2, "products")):
-        chosen = lambda *arguments, index=index: ways(*arguments[:-1])[index]  # noqa: E731
-        assert chosen(SimpleNamespace(product_flops=1.0, dense_flops=1.0), 8, 2, 3, "auto", True).name == name
-        monkeypatch.setattr("tlcoupling.coupling.pairs.cheapest", chosen)
+        chosen = lambda *arguments, index=index: methods(*arguments[:-1])[index]  # noqa: E731
+        assert chosen(one, 8, 2, 3, "auto", True).name == name
+        monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", chosen)
         by_products = tlc.depth_coupling(trace, 4)
         torch.testing.assert_close(by_products.values, formed.values, rtol=0, atol=1e-9)
         assert bool(by_products.frobenius_error.max() > 0) is (name == "products")
@@ -33,7 +33,7 @@ def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
 def test_wide_jacobians_are_coupled_by_products():
     """At Llama-3-8B's sizes the products that 32 layers need cost less than the matrix; at SmolLM2's they do not."""
     wide, small = (
-        SimpleNamespace(shape=(d, d), product_flops=2.0 * weights, dense_flops=2.0 * d * d * (mlp + 2 * d))
+        Cost("analytic", 2.0 * weights, 2.0 * d * d * (mlp + 2 * d), *4 * (0.0,))
         for d, mlp, weights in ((4096, 14336, 218e6), (576, 1536, 3.54e6))
     )
     assert cheapest(wide, 4096, 10, 32, "auto", keep=True).name == "products"

@@ -1,0 +1,229 @@
+"""The schedule of a comparison, made from shapes before anything is run, and then followed.
+
+It says which Jacobians are worked on together and by which method each is decomposed and compared. It is the cheapest
+that fits into memory; where none fits, the comparison is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tlcoupling.coupling.groups import Group, visits
+from tlcoupling.coupling.method import PROBES, Method, cheapest
+from tlcoupling.coupling.options import Options
+from tlcoupling.coupling.spectra import COLUMNS
+from tlcoupling.errors import InsufficientMemoryError
+from tlcoupling.forward.block import Topology
+from tlcoupling.jacobian.autograd import vectors_at_once
+from tlcoupling.jacobian.cost import Cost, layer_costs
+from tlcoupling.linalg.operator import JacobianOperator
+from tlcoupling.memory import free_memory
+
+STACKED = 2**22  # numbers in the matrices that a worker decomposes together
+KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
+BUFFERS = 64 * 2**20  # bytes of a linear algebra library's buffers and of threads, for each worker (assumed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison of Jacobians, as far as its cost depends on it.
+
+    Attributes:
+        model: the model.
+        topology: topology of its blocks.
+        n_tokens: length of the prompt.
+        dtype: dtype of the linear algebra.
+        sublayers: what is measured of each layer.
+        groups: the Jacobians compared with each other.
+        options: how they are made, decomposed and compared.
+    """
+
+    model: Any
+    topology: Topology
+    n_tokens: int
+    dtype: torch.dtype
+    sublayers: tuple[str, ...]
+    groups: Sequence[Group]
+    options: Options
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that it needs."""
+        return sorted({place.layer for group in self.groups for place in group.places})
+
+    @property
+    def columns(self) -> int:
+        """The most bases that a Jacobian is compared with."""
+        return max(len(group.columns) for group in self.groups)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Devices of the layers."""
+        return {next(self.model.blocks[layer].parameters()).device for layer in self.layers}
+
+    def method(self, jacobian: Cost | JacobianOperator, keep: bool) -> Method:
+        """Return the cheapest method for a Jacobian; ``keep`` tells whether matrices may be kept."""
+        return cheapest(jacobian, self.model.cfg.d_model, max(self.options.k), self.columns, self.options.solver, keep)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a comparison is done.
+
+    Attributes:
+        comparison: the comparison.
+        batches: groups that are worked on together.
+        keep: whether matrices may be kept.
+        workers: threads that decompose Jacobians side by side.
+        stack: places whose Jacobians each of them decomposes together.
+        costs: of one Jacobian, by layer and sublayer, as far as shapes tell.
+        methods: by layer and sublayer.
+        peak_bytes: memory needed beyond the model, at most.
+        free_bytes: memory that was free.
+    """
+
+    comparison: Comparison
+    batches: list[Sequence[Group]]
+    keep: bool
+    workers: int
+    stack: int
+    costs: dict[tuple[int, str], Cost]
+    methods: dict[tuple[int, str], Method]
+    peak_bytes: float
+    free_bytes: float
+
+
+def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule:
+    """Return the cheapest schedule that fits into memory.
+
+    Args:
+        comparison: the comparison.
+        free: bytes that may be used; by default what is free now on the fullest device.
+
+    Raises:
+        InsufficientMemoryError: none fits; the message says what would.
+    """
+    free = min(free_memory(device) for device in comparison.devices) if free is None else free
+    costs = _costs(comparison)
+    workers = _most_workers(comparison, costs.values())
+    groups = comparison.groups
+    size = len(groups)
+    while (kept := _kept_bytes(comparison, groups[:size])) > KEPT_SHARE * free and size > 1:
+        size = (size + 1) // 2
+    keep = kept <= KEPT_SHARE * free
+    stack = _longest_stack(comparison)
+    while (peak := _peak_bytes(comparison, costs.values(), groups[:size], keep, workers, stack, free)) > free:
+        if stack > 1:
+            stack //= 2
+        elif workers > 1:
+            workers //= 2
+        elif keep or size > 1:
+            keep, size = keep and size > 1, (size + 1) // 2
+        else:
+            break
+    if peak > free:
+        raise InsufficientMemoryError(_refusal(comparison, costs.values(), peak, free))
+    batches = [groups[start : start + size] for start in range(0, len(groups), size)]
+    methods = {each: comparison.method(cost, keep) for each, cost in costs.items()}
+    return Schedule(comparison, batches, keep, workers, stack, costs, methods, peak, free)
+
+
+def _costs(comparison: Comparison) -> dict[tuple[int, str], Cost]:
+    """Return what a Jacobian of each layer and sublayer costs."""
+    model, options = comparison.model, comparison.options
+    costs = layer_costs(model, comparison.layers, comparison.topology, comparison.n_tokens, options.engine)
+    of_heads = any(place.head is not None for group in comparison.groups for place in group.places)
+    return {
+        (layer, name): by_name["head" if of_heads else name]
+        for layer, by_name in costs.items()
+        for name in comparison.sublayers
+    }
+
+
+def _most_workers(comparison: Comparison, costs: Iterable[Cost]) -> int:
+    """Return how many Jacobians can be worked on at once: one per core, for closed forms on the CPU."""
+    by_autograd = any(cost.engine == "autograd" for cost in costs)
+    if by_autograd or any(device.type != "cpu" for device in comparison.devices):
+        return 1
+    return min(torch.get_num_threads(), max(len(group.places) for group in comparison.groups))
+
+
+def _longest_stack(comparison: Comparison) -> int:
+    """Return how many places a worker decomposes together: enough for long steps, few enough for its caches."""
+    most = max(len(group.places) for group in comparison.groups)
+    return max(1, min(most, STACKED // (len(comparison.sublayers) * comparison.model.cfg.d_model**2)))
+
+
+def _held(groups: Sequence[Group]) -> int:
+    """Return the most Jacobians that are held at once."""
+    held = most = 0
+    for visit in visits(groups):
+        most = max(most, held + 1)
+        held += 1 - len(visit.dropped)
+    return most
+
+
+def _kept_bytes(comparison: Comparison, groups: Sequence[Group]) -> float:
+    """Return the memory of the matrices that are kept."""
+    d, item = comparison.model.cfg.d_model, comparison.dtype.itemsize
+    return float(_held(groups) * len(comparison.sublayers) * d**2 * item)
+
+
+def _peak_bytes(
+    comparison: Comparison,
+    costs: Iterable[Cost],
+    groups: Sequence[Group],
+    keep: bool,
+    workers: int,
+    stack: int,
+    free: float,
+) -> float:
+    """Return the most memory that is held at once, while each worker has ``stack`` places at work."""
+    d, k, item = comparison.model.cfg.d_model, max(comparison.options.k), comparison.dtype.itemsize
+    bases = 2.0 * _held(groups) * len(comparison.sublayers) * d * k * item
+    projected = item * comparison.columns * k * (2.0 * d + 3.0 * k)
+    pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
+    results = 5.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
+    at_work = 0.0
+    for cost in costs:
+        method = comparison.method(cost, keep).name
+        by_autograd = cost.engine == "autograd"
+        at_once = min(COLUMNS, max(PROBES, comparison.columns * k))
+        products = cost.column_bytes * (vectors_at_once(cost.column_bytes, free) if by_autograd else at_once)
+        forming = cost.dense_bytes + 5.0 * len(comparison.sublayers) * item * d**2  # and the decomposition of a place's
+        forming += products if by_autograd else 0.0
+        needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
+        at_work = max(at_work, cost.run_bytes + needed)
+    kept = _kept_bytes(comparison, groups) if keep else 0.0
+    tensors = kept + bases + item * results + workers * stack * (projected + at_work)
+    return tensors + workers * BUFFERS
+
+
+def _refusal(comparison: Comparison, costs: Iterable[Cost], peak: float, free: float) -> str:
+    """Say why a comparison does not fit, and what would."""
+    costs = list(costs)
+    advice = []
+    for k in range(max(comparison.options.k) - 1, 0, -1):
+        smaller = replace(comparison, options=replace(comparison.options, k=(k,)))
+        if _peak_bytes(smaller, costs, comparison.groups[:1], False, 1, 1, free) <= free:
+            advice.append(f"K up to {k}")
+            break
+    if comparison.options.engine == "autograd":
+        advice.append("engine='auto'")
+    if any(cost.engine == "autograd" for cost in costs):
+        advice.append("a shorter prompt")
+    if comparison.columns > 2:
+        advice.append(f"fewer than {comparison.columns} Jacobians compared with each other (layers= or tokens=)")
+    from rich.filesize import decimal
+
+    where = ", ".join(sorted(map(str, comparison.devices)))
+    count = sum(len(group.places) for group in comparison.groups)
+    return (
+        f"coupling of {count} Jacobians at K = {max(comparison.options.k)} needs "
+        f"{decimal(int(peak))} beyond the model, and {decimal(int(free))} are free on {where}; smaller: "
+        + ", or ".join(advice or ["a smaller model"])
+    )

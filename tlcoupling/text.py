@@ -1,0 +1,20 @@
+"""Show texts of strangers: tokens, prompts, names and errors."""
+
+from __future__ import annotations
+
+_SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\xa0": "⍽"}
+_JOINERS = "\u200c\u200d"  # invisible, but they shape the letters and emoji around them
+
+
+def visible(text: str) -> str:
+    """Replace line breaks, control and invisible characters by visible signs.
+
+    No text then looks empty, reorders the characters around it (bidirectional controls), or commands a terminal.
+    """
+
+    def shown(char: str) -> str:
+        if char.isprintable() or (char in _JOINERS and len(text) > 1):
+            return char
+        return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
+
+    return "".join(map(shown, text)) or "∅"
