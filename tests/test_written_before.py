@@ -27,6 +27,14 @@ def test_a_result_file_of_0_1_0_loads(name: str):
         assert float(result._arrays()[quantity][1].double().nansum()) == pytest.approx(total, rel=1e-12), quantity
 
 
+@pytest.mark.parametrize("name", ["depth", "token", "context", "heads"])
+def test_how_certain_a_coupling_of_0_1_0_is_is_unknown(name: str):
+    coupling = tlc.load(OLD / f"{name}.safetensors")
+    for field in ("gaps", "uncertainty", "determined", "values_determined", "overlap_determined"):
+        assert getattr(coupling, field) is None
+        assert field not in set(coupling.to_dataframe()["quantity"])
+
+
 def test_a_store_of_0_1_0_loads(tmp_path: Path):
     shutil.copytree(OLD / "store", tmp_path / "store")
     store = tlc.SweepStore(tmp_path / "store")
@@ -35,5 +43,6 @@ def test_a_store_of_0_1_0_loads(tmp_path: Path):
     assert len(said) == 1 and table["verified"].tolist() == [False] * len(table)
     assert sorted(set(table["key"])) == NUMBERS["store"]["keys"]
     assert sorted(table["coupling"]) == pytest.approx(NUMBERS["store"]["coupling"], rel=1e-12)
+    assert table["undetermined"].isna().all()
     for key in NUMBERS["store"]["keys"]:
         assert isinstance(store.load(key), tlc.Analysis)

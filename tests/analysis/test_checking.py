@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, TOKENS, Case
+from cases import CASES, TOKENS, Case, built_here
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
@@ -48,3 +48,9 @@ def test_what_cannot_be_measured_is_refused_with_the_reason():
     found = tlc.check(torch.nn.Linear(2, 2))
     assert not found.passed
     assert "no TransformerLens model" in found.findings[0].detail
+
+
+@pytest.mark.parametrize("context", [1, 3, 32])
+def test_the_default_prompt_fits_the_context(context: int):
+    result = tlc.check(built_here({"n_ctx": context}))
+    assert result.passed and result.findings[0].what == "residual identity"

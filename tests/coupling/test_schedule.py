@@ -94,7 +94,7 @@ def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(mo
     """The schedule is made before any certificate. Where one fails, the method is chosen again, with a warning."""
     trace = tlc.trace(CASES[0].model(), TOKENS)
     expected = tlc.depth_coupling(trace, 4, engine="autograd")
-    monkeypatch.setattr("tlcoupling.jacobian.engine.JacobianEngine._certify", lambda *_: "not today")
+    monkeypatch.setattr("tlcoupling.jacobian.evidence.Evidence.refusal", lambda *_: "not today")
 
     def by_engine(jacobian: Any, *arguments: Any) -> Any:
         """Products for autograd, a kept matrix otherwise."""

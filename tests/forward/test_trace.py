@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,13 +223,9 @@ def test_what_is_no_hooked_model_is_refused():
 def test_quantised_weights_are_refused(model: torch.nn.Module):
     block = torch.nn.Module()
     block.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
-    fake = SimpleNamespace(
-        cfg=model.cfg,
-        blocks=torch.nn.ModuleList([block]),
-        hook_dict={"blocks.0.hook_attn_out": None},
-        run_with_cache=None,
-        training=False,
-    )
+    fake = torch.nn.Module()
+    fake.cfg, fake.blocks, fake.run_with_cache = model.cfg, torch.nn.ModuleList([block]), None
+    fake.hook_dict = {"blocks.0.hook_attn_out": None}
     with pytest.raises(UnsupportedModelError, match=r"blocks.0.weight is quantised \(torch.uint8\)"):
         tlc.trace(fake, TOKENS)
 
@@ -295,6 +290,19 @@ def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
         tlc.growth(hooked)
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+def test_writes_may_miss_the_stream_by_its_rounding(dtype: torch.dtype, allowed: float):
+    _, cache = CASES[0].model(dtype).run_with_cache(TOKENS[None])
+    for share in (0.5, 2.0):
+        activations = {name: value.clone() for name, value in cache.items()}
+        activations["blocks.1.hook_mlp_out"] += share * allowed * activations["blocks.1.hook_resid_post"]
+        if share < 1:
+            assert tlc.growth(activations).alpha.isfinite().all()
+        else:
+            with pytest.raises(ResidualIdentityError, match=rf"block 1: .* by 2.00e-\d+ .*allowed: {allowed:.0e}"):
+                tlc.growth(activations)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -312,3 +320,20 @@ def test_writes_that_do_not_add_up_are_refused(model: torch.nn.Module):
 def test_bad_indices(model: torch.nn.Module, arguments: dict, message: str):
     with pytest.raises(ArgumentError, match=message):
         tlc.residual_jacobian(tlc.trace(model, TOKENS), **arguments)
+
+
+def test_a_cache_of_some_layers_is_refused(model: torch.nn.Module):
+    _, cache = model.run_with_cache(TOKENS[None], stop_at_layer=2)
+    for measure in (tlc.growth, tlc.linearity):
+        with pytest.raises(MissingHookError, match="ends with block 1, and its model has 3 blocks"):
+            measure(cache)
+
+
+def test_a_model_that_is_not_hooked_completely_is_refused():
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    config = transformers.OpenAIGPTConfig(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
+    config.architectures = ["OpenAIGPTLMHeadModel"]
+    hf_model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    gpt1 = bridge.TransformerBridge.boot_transformers("openai-gpt", hf_model=hf_model, tokenizer=tiny_tokenizer())
+    with pytest.raises(UnsupportedModelError, match="does not call 'blocks.1.hook_resid_post'"):
+        tlc.trace(gpt1, TOKENS)

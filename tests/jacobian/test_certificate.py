@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
+from tlcoupling.errors import CertificateError
 from tlcoupling.jacobian.engine import JacobianEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
@@ -54,6 +55,31 @@ def test_no_wrapped_projection_passes(path: str, layer: int, wrap, pairs: list[t
     with forward(part(model, layer, path), wrap), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         agree_everywhere(tlc.trace(model, TOKENS), layer, pairs, LLAMA.tolerance)
+
+
+def hidden_adapter(call):
+    """An adapter so small, and cut off the graph, that only what the projection gives shows it."""
+
+    def edited(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        out = call(x, *args, **kwargs)
+        return out + 3e-3 * (adapter(call)(x, *args, **kwargs) - out).detach()
+
+    return edited
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    ("path", "weight"),
+    [(f"attn.{name}", f"W_{name.upper()}") for name in "qkvo"]
+    + [(f"mlp.{name}", f"W_{name}") for name in ("gate", "in", "out")],
+)
+def test_a_projection_that_does_not_apply_its_weight_is_named(path: str, weight: str):
+    model = LLAMA.build(torch.float64).eval()
+    sublayer = path.partition(".")[0]
+    with forward(part(model, 1, path), hidden_adapter):
+        trace = tlc.trace(model, TOKENS)
+        with pytest.raises(CertificateError, match=rf"{path} of type Linear does not apply {weight}"):
+            JacobianEngine(trace, "analytic", [(3, 3), (6, 6)]).operator(1, sublayer, 6, 6)
 
 
 @needs_llama

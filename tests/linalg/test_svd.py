@@ -52,9 +52,9 @@ def test_residuals_are_those_of_the_operator(solver: str, dtype: torch.dtype):
     found = tlc.truncated_svd(Projection(matrix), 5, solver=solver)
     right = (matrix @ found.v - found.u * found.s).norm(dim=0)
     left = (matrix.mT @ found.u - found.v * found.s).norm(dim=0)
-    truth = right.maximum(left) / found.s[0]
+    truth = right.maximum(left) / found.s
     # both are rounding errors or Krylov remainders near the tolerance
-    torch.testing.assert_close(found.residual, truth, rtol=0.1, atol=10 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(found.residual, truth, rtol=0.1, atol=20 * torch.finfo(dtype).eps)
 
 
 def test_a_stack_gives_what_each_gives_alone():
@@ -108,7 +108,6 @@ def test_triplets_beyond_the_rank_are_refused(solver: str):
         tlc.truncated_svd(Projection(matrix), 4, solver=solver)
 
 
-@pytest.mark.filterwarnings("ignore:block Krylov reached a residual of nan")
 @pytest.mark.parametrize("solver", ["auto", "dense", "krylov"])
 def test_a_zero_matrix_has_no_triplets(solver: str):
     """What attention outside of a local window gives; Krylov must come to an end on it."""

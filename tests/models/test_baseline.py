@@ -8,12 +8,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FEW, TOKENS, Case
+import transformers
+from cases import CASES, FEW, TOKENS, Case, tiny_tokenizer
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.block import norms_are_folded, weight_of
 from tlcoupling.models.baseline import _is_centered, _writing_weights
+from tlcoupling.models.offline import answered_locally, offline
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -131,3 +133,28 @@ def test_the_initialisations_width_is_that_of_the_configuration():
     narrow = tlc.random_baseline(built_here({"initializer_range": 0.01}))
     spread = torch.cat([block.attn.W_Q.detach().flatten() for block in narrow.blocks]).std()
     assert float(spread) == pytest.approx(0.01, rel=3 / math.sqrt(2 * 3 * 32 * 32))
+
+
+def test_a_model_of_images_gets_a_baseline_without_an_installer(monkeypatch: pytest.MonkeyPatch):
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    ran = []
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        ran.append(args)
+        raise OSError
+
+    monkeypatch.setattr("subprocess.check_call", refuse)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=32),
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        image_token_index=40,
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    hf_model, tokenizer = transformers.LlavaForConditionalGeneration(config).eval(), tiny_tokenizer()
+    with offline(), answered_locally(hf_model, tokenizer):
+        model = bridge.TransformerBridge.boot_transformers(
+            "llava-hf/llava-1.5-7b-hf", hf_model=hf_model, tokenizer=tokenizer
+        )
+    assert tlc.trace(tlc.random_baseline(model), TOKENS).n_layers == 2
+    assert not ran

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sweep_cells import cell_of, measured
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.sweeps import cells
-from tlcoupling.sweeps.table import COLUMNS, to_arrow
+from tlcoupling.sweeps.table import COLUMNS, rows_of_cell, to_arrow
 
 
 def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path: Path):
@@ -45,6 +46,10 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
         matrix = getattr(coupling, name)[2, :, j].double()
         expected = sum(matrix[:, a, b].sum() for a, b in pairs) / (2 * len(pairs))
         assert row[column] == pytest.approx(float(expected), rel=1e-6)
+    close = coupling.uncertainty.clone()
+    close[2, 1, 0, :3] = 1.0
+    looser = dataclasses.replace(analysis, coupling=dataclasses.replace(coupling, uncertainty=close))
+    assert (row["undetermined"], [one["undetermined"] for one in rows_of_cell(cell, looser, facts)][-1]) == (0, 3)
     assert row["excess"] == pytest.approx(row["coupling"] - row["null"])
     assert row["lss"] == pytest.approx(float(analysis.linearity.path("mlp")[[0, -1]].mean()))
     distances = analysis.growth.expodistance[[0, -1]].double().numpy()

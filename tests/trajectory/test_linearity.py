@@ -113,8 +113,49 @@ def test_a_step_of_length_zero_is_nan_and_named():
         found = tlc.linearity(activations)
     # the sublayers' path takes two steps a layer
     for path, times in (("block", 1), ("sublayer", 2), ("attn", 1), ("mlp", 1)):
-        start = f"the {path} step of layer 1 has length zero at position 4"
+        start = f"the {path} step of layer 1 has no direction at position 4"
         assert sum(str(one.message).startswith(start) for one in said) == times
-    assert sum("has length zero" in str(one.message) for one in said) == 5
+    assert sum("has no direction" in str(one.message) for one in said) == 5
     assert found.path("block").isnan().tolist() == [False] * 4 + [True] + [False] * 2
     assert found.path("sublayer").isnan()[4]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e25])
+def test_the_score_does_not_depend_on_the_scale_of_the_steps(scale: float):
+    """Squares of 1e-25 and 1e25 are zero and infinite in float32."""
+    steps = torch.randn(12, 40)
+    torch.testing.assert_close(line_shape_score(steps * scale), line_shape_score(steps))
+    assert line_shape_score(torch.cat([steps, torch.zeros(1, 40)])).isnan()
+
+
+def moved_by(size: float) -> dict[str, torch.Tensor]:
+    """Activations whose block 1 moves position 4 by ``size`` of its norm, half of it by each sublayer."""
+    _, cache = CASES[0].model(torch.float32).run_with_cache(TOKENS[None])
+    activations = {name: value.clone() for name, value in cache.items()}
+    before = activations["blocks.1.hook_resid_pre"][0, 4].clone()
+    write = 0.5 * size * before.norm() * torch.nn.functional.normalize(torch.randn(len(before)), dim=0)
+    after = before + 2 * write
+    shift = after - activations["blocks.2.hook_resid_pre"][0, 4]
+    for name in ("hook_attn_out", "hook_mlp_out"):
+        activations[f"blocks.1.{name}"][0, 4] = write
+    activations["blocks.1.hook_resid_mid"][0, 4] = before + write
+    activations["blocks.1.hook_resid_post"][0, 4] = after
+    activations["blocks.2.hook_resid_pre"][0, 4] = after
+    for name in ("blocks.2.hook_resid_mid", "blocks.2.hook_resid_post"):
+        activations[name][0, 4] += shift
+    return activations
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-8])
+def test_a_block_that_moves_a_token_by_rounding_has_no_direction(size: float):
+    """The writes of its sublayers are no differences: short as they are, their directions are exact."""
+    with pytest.warns(UserWarning, match="block step of layer 1 has no direction at position 4") as caught:
+        found = tlc.linearity(moved_by(size))
+    assert sum("no direction" in str(one.message) for one in caught) == 1
+    assert found.path("block").isnan().nonzero().tolist() == [[4]]
+    for path in ("sublayer", "attn", "mlp"):
+        assert found.path(path).isfinite().all()
+
+
+def test_a_short_step_keeps_its_direction():
+    assert tlc.linearity(moved_by(1e-5)).path("block").isfinite().all()

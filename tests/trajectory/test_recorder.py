@@ -158,7 +158,7 @@ def test_a_step_of_length_zero_is_nan_and_named():
 
     mine = [("blocks.1.hook_mlp_out", still)]
     model.run_with_hooks(TOKENS[None], fwd_hooks=[*mine, *recorder.fwd_hooks])
-    with pytest.warns(UserWarning, match="the sublayer step of layer 1 has length zero at position 4"):
+    with pytest.warns(UserWarning, match="the sublayer step of layer 1 has no direction at position 4"):
         assert recorder.linearity().path("sublayer").isnan().nonzero().tolist() == [[4]]
 
 

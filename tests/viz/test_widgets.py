@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,43 @@ def test_everything_of_smollm2s_shape_is_under_3_mb(browser: Any, tmp_path: Path
         wait_for_heads(page, 9)
         print_weight("everything of SmolLM2's shape", path, page)
         assert not page.inner_text("#pairs [data-part=cut]")
+
+
+def dotted(page: Any, pane: Any, row: int, column: int) -> bool:
+    """Whether the centre of a heat map's cell has another colour than its corner."""
+    centre, corner = page.evaluate(
+        "async ([href, x, y]) => { const image = new Image(); image.src = href; await image.decode();"
+        "const copy = Object.assign(document.createElement('canvas'), { width: image.width, height: image.height });"
+        "const context = copy.getContext('2d', { willReadFrequently: true }); context.drawImage(image, 0, 0);"
+        "return [4, 0].map((at) => [...context.getImageData(8 * x + at, 8 * y + at, 1, 1).data].join()); }",
+        [pane.get_attribute("href"), column, row],
+    )
+    return centre != corner
+
+
+def test_undetermined_bases_have_a_dot_a_legend_and_words(browser: Any, tmp_path: Path) -> None:
+    """The second singular vectors of two Jacobians are undetermined: K = 3 uses them, and K = 1 does not."""
+    analysis = make_analysis(positions=(0, -1), ks=(1, 3), token_layers=(0, 2))
+    sure = {name: torch.zeros_like(getattr(analysis, name).singular_values) for name in ("coupling", "token_coupling")}
+    sure["coupling"][1, 1, 2, 1] = 1.0  # attn of layer 2, last token
+    sure["token_coupling"][0, 1, 3, 1] = 1.0  # block of layer 2, token 3
+    couplings = {name: dataclasses.replace(getattr(analysis, name), uncertainty=sure[name]) for name in sure}
+    path = viz.write_html(dataclasses.replace(analysis, **couplings), tmp_path / "report.html")
+    legend, words = "bases not determined", "the bases are not determined"
+    with opened(browser, path) as page:
+        panes, tokens = page.locator("#coupling .heatmap image"), page.locator("#pairs .heatmap image")
+        bars = [page.locator(f"{section} [data-part=colorbar]") for section in ("#coupling", "#pairs")]
+        page.locator("#controls select").nth(1).select_option("3")
+        # block, attn and mlp: coupling, null and excess
+        assert [dotted(page, panes.nth(i), 0, 2) for i in range(9)] == [i in (3, 5) for i in range(9)]
+        assert not dotted(page, panes.nth(3), 2, 0) and not dotted(page, panes.nth(3), 2, 2)  # the diagonal is 1
+        assert dotted(page, tokens, 0, 3) and not dotted(page, tokens, 3, 0)
+        assert all(legend in bar.inner_text() for bar in bars)
+        panes.nth(3).hover(**cell(panes.nth(3), 0, 2, 4))
+        assert [words in text for text in page.locator("#coupling .readout").all_inner_texts()] == [False, True, False]
+        tokens.hover(**cell(tokens, 0, 3, 4))
+        assert words in page.inner_text("#pairs .readout")
+        page.locator("#controls select").nth(1).select_option("1")
+        assert not any(dotted(page, panes.nth(i), 0, 2) for i in range(9)) and not dotted(page, tokens, 0, 3)
+        assert not any(legend in bar.inner_text() for bar in bars)
+        assert words not in page.inner_text("body")

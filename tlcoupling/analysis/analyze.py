@@ -106,6 +106,7 @@ def analyze(
     attention: bool = True,
     fwd_hooks: FwdHooks = (),
     prepend_bos: bool | None = None,
+    attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     progress: bool = False,
@@ -130,6 +131,7 @@ def analyze(
         attention: whether to keep attention patterns; their size grows with the square of the prompt's length.
         fwd_hooks: hooks as in ``model.run_with_hooks``; they act on forward pass and Jacobians, as in ``trace``.
         prepend_bos: as in ``trace``.
+        attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
         progress: show a progress bar.
@@ -143,7 +145,7 @@ def analyze(
         >>> report.coupling.mean("excess"), report.linearity, report.growth  # doctest: +SKIP
     """
     started = time.perf_counter()
-    traced = trace(model, prompt, fwd_hooks=fwd_hooks, prepend_bos=prepend_bos)
+    traced = trace(model, prompt, fwd_hooks=fwd_hooks, prepend_bos=prepend_bos, attention_mask=attention_mask)
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, traced.n_layers)
     if compared and traced.n_tokens < 2:
         raise ArgumentError("token_layers", token_layers, "None: this prompt has a single token, nothing to compare")

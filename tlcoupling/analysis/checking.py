@@ -77,7 +77,7 @@ def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> C
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge``.
-        prompt: as in ``trace``; by default eight token ids spread over the vocabulary.
+        prompt: as in ``trace``; by default eight token ids spread over the vocabulary, or as many as fit the context.
         layers: layers whose Jacobians are compared; by default the first, the middle and the last.
 
     Returns:
@@ -110,8 +110,11 @@ def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> C
 
 
 def _spread_tokens(model: Any) -> list[int]:
-    vocabulary = getattr(getattr(model, "cfg", None), "d_vocab", 0)
-    return [index * max(vocabulary - 1, 0) // 8 for index in range(1, 9)]
+    """Return token ids from all over the vocabulary, at most eight and no more than the context holds."""
+    cfg = getattr(model, "cfg", None)
+    vocabulary, context = getattr(cfg, "d_vocab", 0), getattr(cfg, "n_ctx", None)
+    count = min(8, context or 8)
+    return [index * max(vocabulary - 1, 0) // count for index in range(1, count + 1)]
 
 
 def _pairs(traced: Trace, sublayer: str) -> list[tuple[int, int]]:

@@ -116,6 +116,7 @@ def estimate(
     layers: Indices | None = None,
     token_layers: Indices | None = None,
     prepend_bos: bool | None = None,
+    attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
 ) -> Estimate:
@@ -135,6 +136,7 @@ def estimate(
         layers: as in ``depth_coupling``.
         token_layers: as in ``analyze``; their token-wise and context coupling are counted.
         prepend_bos: as in ``trace``.
+        attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
 
@@ -149,7 +151,7 @@ def estimate(
         >>> tlc.estimate(model, "When Mary and John went to the store", tokens="all")  # doctest: +SKIP
     """
     require_supported(model)
-    n_tokens = to_tokens(model, prompt, prepend_bos).shape[1]
+    n_tokens = to_tokens(model, prompt, prepend_bos, attention_mask).shape[1]
     topology = topology_of_model(model)
     names, n_layers = resolve_sublayers(sublayers, sublayers_of(topology)), len(model.blocks)
     options = Options.resolve(model.cfg.d_model, k, "frobenius", "uv", True, engine, solver)

@@ -161,7 +161,7 @@ class ManyAnalyses(Result):
 @full_precision()
 def analyze_many(
     model: Any,
-    prompts: Mapping[str, Any] | Sequence[Any],
+    prompts: Mapping[str, Any] | Sequence[Any] | Tensor,
     *,
     k: KSpec = 10,
     tokens: Indices = -1,
@@ -170,6 +170,7 @@ def analyze_many(
     bases: Bases = "uv",
     absolute: bool = True,
     prepend_bos: bool | None = None,
+    attention_mask: Mapping[str, Any] | Sequence[Any] | Tensor | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     baseline: Any | None = None,
@@ -181,7 +182,8 @@ def analyze_many(
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is not changed.
-        prompts: prompts as in ``trace``, of any lengths; or a mapping from names to prompts.
+        prompts: prompts as in ``trace``, of any lengths; a mapping from names to prompts; or a padded batch: token ids
+            ``[prompt, pos]``, or what a tokenizer returns for several texts. Each row is measured as its prompt.
         k: as in ``depth_coupling``.
         tokens: the positions measured in each prompt: one, several, or ``"all"``.
         sublayers: as in ``depth_coupling``.
@@ -189,13 +191,14 @@ def analyze_many(
         bases: as in ``depth_coupling``.
         absolute: as in ``depth_coupling``.
         prepend_bos: as in ``trace``.
+        attention_mask: a mask for each prompt, as in ``trace``: a list, or a mapping of the prompts' names.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
         baseline: a model to measure in the same call, such as ``tlc.random_baseline(model)``.
         progress: show a progress bar over prompts.
 
     Raises:
-        ArgumentError: no prompts, or a single string.
+        ArgumentError: no prompts, a single string, or another number of masks.
         EveryPromptFailedError: no prompt could be measured; the first one's error is its cause.
 
     Warns:
@@ -206,7 +209,7 @@ def analyze_many(
         >>> many.interval("excess"), many.baseline.interval("excess")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    named, tokens = named_prompts(prompts), as_plain(tokens)
+    named, tokens = named_prompts(prompts, attention_mask), as_plain(tokens)
     settings = {"normalizer": normalizer, "bases": bases, "absolute": absolute, "engine": engine, "solver": solver}
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []

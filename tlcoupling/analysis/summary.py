@@ -28,6 +28,8 @@ class CouplingRow:
         overlap_u: overlap of the subspaces that two layers write to.
         overlap_v: overlap of the subspaces that two layers read from.
         overlap_null: the overlap of random subspaces, K / d_model.
+        undetermined: how many of the K pairs of singular vectors of all layers and tokens are not determined; None if
+            unknown.
     """
 
     sublayer: str
@@ -39,6 +41,7 @@ class CouplingRow:
     overlap_u: float
     overlap_v: float
     overlap_null: float
+    undetermined: int | None
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,14 @@ def coupling_rows(coupling: DepthCoupling) -> list[CouplingRow]:
         name: off_diagonal_mean(getattr(coupling, name)).double().nanmean(1)
         for name in ("values", "null", "null_std", "excess", "overlap_u", "overlap_v")
     }  # [sublayer, k] each
+    determined = coupling.determined
     return [
         CouplingRow(
             sublayer,
             k,
             *(mean[row, column].item() for mean in means.values()),
             overlap_null=coupling.overlap_null[column].item(),
+            undetermined=None if determined is None else int((~determined[row, ..., :k]).sum()),
         )
         for column, k in enumerate(coupling.ks)
         for row, sublayer in enumerate(coupling.sublayers)

@@ -18,7 +18,7 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.results.base import Result
@@ -117,6 +117,7 @@ def head_alignment(
     Example:
         >>> tlc.head_alignment(trace, k=10).z_writes[3, 0]  # heads of layer 3 # doctest: +SKIP
     """
+    require_trace(trace)
     started = time.perf_counter()
     check_sublayer("of", of, trace.sublayers)
     options = Options.resolve(trace.d_model, k, "frobenius", "uv", True, engine, solver)

@@ -12,7 +12,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
@@ -99,6 +99,7 @@ def context_coupling(
     Example:
         >>> coupling = tlc.context_coupling(trace, "dest", -1)  # doctest: +SKIP
     """
+    require_trace(trace)
     check_name("fixed", fixed, get_args(Fixed))
     names = ("block", "attn") if sublayers is None else resolve_sublayers(sublayers, trace.sublayers)
     if "mlp" in names:

@@ -11,7 +11,7 @@ from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
@@ -84,6 +84,7 @@ def depth_coupling(
         >>> coupling = tlc.depth_coupling(trace, k=10)  # doctest: +SKIP
         >>> coupling.mean("excess")  # doctest: +SKIP
     """
+    require_trace(trace)
     names = resolve_sublayers(sublayers, trace.sublayers)
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)

@@ -11,7 +11,7 @@ from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import Coupling, measure
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
@@ -78,6 +78,7 @@ def head_coupling(
     Example:
         >>> tlc.head_coupling(trace, k=10).mean("excess")  # doctest: +SKIP
     """
+    require_trace(trace)
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)

@@ -20,6 +20,7 @@ from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, Unsupporte
 from tlcoupling.forward.block import block_hook, topology_of_model
 from tlcoupling.forward.context import in_training_mode, measured
 from tlcoupling.forward.hooked import Done, Hook, attached, require_supported
+from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
 
@@ -148,7 +149,7 @@ def _jacobians(
     model: Any, ids: Tensor, layers: Sequence[int], reads: str, writes: str, pos: int
 ) -> list[Float[Tensor, "d d"]]:
     """Return the Jacobians at one position with their graph, all from one forward pass."""
-    points, last = model.hook_dict, block_hook(max(layers), "hook_resid_post")
+    points, last = hook_points(model), block_hook(max(layers), "hook_resid_post")
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
@@ -182,7 +183,7 @@ def _jacobians(
 
 def _require_repeatable(model: Any, ids: Tensor) -> None:
     """Raise an error if two passes in training mode give different residual streams."""
-    last = model.hook_dict[block_hook(len(model.blocks) - 1, "hook_resid_post")]
+    last = hook_points(model)[block_hook(len(model.blocks) - 1, "hook_resid_post")]
     streams: list[Tensor] = []
     with torch.no_grad(), attached([(last, lambda tensor: streams.append(tensor.clone()))]):
         for _ in range(2):

@@ -143,6 +143,11 @@ def _compare(
         "frobenius": frobenius,
         "frobenius_error": torch.stack([one.frobenius_error.to(device) for one in rows]),
         "residual": stacked(rows, "residual").amax(-1),
+        **{name: stacked(columns, name) for name in ("gaps", "uncertainty")},
+        **{
+            name: stacked(spectra, "subspace_uncertainty").mT[[k - 1 for k in options.k]]
+            for name, spectra in (("subspace_uncertainty", rows), ("basis_subspace_uncertainty", columns))
+        },
     }
 
 

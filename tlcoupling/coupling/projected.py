@@ -20,7 +20,7 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.results.base import Result
@@ -129,6 +129,7 @@ def projected_jacobians(
         >>> projected = tlc.projected_jacobians(trace, layers=[8, 12, 16], k=10)  # doctest: +SKIP
         >>> tlc.viz.figures.projected_jacobians(projected)  # doctest: +SKIP
     """
+    require_trace(trace)
     started = time.perf_counter()
     names = resolve_sublayers(sublayers, trace.sublayers)
     size = resolve_one_k("k", k, trace.d_model)

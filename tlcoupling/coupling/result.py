@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlcoupling.coupling.groups import Group
@@ -20,9 +21,11 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.linalg.triplets import DETERMINED
 from tlcoupling.results.base import Result
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]
+FEW_TOKENS = 4  # that a warning names
 CouplingT = TypeVar("CouplingT", bound="Coupling")
 
 
@@ -44,12 +47,21 @@ class Coupling(Result):
         frobenius: ||J||_F of each row. ``[*group, row]``.
         frobenius_error: relative standard error of that where the matrix was too large to form; 0 where it is exact.
             Same axes.
-        residual: the worst residual of each row's truncated SVD, relative to s_1. Same axes.
+        residual: the worst residual of each row's singular triplets, relative to the triplet's own singular value (to
+            s_1 in files of version 0.1). Same axes.
         sublayers: ``block``, ``attn``, ``mlp``.
         ks: number of singular vectors compared.
         normalizer: ``"frobenius"`` or ``"trace"``.
         bases: ``"uv"`` or ``"vu"``.
         absolute: whether absolute values of U^T J V were taken.
+        gaps: distance of each singular value of a column's Jacobian to the nearest other one, s_{K+1} included,
+            relative to itself. ``[*group, column, rank]``.
+        uncertainty: how far the singular vectors of a column may be from the exact ones, given the gap, the residual
+            and the precision: a bound on the sine of the angle, from 0 to 1 (``Triplets.uncertainty``). Same axes.
+        subspace_uncertainty: the same bound for the spaces that the top K vectors of each row span. ``[*group, k,
+            row]``.
+        basis_subspace_uncertainty: the same of each column. These four are None in results of version 0.1.
+            ``[*group, k, column]``.
     """
 
     values: Float[Tensor, "*group k n n"]
@@ -67,20 +79,30 @@ class Coupling(Result):
     normalizer: str
     bases: str
     absolute: bool
+    gaps: Float[Tensor, "*group n rank"] | None = field(default=None, kw_only=True)
+    uncertainty: Float[Tensor, "*group n rank"] | None = field(default=None, kw_only=True)
+    subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
+    basis_subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, group: Sequence[str] = (), member: str = "", **kwargs: Any) -> None:
         """Name the axes: those of the groups, and of what is compared in each."""
         super().__init_subclass__(**kwargs)
         if not member:
             return
-        pairs, members = (*group, "k", member, f"basis_{member}"), (*group, member)
+        pairs, members, bases = (*group, "k", member, f"basis_{member}"), (*group, member), (*group, f"basis_{member}")
         cls._axes = {
             **dict.fromkeys(("values", "null", "null_std", "overlap_u", "overlap_v"), pairs),
             "overlap_null": ("k",),
             "singular_values": (*members, "rank"),
             **dict.fromkeys(("frobenius", "frobenius_error", "residual"), members),
+            **dict.fromkeys(("gaps", "uncertainty"), (*bases, "rank")),
+            "subspace_uncertainty": pairs[:-1],
+            "basis_subspace_uncertainty": (*group, "k", f"basis_{member}"),
         }
-        cls._derived = {"excess": pairs, "z": pairs}
+        cls._derived = {
+            **dict.fromkeys(("excess", "z", "values_determined", "overlap_determined"), pairs),
+            "determined": (*bases, "rank"),
+        }
 
     def __repr__(self) -> str:
         """One line."""
@@ -110,6 +132,31 @@ class Coupling(Result):
         bases, so they are not independent draws: the z of their mean is not z sqrt(n).
         """
         return self.excess / self.null_std
+
+    @property
+    def determined(self) -> Bool[Tensor, "*group n rank"] | None:
+        """Return which singular vectors of each column are determined: ``uncertainty`` at most 0.01; None if unknown.
+
+        Equal or nearly equal singular values leave their vectors undetermined. Two exact solvers may then return
+        different vectors, so coupling that uses them differs too.
+        """
+        return None if self.uncertainty is None else self.uncertainty <= DETERMINED
+
+    @property
+    def values_determined(self) -> Bool[Tensor, "*group k n n"] | None:
+        """Return which values use determined singular vectors alone: all top K of the column; None if unknown."""
+        if (determined := self.determined) is None:
+            return None
+        each = torch.stack([determined[..., :k].all(-1) for k in self.ks], dim=-2)
+        return each[..., None, :].expand(self.values.shape)
+
+    @property
+    def overlap_determined(self) -> Bool[Tensor, "*group k n n"] | None:
+        """Return which overlaps compare determined subspaces; only the gap behind the top K counts; None if unknown."""
+        if self.subspace_uncertainty is None or self.basis_subspace_uncertainty is None:
+            return None
+        rows, columns = (each <= DETERMINED for each in (self.subspace_uncertainty, self.basis_subspace_uncertainty))
+        return rows[..., None] & columns[..., None, :]
 
     def mean(self, quantity: Quantity = "values") -> Float[Tensor, "*group k"]:
         """Mean over the ordered pairs of different members; NaN where there is only one.
@@ -185,6 +232,10 @@ def measure(
         ArgumentError: K above the rank of a Jacobian.
         InsufficientMemoryError: more memory is needed than is free; nothing was begun.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
+
+    Warns:
+        UserWarning: singular values lie so close together that their vectors, or the subspace of the top K, are not
+            determined; the warning names the layers.
     """
     started = time.perf_counter()
     schedule = make_schedule(
@@ -194,6 +245,7 @@ def measure(
         trace, options.engine, {(place.src, place.dest) for group in groups for place in group.places}
     )
     fields = compare_groups(jacobians, schedule, progress)
+    _warn_of_undetermined(fields, sublayers, groups)
     if "sublayer" not in kind._axes["values"]:
         fields = {name: tensor[0] for name, tensor in fields.items()}
     settings = {**chosen, "sublayers": list(sublayers), **options.settings()}
@@ -208,3 +260,38 @@ def measure(
         absolute=options.absolute,
         **labels,
     )
+
+
+def _warn_of_undetermined(fields: Mapping[str, Tensor], sublayers: Sequence[str], groups: Sequence[Group]) -> None:
+    """Warn of singular vectors and subspaces that are not determined; name the layers, and the tokens if few."""
+    vectors = fields["uncertainty"] > DETERMINED  # [sublayer, group, column, rank]
+    rows, columns = ((fields[f"{of}subspace_uncertainty"] > DETERMINED).any(-2) for of in ("", "basis_"))
+    concerned = {
+        (index, getattr(groups[group], side)[at])
+        for undetermined, side in ((vectors.any(-1) | columns, "columns"), (rows, "rows"))
+        for index, group, at in undetermined.nonzero().tolist()
+    }
+    if not concerned:
+        return
+    modules, places = ({pair[part] for pair in concerned} for part in (0, 1))
+    names = ", ".join(name for index, name in enumerate(sublayers) if index in modules)
+    where = _few("layer", sorted({place.layer for place in places}))
+    tokens = sorted({pos for place in places for pos in (place.src, place.dest)})
+    if len(tokens) <= FEW_TOKENS:
+        where += f" at {_few('token', tokens)}"
+    overlaps = (
+        "so do subspace overlaps where such values lie at K and K + 1 (`overlap_determined`)"
+        if rows.any() or columns.any()
+        else "subspace overlaps are determined"
+    )
+    warnings.warn(
+        f"{int(vectors.sum())} of {vectors.numel()} pairs of singular vectors are not determined, because singular "
+        f"values nearly coincide: {names} of {where}. Coupling in these bases depends on the solver and on rounding, "
+        f"and is marked (`determined`, `values_determined`); {overlaps}",
+        stacklevel=5,
+    )
+
+
+def _few(noun: str, numbers: Sequence[int]) -> str:
+    """Name one or several layers or tokens."""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -25,8 +25,7 @@ from tlcoupling.memory import free_memory
 
 STACKED = 2**22  # numbers in the matrices that a worker decomposes together
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
-SLACK = 1.15  # assumed: memory that the allocator holds beyond what tensors fill
-BUFFERS = 64 * 2**20  # assumed: bytes of a linear algebra library's buffers and of threads, for each worker
+BUFFERS = 64 * 2**20  # bytes of a linear algebra library's buffers and of threads, for each worker (assumed)
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _peak_bytes(
         at_work = max(at_work, cost.run_bytes + needed)
     kept = _kept_bytes(comparison, groups) if keep else 0.0
     tensors = kept + bases + item * results + workers * stack * (projected + at_work)
-    return SLACK * tensors + workers * BUFFERS
+    return tensors + workers * BUFFERS
 
 
 def _refusal(comparison: Comparison, costs: Iterable[Cost], peak: float, free: float) -> str:

@@ -12,7 +12,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 
@@ -94,6 +94,7 @@ def token_coupling(
         >>> coupling = tlc.token_coupling(trace, k=10)  # doctest: +SKIP
         >>> coupling.z[0, 3, 0]  # all pairs of tokens, block of layer 3 # doctest: +SKIP
     """
+    require_trace(trace)
     names = resolve_sublayers(sublayers, trace.sublayers)
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)

@@ -96,7 +96,7 @@ class CausalEffect(Result):
 @measured
 def causal_effect(
     model: Any,
-    prompts: Mapping[str, Any] | Sequence[Any],
+    prompts: Mapping[str, Any] | Sequence[Any] | Tensor,
     directions: int | float | Float[Tensor, "d_model k"] = 10,
     *,
     layers: Indices | None = None,

@@ -23,7 +23,7 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.certificate import random_vector
 from tlcoupling.jacobian.differences import Function
@@ -146,6 +146,7 @@ def read_directions(
     Example:
         >>> tlc.read_directions(trace, layer=20).to_dataframe()  # doctest: +SKIP
     """
+    require_trace(trace)
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tlcoupling.arguments import check_index, check_name
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.autograd import StreamJacobian
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
@@ -119,6 +119,7 @@ def linearized(
         DerivativeError: the model itself hides its effect from autograd.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
+    require_trace(trace)
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
     check_name("tokens", tokens, get_args(Tokens))
     if tuple(perturbation.shape) != (trace.d_model,):
@@ -186,6 +187,7 @@ def linearization_gap(
         >>> tlc.linearization_gap(trace, layer=5).reach(0.1)  # doctest: +SKIP
     """
     started = time.perf_counter()
+    require_trace(trace)
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
     check_name("tokens", tokens, get_args(Tokens))
     sizes = tuple(float(size) for size in sizes)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.points import hook_points
 
 Topology = Literal["sequential", "parallel", "attn_only"]
 
@@ -58,7 +59,7 @@ def topology_of(hook_names: Container[str], attn_only: bool = False, layer: int 
 
 def topology_of_model(model: Any, layer: int = 0) -> Topology:
     """The topology of one of a model's blocks."""
-    return topology_of(model.hook_dict, bool(getattr(model.cfg, "attn_only", False)), layer)
+    return topology_of(hook_points(model), bool(getattr(model.cfg, "attn_only", False)), layer)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,19 +12,18 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.precision import full_precision
 
-P = ParamSpec("P")
-R = TypeVar("R")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
@@ -55,20 +54,20 @@ def measuring(source: Any) -> Iterator[None]:
             ) from error
 
 
-def measured(function: Callable[P, R]) -> Callable[P, R]:
+def measured(function: FunctionT) -> FunctionT:
     """Run a function within ``measuring`` its argument ``model`` or ``trace``, or its trace, for a trace's methods."""
     names = list(inspect.signature(function).parameters)
     index = next(index for index, name in enumerate(names) if name in ("self", "model", "trace"))
 
     @functools.wraps(function)
-    def within(*args: P.args, **kwargs: P.kwargs) -> R:
+    def within(*args: Any, **kwargs: Any) -> Any:
         with measuring(args[index] if len(args) > index else kwargs.get(names[index])):
             return function(*args, **kwargs)
 
-    return within
+    return cast(FunctionT, within)
 
 
-def _lock_of(source: Any) -> threading.RLock:
+def _lock_of(source: Any) -> AbstractContextManager[Any]:
     """The lock of a model; of the HuggingFace model where bridges share one."""
     model = source if isinstance(source, nn.Module) else getattr(source, "model", None)
     owner = getattr(model, "original_model", None) or model
@@ -104,7 +103,8 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
             ``torch.inference_mode``; the message names the first.
     """
     for where, module in modules_of(model):
-        if module.training and not in_training:
+        # SAELens leaves fresh modules in the places of hook points, in training mode; it does nothing to them
+        if module.training and not in_training and not where.rpartition(".")[2].startswith("hook_"):
             also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
             raise UnsupportedModelError(
                 f"{where or 'the model'} is in training mode, where dropout makes every forward pass another function: "

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.block import block_hook
 from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.lifting import HALF, lifted_model
+from tlcoupling.forward.points import hook_points
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
 _FLOATING = (torch.float32, torch.float64, *HALF)
@@ -33,10 +34,15 @@ def require_supported(model: Any, in_training: bool = False) -> None:
         in_training: allow training mode.
 
     Raises:
+        ArgumentError: the name of a model, or a trace.
         UnsupportedModelError: not a hooked model, no decoder blocks, an encoder or a state-space model, quantised
             weights, a module in training mode, or weights that cannot be differentiated through (see
             ``require_own_state``).
     """
+    if isinstance(model, str):
+        raise ArgumentError("model", model, "a model, such as tlc.load_model returns by name")
+    if hasattr(model, "run_block"):
+        raise ArgumentError("model", model, "a model: this is a trace, whose model is trace.model")
     missing = [n for n in ("cfg", "blocks", "hook_dict", "run_with_cache") if not hasattr(model, n)]
     if missing:
         raise UnsupportedModelError(
@@ -44,7 +50,7 @@ def require_supported(model: Any, in_training: bool = False) -> None:
             f"{', '.join(missing)}); a HookedTransformer or a TransformerBridge of a decoder is needed. Encoders, "
             "encoder-decoders and models without a `blocks` list are not supported"
         )
-    points = model.hook_dict
+    points = hook_points(model)
     for layer in range(len(model.blocks)):
         if block_hook(layer, "hook_attn_out") not in points:
             raise UnsupportedModelError(
@@ -162,7 +168,7 @@ def record_forward(
     Raises:
         UnsupportedModelError: the pass does not run each block once, in order.
     """
-    points, calls = model.hook_dict, []
+    points, calls = hook_points(model), []
     activations: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
 

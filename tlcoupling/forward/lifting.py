@@ -84,7 +84,8 @@ def lifted_model(model: Any) -> Iterator[None]:
 
 
 def _has_half(module: nn.Module) -> bool:
-    return any(tensor.dtype in HALF for tensor in chain(module.parameters(), module.buffers()))
+    tensors = (chain(part._parameters.values(), part._buffers.values()) for part in module.modules())
+    return any(tensor is not None and tensor.dtype in HALF for tensor in chain.from_iterable(tensors))
 
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:

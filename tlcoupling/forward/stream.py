@@ -193,7 +193,8 @@ def writes_do_not_add_up(layer: int, gap: float, tolerance: float, has_mlp: bool
         f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
         "add to the stream and a split by sublayer would be wrong. An architecture that rescales or reorders its "
-        "writes does this, and so do hooks that edit hook_resid_mid (edit hook_attn_out instead), hooks registered on "
+        "writes does this, and so do hooks that edit hook_resid_mid and autoencoders in its place (edit hook_attn_out "
+        "instead), hooks registered on "
         "a module behind its hook point, or, in a cache, hooks that edit hook_resid_post or hook_resid_pre (a trace "
         "with fwd_hooks= tells their share apart)"
     )
@@ -204,13 +205,16 @@ def mid_is_another(layer: int, gap: float, tolerance: float) -> ResidualIdentity
     return ResidualIdentityError(
         f"block {layer}: resid_pre plus hook_attn_out misses {block_hook(layer, 'hook_resid_mid')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the MLP does not read the stream after "
-        "attention, and its Jacobian would be that of another input. Hooks that edit hook_resid_mid do this: edit "
-        "hook_attn_out instead"
+        "attention, and its Jacobian would be that of another input. Hooks that edit hook_resid_mid do this, and so do "
+        "autoencoders in its place: edit hook_attn_out instead"
     )
 
 
 def stream_of(source: Any) -> Stream:
-    """The stream of a trace, or of an ``ActivationCache`` alone.
+    """Return the stream of a trace, or of an ``ActivationCache`` alone.
+
+    An ``ActivationCache`` has to hold all blocks of its model. A dictionary names no model: its last block counts as
+    the model's last.
 
     Raises:
         MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: see ``Trace.from_cache``.
@@ -222,10 +226,20 @@ def stream_of(source: Any) -> Stream:
     if isinstance(source, Stream):
         return source
     activations = plain(source)
+    if not isinstance(activations, Mapping):
+        shown = source if isinstance(source, str) else type(source).__name__
+        allowed = "a trace, which tlc.trace(model, prompt) returns, or the cache of model.run_with_cache"
+        raise ArgumentError("source", shown, allowed)
     layers = {int(name.split(".")[1]) for name in activations if name.startswith("blocks.")}
     if not layers:
         raise MissingHookError(f"the cache holds no hook point of any block. {how_to_cache('blocks.0.hook_resid_pre')}")
     model = getattr(source, "model", None)
+    if model is not None and max(layers) + 1 < len(model.blocks):
+        raise MissingHookError(
+            f"the cache ends with block {max(layers)}, and its model has {len(model.blocks)} blocks: run_with_cache "
+            "with stop_at_layer= or a names_filter leaves out the others. "
+            + how_to_cache(block_hook(max(layers) + 1, "hook_resid_pre"))
+        )
     topology = topology_of(activations) if model is None else topology_of_model(model)
     if model is None and topology == "parallel":
         warnings.warn(

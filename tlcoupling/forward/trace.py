@@ -7,7 +7,7 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -23,6 +23,7 @@ from tlcoupling.forward.cache import plain
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_name_of, record_forward, require_supported
 from tlcoupling.forward.lifting import lifted_parts
+from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_str_tokens, to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
@@ -56,7 +57,7 @@ class Trace(Stream):
     hooked_layers: frozenset[int]
     _hooks: UserHooks = field(repr=False)
     _calls: list[BlockCall] = field(repr=False)
-    _points: Mapping[str, Any] = field(repr=False)
+    _points: dict[str, Any] = field(repr=False)
 
     def __repr__(self) -> str:
         """One line."""
@@ -142,7 +143,7 @@ class Trace(Stream):
 
     def layers_hooked_now(self) -> frozenset[int]:
         """The blocks in whose Jacobians hooks act that are attached now, apart from those that the trace keeps."""
-        return hooked_layers(self._points, self.model.blocks)
+        return hooked_layers(self._points_now(self._points), self.model.blocks)
 
     @contextlib.contextmanager
     def hooks_attached(self) -> Iterator[None]:
@@ -157,11 +158,20 @@ class Trace(Stream):
 
     def hooked_outside_blocks(self) -> bool:
         """Whether hooks of the user's act outside the blocks now: on embeddings, final norm or logits."""
-        return hooked_outside_blocks(self.model, self._points)
+        return hooked_outside_blocks(self.model, self._points_now(self._points))
 
     def point(self, layer: int, name: str) -> Any | None:
-        """The hook point ``blocks.{layer}.{name}``, None where the model has none."""
-        return self._points.get(block_hook(layer, name))
+        """Return the hook point ``blocks.{layer}.{name}``, None where the model has none."""
+        full = block_hook(layer, name)
+        return self._points_now([full]).get(full)
+
+    def _points_now(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the hook points by name, read again if the model has replaced one of ``names``."""
+        if not all(in_place(self.model, self._points[name]) for name in names if name in self._points):
+            points = hook_points(self.model)
+            self._points.clear()
+            self._points.update(points)
+        return self._points
 
     def block(self, layer: int) -> Block:
         """What a block is made of now."""
@@ -181,8 +191,7 @@ class Trace(Stream):
         float32 while their part of the block runs.
         """
         block = self.model.blocks[layer]
-        reads = self._points[block_hook(layer, "hook_resid_pre")]
-        after = self._points.get(block_hook(layer + 1, "hook_resid_pre"))
+        reads, after = self.point(layer, "hook_resid_pre"), self.point(layer + 1, "hook_resid_pre")
         with ExitStack() as stack:
             stack.enter_context(lifted_parts(self.model, block))
             stack.enter_context(self._hooks.attached(layer))
@@ -265,7 +274,7 @@ class Trace(Stream):
             return out if behind is None else behind(out)
 
     def _named(self, layer: int, hooks: Mapping[str, Hook]) -> list[tuple[Any, Hook]]:
-        return [(self._points[block_hook(layer, name)], hook) for name, hook in hooks.items()]
+        return [(self.point(layer, name), hook) for name, hook in hooks.items()]
 
     def check_current(
         self, sublayer: str, layer: int, now: Float[Tensor, "pos d_model"], rows: Sequence[int] | None = None
@@ -296,7 +305,14 @@ class Trace(Stream):
 
 
 @measured
-def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: bool | None = None) -> Trace:
+def trace(
+    model: Any,
+    prompt: Any,
+    *,
+    fwd_hooks: FwdHooks = (),
+    prepend_bos: bool | None = None,
+    attention_mask: Any | None = None,
+) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 
     Hooks act on the forward pass and on every Jacobian that is taken from the trace: those of ``fwd_hooks``, which the
@@ -313,16 +329,20 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
-        prompt: a string, token ids ``[pos]``, or a batch of one ``[1, pos]``.
+        prompt: a string, token ids ``[pos]``, a batch of one ``[1, pos]``, or what a tokenizer returns for one text. It
+            is never truncated, and pads are removed: positions count from its first token.
         fwd_hooks: hooks as in ``model.run_with_hooks``: pairs (hook name or filter of names, function).
         prepend_bos: whether a string gets a BOS token in front; the default is the model's own
             (``cfg.default_prepend_bos``), as everywhere in TransformerLens.
+        attention_mask: for token ids: 1 for each token of the prompt and 0 for each pad before or behind it. Without
+            it, pads are told by the tokenizer's pad token, where that cannot be text.
 
     Raises:
         UnsupportedModelError: an encoder, a state-space model, a looped decoder, quantised or offloaded weights, or a
             module in training mode.
-        ArgumentError: an empty prompt, a batch larger than one, token ids out of range, or hooks on points that are not
-            there or are not called.
+        ArgumentError: an empty prompt, a batch larger than one, token ids out of range or more than the context holds,
+            ids that may be pads or text, a mask with zeros between ones, placeholders of images; hooks on points that
+            do not exist or are not called.
         HookError: a hook gives back no tensor, or one of another shape.
         NonFiniteActivationError: NaN or infinite activations; the message names the first layer.
         ResidualIdentityError: the sublayers' writes do not add up to the stream, as where a hook edits
@@ -332,18 +352,20 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
         >>> trace = tlc.trace(model, "When Mary and John went to the store")  # doctest: +SKIP
     """
     require_supported(model)
-    tokens = to_tokens(model, prompt, prepend_bos)
-    points, n_layers = model.hook_dict, len(model.blocks)
+    tokens = to_tokens(model, prompt, prepend_bos, attention_mask)
+    points, n_layers = hook_points(model), len(model.blocks)
     topology = topology_of_model(model)
     user_hooks = UserHooks.of(model, points, fwd_hooks)
     with user_hooks.attached():
         hooked = hooked_layers(points, model.blocks)
         outputs = [block_hook(layer, "hook_resid_post") for layer in range(n_layers)]
+        names = _recorded(points, n_layers, topology)
+        _require_called([*names, *outputs], points)
         between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, n_layers)]
         edited = has_user_hooks([*between, *(points[name] for name in outputs)])
-        names = _recorded(points, n_layers, topology)
         record = record_forward(model, tokens, names, outputs if edited else ())
     user_hooks.require_fired()
+    _require_called((name for name in names if not name.endswith(PATTERN)), record.activations)
     pattern = record.activations.pop(block_hook(0, PATTERN), None)
     declared = getattr(model.cfg, "attention_dir", "causal")
     if declared == "bidirectional" or (pattern is not None and 0 not in hooked and (pattern.triu(1) != 0).any()):
@@ -362,6 +384,31 @@ def trace(model: Any, prompt: Any, *, fwd_hooks: FwdHooks = (), prepend_bos: boo
         _calls=record.calls,
         _points=points,
     )
+
+
+def require_trace(value: Any) -> None:
+    """Check that an argument is a trace, as where a model was given.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if not isinstance(value, Trace):
+        shown = value if isinstance(value, str) else type(value).__name__
+        raise ArgumentError("trace", shown, "a trace, which tlc.trace(model, prompt) returns")
+
+
+def _require_called(names: Iterable[str], called: Container[str]) -> None:
+    """Check that a model has, or has called, the hook points that a trace records.
+
+    Raises:
+        UnsupportedModelError: one is missing.
+    """
+    for name in names:
+        if name not in called:
+            raise UnsupportedModelError(
+                f"the model's forward pass does not call {name!r}, so the stream cannot be read there: TransformerLens "
+                "does not hook this architecture completely"
+            )
 
 
 def _recorded(points: Mapping[str, Any], n_layers: int, topology: str) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, HookError
 from tlcoupling.forward.block import block_hook
+from tlcoupling.forward.points import Splice
 
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
@@ -28,7 +29,12 @@ _GLOBAL_TABLES = tuple(f"_global{name}" for name in _TABLES)
 
 
 def has_user_hooks(points: Collection[Any]) -> bool:
-    """Whether anyone but us and TransformerLens itself (for OPT's MLP, which is no module) has a hook on the points."""
+    """Return whether anyone but us and TransformerLens (for OPT's MLP, which is no module) acts at the points.
+
+    A module in the place of a point counts as a hook on it.
+    """
+    if any(isinstance(point, Splice) for point in points):
+        return True
     lens = (hook for point in points for hook in (*point.fwd_hooks, *point.bwd_hooks))
     return any(not _is_its_own(hook) for hook in lens) or has_module_hooks(points)
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
+import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import StaleTraceError
-from tlcoupling.forward.block import Sublayer, Uncovered
+from tlcoupling.forward.block import Sublayer, Uncovered, close
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.attention import AttentionCore
@@ -29,12 +31,21 @@ from tlcoupling.jacobian.runs import Run, Runner, run_sublayer
 from tlcoupling.linalg.maps import Identity, Shared, Zero
 from tlcoupling.linalg.operator import JacobianOperator
 
+_NAMES = {"attn": "attention", "mlp": "MLP"}
+# By weight: the part of the sublayer's module that applies it, as a bridge names it.
+_PARTS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
 _ATTN_VALUES = ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out")
 _MLP_VALUES = ("pre", "pre_linear", "post", "out")
 
 
 class AnalyticLayer:
-    """The closed forms of one block, from runs of its own sublayers."""
+    """The closed forms of one block, from runs of its own sublayers.
+
+    Attributes:
+        trace: the trace of the model.
+        layer: block index.
+        attn_run: the run of the attention.
+    """
 
     def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
         """Run the attention once, for its activations.
@@ -47,7 +58,7 @@ class AnalyticLayer:
         Raises:
             StaleTraceError: the block's output differs from that of the trace.
         """
-        self._trace, self.layer = trace, layer
+        self.trace, self.layer = trace, layer
         self.block = trace.block(layer)
         self.d_model = trace.d_model
         stream = trace.block_input(layer)
@@ -60,6 +71,7 @@ class AnalyticLayer:
         self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they are unknown
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
+        self._applied: set[Run] = set()  # the runs whose activations are known to be what the weights make
         self._norms: dict[nn.Module, Norm] = {}
         self._shared: dict[str, tuple[tuple[int, ...], JacobianOperator]] = {}
 
@@ -101,16 +113,24 @@ class AnalyticLayer:
 
     def _mlp(self, pos: int) -> JacobianOperator:
         """J_mlp at a position."""
-        mlp, (run, row) = self.block.mlp, self.mlp_run(pos)
+        mlp, (run, positions) = self.block.mlp, self.mlp_run(pos)
+        row = positions.index(pos)
         if not self._mlp_slopes:
             raise Uncovered("hook_post of the MLP is not a function of hook_pre (and hook_pre_linear)")
         weights, slopes = self._weights(mlp), [slope[row] for slope in self._mlp_slopes]
         before = self._norm(mlp.before, "the norm before the MLP", self.mlp_input, pos)
         behind = self._norm(mlp.behind, "the norm behind the MLP", run.unnormed, row)
+        pre, pre_linear, post, _ = mlp.points(*_MLP_VALUES)
+        made = (
+            {"W_in": run.values[pre]}
+            if len(slopes) == 1
+            else {"W_gate": run.values[pre], "W_in": run.values[pre_linear]}
+        )
+        self._require_applied(mlp, run, self.mlp_input[list(positions)], made, run.values[post])
         return mlp_map(slopes, weights, before, behind, mlp.write_factor(run.values.get(mlp.gives), run.out))
 
-    def mlp_run(self, pos: int) -> tuple[Run, int]:
-        """Return a run of the MLP that includes a position, and the row of that position.
+    def mlp_run(self, pos: int) -> tuple[Run, tuple[int, ...]]:
+        """Return a run of the MLP that includes a position, and the positions of its rows.
 
         The MLP runs alone on the requested rows. Where its module cannot, it runs inside its block on all rows.
 
@@ -121,26 +141,26 @@ class AnalyticLayer:
             self._mlp_run = self._run_mlp(self._dests if pos in self._dests else (pos,))
             self._mlp_slopes = self._activation_slopes(self._mlp_run[1])
         rows, run = self._mlp_run
-        return run, rows.index(pos)
+        return run, rows
 
     def _run_mlp(self, rows: tuple[int, ...]) -> tuple[tuple[int, ...], Run]:
         """Run the MLP on some rows, or inside its block on all rows; return the rows that it ran on, and the run."""
         if self._mlp_alone:
             try:
-                run = self._run("mlp", self._trace.run_mlp, self.mlp_input[None, list(rows)])
-                self._trace.check_current("mlp", self.layer, run.out, rows)
+                run = self._run("mlp", self.trace.run_mlp, self.mlp_input[None, list(rows)])
+                self.trace.check_current("mlp", self.layer, run.out, rows)
                 return rows, run
             except (TypeError, ValueError, RuntimeError, AttributeError, StaleTraceError):
                 # the MLPs of BLOOM and MPT add the residual stream themselves; that of OPT is not a module
                 self._mlp_alone = False
-        run = self._run("mlp", self._trace.run_mlp_in_block, self.mlp_input[None])
-        self._trace.check_current("mlp", self.layer, run.out)
+        run = self._run("mlp", self.trace.run_mlp_in_block, self.mlp_input[None])
+        self.trace.check_current("mlp", self.layer, run.out)
         return tuple(range(len(self.mlp_input))), run
 
     def _run(self, name: str, runner: Runner, stream: Float[Tensor, "1 row d_model"]) -> Run:
         sublayer = self.block.sublayers[name]
         points = sublayer.points(*(_ATTN_VALUES if name == "attn" else _MLP_VALUES))
-        return run_sublayer(self._trace, self.layer, sublayer, runner, points, stream, with_graph=name == "mlp")
+        return run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""
@@ -149,16 +169,71 @@ class AnalyticLayer:
             self._lifted[sublayer.name] = {name: weight.to(self.resid_pre) for name, weight in weights.items()}
         return self._lifted[sublayer.name]
 
+    def _require_applied(
+        self,
+        sublayer: Sublayer,
+        run: Run,
+        stream: Float[Tensor, "row d_model"],
+        made: Mapping[str, Float[Tensor, "row *axes"]],
+        inner: Float[Tensor, "row *axes"],
+    ) -> None:
+        """Check that the activations of a run are what the weights make of what they read, but for one bias.
+
+        A weight W that reads x and gives y has (y - x W) r the same at all rows, for a random vector r. One row cannot
+        tell; there the certificate's own product tests each weight.
+
+        Args:
+            sublayer: the sublayer.
+            run: of it.
+            stream: what it read.
+            made: what each reading weight gave, by its name.
+            inner: what the writing weight read.
+
+        Raises:
+            Uncovered: the module that applies a weight does something else (an adapter, a parametrisation).
+        """
+        if run in self._applied:
+            return
+        weights = self._weights(sublayer)
+        norm = self._read_norm(sublayer.before, f"the norm before the {_NAMES[sublayer.name]}", stream)
+        normed = stream if norm is None else norm(stream)
+        *_, write = weights if sublayer.name == "attn" else ("W_out",)
+        products = {
+            name: (normed, _columns(weights[name], given.shape[1:]), given.flatten(1)) for name, given in made.items()
+        }
+        factor = sublayer.write_factor(run.values.get(sublayer.gives), run.out)
+        written = run.out if run.unnormed is None else run.unnormed
+        products[write] = factor * inner.flatten(1), weights[write].flatten(0, -2), written
+        for name, (read, weight, given) in products.items():
+            probe = _probe(weight)
+            ours, theirs = read @ (weight @ probe), given.to(weight) @ probe
+            if not close(ours + (theirs - ours).mean(), theirs):
+                part = sublayer.part(_PARTS[name])
+                part = getattr(part, "original_component", part)
+                where = sublayer.name if part is None else f"{sublayer.name}.{_PARTS[name]}"
+                kind = type(sublayer.module if part is None else part).__name__
+                raise Uncovered(f"{where} of type {kind} does not apply {name}: its output is not x {name} + b")
+        self._applied.add(run)
+
     def _norm(
         self, module: nn.Module | None, name: str, inputs: Float[Tensor, "row d_model"] | None, row: int
     ) -> JacobianOperator:
         """The derivative of one of the block's norms at one of its inputs; the identity where there is none."""
-        if module is None or inputs is None:
+        norm = self._read_norm(module, name, inputs)
+        if norm is None or inputs is None:
             return Identity(self.d_model, self.resid_pre)
+        return norm.derivative(inputs[row])
+
+    def _read_norm(
+        self, module: nn.Module | None, name: str, inputs: Float[Tensor, "row d_model"] | None
+    ) -> Norm | None:
+        """One of the block's norms, read once; None where there is none."""
+        if module is None or inputs is None:
+            return None
         if module not in self._norms:
-            with lifted(self._trace.model, module):
+            with lifted(self.trace.model, module):
                 self._norms[module] = Norm.read(module, inputs, name)
-        return self._norms[module].derivative(inputs[row])
+        return self._norms[module]
 
     def _activation_slopes(self, run: Run) -> list[Float[Tensor, "row d_mlp"]]:
         """Return the slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP) at each row of a run.
@@ -177,10 +252,27 @@ class AnalyticLayer:
 
     @cached_property
     def _core(self) -> AttentionCore:
-        self._weights(self.block.attn)  # without them, the values of an attention mean something else
-        return AttentionCore.from_values(self.block, self.attn_run.values)
+        attn, run = self.block.attn, self.attn_run
+        self._weights(attn)  # without them, the values of an attention mean something else
+        core = AttentionCore.from_values(self.block, run.values)
+        z = einsum(core.pattern, core.values, "head dest src, src head e -> dest head e")
+        made = {name: run.values[f"attn.hook_{point}"] for name, point in (("W_Q", "q"), ("W_K", "k"), ("W_V", "v"))}
+        self._require_applied(attn, run, self.resid_pre, made, z)
+        return core
 
     @cached_property
     def _attn_factor(self) -> float:
         attn = self.block.attn
         return attn.write_factor(self.attn_run.values.get(attn.gives), self.attn_run.out)
+
+
+def _columns(weight: Float[Tensor, "..."], axes: torch.Size) -> Float[Tensor, "d_model n"]:
+    """A reading weight as a matrix; ``HookedTransformer`` repeats a group's keys and values for each of its heads."""
+    if weight.ndim == 2:
+        return weight
+    return rearrange(weight[:: weight.shape[0] // axes[0]], "group d e -> d (group e)")
+
+
+def _probe(weight: Float[Tensor, "m n"]) -> Float[Tensor, " n"]:
+    """A random vector of what a weight gives, the same for the same width."""
+    return torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=weight.dtype).to(weight)

@@ -40,6 +40,14 @@ def vectors_at_once(column_bytes: float, free: float) -> int:
     return max(1, min(CHUNK, int(CHUNK_SHARE * free / column_bytes)))
 
 
+def at_once(trace: Trace, layer: int) -> int:
+    """Return how many vectors, or moved streams, go through a block together within a quarter of the free memory."""
+    column = autograd_column_bytes(
+        trace.model.blocks[layer], trace.model.cfg.n_heads, trace.n_tokens, trace.resid.dtype.itemsize
+    )
+    return vectors_at_once(column, free_memory(trace.block_input(layer).device))
+
+
 class GraphJacobian(JacobianOperator):
     """The Jacobian of a vector with respect to a part of a leaf, from a recorded graph, by reverse-mode derivatives.
 
@@ -106,12 +114,9 @@ class BlockGraph(GraphJacobian):
         if self.constant:
             with torch.enable_grad():  # a constant, as where a hook patches it: the Jacobian is zero
                 output = output + 0 * leaf.sum()
-        block, heads = trace.model.blocks[layer], trace.model.cfg.n_heads
-        vectors = vectors_at_once(
-            autograd_column_bytes(block, heads, trace.n_tokens, leaf.dtype.itemsize), free_memory(leaf.device)
-        )
+        flops = autograd_flops(trace.model.blocks[layer], trace.n_tokens)
         try:
-            super().__init__(output, leaf, part, autograd_flops(block, trace.n_tokens), vectors)
+            super().__init__(output, leaf, part, flops, at_once(trace, layer))
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise

@@ -15,7 +15,7 @@ a ladder of steps. It tells four things apart:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,9 @@ from torch import Tensor
 from tlcoupling.errors import DerivativeError, HookError
 from tlcoupling.forward.hooked import Hook
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.autograd import autograd_column_bytes, vectors_at_once
+from tlcoupling.jacobian.autograd import at_once
 from tlcoupling.jacobian.certificate import Pair, random_vector
 from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.memory import free_memory
 
 # Steps relative to the length of what is moved. HuggingFace's modules cast to float32 inside, so that float64 models
 # gain nothing from smaller ones. A difference is good to the square of the step and to rounding over the step.
@@ -227,6 +226,7 @@ class BlockDifferences:
         self._pairs = frozenset(pairs)
         self._batched = not hooked
         self._known: dict[tuple[str, int, int], Quotient] = {}
+        self._constants: dict[tuple[str, int, int], bool] = {}
         self.gap = 0.0
 
     def quotient(self, sublayer: str, src: int, dest: int) -> Quotient:
@@ -265,6 +265,8 @@ class BlockDifferences:
             larger = torch.maximum(product.norm(), one.value.norm())
             self.gap = max(self.gap, float((product - one.value).norm() / larger))
             return None
+        if product.norm() == 0 and one.value.norm() <= one.rounding and self._constant(sublayer, src, dest):
+            return None
         trace, layer = self._trace, self.layer
         inside = self._inside(sublayer)
         stream = self._input(inside)[0]
@@ -277,7 +279,7 @@ class BlockDifferences:
             whole = stream.new_zeros(len(moves), *stream.shape)
             whole[:, src] = moves
             still = self._run(inside, whole[:1] * 0, batched)
-            chunk = self._at_once()
+            chunk = at_once(trace, layer)
             runs = [self._run(inside, part, batched) for part in whole.split(chunk)]
             return torch.cat([self._change(run, still, sublayer, [dest]) for run in runs])
 
@@ -299,22 +301,57 @@ class BlockDifferences:
 
     def _measure(self, by_src: Mapping[int, Iterable[int]], inside: bool) -> None:
         """Take the differences for moves at each src, of x^l or of what the MLP reads ``inside`` the block."""
+        for src, direction, step, (up, down) in self._moved(by_src, inside, STEP, -STEP):
+            for name in ("mlp",) if inside else self._trace.sublayers:
+                dests = sorted(by_src[src])
+                for dest, change in zip(dests, self._change(up, down, name, dests)[0], strict=True):
+                    self._keep(name, src, dest, direction, change / (2 * step), step, inside)
+
+    def _constant(self, sublayer: str, src: int, dest: int) -> bool:
+        """Return whether what a sublayer writes at ``dest`` stays when its input at ``src`` moves by its own length.
+
+        This confirms a Jacobian of zero by one pair of runs for all announced pairs of a source.
+        """
+        if (sublayer, src, dest) not in self._constants:
+            pairs = self._pairs if (src, dest) in self._pairs else {(src, dest)}
+            sources = {one for one, _ in pairs}
+            for one, _, _, (up, down) in self._moved(sources, self._inside(sublayer), 1.0, -0.5):
+                dests = sorted(end for start, end in pairs if start == one)
+                for end, change in zip(dests, self._change(up, down, sublayer, dests)[0], strict=True):
+                    still = change.norm() <= _ROUNDING * self._written(sublayer, end).to(change)
+                    self._constants[sublayer, one, end] = bool(still)
+        return self._constants[sublayer, src, dest]
+
+    def _moved(
+        self, sources: Iterable[int], inside: bool, ahead: float, back: float
+    ) -> Iterator[tuple[int, Float[Tensor, " d"], Float[Tensor, ""], tuple[dict[str, Tensor], dict[str, Tensor]]]]:
+        """Move the input at each source, some sources in a batch of runs.
+
+        Args:
+            sources: positions.
+            inside: move what the MLP reads ``inside`` the block, not x^l.
+            ahead: how far in one run, relative to the length of the input there.
+            back: how far in the other.
+
+        Yields:
+            The source, the direction, the length of the move ahead, and what the two runs wrote.
+        """
         trace, layer = self._trace, self.layer
         stream = self._input(inside)[0]
-        chunk = max(1, self._at_once() // 2)
-        order = sorted(by_src)
+        order = sorted(sources)
+        chunk = max(1, at_once(trace, layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
             directions = torch.stack([self._direction(stream, src, _seed(layer, src)) for src in some])
-            steps = stream.new_tensor([STEP * _length(stream[src]) for src in some])
+            lengths = stream.new_tensor([_length(stream[src]) for src in some])
             moves = stream.new_zeros(len(some), *stream.shape)
-            moves[range(len(some)), some] = steps[:, None] * directions
-            found = self._run(inside, torch.cat([moves, -moves]), self._batched)
-            up, down = ({name: rows[half] for name, rows in found.items()} for half in _halves(len(some)))
-            for name in ("mlp",) if inside else trace.sublayers:
-                values = self._change(up, down, name) / (2 * steps[:, None, None])
-                for index, src in enumerate(some):
-                    for dest in by_src[src]:
-                        self._keep(name, src, dest, directions[index], values[index, dest], steps[index], inside)
+            moves[range(len(some)), some] = lengths[:, None] * directions
+            ran = self._run(inside, torch.cat([ahead * moves, back * moves]), self._batched)
+            for index, src in enumerate(some):
+                up, down = (
+                    {name: rows[which : which + 1] for name, rows in ran.items()}
+                    for which in (index, index + len(some))
+                )
+                yield src, directions[index], ahead * lengths[index], (up, down)
 
     def _direction(self, stream: Float[Tensor, "pos d_model"], src: int, seed: int) -> Float[Tensor, " d_model"]:
         """Draw a direction of length 1 that leans as much on what the norms read as on chance.
@@ -333,11 +370,15 @@ class BlockDifferences:
             if src != dest:
                 return
             direction = direction + self._known["attn", src, dest].value
-        wrote = torch.stack([part[self.layer, dest].norm() for part in _writes(trace, name)]).sum()
-        self._known[name, src, dest] = Quotient(direction, value.clone(), _ROUNDING * wrote.to(step) / step)
+        rounding = _ROUNDING * self._written(name, dest).to(step) / step
+        self._known[name, src, dest] = Quotient(direction, value.clone(), rounding)
+
+    def _written(self, name: str, dest: int) -> Float[Tensor, ""]:
+        """The length of what a sublayer, or all of a block's, wrote."""
+        return torch.stack([part[self.layer, dest].norm() for part in _writes(self._trace, name)]).sum()
 
     def _change(
-        self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int] | slice = slice(None)
+        self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int]
     ) -> Float[Tensor, "move dest d"]:
         """The difference of two runs in what a sublayer writes, or in all that a block adds to the stream.
 
@@ -388,12 +429,6 @@ class BlockDifferences:
     def _input(self, inside: bool) -> Float[Tensor, "1 pos d"]:
         return self._trace.mlp_input(self.layer) if inside else self._trace.block_input(self.layer)
 
-    def _at_once(self) -> int:
-        """How many runs fit into a batch."""
-        trace = self._trace
-        column = autograd_column_bytes(trace.model.blocks[self.layer], trace.model.cfg.n_heads, trace.n_tokens, 4)
-        return vectors_at_once(column, free_memory(trace.resid.device))
-
 
 def _writes(trace: Trace, name: str) -> list[Tensor]:
     """The recorded writes of a sublayer, or of all of a block."""
@@ -407,7 +442,3 @@ def _seed(layer: int, src: int) -> int:
 
 def _length(vector: Float[Tensor, " d"]) -> float:
     return float(vector.norm()) or 1.0
-
-
-def _halves(size: int) -> tuple[slice, slice]:
-    return slice(0, size), slice(size, None)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.trace import Trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.certificate import Pair
@@ -46,6 +46,7 @@ class JacobianEngine:
         Raises:
             ArgumentError: an unknown engine.
         """
+        require_trace(trace)
         check_name("engine", engine, get_args(EngineName))
         self.trace, self.engine = trace, engine
         self._pairs = frozenset(pairs)
@@ -179,6 +180,7 @@ def residual_jacobian(
         >>> J = tlc.residual_jacobian(trace, layer=3, sublayer="attn")  # doctest: +SKIP
         >>> J.mv(torch.randn(trace.d_model)).shape  # doctest: +SKIP
     """
+    require_trace(trace)
     layer = check_index("layer", layer, trace.n_layers)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers)

@@ -34,7 +34,8 @@ class Evidence:
         pairs = frozenset(pairs)
         self.layer, self._topology = layer, trace.topology
         self._has_mlp = trace.mlp_out is not None
-        self._modules = ModuleProducts(trace, layer, pairs)
+        self._pairs = pairs
+        self._modules: ModuleProducts | None = None
         self._differences = BlockDifferences(trace, layer, hooked, pairs)
         self._products: dict[tuple[str, int, int], Float[Tensor, " d_model"]] = {}
         self._refusals: dict[tuple[str, int, int], str | None] = {}
@@ -71,18 +72,19 @@ class Evidence:
 
     def _refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         sequential = self._topology == "sequential"
+        modules = self._modules = self._modules or ModuleProducts(closed, self._pairs)
         if sublayer == "block":
             refused = self.refusal(closed, "attn", src, dest)
             if self._has_mlp and (sequential or src == dest):
                 refused = refused or self.refusal(closed, "mlp", dest, dest)
-            return refused or self._mixing(dest)
+            return refused or self._mixing(modules, dest)
         if sublayer == "mlp" and src != dest:
-            return self._mixing(dest)
+            return self._mixing(modules, dest)
         operator = closed.sublayer(sublayer, src, dest)
-        truth = self._modules.attn(src, dest) if sublayer == "attn" else self._modules.mlp(dest)
+        truth = modules.attn(src, dest) if sublayer == "attn" else modules.mlp(dest)
         gap = misses(
             operator,
-            self._modules.cotangent,
+            modules.cotangent,
             truth,
             self._differences.quotient(sublayer, src, dest).direction,
             self._product(operator, sublayer, src, dest),
@@ -94,9 +96,9 @@ class Evidence:
             f"position {src} to {dest}; allowed: {TOLERANCE:.0e})"
         )
 
-    def _mixing(self, dest: int) -> str | None:
+    def _mixing(self, modules: ModuleProducts, dest: int) -> str | None:
         """Return why the MLP cannot be taken as that of one position."""
-        if not self._has_mlp or (mixing := self._modules.mlp_mixes(dest)) <= TOLERANCE:
+        if not self._has_mlp or (mixing := modules.mlp_mixes(dest)) <= TOLERANCE:
             return None
         return (
             f"the MLP reads other positions than its own ({mixing:.1e} of its derivative, first in layer {self.layer} "

@@ -11,6 +11,8 @@ from tlcoupling.linalg.triplets import Triplets, residuals
 def dense_svd(operator: JacobianOperator, k: int) -> Triplets:
     """Return the top k triplets from ``torch.linalg.svd`` of the matrix."""
     matrix = operator.dense()
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    u, s, v = u[:, :k], s[:k], vh[:k].mT
-    return Triplets(u, s, v, residuals(matrix @ v, matrix.mT @ u, u, s, v), "dense")
+    u, spectrum, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, v = u[:, :k], spectrum[:k], vh[:k].mT
+    next_s = spectrum[k] if k < len(spectrum) else s.new_zeros(())
+    residual = residuals(matrix @ v, matrix.mT @ u, u, s, v) / s
+    return Triplets(u, s, v, next_s, residual, torch.ones_like(s, dtype=torch.bool), "dense")

@@ -15,27 +15,29 @@ from torch import Tensor
 
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.stack import Stack
-from tlcoupling.linalg.triplets import Triplets, residuals
+from tlcoupling.linalg.triplets import DETERMINED, Triplets, distances, residuals
 
 OVERSAMPLING = 6  # extra columns of a block beyond k
 FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
 FIRST_CHECK_OF_PRODUCTS = 3  # matrix-free steps cost far more than a convergence check, so then every step is checked
 USUAL_STEPS = 10  # for a top-10 spectrum; storage for the bases starts at this size
 DECAY = 5.0  # usual reduction of the residual per step, at least; predicts when to check again
+ROUNDING = 32.0  # residuals of a few eps s_1 are what rounding leaves, at all widths: 5 to 30 in float32
+SKEW = 16.0  # eps: largest inner product of a new column with an existing one; rounding alone gives 1 to 4
 ROUNDS = 4  # of orthogonalisation, at most: with inexact products more rounds do not help
 
 
 def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) -> list[Triplets]:
     """Return the top k triplets of each operator.
 
-    Iterates until every residual is at most ``tolerance`` or the space is exhausted. Steps of all operators run
+    Iterates until every triplet has converged (``_asked``) or the space is exhausted. Steps of all operators run
     together, because one small matrix cannot keep a core busy. The random start has a fixed seed, so equal input gives
-    equal output. Triplets may not have converged: check their ``residual``.
+    equal output. Triplets may not have converged: check ``converged``.
 
     Args:
         operators: J, all of one shape [m, n], dtype and device.
         k: number of triplets, at most min(m, n).
-        tolerance: largest residual, relative to s_1.
+        tolerance: largest residual of a triplet, relative to its own s_k.
     """
     stack = Stack(operators)
     rows, columns = stack.shape
@@ -53,18 +55,17 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
         jtu.append(pulled)
         last = u.count == rows or v.count == columns or step == MAX_STEPS
         if not last and step == check:
-            triplets = _ritz(u.all, v.all, jtu.all, k)
-            reached = max(float(one.residual.nan_to_num(0.0).max()) for one in triplets)  # NaN: J is zero
-            if reached <= tolerance:
+            triplets, excess = _ritz(u.all, v.all, jtu.all, k, tolerance)
+            if excess <= 1:
                 return triplets
-            due = math.ceil(math.log(min(reached, 1.0) / tolerance, DECAY))
+            due = math.ceil(math.log(min(excess, 1 / tolerance), DECAY))
             check = step + (min(max(due, 1), LONGEST_WAIT) if stack.formed else 1)
         if not last or (u.count == rows and v.count < columns):
             new_v = _orthogonalise(pulled[..., : columns - v.count], v.all)
             v.append(new_v)
         if last:
             break
-    return _ritz(u.all, v.all, jtu.all, k)
+    return _ritz(u.all, v.all, jtu.all, k, tolerance)[0]
 
 
 class Columns:
@@ -90,18 +91,44 @@ class Columns:
 
 
 def _ritz(
-    u: Float[Tensor, "stack m p"], v: Float[Tensor, "stack n q"], jtu: Float[Tensor, "stack n p"], k: int
-) -> list[Triplets]:
-    """Return the best triplets within the spans of U and V, from B = U^T J V."""
+    u: Float[Tensor, "stack m p"],
+    v: Float[Tensor, "stack n q"],
+    jtu: Float[Tensor, "stack n p"],
+    k: int,
+    tolerance: float,
+) -> tuple[list[Triplets], float]:
+    """Return the best triplets within the spans of U and V, from B = U^T J V; also the worst of residual / asked."""
     inner = jtu.mT @ v
-    left, s, right = torch.linalg.svd(inner)
-    left, s, right = left[..., :k], s[..., :k], right[..., :k, :].mT
+    left, spectrum, right = torch.linalg.svd(inner)
+    s, next_s = spectrum[..., :k], spectrum.new_zeros(len(spectrum))
+    if k < spectrum.shape[-1]:  # a Ritz value lies below its singular value, by no more than its residual
+        after = jtu @ left[..., k, None] - v @ (spectrum[..., k, None] * right[..., k, :])[..., None]
+        next_s = (spectrum[..., k] + after[..., 0].norm(dim=-1)).minimum(s[..., -1])
+    left, right = left[..., :k], right[..., :k, :].mT
     jv = u @ (inner @ right)  # J V lies in the span of U, by construction
     top_u, top_v = u @ left, v @ right
-    # this form of J V is only as exact as U is orthonormal, so loss of orthonormality counts as residual
-    skew = (top_u.mT @ top_u - torch.eye(top_u.shape[-1]).to(top_u)).norm(dim=-1)
-    gaps = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew)
-    return [Triplets(*one, "krylov") for one in zip(top_u, s, top_v, gaps, strict=True)]
+    # this form of J V is only as exact as U and V are orthonormal, so loss of orthonormality counts as residual
+    skew = _skew(top_u).maximum(_skew(top_v))
+    residual = residuals(jv, jtu @ left, top_u, s, top_v).maximum(skew * s[..., :1])
+    asked = _asked(s, next_s, tolerance)
+    excess = torch.where(residual > 0, residual / asked, 0.0)  # J may be zero
+    columns = zip(top_u, s, top_v, next_s, residual / s, residual <= asked, strict=True)
+    return [Triplets(*one, solver="krylov") for one in columns], float(excess.max())
+
+
+def _skew(basis: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack k"]:
+    """Return how far each column is from orthonormal to all."""
+    return (basis.mT @ basis - torch.eye(basis.shape[-1]).to(basis)).norm(dim=-1)
+
+
+def _asked(s: Float[Tensor, "stack K"], next_s: Float[Tensor, " stack"], tolerance: float) -> Float[Tensor, "stack K"]:
+    """Return the largest residual asked of each triplet, absolute.
+
+    It is the tolerance, relative to the triplet's own s_k. Where another singular value is so close that this would
+    leave the vectors undetermined, it is less. It is never less than what rounding leaves.
+    """
+    sharp = DETERMINED / 2 * distances(s, next_s)
+    return (tolerance * s).minimum(sharp).maximum(ROUNDING * torch.finfo(s.dtype).eps * s[..., :1])
 
 
 def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stack n b"]) -> Float[Tensor, "stack n w"]:
@@ -118,9 +145,9 @@ def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stac
         random = torch.randn(block.shape[1:], generator=generator, dtype=block.dtype).to(block)
         block = block.where(kept[:, None, None], random)
     block = torch.linalg.qr(block).Q
-    allowed = 1e3 * torch.finfo(block.dtype).eps * block.shape[-1]
+    allowed = SKEW * torch.finfo(block.dtype).eps
     for _ in range(ROUNDS):
-        if not ((basis.mT @ block).abs().sum((1, 2)) > allowed).any():
+        if not ((basis.mT @ block).abs() > allowed).any():
             break
         block = torch.linalg.qr(_projected_out(block, basis)).Q
     return block

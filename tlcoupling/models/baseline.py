@@ -109,7 +109,7 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
         )
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)
-    with offline(), answered_locally(fresh, tokenizer):
+    with offline(), answered_locally(fresh, tokenizer, getattr(model, "processor", None)):
         return type(model).boot_transformers(
             model.cfg.model_name, hf_model=fresh, tokenizer=tokenizer, device=like.device, dtype=like.dtype
         )

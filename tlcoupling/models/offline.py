@@ -10,21 +10,24 @@ from unittest.mock import patch
 
 
 @contextmanager
-def answered_locally(hf_model: Any, tokenizer: Any) -> Iterator[None]:
-    """Answer TransformerLens's hub requests from the given model and tokenizer.
+def answered_locally(hf_model: Any, tokenizer: Any, processor: Any | None = None) -> Iterator[None]:
+    """Answer TransformerLens's hub requests from the given model, tokenizer and processor.
 
     - Early 3.x releases look up the config by name: they get a copy of the model's own.
     - TransformerLens wants a tokenizer that adds BOS, and would otherwise load one by name. A temporary entry in
       ``init_kwargs`` declares that this one does. TransformerLens then finds by encoding that none is added, and
       ``to_tokens(prepend_bos=True)`` prepends the BOS token itself.
+    - A model of images gets the given processor, None included. TransformerLens would look one up by name, and run pip
+      to install torchvision if that fails.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoProcessor
 
     def own_config(*args: Any, **kwargs: Any) -> Any:
         return copy.deepcopy(hf_model.config)
 
     with (
         patch.object(AutoConfig, "from_pretrained", own_config),
+        patch.object(AutoProcessor, "from_pretrained", lambda *args, **kwargs: processor),
         patch.dict(tokenizer.init_kwargs, add_bos_token=True),
     ):
         yield

@@ -246,7 +246,7 @@ def _flatten(result: Result, prefix: str = "") -> tuple[dict[str, Tensor], dict[
     return tensors, header
 
 
-def _is_saved(spec: Field[Any]) -> bool:
+def _is_saved(spec: Field) -> bool:
     return spec.metadata.get("saved", True)
 
 

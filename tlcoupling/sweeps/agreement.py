@@ -16,14 +16,17 @@ from tlcoupling.results.base import Result
 TOLERANCE = 1e-4
 _SMALL = 0.01  # scale floor: values near zero are compared absolutely, since rounding can be all of them
 # Fields that depend on time, machine and solver convergence
-_OF_THE_MACHINE = ("seconds", "versions", "verified", "engine", "commit", "residual")
+_OF_THE_MACHINE = (
+    *("seconds", "versions", "verified", "engine", "commit", "residual"),
+    *("gaps", "uncertainty", "subspace_uncertainty", "basis_subspace_uncertainty"),  # files of version 0.1 lack these
+)
 
 
 def differences(first: tuple[Result, Mapping[str, Any]], second: tuple[Result, Mapping[str, Any]]) -> list[str]:
     """Return the fields in which two results with their notes differ, with the size of numeric differences.
 
     Numbers agree if they differ by rounding alone (``TOLERANCE``). Times, package versions, checksums, the chosen
-    engine, the hub's commit and the solver's residual are ignored.
+    engine, the hub's commit, the solver's residual and the uncertainty that follows from it are ignored.
     """
     one, two = (dict(zip(("result", "note"), whole, strict=True)) for whole in (first, second))
     return list(_differences(one, two, ""))

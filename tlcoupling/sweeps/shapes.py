@@ -131,6 +131,8 @@ def _of_config(folder: Path) -> Shape | None:
     block = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers)[0]
     matrices = [parameter for parameter in block.parameters() if parameter.ndim == 2]
     groups = getattr(config, "num_key_value_heads", None) or (1 if getattr(config, "multi_query", False) else heads)
+    if getattr(config, "new_decoder_architecture", False):  # of Falcon
+        groups = config.num_kv_heads
     d_head = getattr(config, "head_dim", None) or d // heads
     d_mlp = matrices[-1].numel() // d  # the MLP's write is the last matrix of a block
     outside_attn = sum(matrix.numel() for matrix in matrices) - 2 * d * d_head * (heads + groups)

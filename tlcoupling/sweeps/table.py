@@ -48,6 +48,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "overlap_u": ("double", f"overlap of the subspaces written to, {_MEAN}"),
     "overlap_v": ("double", f"overlap of the subspaces read from, {_MEAN}"),
     "overlap_null": ("double", "expected overlap of random subspaces, K / d_model"),
+    "undetermined": (
+        "int64",
+        "pairs of singular vectors, of the K of each layer and measured token, that nearly equal singular values leave "
+        "undetermined; missing if measured by version 0.1",
+    ),
     "lss": ("double", "line-shape score of the sublayer's path, mean over the measured tokens"),
     "straightness": ("double", "distance over length of that path, mean over the measured tokens"),
     "ed": ("double", "expodistance of the block's path, median over the measured tokens"),

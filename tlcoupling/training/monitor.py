@@ -185,7 +185,11 @@ class TrainingMonitor:
         started = time.perf_counter()
         try:
             outcome: Analysis | Exception = analyze(
-                model, self._prompts[key], **{**self._settings.arguments(), "prepend_bos": None}, attention=False
+                model,
+                self._prompts[key],
+                **{**self._settings.arguments(), "prepend_bos": None},
+                attention_mask=[1] * len(self._prompts[key]),  # pads are removed already
+                attention=False,
             )
         except (ArgumentError, UnsupportedModelError):
             raise
@@ -246,5 +250,5 @@ def _settings(given: Mapping[str, Any]) -> Settings:
 
 
 def _encoded(prompt: Any, tokenizer: Any | None) -> Any:
-    """Return a string's token ids if a tokenizer is given; return anything else unchanged."""
-    return prompt if tokenizer is None or not isinstance(prompt, str) else tokenizer(prompt)["input_ids"]
+    """Return a string's token ids and mask if a tokenizer is given; return anything else unchanged."""
+    return prompt if tokenizer is None or not isinstance(prompt, str) else tokenizer(prompt)

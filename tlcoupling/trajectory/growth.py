@@ -7,19 +7,22 @@ not available; here it is reconstructed as the squared coefficient of variation 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlcoupling.forward.stream import stream_of
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.trajectory.line import fit_line
-from tlcoupling.trajectory.linearity import provenance_of, tokens_of
+from tlcoupling.trajectory.linearity import length, provenance_of, tokens_of
+
+NOISE = 4.0  # a norm and its logarithm are off by up to two eps each
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -34,7 +37,8 @@ class Growth(Result):
         mlp_share: the MLP's share of alpha, ln (||x_post|| / ||x_mid||). The two shares sum to alpha exactly, unless
             hooks edit the stream between blocks. ``[layer, pos]``.
         expodistance: ED = Var_l(alpha) / mean_l(alpha)^2 (population variance), 0 for exactly exponential growth. A
-            reconstruction: the paper's own formula was not available. ``[pos]``.
+            reconstruction: the paper's own formula was not available. NaN where a norm is zero, or where the log-norm
+            changes by no more than rounding from x^0 to x^L. ``[pos]``.
         rate: mean_l(alpha), per layer. ``[pos]``.
         slope: least-squares slope of ln ||x^l|| over l, per layer. ``[pos]``.
         r_squared: R^2 of that line, NaN if the norm does not change. ``[pos]``.
@@ -99,6 +103,9 @@ def growth(source: Any) -> Growth:
         MissingHookError, ArgumentError, NonFiniteActivationError, ResidualIdentityError: the cache cannot be used; see
             ``Trace.from_cache``.
 
+    Warns:
+        UserWarning: the expodistance of some tokens is NaN, because their norm hardly changes or is zero.
+
     Example:
         >>> tlc.growth(trace).expodistance.nanquantile(0.5)  # doctest: +SKIP
     """
@@ -106,8 +113,8 @@ def growth(source: Any) -> Growth:
     stream = stream_of(source)
     between = None
     if stream.topology == "sequential":
-        between = stream.resid_mid.norm(dim=-1), stream.after_writes.norm(dim=-1)
-    return growth_of_norms(stream.resid.norm(dim=-1), between, provenance_of(source, started), tokens_of(stream))
+        between = length(stream.resid_mid), length(stream.after_writes)
+    return growth_of_norms(length(stream.resid), between, provenance_of(source, started), tokens_of(stream))
 
 
 def growth_of_norms(
@@ -123,6 +130,9 @@ def growth_of_norms(
         between: ||x^l + a^l|| and ||x^l + a^l + m^l|| for sequential blocks, otherwise None.
         provenance: provenance of the result.
         tokens: the tokens as text.
+
+    Warns:
+        UserWarning: as in ``growth``.
     """
     log_norms = norms.log()
     alpha = log_norms.diff(dim=0)
@@ -130,6 +140,14 @@ def growth_of_norms(
     if between is not None:
         mid, after = (norm.log() for norm in between)
         attn_share, mlp_share = (mid - log_norms[:-1]).cpu(), (after - mid).cpu()
+    undefined = _without_growth(log_norms)
+    if undefined.any():
+        named = ", ".join(f"{pos} ({tokens[pos]!r})" for pos in undefined.nonzero()[:, 0].tolist())
+        warnings.warn(
+            f"the expodistance is NaN at position {named}: it divides by the mean growth, and from x^0 to x^L the "
+            "log-norm changes by no more than rounding, or a norm is zero",
+            stacklevel=4,
+        )
     line = fit_line(torch.arange(len(norms), dtype=norms.dtype, device=norms.device), log_norms)
     return Growth(
         provenance=provenance,
@@ -137,9 +155,15 @@ def growth_of_norms(
         alpha=alpha.cpu(),
         attn_share=attn_share,
         mlp_share=mlp_share,
-        expodistance=expodistance(alpha).cpu(),
+        expodistance=expodistance(alpha).where(~undefined, torch.nan).cpu(),
         rate=alpha.mean(0).cpu(),
         slope=line.slope.cpu(),
         r_squared=line.r_squared.cpu(),
         tokens=tokens,
     )
+
+
+def _without_growth(log_norms: Float[Tensor, "depth pos"]) -> Bool[Tensor, " pos"]:
+    """Return whose mean growth is zero to rounding, or has a norm of zero. The mean is (last - first) / L."""
+    rounding = NOISE * torch.finfo(log_norms.dtype).eps * (1 + log_norms.abs().amax(0))
+    return ~((log_norms[-1] - log_norms[0]).abs() > rounding) | ~log_norms.isfinite().all(0)

@@ -20,7 +20,7 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
-from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace
+from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace, require_trace
 from tlcoupling.jacobian.norms import Norm
 from tlcoupling.results.base import Result
 
@@ -100,6 +100,7 @@ def head_steps(trace: Trace) -> HeadSteps:
     Example:
         >>> tlc.head_steps(trace).share[3, :, -1]  # of the heads of layer 3, last token # doctest: +SKIP
     """
+    require_trace(trace)
     started = time.perf_counter()
     fields: dict[str, list[Tensor]] = {name: [] for name in ("share", "bias_share", "mlp_share", "length")}
     for layer in range(trace.n_layers):

@@ -70,9 +70,20 @@ class Linearity(Result):
         return self.lss[self.paths.index(name)]
 
 
+def length(steps: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest"]:
+    """Return ||d|| at any scale: squares of numbers below 1e-19 or above 1e19 leave the range of float32."""
+    plain, info = steps.norm(dim=-1), torch.finfo(steps.dtype)
+    inside = (plain > info.tiny**0.5 / info.eps) & plain.isfinite()
+    if inside.all():
+        return plain
+    largest = steps.abs().amax(-1)
+    scaled = (steps / largest.where(largest > 0, 1.0)[..., None]).norm(dim=-1) * largest
+    return plain.where(inside, scaled)
+
+
 def unit(steps: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest d"]:
     """Return directions d / ||d||; NaN for a step of length zero."""
-    lengths = steps.norm(dim=-1, keepdim=True)
+    lengths = length(steps)[..., None]
     return steps / lengths.where(lengths > 0, torch.nan)
 
 
@@ -89,6 +100,9 @@ def _score(n: int, directions: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest
 class Path:
     """One path of all tokens, stored as running sums, so memory does not grow with the number of steps.
 
+    A step has no direction if its length is zero. A difference x^{l+1} - x^l has none either if it is as short as the
+    rounding of the stream, eps ||x^{l+1}||. A sublayer's write may be as short as that: it is not a difference.
+
     Args:
         name: the path's name.
         steps_per_layer: 2 for the path through the sublayers.
@@ -99,15 +113,16 @@ class Path:
         self._directions: Tensor | float = 0.0
         self._displacement: Tensor | float = 0.0
         self._length: Tensor | float = 0.0
-        self._zero_steps: list[tuple[int, int]] = []  # (layer, position)
+        self._undirected: list[tuple[int, int]] = []  # (layer, position)
 
-    def add(self, step: Float[Tensor, "pos d"]) -> None:
-        """Add one step."""
-        lengths = step.norm(dim=-1)
-        if not lengths.all():
-            self._zero_steps += [(self.n // self._per_layer, pos) for pos in (lengths == 0).nonzero()[:, 0].tolist()]
+    def add(self, step: Float[Tensor, "pos d"], rounding: Float[Tensor, " pos"] | float = 0.0) -> None:
+        """Add one step; ``rounding`` is the length that rounding alone would give it."""
+        lengths = length(step)
+        directed = lengths > rounding
+        if not directed.all():
+            self._undirected += [(self.n // self._per_layer, pos) for pos in (~directed).nonzero()[:, 0].tolist()]
         self.n += 1
-        self._directions = self._directions + unit(step)
+        self._directions = self._directions + step / lengths.where(directed, torch.nan)[:, None]
         self._displacement = self._displacement + step
         self._length = self._length + lengths
 
@@ -119,14 +134,14 @@ class Path:
     @property
     def straightness(self) -> Float[Tensor, " pos"]:
         """Return || sum_i d_i || / sum_i ||d_i||."""
-        return torch.as_tensor(self._displacement).norm(dim=-1) / self._length
+        return length(torch.as_tensor(self._displacement)) / self._length
 
-    def warn_of_zero_steps(self) -> None:
-        """Warn of each step of length zero, which has no direction."""
-        for layer, pos in self._zero_steps:
+    def warn_of_undirected_steps(self) -> None:
+        """Warn of each step without a direction."""
+        for layer, pos in self._undirected:
             warnings.warn(
-                f"the {self.name} step of layer {layer} has length zero at position {pos}, so it has no direction: the "
-                f"line-shape score of the {self.name} path is NaN there",
+                f"the {self.name} step of layer {layer} has no direction at position {pos}, because its length is zero "
+                f"or no more than the stream's rounding: the line-shape score of the {self.name} path is NaN there",
                 stacklevel=5,
             )
 
@@ -143,8 +158,8 @@ def linearity(source: Any) -> Linearity:
             ``Trace.from_cache``.
 
     Warns:
-        UserWarning: a step of length zero has no direction, so its token's score is NaN; the warning names token and
-            layer.
+        UserWarning: a step of length zero, or no longer than the stream's rounding, has no direction, so its token's
+            score is NaN; the warning names token and layer.
 
     Example:
         >>> tlc.linearity(trace).path("block").mean()  # doctest: +SKIP
@@ -154,7 +169,7 @@ def linearity(source: Any) -> Linearity:
     paths = make_paths(stream.topology)
     for layer in range(stream.n_layers):
         mlp_out = None if stream.mlp_out is None else stream.mlp_out[layer]
-        walk(paths, stream.resid[layer + 1] - stream.resid[layer], stream.attn_out[layer], mlp_out)
+        walk(paths, stream.resid[layer], stream.resid[layer + 1], stream.attn_out[layer], mlp_out)
     return linearity_of_paths(paths, provenance_of(source, started), tokens_of(stream))
 
 
@@ -171,22 +186,24 @@ def make_paths(topology: Topology) -> dict[str, Path]:
 
 def walk(
     paths: Mapping[str, Path],
-    block: Float[Tensor, "pos d"],
+    before: Float[Tensor, "pos d"],
+    after: Float[Tensor, "pos d"],
     attn_out: Float[Tensor, "pos d"],
     mlp_out: Float[Tensor, "pos d"] | None,
 ) -> None:
     """Add one layer's steps to each path: x^{l+1} - x^l, and the sublayers' writes."""
-    steps = {"block": [block], "sublayer": [attn_out, mlp_out], "attn": [attn_out], "mlp": [mlp_out]}
+    paths["block"].add(after - before, torch.finfo(after.dtype).eps * length(after))
+    writes = {"sublayer": [attn_out, mlp_out], "attn": [attn_out], "mlp": [mlp_out]}
     for name, path in paths.items():
-        for step in steps[name]:
+        for step in writes.get(name, []):
             if step is not None:
                 path.add(step)
 
 
 def linearity_of_paths(paths: Mapping[str, Path], provenance: Provenance, tokens: tuple[str, ...]) -> Linearity:
-    """Collect the scores of paths into a result; warn of steps of length zero."""
+    """Collect the scores of paths into a result; warn of steps without a direction."""
     for path in paths.values():
-        path.warn_of_zero_steps()
+        path.warn_of_undirected_steps()
     return Linearity(
         provenance=provenance,
         lss=torch.stack([path.lss for path in paths.values()]).cpu(),

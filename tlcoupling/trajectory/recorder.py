@@ -28,7 +28,7 @@ from tlcoupling.forward.stream import (
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance
 from tlcoupling.trajectory.growth import Growth, growth_of_norms
-from tlcoupling.trajectory.linearity import Linearity, linearity_of_paths, make_paths, walk
+from tlcoupling.trajectory.linearity import Linearity, length, linearity_of_paths, make_paths, walk
 
 
 class TrajectoryRecorder:
@@ -101,6 +101,9 @@ class TrajectoryRecorder:
 
         Raises:
             MissingHookError, NonFiniteActivationError, ResidualIdentityError: see ``linearity``.
+
+        Warns:
+            UserWarning: as in ``tlc.growth``.
         """
         self._require_run()
         between = None
@@ -165,7 +168,7 @@ class TrajectoryRecorder:
             gap = float(relative_gap(mid, row).max())
             if not gap <= self._tolerance:
                 raise mid_is_another(layer, gap, self._tolerance)
-            self._mid_norms.append(mid.norm(dim=-1))
+            self._mid_norms.append(length(mid))
         self._held[name] = row
         if name == "hook_resid_post":
             self._require_finite(layer + 1, row)
@@ -175,7 +178,7 @@ class TrajectoryRecorder:
             gap = float(relative_gap(torch.as_tensor(total), row).max())
             if not gap <= self._tolerance:
                 raise writes_do_not_add_up(layer, gap, self._tolerance, "hook_mlp_out" in self._held)
-            self._written_norms.append(row.norm(dim=-1))
+            self._written_norms.append(length(row))
             if layer == self._n_layers - 1:
                 self._step(self._n_layers, row)
                 self._held, self._done = {}, True
@@ -184,10 +187,10 @@ class TrajectoryRecorder:
     def _step(self, depth: int, stream: Float[Tensor, "pos d"]) -> None:
         """Add the steps of the layer that led to x^depth."""
         self._require_finite(depth, stream)
-        self._norms.append(stream.norm(dim=-1))
+        self._norms.append(length(stream))
         if depth > 0:
-            block = stream - self._held["hook_resid_pre"]
-            walk(self._paths, block, self._held["hook_attn_out"], self._held.get("hook_mlp_out"))
+            before, attn_out = self._held["hook_resid_pre"], self._held["hook_attn_out"]
+            walk(self._paths, before, stream, attn_out, self._held.get("hook_mlp_out"))
 
     def _require_finite(self, depth: int, stream: Float[Tensor, "pos d"]) -> None:
         finite = stream.isfinite().all(-1)

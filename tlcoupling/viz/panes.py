@@ -32,6 +32,7 @@ def depth(result: DepthCoupling) -> dict[str, Any]:
         "tokens": [visible(token) for token in result.tokens],
         "values": packed(result.values),
         "null": packed(result.null[..., 0]),
+        "undetermined": _undetermined(result.values_determined),
         "mean": {name: rounded(result.mean(name)) for name in ("values", "null", "excess")},
         "profile": {name: rounded(result.profile(name)) for name in ("values", "null")},
     }
@@ -99,7 +100,17 @@ def _kind(result: TokenCoupling | ContextCoupling, first: int, layers: Sequence[
         "positions": [result.positions[i] for i in at_tokens],
         "values": packed(values),
         "null": packed(result.null[:, at_layers][..., at_tokens, 0]),
+        "undetermined": _undetermined(
+            None
+            if result.values_determined is None
+            else result.values_determined[:, at_layers][..., at_tokens, :][..., at_tokens]
+        ),
     }
+
+
+def _undetermined(determined: torch.Tensor | None) -> dict[str, Any] | None:
+    """Pack which columns have undetermined singular vectors, ``[..., column]``; None if there is none or unknown."""
+    return None if determined is None or determined.all() else packed(~determined[..., 0, :])
 
 
 def _title(result: TokenCoupling | ContextCoupling) -> dict[str, Any]:

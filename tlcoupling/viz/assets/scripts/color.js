@@ -37,6 +37,9 @@
 
   tlc.neutral = () => property("--diagonal");
 
+  /** Border and centre of a dot that stands out on every colour. */
+  tlc.dot = () => [property("--page"), property("--ink")];
+
   /** Run now, and again when the colour scheme changes. */
   tlc.inScheme = (draw) => {
     draw();

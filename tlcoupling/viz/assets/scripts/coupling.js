@@ -2,6 +2,7 @@ tlc.sections.coupling = (section, data) => {
   const { sublayers, layers } = data;
   const n = layers.length;
   const [values, nulls] = [tlc.array(data.values), tlc.array(data.null)];
+  const undetermined = data.undetermined && tlc.array(data.undetermined);
   const quantities = ["coupling", "null", "excess"];
   const shown = { token: -1, k: -1, cell: null };
 
@@ -16,6 +17,11 @@ tlc.sections.coupling = (section, data) => {
     if (quantity === "null") return random;
     return value === null || random === null ? null : value - random;
   };
+
+  /** Whether the singular vectors of the bases of layer m are undetermined; the null does not depend on them. */
+  const isUndetermined = (s, l, m) => Boolean(undetermined?.at(s, shown.token, shown.k, m)) && !isOne(l, m);
+  const undeterminedCells = () =>
+    sublayers.some((_, s) => layers.some((_, l) => layers.some((_, m) => isUndetermined(s, l, m))));
 
   /** One colour scale for all panes and tokens at the selected K, to make colours comparable. */
   const range = () => {
@@ -41,7 +47,7 @@ tlc.sections.coupling = (section, data) => {
       const where = `Jacobian of layer ${layers[l]}, bases of layer ${layers[m]}: `;
       row.readout.textContent = isOne(l, m)
         ? `${where}1 by definition`
-        : `${where}coupling ${coupling}, null ${random}, excess ${excess}`;
+        : `${where}coupling ${coupling}, null ${random}, excess ${excess}${isUndetermined(s, l, m) ? tlc.undeterminedBases.readout : ""}`;
     });
   };
   const choose = (l) => tlc.choice.set("layer", layers[l]);
@@ -74,13 +80,15 @@ tlc.sections.coupling = (section, data) => {
     const scale = tlc.scale(limit);
     rows.forEach(({ maps, captions }, s) =>
       maps.forEach((map, i) => {
-        map.paint((l, m) => valueOf(quantities[i], s, l, m), scale);
+        const dotted = (l, m) => quantities[i] !== "null" && isUndetermined(s, l, m);
+        map.paint((l, m) => valueOf(quantities[i], s, l, m), scale, dotted);
         const mean = data.mean[["values", "null", "excess"][i]][s][shown.token][shown.k];
         captions[i].replaceChildren(quantities[i], tlc.html("small", {}, `mean ${tlc.number(mean)}`));
       }),
     );
     const swatches = data.diagonal_is_one ? [["diagonal", "diagonal, 1 by definition"]] : [];
     if (undefinedCells) swatches.push(["undefined", "not defined"]);
+    if (undeterminedCells()) swatches.push(tlc.undeterminedBases.swatch);
     const title = `all ${3 * sublayers.length} panes`;
     tlc.part(section, "colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title, swatches }));
   };

@@ -1,8 +1,17 @@
 /* Heat maps: a raster of cells, and a pane with labelled axes around it. */
 
-/** Draw valueAt(row, column) in the colours of scale; return the image as a data URL. Undefined cells are neutral. */
-tlc.raster = (rows, columns, valueAt, scale) => {
-  const [pixels, neutral] = [8, tlc.neutral()];
+/** Words for cells whose bases have nearly equal singular values. */
+tlc.undeterminedBases = {
+  readout: "; the bases are not determined: their singular values nearly coincide",
+  swatch: ["dotted", "dot: bases not determined, singular values nearly coincide"],
+};
+
+/**
+ * Draw valueAt(row, column) in the colours of scale; return the image as a data URL. Undefined cells are neutral.
+ * dotted(row, column): whether a cell has a dot.
+ */
+tlc.raster = (rows, columns, valueAt, scale, dotted = () => false) => {
+  const [pixels, neutral, dot] = [8, tlc.neutral(), tlc.dot()];
   const canvas = tlc.html("canvas", { width: columns * pixels, height: rows * pixels });
   const context = canvas.getContext("2d");
   for (let r = 0; r < rows; r += 1) {
@@ -10,6 +19,11 @@ tlc.raster = (rows, columns, valueAt, scale) => {
       const value = valueAt(r, c);
       context.fillStyle = value === undefined ? neutral : scale(value);
       context.fillRect(c * pixels, r * pixels, pixels, pixels);
+      if (value === undefined || !dotted(r, c)) continue;
+      dot.forEach((color, i) => {
+        context.fillStyle = color;
+        context.fillRect(c * pixels + 2 + i, r * pixels + 2 + i, 4 - 2 * i, 4 - 2 * i);
+      });
     }
   }
   return canvas.toDataURL();
@@ -65,8 +79,8 @@ tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, onpoint, oncho
   return {
     node: svg,
 
-    paint(valueAt, scale) {
-      image.setAttribute("href", tlc.raster(n, n, valueAt, scale));
+    paint(valueAt, scale, dotted) {
+      image.setAttribute("href", tlc.raster(n, n, valueAt, scale, dotted));
     },
 
     /** Point at a cell. */

@@ -18,6 +18,7 @@ tlc.sections.pairs = (section, data) => {
   /** A pane per kind of coupling and sublayer. */
   const panes = data.kinds.flatMap((kind) => {
     const [values, nulls] = [tlc.array(kind.values), tlc.array(kind.null)];
+    const undetermined = kind.undetermined && tlc.array(kind.undetermined);
     const indices = new Map(kind.positions.map((position, i) => [position - first, i]));
     return kind.sublayers.map((sublayer, s) => ({
       kind,
@@ -29,7 +30,8 @@ tlc.sections.pairs = (section, data) => {
         if (row === undefined || column === undefined || (data.diagonal_is_one && r === c)) return undefined;
         const [l, k] = [kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k)];
         const [coupling, random] = [values.at(s, l, k, row, column), nulls.at(s, l, k, row)];
-        return { coupling, null: random, excess: coupling === null || random === null ? null : coupling - random };
+        const excess = coupling === null || random === null ? null : coupling - random;
+        return { coupling, null: random, excess, undetermined: Boolean(undetermined?.at(s, l, k, column)) };
       },
     }));
   });
@@ -37,6 +39,7 @@ tlc.sections.pairs = (section, data) => {
     const cell = pane.at(shown.layer, r, c);
     return cell && cell[shown.quantity];
   };
+  const dotted = (pane) => (r, c) => shown.quantity !== "null" && Boolean(pane.at(shown.layer, r, c)?.undetermined);
   const cells = Array.from({ length: n * n }, (_, i) => [Math.floor(i / n), i % n]);
 
   /** One colour scale for all panes and layers at the selected K and quantity. */
@@ -63,7 +66,8 @@ tlc.sections.pairs = (section, data) => {
     zoom.point(r, c);
     const cell = pane.at(shown.layer, r, c);
     const numbers = cell
-      ? ["coupling", "null", "excess"].map((quantity) => `${quantity} ${tlc.number(cell[quantity])}`).join(", ")
+      ? ["coupling", "null", "excess"].map((quantity) => `${quantity} ${tlc.number(cell[quantity])}`).join(", ") +
+        (cell.undetermined ? tlc.undeterminedBases.readout : "")
       : r === c && data.diagonal_is_one
         ? "1 by definition"
         : "not compared";
@@ -142,10 +146,10 @@ tlc.sections.pairs = (section, data) => {
       buttons[i].hidden = !measured;
       buttons[i].setAttribute("aria-pressed", `${i === shown.pane}`);
       buttons[i].tabIndex = i === shown.pane ? 0 : -1;
-      if (measured) buttons[i].querySelector("img").src = tlc.raster(n, n, valueAt(pane), scale);
+      if (measured) buttons[i].querySelector("img").src = tlc.raster(n, n, valueAt(pane), scale, dotted(pane));
     });
     const pane = panes[shown.pane];
-    zoom.paint(valueAt(pane), scale);
+    zoom.paint(valueAt(pane), scale, dotted(pane));
     part("title").textContent = `${pane.kind.title}, ${pane.sublayer}: ${shown.quantity} of ${pane.kind.compared}`;
     const others = cells.filter(([r, c]) => r !== c).map(([r, c]) => valueAt(pane)(r, c));
     const defined = others.filter((value) => value !== undefined && value !== null);
@@ -155,6 +159,8 @@ tlc.sections.pairs = (section, data) => {
     const neutral = [data.diagonal_is_one && "diagonal, 1 by definition", absent && "not compared"].filter(Boolean);
     const swatches = neutral.length ? [["diagonal", neutral.join("; ")]] : [];
     if (undefinedCells) swatches.push(["undefined", "not defined"]);
+    const undeterminedCells = panes.some((some) => some.measured(layer) && cells.some(([r, c]) => dotted(some)(r, c)));
+    if (undeterminedCells) swatches.push(tlc.undeterminedBases.swatch);
     const title = "all panes and layers";
     part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title, swatches }));
     if (shown.cell) point(...shown.cell);
