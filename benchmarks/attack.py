@@ -282,7 +282,7 @@ def _lenient(function: Any, *args: Any) -> Any:
     return call if args else functools.partial(function)
 
 
-def _any_tokens(model: Any, prompt: Any, prepend_bos: Any) -> Tensor:
+def _any_tokens(model: Any, prompt: Any, *_: Any) -> Tensor:
     tokens = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt)
     return tokens.reshape(-1, tokens.shape[-1])[:1].long()[:, : model.cfg.n_ctx]
 
@@ -304,6 +304,10 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "certificate": _patched(("jacobian.evidence.misses", nothing)),
+    "module values": _patched(("jacobian.analytic.AnalyticLayer._require_applied", nothing)),
+    "both of these": _patched(
+        ("jacobian.evidence.misses", nothing), ("jacobian.analytic.AnalyticLayer._require_applied", nothing)
+    ),
     "zero MLP": _patched(("jacobian.evidence.Evidence._mixing", nothing)),
     "differences": _patched(("jacobian.differences.BlockDifferences.require", nothing)),
     "residual identity": _patched(
@@ -325,6 +329,8 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 # The kinds of edits that each guard is there for
 AGAINST: dict[str, tuple[str, ...]] = {
     "certificate": ("wrapped projection", "norm"),
+    "module values": ("wrapped projection", "norm"),
+    "both of these": ("wrapped projection", "norm"),
     "zero MLP": ("token shift",),
     "differences": ("cut graph", "frozen norm", "false activation", "detaching hook"),
     "residual identity": ("hook between",),

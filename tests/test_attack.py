@@ -37,7 +37,7 @@ def test_no_edit_gives_a_silently_wrong_number(attack):
 
 @pytest.mark.parametrize(
     ("guard", "kind"),
-    [("differences", "cut graph"), ("certificate", "wrapped projection"), ("zero MLP", "token shift")],
+    [("differences", "cut graph"), ("staleness", "stale"), ("zero MLP", "token shift")],
 )
 def test_an_edit_that_a_guard_holds_back_shows_without_it(attack, guard: str, kind: str):
     edits = [edit for edit in attack.draw(seed=0, count=200) if edit.kind == kind][:4]
