@@ -271,7 +271,7 @@ class BlockDifferences:
         inside = self._inside(sublayer)
         stream = self._input(inside)[0]
         seeds = (_seed(layer, src) + 1 + index for index in range(_DIRECTIONS))
-        directions = torch.stack([random_vector(trace, layer, seed) for seed in seeds])
+        directions = torch.stack([self._direction(stream, src, seed) for seed in seeds])
         wrote = {"attn": trace.attn_out, "mlp": trace.mlp_out, "block": trace.resid[1:] - trace.resid[:-1]}[sublayer]
         batched = self._batched
 
@@ -341,7 +341,7 @@ class BlockDifferences:
         order = sorted(sources)
         chunk = max(1, at_once(trace, layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
-            directions = torch.stack([random_vector(trace, layer, _seed(layer, src)) for src in some])
+            directions = torch.stack([self._direction(stream, src, _seed(layer, src)) for src in some])
             lengths = stream.new_tensor([_length(stream[src]) for src in some])
             moves = stream.new_zeros(len(some), *stream.shape)
             moves[range(len(some)), some] = lengths[:, None] * directions
@@ -352,6 +352,15 @@ class BlockDifferences:
                     for which in (index, index + len(some))
                 )
                 yield src, directions[index], ahead * lengths[index], (up, down)
+
+    def _direction(self, stream: Float[Tensor, "pos d_model"], src: int, seed: int) -> Float[Tensor, " d_model"]:
+        """Draw a direction of length 1 that leans as much on what the norms read as on chance.
+
+        A norm whose scale is off the graph errs along its input alone, a small share of a random direction.
+        """
+        read = (stream, self._trace.mlp_input(self.layer)[0])
+        mixed = sum((rows[src] / _length(rows[src]) for rows in read), random_vector(self._trace, self.layer, seed))
+        return mixed / _length(mixed)
 
     def _keep(
         self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, inside: bool
