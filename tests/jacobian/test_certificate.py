@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
-from tlcoupling.errors import CertificateError
+from tlcoupling.errors import CertificateError, UnsupportedModelError
 from tlcoupling.jacobian.engine import JacobianEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
@@ -141,3 +141,13 @@ def test_pairs_that_are_announced_are_certified_as_those_that_are_not(case: Case
         warnings.simplefilter("error")
         announced = JacobianEngine(trace, "analytic", PAIRS).operator(1, "block", 2, 5).dense()
         assert torch.equal(announced, JacobianEngine(trace, "analytic", [(5, 5)]).operator(1, "block", 2, 5).dense())
+
+
+@needs_llama
+def test_heads_beside_an_adapter_on_the_output_are_refused():
+    """A head's share is made with the module's W_O, which is then not all that the module applies."""
+    model = LLAMA.model()
+    with forward(part(model, 1, "attn.o"), adapter):
+        trace = tlc.trace(model, TOKENS)
+        with pytest.raises(UnsupportedModelError, match="heads of layer 1 do not add up"):
+            tlc.residual_jacobian(trace, 1, "attn", 2, 4, head=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -232,10 +233,15 @@ def output_at(
     if check:
         trace.check_current("block", layer, resid_post[0])
     if head is not None:
-        weight = block.output_of_heads(kept.get(source))[head].to(resid_pre)
+        z = kept.get(source)
+        weight = block.output_of_heads(z).to(resid_pre)
         given, written = kept.get(block.attn.gives), kept[block.attn.write][0].detach()
-        factor = block.attn.write_factor(None if given is None else given[0].detach(), written)
-        return factor * (kept[source][0, dest, head] @ weight)
+        given = None if given is None else given[0].detach()
+        factor = block.attn.write_factor(given, written)
+        if check:
+            shares = factor * einsum(kept[source][0].detach(), weight, "pos head e, head e d -> head pos d")
+            block.require_heads_add_up(shares, written if block.attn.behind is None or given is None else given)
+        return factor * (kept[source][0, dest, head] @ weight[head])
     if sublayer == "block":
         return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]
     return kept[source][0, dest]

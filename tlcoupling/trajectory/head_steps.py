@@ -20,7 +20,7 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
-from tlcoupling.forward.trace import IDENTITY_TOLERANCE, Trace, require_trace
+from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.norms import Norm
 from tlcoupling.results.base import Result
 
@@ -145,13 +145,7 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     before = kept.get("unnormed", written)
     factor = attn.write_factor(kept.get(attn.gives), written)
     writes = factor * einsum(kept[hook_z].to(written), weight, "pos head e, head e d -> head pos d")
-    rest = before - writes.sum(0)  # a bias is the same at all positions
-    gap = (rest - rest.mean(0)).norm() / before.norm()
-    if not gap <= IDENTITY_TOLERANCE[written.dtype]:
-        raise UnsupportedModelError(
-            f"the heads of layer {layer} do not add up to what its attention writes ({gap:.1e} off): hooks that edit "
-            "the write, or an architecture that mixes its heads, do this"
-        )
+    block.require_heads_add_up(writes, before)
     if attn.behind is None:
         return writes
     try:
