@@ -20,7 +20,7 @@ def words_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         model,
         "to_tokens",
-        lambda text: torch.tensor([[int(word[1:]) if word[1:].isdigit() else 1 for word in text.split()]]),
+        lambda text, truncate: torch.tensor([[int(word[1:]) if word[1:].isdigit() else 1 for word in text.split()]]),
     )
     monkeypatch.setattr(model, "to_str_tokens", lambda tokens: [f" w{token}" for token in tokens.tolist()])
     return model

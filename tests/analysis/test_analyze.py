@@ -101,7 +101,7 @@ def test_an_analysis_of_tokens_comes_back_whole(analysis: tlc.Analysis, tmp_path
 
 def test_what_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODEL.model()
-    with pytest.raises(ArgumentError, match="token_layers=0 .* one token"):
+    with pytest.raises(ArgumentError, match="token_layers=0 .* single token"):
         tlc.analyze(model, TOKENS[:1], k=4, token_layers=0)
     with pytest.raises(ArgumentError, match="token_layers=3"):
         tlc.analyze(model, TOKENS, k=4, token_layers=3)
