@@ -17,7 +17,6 @@ TESTED_IN = {
     "forward/cache": "forward/test_trace",
     "forward/hooked": "forward/test_user_hooks",
     "forward/lifting": "test_devices",
-    "forward/prompt": "forward/test_trace",
     "forward/stream": "forward/test_trace",
     "jacobian/analytic": "jacobian/test_engine",
     "jacobian/attention": "jacobian/test_engine",
@@ -53,6 +52,7 @@ TESTED_IN = {
 
 # Test files in folders that are named after no module.
 OF_SEVERAL_MODULES = {
+    "forward/test_saelens": "points, hooks and traces, through SAELens itself",
     "sweeps/test_slurm": "executors and runs, through a real Slurm",
 }
 

@@ -116,7 +116,7 @@ def test_the_control_is_otherwise_uniformly_random():
         (lambda: tlc.random_directions(torch.eye(4)[:, :2], torch.ones(5)), "activation"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS[:1]], 2), "at least two tokens"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 2, draws=0), "draws=0"),
-        (lambda: tlc.causal_effect(FEW[0].model(), [], 2), "one prompt or more"),
+        (lambda: tlc.causal_effect(FEW[0].model(), [], 2), "one or more"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 2, sublayer="block"), "sublayer='block'"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], 0), "directions=0 .*from 1 to d_model"),
         (lambda: tlc.causal_effect(FEW[0].model(), [TOKENS], [5, 10]), r"directions=\[5, 10\] .*one number"),

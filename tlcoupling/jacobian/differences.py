@@ -342,7 +342,8 @@ class BlockDifferences:
         chunk = max(1, at_once(trace, layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
             directions = torch.stack([self._direction(stream, src, _seed(layer, src)) for src in some])
-            lengths = stream.new_tensor([_length(stream[src]) for src in some])
+            lengths = stream[some].norm(dim=-1)
+            lengths = torch.where(lengths > 0, lengths, 1.0)
             moves = stream.new_zeros(len(some), *stream.shape)
             moves[range(len(some)), some] = lengths[:, None] * directions
             ran = self._run(inside, torch.cat([ahead * moves, back * moves]), self._batched)
