@@ -120,7 +120,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     placed = [tensor for tensor in tensors if isinstance(tensor, Placed)]
     if not placed and (target is None or torch.device(target) not in DEVICES):
-        for ledger in _ledgers if func in _PRODUCTS else ():
+        shapes_alone = any(tensor.is_meta for tensor in tensors)  # the count of the work, which has no numbers
+        for ledger in _ledgers if func in _PRODUCTS and not shapes_alone else ():
             ledger.products.append(HOST)
         return func(*args, **kwargs)
     here = _place_of(func, args, tensors)
