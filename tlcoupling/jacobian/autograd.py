@@ -7,6 +7,7 @@ forward pass. It is the oracle of everything else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from einops import einsum
@@ -229,7 +230,8 @@ def output_at(
     for name in (source, *((block.attn.gives, block.attn.write) if head is not None else ())):
         if trace.point(layer, name) is not None:
             hooks[name] = keep(name)
-    resid_post = trace.run_block(layer, resid_pre if reads_mid else stream, hooks)
+    with block.attn.keep_unnormed(keep("unnormed")) if head is not None else nullcontext():
+        resid_post = trace.run_block(layer, resid_pre if reads_mid else stream, hooks)
     if check:
         trace.check_current("block", layer, resid_post[0])
     if head is not None:
@@ -240,7 +242,7 @@ def output_at(
         factor = block.attn.write_factor(given, written)
         if check:
             shares = factor * einsum(kept[source][0].detach(), weight, "pos head e, head e d -> head pos d")
-            block.require_heads_add_up(shares, written if block.attn.behind is None or given is None else given)
+            block.require_heads_add_up(shares, kept["unnormed"][0].detach() if "unnormed" in kept else written)
         return factor * (kept[source][0, dest, head] @ weight[head])
     if sublayer == "block":
         return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]
