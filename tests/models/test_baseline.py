@@ -88,6 +88,7 @@ def test_folding_and_centring_are_done_again():
     else:
         model.process_weights_()
         model.setup()
+        model.eval()  # the norms are new modules
     assert norms_are_folded(model)
     fresh = tlc.random_baseline(model)
     assert norms_are_folded(fresh)
