@@ -104,7 +104,7 @@ def coupling_by_distance(
         ArgumentError: K was not measured, there are fewer than two layers, or the couplings differ in layers or metric.
 
     Warns:
-        No interval exists, because all units are equal.
+        UserWarning: no interval exists, because all units are equal.
     """
     many, other = _listed("result", result), [] if baseline is None else _listed("baseline", baseline)
     first = many[0]
