@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from cases import CASES
+from cases import CASES, part
 from torch import Tensor, nn
+from torch_settings import default_dtype, matmul_precision
 
 Verdict = Literal["measured", "refused", "said"]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -71,14 +72,6 @@ class Edit:
     src: int | None = None
     measure: Literal["jacobians", "whole", "cache"] = "jacobians"
     after: Callable[[Any], Any] | None = None
-
-
-def part(model: Any, layer: int, path: str) -> nn.Module:
-    """The module itself behind a bridge's."""
-    module = model.blocks[layer]
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module.original_component
 
 
 @contextmanager
@@ -470,34 +463,14 @@ def _default_device() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _matmul_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 _SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
     "no_grad": torch.no_grad,
-    "default dtype float64": lambda: _default_dtype(torch.float64),
-    "default dtype bfloat16": lambda: _default_dtype(torch.bfloat16),
+    "default dtype float64": lambda: default_dtype(torch.float64),
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device": _default_device,
-    "matmul precision": _matmul_precision,
+    "matmul precision": lambda: matmul_precision("medium"),
 }
 
 

@@ -16,14 +16,6 @@ needs_llama = pytest.mark.skipif(LLAMA is None, reason="edits the projections of
 PAIRS = [(src, dest) for dest in range(len(TOKENS)) for src in range(dest + 1)]
 
 
-def part(model: Any, layer: int, path: str) -> nn.Module:
-    """HuggingFace's own module behind a bridge."""
-    module = model.blocks[layer]
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module.original_component
-
-
 @contextmanager
 def forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Replace a module's forward by a function of it."""

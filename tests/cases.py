@@ -252,6 +252,14 @@ OF_EACH_CLASS = [
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 3, 30])
 
 
+def part(model: Any, layer: int, path: str) -> torch.nn.Module:
+    """HuggingFace's own module behind a bridge."""
+    module = model.blocks[layer]
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module.original_component
+
+
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """||found - truth|| / ||truth||, 0 where both are zero."""
     gap, size = (found - truth).norm(), truth.norm()

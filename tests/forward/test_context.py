@@ -17,6 +17,7 @@ from cases import CASES, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import full_model_jacobian
+from torch_settings import default_dtype, matmul_precision
 
 import tlcoupling as tlc
 from tlcoupling.errors import UnsupportedModelError
@@ -27,26 +28,6 @@ from tlcoupling.precision import full_precision
 _NAMES = {"bridge-gpt2", "bridge-llama", "native-layernorm", "hooked-layernorm", "hooked-gated"}
 MODELS = [case for case in CASES if case.name in _NAMES]
 BRIDGE = pytest.mark.skipif(not any(case.name == "bridge-llama" for case in CASES), reason="needs a TransformerBridge")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 CONTEXTS: dict[str, Callable[[], Any]] = {

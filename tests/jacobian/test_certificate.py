@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from broken import LLAMA, PAIRS, adapter, forward, growing, needs_llama, part, shifting
-from cases import CASES, TOKENS, Case, relative_error
+from broken import LLAMA, PAIRS, adapter, forward, growing, needs_llama, shifting
+from cases import CASES, TOKENS, Case, part, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from broken import CUTS, LLAMA, PAIRS, forward, half_detached, needs_llama, part
-from cases import CASES, TOKENS, Case, relative_error
+from broken import CUTS, LLAMA, PAIRS, forward, half_detached, needs_llama
+from cases import CASES, TOKENS, Case, part, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
