@@ -254,7 +254,7 @@ class AnalyticLayer:
     def _core(self) -> AttentionCore:
         attn, run = self.block.attn, self.attn_run
         self._weights(attn)  # without them, the values of an attention mean something else
-        core = AttentionCore.from_values(self.block, run.values)
+        core = AttentionCore.from_values(self.block, run.values, self.trace.past(self.layer))
         z = einsum(core.pattern, core.values, "head dest src, src head e -> dest head e")
         made = {name: run.values[f"attn.hook_{point}"] for name, point in (("W_Q", "q"), ("W_K", "k"), ("W_V", "v"))}
         self._require_applied(attn, run, self.resid_pre, made, z)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.forward.block import Block, Uncovered, close
 from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.window import Past
 from tlcoupling.jacobian.norms import Norm
 from tlcoupling.jacobian.parts import HeadMap
 from tlcoupling.jacobian.scores import Scores
@@ -30,25 +31,30 @@ from tlcoupling.linalg.operator import JacobianOperator
 class AttentionCore:
     """The attention core of a block.
 
+    Positions count from the first one that the block ran on; ``past`` more lie before it.
+
     Attributes:
-        pattern: ``[head, dest, src]``.
-        values: v, one per head (groups expanded), ``[src, head, e]``.
-        queries, keys: as the scores see them, one per head, ``[pos, head, e]``.
+        pattern: ``[head, dest, src]``, with all positions as src.
+        values: v, one per head (groups expanded), at all positions, ``[src, head, e]``.
+        queries: as the scores see them, ``[pos, head, e]``.
+        keys: as the scores see them, one per head, at all positions, ``[src, head, e]``.
         scores: f, from q . k to the scores.
         rotary: the rotation of queries and keys; None without rotary positions.
         q_norm, k_norm: the norms of queries and keys; None without QK-norm.
         n_groups: number of key and value heads.
+        past: number of positions before the first one.
     """
 
     pattern: Float[Tensor, "head dest src"]
     values: Float[Tensor, "src head e"]
     queries: Float[Tensor, "pos head e"]
-    keys: Float[Tensor, "pos head e"]
+    keys: Float[Tensor, "src head e"]
     scores: Scores
     rotary: Rotary | None
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     n_groups: int
+    past: int = 0
 
     @property
     def n_heads(self) -> int:
@@ -56,12 +62,13 @@ class AttentionCore:
         return self.pattern.shape[0]
 
     @classmethod
-    def from_values(cls, block: Block, values: Mapping[str, Tensor]) -> AttentionCore:
+    def from_values(cls, block: Block, values: Mapping[str, Tensor], past: Past | None = None) -> AttentionCore:
         """Read the core of a block's attention off its activations, and check that they fit it.
 
         Args:
             block: the block.
             values: activations by short hook name, without batch axis.
+            past: keys and values of the positions before the first one.
 
         Raises:
             Uncovered: a hook point is missing, or the pattern is not a softmax of a known function of q . k.
@@ -70,7 +77,11 @@ class AttentionCore:
             if f"attn.hook_{name}" not in values:
                 raise Uncovered(f"the attention has no hook_{name}")
         q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
-        _require_fit(values["attn.hook_pattern"], q, k, v)
+        earlier = (
+            [] if past is None else [rearrange(x, "1 group pos e -> pos group e") for x in (past.keys, past.values)]
+        )
+        count = len(earlier[0]) if earlier else 0
+        _require_fit(values["attn.hook_pattern"], q, k, v, count)
         q_norm, k_norm = (HeadNorm.read(block, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
         attn = block.attn.module
         q, k = (x if norm is None else norm(x) for norm, x in ((q_norm, q), (k_norm, k)))
@@ -84,14 +95,14 @@ class AttentionCore:
                         raise Uncovered(f"hook_{name} is not the rotation of the query or key before it")
                 pattern = values["attn.hook_pattern"].to(q)
                 heads = pattern.shape[0]
-                keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+                keys = torch.cat([*earlier[:1], keys]).repeat_interleave(heads // keys.shape[1], dim=1)
                 products = einsum(queries, keys, "dest head e, src head e -> head dest src")
                 scores = Scores.fit(products, pattern, attn, block.model.cfg, q.shape[-1])
             except Uncovered as error:
                 reason = error
                 continue
-            expanded = v.repeat_interleave(heads // v.shape[1], dim=1)
-            return cls(pattern, expanded, queries, keys, scores, rotary, q_norm, k_norm, k.shape[1])
+            expanded = torch.cat([*earlier[1:], v]).repeat_interleave(heads // v.shape[1], dim=1)
+            return cls(pattern, expanded, queries, keys, scores, rotary, q_norm, k_norm, k.shape[1], count)
         raise reason
 
     def blocks(self, src: int, dest: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,17 +110,17 @@ class AttentionCore:
 
         q and k are taken before the rotation and after a QK-norm.
         """
-        seen = slice(dest + 1)
+        at, seen = self.past + src, slice(self.past + dest + 1)
         p, v = self.pattern[:, dest, seen], self.values[seen]
         z = einsum(p, v, "head src, src head e -> head e")
         products = einsum(self.queries[dest], self.keys[seen], "head e, src head e -> head src")
         weighted = einsum(p * self.scores.slope(products), v - z, "head src, src head e -> src head e")
         by_q = einsum(weighted, self.keys[seen], "src head e, src head f -> head e f")
-        by_k = einsum(weighted[src], self.queries[dest], "head e, head f -> head e f")
+        by_k = einsum(weighted[at], self.queries[dest], "head e, head f -> head e f")
         if self.rotary is not None:
             by_q, by_k = by_q @ self.rotary.matrix(dest), by_k @ self.rotary.matrix(src)
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-        by_v = self.pattern[:, dest, src, None, None] * eye
+        by_v = self.pattern[:, dest, at, None, None] * eye
         return by_q, by_k, by_v
 
 
@@ -242,8 +253,10 @@ class Rotary:
         return cls(all_cos, all_sin, quarter_turn)
 
 
-def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor, past: int) -> None:
     """Check the shapes of a pattern ``[head, dest, src]`` and of queries, keys and values ``[pos, head, e]``.
+
+    The pattern has ``past`` more positions as src.
 
     Raises:
         Uncovered: a shape does not fit, such as one with heads before positions.
@@ -252,7 +265,9 @@ def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     if [len(shape) for shape in shapes] == [3, 3, 3, 3]:
         heads, n_dest, n_src = pattern.shape
         groups = k.shape[1]
-        fits = q.shape[:2] == (n_dest, heads) and k.shape[0] == v.shape[0] == n_src and groups == v.shape[1]
+        fits = (
+            q.shape[:2] == (n_dest, heads) and past + k.shape[0] == past + v.shape[0] == n_src and groups == v.shape[1]
+        )
         if fits and heads % groups == 0 and q.shape[2] == k.shape[2]:
             return
     raise Uncovered(f"hook_pattern, hook_q, hook_k and hook_v have shapes {shapes}, which do not fit each other")
