@@ -90,6 +90,17 @@ class Analysis(Result):
         table["value"] = table.pop("value")
         return table
 
+    def to_xarray(self) -> Any:
+        """Return the same numbers as an ``xarray.DataTree``: one dataset for each measurement, and ``attention``.
+
+        Raises:
+            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+        """
+        datasets = {"attention": super().to_xarray(), **{name: part.to_xarray() for name, part in self.parts.items()}}
+        from xarray import DataTree
+
+        return DataTree.from_dict(datasets, name=self.provenance.model_name)
+
 
 @measured
 def analyze(
