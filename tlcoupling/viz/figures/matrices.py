@@ -105,7 +105,7 @@ def depth_coupling(
             norm, colors, _ = scales[is_excess]
             images[is_excess] = _show(axes, pane, norm, colors)
             title = f"{label(name, 20)}: {what}" if name else what
-            axes.set_title(f"{title}, mean {float(pane.mean()):.4f}" if pane.count() else title)
+            axes.set_title(f"{title}, mean {round(float(pane.mean()), 4) + 0.0:.4f}" if pane.count() else title)
             _layer_ticks(axes, results[name].layers)
             if column == 0:
                 axes.set_ylabel(f"{sublayer}\nlayer of the Jacobian")
