@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,7 +37,6 @@ from tlcoupling.viz.plain import formula
 MOST_LAYERS = 12  # more panels are too small to read
 _TICKS = 7
 _FIELDS = {"coupling": "values", "null": "null", "excess": "excess"}
-Shown = Literal["coupling", "null", "excess"]
 
 
 def depth_coupling(
@@ -45,7 +44,7 @@ def depth_coupling(
     *,
     token: int | None = None,
     k: int | None = None,
-    quantities: Shown | Sequence[Shown] | None = None,
+    quantities: str | Sequence[str] | None = None,
 ) -> Figure:
     """Draw coupling, null and excess of all pairs of layers, one row per sublayer, on shared scales.
 
