@@ -68,6 +68,11 @@ class Analysis(Result):
         names = ("coupling", "token_coupling", "context_src", "context_dest", "linearity", "growth")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
+    @property
+    def prompt(self) -> str:
+        """Return the prompt as text, decoded whole where that is known."""
+        return self.provenance.text or "".join(self.tokens)
+
     def __repr__(self) -> str:
         """One line."""
         return f"Analysis({self.provenance.model_name}: {self.coupling!r}, {self.linearity!r}, {self.growth!r})"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.trajectory.growth import Growth
@@ -123,13 +122,3 @@ def straightest(scores: Float[Tensor, " pos"], most: int = 5) -> tuple[list[int]
     order = [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos])]
     count = min(most, len(order) // 2)
     return order[:count], order[len(order) - count :][::-1]
-
-
-def prompt_of(analysis: Analysis) -> str:
-    """Return the prompt as text, decoded whole where that is known."""
-    return analysis.provenance.text or "".join(analysis.tokens)
-
-
-def d_model_of(coupling: DepthCoupling) -> int:
-    """Return the width for which the null of the overlap was computed."""
-    return round(coupling.ks[0] / coupling.overlap_null[0].item())

@@ -16,10 +16,8 @@ from tlcoupling.analysis.checking import Check
 from tlcoupling.analysis.estimate import Estimate
 from tlcoupling.analysis.summary import (
     coupling_rows,
-    d_model_of,
     growth_summary,
     linearity_rows,
-    prompt_of,
     straightest,
 )
 from tlcoupling.text import counted, visible
@@ -33,10 +31,10 @@ def print_analysis(analysis: Analysis) -> None:
     growth, coupling = analysis.growth, analysis.coupling
     console.print(Text(visible(analysis.provenance.model_name), style="bold"))
     console.print(
-        f"{counted(len(growth.alpha), 'layer')}, d_model {d_model_of(coupling)}, "
+        f"{counted(len(growth.alpha), 'layer')}, d_model {coupling.d_model}, "
         f"{counted(len(analysis.tokens), 'token')}, {analysis.provenance.seconds:.1f} s"
     )
-    prompt = prompt_of(analysis).splitlines()
+    prompt = analysis.prompt.splitlines()
     console.print(Text("\n".join(map(visible, prompt)), style="dim"))
     for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
         title, table.title = table.title, None  # rich wraps a title to the width of its table

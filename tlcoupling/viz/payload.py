@@ -9,10 +9,8 @@ from typing import Any
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.summary import (
     coupling_rows,
-    d_model_of,
     growth_summary,
     linearity_rows,
-    prompt_of,
     straightest,
 )
 from tlcoupling.coupling.depth import DepthCoupling
@@ -27,7 +25,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
     compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     facts = {
-        "Size": f"{len(analysis.growth.alpha)} layers, d_model {d_model_of(coupling)}",
+        "Size": f"{len(analysis.growth.alpha)} layers, d_model {coupling.d_model}",
         "Tokens": str(len(analysis.tokens)),
         "Layers compared at token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
         "Tokens compared in layers": _few(compared) if compared else "none",
@@ -40,7 +38,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     }
     return {
         "model": provenance.model_name,
-        "prompt": prompt_of(analysis),
+        "prompt": analysis.prompt,
         "facts": [[name, text] for name, text in facts.items() if text],
         "versions": _versions(provenance),
     }
