@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from broken import CUTS, LLAMA, PAIRS, forward, half_detached, needs_llama
@@ -235,14 +233,3 @@ def test_no_staircase_passes_for_a_kink(layer, tread: float, linear: float):
 
     with pytest.raises(DerivativeError):
         function(run, lambda q: linear * out @ (into @ q)).verdict(DIRECTIONS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_products_take_vectors_of_other_dtypes(dtype: torch.dtype):
-    operator = tlc.residual_jacobian(tlc.trace(CASES[0].model(torch.float32), TOKENS), 1)
-    vector = torch.ones(operator.shape[1])
-    for product in (operator.mv, operator.rmv):
-        torch.testing.assert_close(product(vector.to(dtype)), product(vector))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert operator.mv(vector.to(dtype)).dtype == torch.float32
