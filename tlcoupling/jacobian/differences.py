@@ -191,6 +191,18 @@ def agree(
     return (product - quotient).norm(dim=-1) <= TOLERANCE * size + rounding
 
 
+def leaning(stream: Float[Tensor, "*rows d"]) -> Float[Tensor, "direction *rows d"]:
+    """Draw directions of length 1 that lean as much on a stream, which norms read, as on chance.
+
+    A norm whose scale is off the graph errs along its input alone, a small share of a random direction.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn((_DIRECTIONS, *stream.shape), generator=generator, dtype=stream.dtype).to(stream.device)
+    length = stream.norm(dim=-1, keepdim=True)
+    mixed = random / random.norm(dim=-1, keepdim=True) + stream / torch.where(length > 0, length, 1.0)
+    return mixed / mixed.norm(dim=-1, keepdim=True)
+
+
 def require_step_followed(
     trace: Trace, step: JacobianOperator, layer: int, move: Float[Tensor, "pos d_model"], hooked: bool
 ) -> str | None:
