@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from broken import CUTS, forward
-from cases import CASES, FEW, TOKENS, Case, randomise
+from broken import CUTS, LLAMA, forward, needs_llama
+from cases import CASES, FEW, TOKENS, Case, part, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,12 +155,13 @@ def test_dropout_and_half_precision_are_refused():
         tlc.coupling_loss(model, TOKENS, 2)
 
 
+@needs_llama
 @pytest.mark.parametrize("sublayer", ["block", "mlp"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_what_autograd_does_not_see_is_refused(cut: str, sublayer: str):
-    model = CASES[0].build(torch.float64).eval()
+    model = LLAMA.build(torch.float64).eval()
     with (
-        forward(model.blocks[1].mlp, CUTS[cut]),
+        forward(part(model, 1, "mlp.out"), CUTS[cut]),
         pytest.raises(DerivativeError, match=r"coupling_loss, entry 1 of layers=\[0, 1\]"),
     ):
         tlc.coupling_loss(model, TOKENS[:4], 2, layers=[0, 1], sublayer=sublayer)
