@@ -122,7 +122,7 @@ def test_a_solver_works_on_a_composition():
     torch.testing.assert_close(found.s, torch.linalg.svdvals(whole.dense())[:3], rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_products_take_vectors_of_other_dtypes(dtype: torch.dtype):
     weight = torch.randn(3, 3, dtype=F64)
     whole = torch.tensor([[1, 2], [0, -3], [4, 1]], dtype=dtype)
