@@ -27,6 +27,7 @@ TESTED_IN = {
     "jacobian/formula": "jacobian/test_engine",
     "jacobian/norms": "jacobian/test_engine",
     "jacobian/parts": "linalg/test_operator",
+    "jacobian/readings": "jacobian/test_engine",
     "jacobian/runs": "jacobian/test_engine",
     "jacobian/scores": "jacobian/test_engine",
     "linalg/dense": "linalg/test_svd",
