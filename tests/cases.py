@@ -102,8 +102,9 @@ def huggingface(config: transformers.PretrainedConfig, name: str, architecture: 
 _STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon", "falcon-two-norms"}
 _PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm", "stablelm-qk-norm"}
 _ON_3 = version("transformer-lens").startswith("3.")
-# transformer-lens 3 refuses to boot the one, and names the other's norms behind the sublayers as norms before them
-_LEFT_OUT = {"cohere-qk-norm", "olmo2"} if _ON_3 else set()
+# transformer-lens 3 refuses to boot the first, names the second's norms behind the sublayers as norms before them, and
+# leaves gated queries out of the weights of the third
+_LEFT_OUT = {"cohere-qk-norm", "olmo2", "qwen3-next"} if _ON_3 else set()
 _FAMILIES = [
     Case(
         f"bridge-{name}",
