@@ -19,6 +19,7 @@ from tlcoupling.forward.block import Block
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -44,7 +45,9 @@ class HeadCoupling(Coupling, group=("layer",), member="head"):
     key_value_heads: tuple[int, ...] | None = None
 
     def _described(self) -> str:
-        return f"{self.values.shape[-1]} heads of {len(self.layers)} layers, token {self.position}"
+        return (
+            f"{counted(self.values.shape[-1], 'head')} of {counted(len(self.layers), 'layer')}, token {self.position}"
+        )
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         heads = range(self.values.shape[-1])
