@@ -37,6 +37,7 @@ TESTED_IN = {
     "memory": "coupling/test_schedule",
     "models/offline": "models/test_load",
     "progress": "analysis/test_analyze",
+    "public": "test_public_names",
     "sweeps/entries": "sweeps/test_store",
     "sweeps/plan": "sweeps/test_plan_file",
     "sweeps/shapes": "sweeps/test_forecast",
