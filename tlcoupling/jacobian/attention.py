@@ -225,7 +225,7 @@ def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor, past: int) ->
     if [len(shape) for shape in shapes] == [3, 3, 3, 3]:
         heads, n_dest, n_src = pattern.shape
         groups = k.shape[1]
-        fits = q.shape[:2] == (n_dest, heads) and past + k.shape[0] == past + v.shape[0] == n_src and groups == v.shape[1]
+        fits = q.shape[:2] == (n_dest, heads) and k.shape[:2] == v.shape[:2] == (n_src - past, groups)
         if fits and heads % groups == 0 and q.shape[2] == k.shape[2]:
             return
     raise Uncovered(f"hook_pattern, hook_q, hook_k and hook_v have shapes {shapes}, which do not fit each other")
