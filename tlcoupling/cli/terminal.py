@@ -94,20 +94,8 @@ def _coupling(analysis: Analysis) -> Table:
     else:
         where = f"mean over {len(coupling.positions)} tokens"
     fresh = [] if analysis.baseline is None else coupling_rows(analysis.baseline.coupling)
-    table = _table(
-        f"Coupling of different layers, {where}",
-        (
-            "sublayer",
-            "K",
-            "coupling",
-            "null",
-            "excess",
-            *(["fresh"] if fresh else []),
-            "overlap U",
-            "overlap V",
-            "null K/d",
-        ),
-    )
+    columns = ("", "K", "coupling", "null", "excess", *(["fresh"] if fresh else []), "U", "V", "K/d")
+    table = _table(f"Coupling of different layers, {where} (U, V: overlaps; by chance K/d)", columns)
     for index, row in enumerate(coupling_rows(coupling)):
         others = (fresh[index].excess,) if fresh else ()
         values = (row.coupling, row.null, row.excess, *others, row.overlap_u, row.overlap_v, row.overlap_null)
