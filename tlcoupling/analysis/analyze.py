@@ -171,7 +171,7 @@ def analyze(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     baseline: Any | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
 
@@ -199,7 +199,7 @@ def analyze(
         baseline: a model that is measured on the same tokens in the same way, to stand beside this one: ``"fresh"`` for
             fresh weights of the same architecture (``random_baseline``), or any model with the same tokens. It takes as
             long again. Hooks do not act on it.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
         UnsupportedModelError, ArgumentError, HookError, NonFiniteActivationError, ResidualIdentityError: see

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import webbrowser
 from dataclasses import replace
 from enum import Enum
@@ -152,10 +151,9 @@ def report(
         from tlcoupling.analysis.analyze import analyze
         from tlcoupling.cli.terminal import print_analysis
 
-        shown: dict[str, Any] = {**options, "progress": sys.stderr.isatty()}
-        analysis = analyze(loaded, text, **shown)
+        analysis = analyze(loaded, text, **options)
         if baseline or (baseline is None and analysis.provenance.seconds < QUICK):
-            analysis = _beside_fresh_weights(analysis, loaded, shown, required=bool(baseline))
+            analysis = _beside_fresh_weights(analysis, loaded, options, required=bool(baseline))
         print_analysis(analysis)
         page = _save(analysis, folder, csv)
     if open_page:
