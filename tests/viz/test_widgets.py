@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, every_widget, make_analysis
-from cases import _huggingface as bridge
+from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
 

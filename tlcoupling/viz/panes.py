@@ -105,9 +105,10 @@ def pairs(
 def _attention(analysis: Analysis, first: Sequence[int], layers: Sequence[int] | None) -> dict[str, Any] | None:
     """Return attention patterns, ``[layer, pair]`` and ``[layer, head, pair]``; None if there are none."""
     chosen = [layer for layer in analysis.attention_layers if layers is None or layer in layers]
-    if analysis.attention is None or not chosen:
+    attention = analysis.attention
+    if attention is None or not chosen:
         return None
-    n_heads, n_tokens = analysis.attention.shape[1:3]
+    n_heads, n_tokens = attention.shape[1:3]
     pairs = n_tokens * (n_tokens + 1) // 2  # the upper triangle is empty
     order = sorted(chosen, key=lambda layer: (first.index(layer) if layer in first else len(first), layer))
     means = sorted(order[: max(1, ATTENTION_NUMBERS // pairs)])
@@ -115,7 +116,7 @@ def _attention(analysis: Analysis, first: Sequence[int], layers: Sequence[int] |
     heads = sorted(layer for layer in order[: max(1, left // (pairs * n_heads))] if layer in means)
 
     def patterns(kept: Sequence[int]) -> Tensor:
-        return analysis.attention[[analysis.attention_layers.index(layer) for layer in kept]]
+        return attention[[analysis.attention_layers.index(layer) for layer in kept]]
 
     return {
         "layers": means,
