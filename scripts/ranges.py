@@ -4,9 +4,9 @@
     python scripts/ranges.py --transformer-lens 2.16 4.3 --python 3.12 --torch 2.6.0
     python scripts/ranges.py --lowest constraints/lowest.txt   # only resolve: the lowest version of each dependency
 
-Needs ``uv`` (in the extra ``dev``) and a package registry. A trial takes about a minute. It tests that the engines agree, on
-HookedTransformers (below 4) and on one family of bridges (from 3 on, another for each minor), and that SmolLM2 couples as
-documented. UV_FIND_LINKS can name a folder with a build of torch.
+Needs ``uv`` (in the extra ``dev``) and a package registry. A trial takes about a minute. It tests that the engines
+agree, on HookedTransformers (below 4) and on one family of bridges (from 3 on, another for each minor), and that SmolLM2
+couples as documented. UV_FIND_LINKS can name a folder with a build of torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MINORS = ["2.16", "2.17", "2.18", *(f"3.{minor}" for minor in range(10)), *(f"4.{minor}" for minor in range(4))]
 FAMILIES = ("llama", "gpt2", "pythia", "qwen3", "gemma2", "mistral", "phi", "opt", "bloom", "falcon", "gemma3")
-# numpy below 2, which transformer-lens 2 asks for, does not run the later releases of pyarrow that pip combines it with.
+# transformer-lens 2 asks for numpy below 2; later releases of pyarrow do not run on it, and do not say so to pip.
 BESIDE = {"2": ["pyarrow<20"]}
 SMOLLM2 = """
 import tlcoupling as tlc
@@ -90,7 +90,7 @@ def trial(minor: str, family: str, python: str, torch: str) -> str:
             )
             if done.returncode:
                 print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
-                return f"failed: {' '.join(step[:7])}"
+                return f"failed: {step[-1].split(chr(10))[0] or 'SmolLM2'}"
     return "passed"
 
 

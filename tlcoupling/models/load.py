@@ -17,6 +17,7 @@ from torch import nn
 
 from tlcoupling.errors import ArgumentError, ModelLoadError
 from tlcoupling.models import smollm2
+from tlcoupling.models.offline import nothing_installed
 from tlcoupling.precision import full_precision
 
 _ALLOWED = (
@@ -73,7 +74,8 @@ def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs:
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(model_class, **kwargs)
     load = model_class.from_pretrained if hooked else model_class.boot_transformers
     try:
-        return load(folder or name, **kwargs).eval()
+        with nothing_installed():
+            return load(folder or name, **kwargs).eval()
     except (OSError, ValueError, KeyError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ModelLoadError(
