@@ -68,6 +68,11 @@ class Analysis(Result):
         names = ("coupling", "token_coupling", "context_src", "context_dest", "linearity", "growth")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
+    @property
+    def prompt(self) -> str:
+        """Return the prompt as text, decoded whole where that is known."""
+        return self.provenance.text or "".join(self.tokens)
+
     def __repr__(self) -> str:
         """One line."""
         return f"Analysis({self.provenance.model_name}: {self.coupling!r}, {self.linearity!r}, {self.growth!r})"
@@ -89,6 +94,17 @@ class Analysis(Result):
         table = pd.concat(frames, ignore_index=True)
         table["value"] = table.pop("value")
         return table
+
+    def to_xarray(self) -> Any:
+        """Return the same numbers as an ``xarray.DataTree``: one dataset for each measurement, and ``attention``.
+
+        Raises:
+            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+        """
+        datasets = {"attention": super().to_xarray(), **{name: part.to_xarray() for name, part in self.parts.items()}}
+        from xarray import DataTree
+
+        return DataTree.from_dict(datasets, name=self.provenance.model_name)
 
 
 @measured

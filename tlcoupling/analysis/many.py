@@ -24,6 +24,7 @@ from tlcoupling.precision import full_precision
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Provenance, Result, engines_of_prompts
 from tlcoupling.results.intervals import Interval, Unit, bootstrap_mean
+from tlcoupling.text import counted
 from tlcoupling.trajectory.growth import growth
 from tlcoupling.trajectory.linearity import linearity
 
@@ -87,8 +88,8 @@ class ManyAnalyses(Result):
             f"{name} {value:.4f}" for name, value in zip(self.sublayers, self.excess[..., 0].mean(0), strict=True)
         )
         return (
-            f"ManyAnalyses({measured} of {len(self.names)} prompts, {len(self.tokens)} tokens, K={self.ks[0]}: "
-            f"mean excess {shown})"
+            f"ManyAnalyses({measured} of {len(self.names)} prompts, {counted(len(self.tokens), 'token')}, "
+            f"K={self.ks[0]}: mean excess {shown})"
         )
 
     @property

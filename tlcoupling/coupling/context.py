@@ -15,6 +15,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 Fixed = Literal["src", "dest"]
 
@@ -42,7 +43,8 @@ class ContextCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"
 
     def _described(self) -> str:
         direction = "from" if self.fixed == "src" else "to"
-        return f"{len(self.layers)} layers, {len(self.positions)} pairs {direction} position {self.position}"
+        pairs = counted(len(self.positions), "pair")
+        return f"{counted(len(self.layers), 'layer')}, {pairs} {direction} position {self.position}"
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}

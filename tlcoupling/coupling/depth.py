@@ -14,6 +14,7 @@ from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -34,7 +35,7 @@ class DepthCoupling(OrderedCoupling, group=("sublayer", "pos"), member="layer"):
     layers: tuple[int, ...]
 
     def _described(self) -> str:
-        return f"{len(self.layers)} layers, {len(self.positions)} tokens"
+        return f"{counted(len(self.layers), 'layer')}, {counted(len(self.positions), 'token')}"
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"pos": self.positions, "layer": self.layers, "basis_layer": self.layers}

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from tlcoupling.arguments import Indices, KSpec, as_int, as_list, check_index, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
@@ -15,6 +19,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -38,10 +43,14 @@ class TokenCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
     basis_layers: tuple[int, ...]
 
     def _described(self) -> str:
-        return f"{len(self.layers)} layers, {len(self.positions)} tokens"
+        return f"{counted(len(self.layers), 'layer')}, {counted(len(self.positions), 'token')}"
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
+
+    def _shared(self) -> Bool[Tensor, "sublayer layer"]:
+        same = torch.tensor([layer == basis for layer, basis in zip(self.layers, self.basis_layers, strict=True)])
+        return same.expand(len(self.sublayers), -1)
 
 
 def token_coupling(

@@ -239,3 +239,9 @@ def to_str_tokens(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     # one token at a time: transformers 5 joins a list of ids, as transformer-lens 2 passes them, into one text
     ids = [[token] for token in tokens.tolist()]
     return tuple(model.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
+
+
+def to_text(model: Any, tokens: Int[Tensor, " pos"]) -> str:
+    """Return a prompt as text, decoded whole: several tokens may share one character. Empty without a tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return "" if tokenizer is None else tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)

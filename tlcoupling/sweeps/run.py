@@ -20,7 +20,7 @@ from tlcoupling.sweeps.executors import Requeued, process_pool
 from tlcoupling.sweeps.plan import Plan
 from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore, as_store, describe
-from tlcoupling.text import visible
+from tlcoupling.text import counted, visible
 
 _POLL_SECONDS = 2.0
 OnCell = Callable[[Cell, str | None], None]
@@ -56,7 +56,7 @@ class SweepReport:
     def __repr__(self) -> str:
         """One line."""
         return (
-            f"SweepReport({self.n_cells} cells: {self.n_kept} measured before, {self.n_measured} now, "
+            f"SweepReport({counted(self.n_cells, 'cell')}: {self.n_kept} measured before, {self.n_measured} now, "
             f"{len(self.failed)} failed, {len(self.unfinished)} unfinished; {self.seconds:.1f} s, "
             f"{str(self.store.folder)!r})"
         )

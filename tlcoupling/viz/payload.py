@@ -8,11 +8,10 @@ from typing import Any
 
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.summary import (
-    by_straightness,
     coupling_rows,
-    d_model_of,
     growth_summary,
     linearity_rows,
+    straightest,
 )
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
@@ -26,7 +25,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
     compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     facts = {
-        "Size": f"{len(analysis.growth.alpha)} layers, d_model {d_model_of(coupling)}",
+        "Size": f"{len(analysis.growth.alpha)} layers, d_model {coupling.d_model}",
         "Tokens": str(len(analysis.tokens)),
         "Layers compared at token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
         "Tokens compared in layers": _few(compared) if compared else "none",
@@ -39,7 +38,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     }
     return {
         "model": provenance.model_name,
-        "prompt": "".join(analysis.tokens),
+        "prompt": analysis.prompt,
         "facts": [[name, text] for name, text in facts.items() if text],
         "versions": _versions(provenance),
     }
@@ -115,7 +114,7 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
         "rate": rounded(growth.rate),
         **{name: rounded(share.mean(0)) for name, share in shares.items() if share is not None},
         "r_squared": rounded(growth.r_squared),
-        "order": by_straightness(lss),
+        **dict(zip(("most", "least"), straightest(lss), strict=True)),
     }
 
 
