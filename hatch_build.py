@@ -1,4 +1,4 @@
-"""Metadata of the package that depends on the repository's address: links, and a readme that works outside the clone."""
+"""Metadata of the package that depends on the repository's address: links, and a readme that works outside a clone."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     python scripts/ranges.py --lowest constraints/lowest.txt   # only resolve: the lowest version of each dependency
 
 Needs ``uv`` (in the extra ``dev``) and a package registry. A trial takes about a minute. It tests that the engines
-agree, on HookedTransformers (below 4) and on one family of bridges (from 3 on, another for each minor), and that SmolLM2
-couples as documented. UV_FIND_LINKS can name a folder with a build of torch.
+agree, on HookedTransformers (below 4) and on one family of bridges (from 3 on, another for each minor), and that
+SmolLM2 couples as documented. UV_FIND_LINKS can name a folder with a build of torch.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_the_site_asks_nobody(site: Path):
 
 
 @pytest.mark.slow
-def test_the_site_opens_from_disk(site: Path, browser: Any):
+def test_the_site_opens_from_disk(site: Path, browser: Any):  # noqa: F811
     """Links lead to files, the search finds, formulas have their own font, and no signature is wider than its page."""
     with opened(browser, site / "index.html", strict=False) as page:
         page.get_by_role("link", name="Coupling and its null", exact=True).click()

@@ -71,7 +71,7 @@ def model_name_of(model: Any) -> str:
     return str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
 
 
-Hook = Callable[[Tensor], Tensor | None]
+Hook = Callable[[Any], Any]  # takes a tensor; may return one to put in its place
 
 
 @contextmanager
