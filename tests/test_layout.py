@@ -14,7 +14,6 @@ TESTED_IN = {
     "cli/terminal": "cli/test_report",
     "coupling/options": "coupling/test_depth",
     "coupling/context": "coupling/test_token",
-    "coupling/pairs": "coupling/test_depth",
     "forward/cache": "forward/test_trace",
     "forward/hooked": "forward/test_user_hooks",
     "forward/lifting": "test_devices",
