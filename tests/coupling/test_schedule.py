@@ -38,6 +38,8 @@ def test_shapes_tell_the_work_of_the_operators(case: Case):
     assert set(costs) == set(range(trace.n_layers))
     for name, cost in costs[1].items():
         sublayer, head = ("attn", 0) if name == "head" else (name, None)
+        if head is not None and not case.splits:
+            continue  # refused by either engine
         covered = sublayer in case.analytic and (sublayer != "block" or set(trace.sublayers) <= {*case.analytic})
         assert (cost.engine == "analytic") == covered
         if not covered:
