@@ -34,7 +34,6 @@ JACOBIAN_CALLS = 60.0  # likewise in making a closed form
 # Passes of a block for each dest whose closed form is certified (backward), for each src (moved to both sides), and for
 # each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
 PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
-PATTERN_STEPS = 20.0  # softmaxes that take as long as what a traced pass does with each number of a pattern, measured
 STAGES = ("Jacobians", "decomposition", "comparison")
 
 
@@ -189,12 +188,7 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
         rates: how fast the machine works.
     """
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    patterns = len(model.blocks) * int(model.cfg.n_heads) * float(n_tokens) ** 2  # numbers in them
-    traced = Work(
-        matmul=2.0 * weights * n_tokens + 4.0 * int(model.cfg.d_head) * patterns,
-        calls=PASS_CALLS * len(model.blocks),
-        softmax=PATTERN_STEPS * patterns,
-    )
+    traced = Work(matmul=2.0 * weights * n_tokens, calls=PASS_CALLS * len(model.blocks))
     checked = sum((_passes_again(schedule) for schedule in schedules.values()), Work())
     stages = [
         Stage(name, "", work.flops, rates.seconds(work))
