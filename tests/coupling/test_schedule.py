@@ -38,6 +38,8 @@ def test_shapes_tell_the_work_of_the_operators(case: Case):
     assert set(costs) == set(range(trace.n_layers))
     for name, cost in costs[1].items():
         sublayer, head = ("attn", 0) if name == "head" else (name, None)
+        if head is not None and not case.splits:
+            continue  # refused by either engine
         covered = sublayer in case.analytic and (sublayer != "block" or set(trace.sublayers) <= {*case.analytic})
         assert (cost.engine == "analytic") == covered
         if not covered:
@@ -99,7 +101,7 @@ def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(mo
     def by_engine(jacobian: Any, *arguments: Any) -> Any:
         """Products for autograd, a kept matrix otherwise."""
         by_autograd = getattr(jacobian, "engine", "autograd") == "autograd"
-        return methods(jacobian, *arguments[:-1])[2 if by_autograd else 0]
+        return methods(jacobian, *arguments[:4])[2 if by_autograd else 0]
 
     monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", by_engine)
     with pytest.warns(UserWarning, match="scheduled as 'matrix kept', but done as 'products' by autograd"):

@@ -125,7 +125,7 @@ def analyze(
     attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
 
@@ -150,7 +150,7 @@ def analyze(
         attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
         UnsupportedModelError, ArgumentError, HookError, NonFiniteActivationError, ResidualIdentityError: see

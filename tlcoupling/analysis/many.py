@@ -175,7 +175,7 @@ def analyze_many(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     baseline: Any | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ManyAnalyses:
     """Measure a model on many prompts, for intervals over prompts and tokens.
 
@@ -196,7 +196,7 @@ def analyze_many(
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
         baseline: a model to measure in the same call, such as ``tlc.random_baseline(model)``.
-        progress: show a progress bar over prompts.
+        progress: show a progress bar over prompts; by default as in ``analyze``.
 
     Raises:
         ArgumentError: no prompts, a single string, or another number of masks.

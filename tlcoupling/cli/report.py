@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import webbrowser
 from enum import Enum
 from pathlib import Path
@@ -139,7 +138,7 @@ def report(
         from tlcoupling.analysis.analyze import analyze
         from tlcoupling.cli.terminal import print_analysis
 
-        analysis = analyze(loaded, text, **options, progress=sys.stderr.isatty())
+        analysis = analyze(loaded, text, **options)
         print_analysis(analysis)
         page = _save(analysis, folder, csv)
     if open_page:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -91,7 +90,7 @@ def sweep(
                 from tlcoupling.sweeps.executors import SlurmExecutor
 
                 chosen = stack.enter_context(SlurmExecutor(logs or folder / "slurm"))
-            report = run(read, kept, executor=chosen, workers=workers, progress=sys.stderr.isatty())
+            report = run(read, kept, executor=chosen, workers=workers)
         print_report(report)
         if table is not None:
             say(f"table   {kept.write_table(table)}")

@@ -64,7 +64,7 @@ def context_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ContextCoupling:
     r"""Measure how far the top singular vectors of a layer's Jacobians agree across the context of a token.
 
@@ -88,7 +88,7 @@ def context_coupling(
         absolute: as in ``depth_coupling``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Returns:
         ``ContextCoupling``, all its tensors on the CPU.

@@ -53,7 +53,7 @@ def depth_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> DepthCoupling:
     r"""Measure how far the top singular vectors of a token's Jacobians agree across layers.
 
@@ -72,7 +72,7 @@ def depth_coupling(
         absolute: True as in the authors' code, False as in the paper's formula.
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
         solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Returns:
         ``DepthCoupling``, all its tensors on the CPU.

@@ -71,7 +71,7 @@ def head_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> HeadCoupling:
     """Measure how far the top singular vectors of a layer's heads agree, from the Jacobian of each head's share of a^l.
 
@@ -88,7 +88,7 @@ def head_coupling(
         absolute: as in ``depth_coupling``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
         ArgumentError: an argument out of range (K above the rank of a head's Jacobian, an unknown token).

@@ -66,7 +66,7 @@ def token_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> TokenCoupling:
     r"""Measure how far the top singular vectors of a layer's Jacobians agree across tokens.
 
@@ -89,7 +89,7 @@ def token_coupling(
         absolute: as in ``depth_coupling``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Returns:
         ``TokenCoupling``, all its tensors on the CPU.
