@@ -55,7 +55,7 @@ def measured(model: Any, prompt: str) -> tuple[tlc.Trace, dict[str, torch.Tensor
     excess = {
         f"excess, {name}": coupling.mean("excess")[index].flatten()[0] for index, name in enumerate(trace.sublayers)
     }
-    line = {"line-shape score, mean over tokens": tlc.linearity(trace).line_shape_score.mean()}
+    line = {"line-shape score, mean over tokens": tlc.linearity(trace).path("block").mean()}
     rate = {
         "mean growth rate per layer": growth.rate.mean(),
         "expodistance, median over tokens": growth.expodistance.median(),
@@ -78,7 +78,7 @@ def main() -> None:
             f"{kind}: stream {stream:.1e} from that of its dequantised copy, numbers of the table at most {worst:.1e}; "
             f"stream {moved:.2f} from that of float32"
         )
-    print("| | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name in base:
         print(f"| {name} | " + " | ".join(f"{column[name]:.4f}" for column in columns.values()) + " |")
     print("\n" + "\n".join(remarks))

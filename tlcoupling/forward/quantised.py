@@ -47,10 +47,8 @@ def dtype_of(blocks: nn.Module) -> torch.dtype:
 
 def numel_of(module: nn.Module) -> int:
     """Number of weights; two for each packed byte of a 4-bit layer."""
-    states = {
-        id(part._parameters["weight"]): state_of(part) for part in module.modules() if "weight" in part._parameters
-    }
-    shapes = {weight: state.shape for weight, state in states.items() if state is not None}
+    states = [(part._parameters.get("weight"), state_of(part)) for part in module.modules()]
+    shapes = {id(weight): state.shape for weight, state in states if state is not None}
     return sum(math.prod(shapes.get(id(each), each.shape)) for each in module.parameters())
 
 
