@@ -1,4 +1,4 @@
-"""How far 4 bits move SmolLM2-135M: coupling, linearity and growth of NF4 and FP4 beside the float32 model.
+"""How far 4 bits move SmolLM2-135M: coupling, linearity and growth of NF4 beside the float32 model.
 
 Needs bitsandbytes and the weights of ``load_model("smollm2-135m")``, which were themselves dequantised from 4 bits
 (Q4_1): what is called float32 here is that model.
@@ -68,7 +68,7 @@ def main() -> None:
     prompt = json.loads((files("tlcoupling") / "data/prompts.json").read_text())["landmarks"]
     plain, base = measured(tlc.load_model("smollm2-135m", device="cpu"), prompt)
     columns, remarks = {"float32": base}, []
-    for kind in ("nf4", "fp4"):
+    for kind in ("nf4",):
         trace, columns[kind] = measured(rounded(kind, packed=True), prompt)
         copy, own = measured(rounded(kind, packed=False), prompt)
         stream = (trace.resid - copy.resid).norm() / copy.resid.norm()
