@@ -142,7 +142,7 @@ class Analysis(Result):
         """Return the same numbers as an ``xarray.DataTree``: one dataset for each measurement, and ``attention``.
 
         Raises:
-            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+            ImportError: xarray is not installed (``pip install xarray``).
         """
         datasets = {"attention": super().to_xarray(), **{name: part.to_xarray() for name, part in self.parts.items()}}
         if self.baseline is not None:
