@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ class Analysis(Result):
             table.insert(at, column, [known.get(one.name, float("nan")) for one in rows])
         return table
 
-    def _findings(self, include_sinks: bool, p: str = "") -> list[Finding]:
+    def _findings(self, include_sinks: bool, p: float = math.nan) -> list[Finding]:
         fresh = None if self.baseline is None else self.baseline.growth
         return findings(self.coupling, self.linearity, self.growth, fresh=fresh, include_sinks=include_sinks, p=p)
 

@@ -5,25 +5,32 @@ chance than ``MARGIN`` errors; otherwise it says that nothing was found. The rul
 
 - **Coupling.** The number is the mean over ordered pairs of different layers and over measured tokens, at the first K.
   Its error is the null's standard deviation for a single pair. That is too large on purpose: the mean of many pairs
-  varies less, by an amount that depends on how they share bases. A ratio to chance is given only where the null itself
-  exceeds ``MARGIN`` of its standard deviations; otherwise the excess is given.
+  varies less. So the rotation test, where it was made, has a say too: at p <= 0.05 the text never reads "no more than
+  chance". A ratio to chance is given only where the null itself exceeds ``MARGIN`` of its standard deviations;
+  otherwise the excess is given.
 - **Layers.** "Most in layers a to b" names a run of three layers or more, and of at most half of them. It maximises the
   sum over its pairs of excess minus twice the mean excess. It is said only where that sum is positive: the run couples
-  more than twice as much as all layers do.
+  more than twice as much as all layers do. It is said only where blocks couple above chance, and it describes: the run
+  was chosen by looking, and no test corrects for that.
 - **Sublayers.** One couples more than the other where their excess differs by more than ``MARGIN`` of the two errors,
   added in quadrature.
-- **Distance.** Neighbours, and layers two thirds of the depth apart, are compared where coupling was found.
-- **Trajectories.** They are straighter than random steps where even a token one standard deviation above the mean
-  line-shape score has less than sqrt(n).
+- **Distance.** Neighbours, and layers two thirds of the depth apart, are described where coupling was found.
+- **Trajectories.** They are straighter than random steps where the mean line-shape score is more than ``MARGIN`` errors
+  below sqrt(n). The error is that of one token with independent random steps, sqrt((n - 1) / (2 d)): tokens share the
+  blocks' weights, so that many tokens may say no more than one.
 - **Growth.** Norms grow in fresh weights too. A difference from them is claimed where the mean rates differ by more
-  than ``MARGIN`` of the tokens' standard deviations, added in quadrature. Without a baseline the rate is described.
+  than ``MARGIN`` errors, added in quadrature. A model's error joins the tokens' standard deviation and
+  1 / (L sqrt(d)), what the norms of x^0 and x^L vary from one draw of weights to another; it holds for a single token
+  too. Without a baseline the rate is described.
 - **Sinks** (``Growth.sinks``) are left out of all means over tokens unless no other token was measured.
+
+``benchmarks/headline.py`` counts how often each clause claims something of fresh weights.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +43,7 @@ from tlcoupling.trajectory.growth import SINK, Growth
 from tlcoupling.trajectory.linearity import Linearity
 
 MARGIN = 3.0  # errors
+LEVEL = 0.05  # of the rotation test, two-sided
 DRAWS = 199  # of the rotation test: about a second for 30 layers
 _NAMES = {"block": "blocks", "attn": "attention", "mlp": "MLP"}
 NAN = math.nan
@@ -50,7 +58,7 @@ class Finding:
         value: the number, without sinks.
         chance: its chance level: that of random bases, or of random steps; NaN where there is none.
         error: its error, as the rules define it.
-        found: whether it differs from chance by the rules.
+        found: whether it differs from chance by the rules; False for what is only described.
         text: the clause; empty where another clause says it.
     """
 
@@ -69,7 +77,7 @@ def findings(
     *,
     fresh: Growth | None = None,
     include_sinks: bool = False,
-    p: str = "",
+    p: float = NAN,
 ) -> list[Finding]:
     """Return about a dozen findings, in the order of the sentence.
 
@@ -79,13 +87,13 @@ def findings(
         growth: how norms grow.
         fresh: growth in fresh weights, if they were measured.
         include_sinks: whether sinks count.
-        p: the p-value of the first sublayer's coupling, as text; empty if unknown.
+        p: the two-sided p-value of the first sublayer's coupling, from ``DRAWS`` draws; NaN if unknown.
     """
     kept = torch.ones_like(growth.sinks) if include_sinks or growth.sinks.all() else ~growth.sinks
     return [
         *_coupling(coupling, kept, p),
-        _straightness(linearity, kept),
-        *_growth(growth, fresh, kept),
+        _straightness(linearity, kept, coupling.d_model),
+        *_growth(growth, fresh, kept, coupling.d_model),
         _sinks(growth, include_sinks),
     ]
 
@@ -96,15 +104,14 @@ def sentence(found: list[Finding]) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def chance_of_blocks(coupling: DepthCoupling) -> str:
-    """Return the rotation test's p-value of the first sublayer as text; empty for several tokens: not one test."""
+def chance_of_blocks(coupling: DepthCoupling) -> float:
+    """Return the rotation test's p-value of the first sublayer; NaN for several tokens: not one test."""
     if len(coupling.positions) > 1 or len(coupling.layers) < 2:
-        return ""
-    test = coupling.test(draws=DRAWS)
-    return p_value(float(test.p[0, 0, 0, 0]), test.draws)
+        return NAN
+    return float(coupling.test(draws=DRAWS).p[0, 0, 0, 0])
 
 
-def _coupling(coupling: DepthCoupling, kept: Tensor, p: str) -> list[Finding]:
+def _coupling(coupling: DepthCoupling, kept: Tensor, p: float) -> list[Finding]:
     """Return each sublayer's coupling, and where it lies."""
     places = range(len(coupling.positions))
     chosen = [place for place in places if kept[coupling.positions[place]]] or list(places)
@@ -113,35 +120,39 @@ def _coupling(coupling: DepthCoupling, kept: Tensor, p: str) -> list[Finding]:
     }  # [sublayer, layer, layer] each
     values, null, spread = (off_diagonal_mean(matrix).tolist() for matrix in matrices.values())
     rows = {
-        name: Finding(f"coupling of {_NAMES.get(name, name)}", c, chance, error, c - chance > MARGIN * error)
+        name: Finding(f"coupling of {_NAMES.get(name, name)}", c, chance, error, abs(c - chance) > MARGIN * error)
         for name, c, chance, error in zip(coupling.sublayers, values, null, spread, strict=True)
     }
     lead = next(iter(rows))
     excess = (matrices["values"] - matrices["null"])[0]
-    rest = _where(excess, coupling.layers) if rows[lead].found else []
+    coupled = rows[lead].found and rows[lead].value > rows[lead].chance
     return [
         _with_text(rows[lead], lead, p),
         *(row for name, row in rows.items() if name != lead),
-        *rest,
+        *(_where(excess, coupling.layers) if coupled else []),
         *_compared(rows),
-        *(_distances(matrices["values"][0], matrices["null"][0]) if rows[lead].found else []),
+        *(_distances(*(matrix[0] for matrix in matrices.values())) if coupled else []),
     ]
 
 
-def _with_text(row: Finding, sublayer: str, p: str) -> Finding:
+def _with_text(row: Finding, sublayer: str, p: float) -> Finding:
     """Say how far a sublayer's coupling is from chance."""
     who = _NAMES.get(sublayer, sublayer)
-    numbers = f"{row.value:.4f} against {row.chance:.4f}{', ' if p else ''}{p}"
+    numbers = f"{row.value:.4f} against {row.chance:.4f}" + ("" if math.isnan(p) else f", {p_value(p, DRAWS)}")
     verb = "couple" if sublayer == "block" else "couples"
     if math.isnan(row.value):
         text = f"coupling of {who} needs two layers"
+    elif row.value < row.chance and (row.found or p <= LEVEL):
+        text = f"{who} {verb} below chance ({numbers})"
+    elif not row.found and p <= LEVEL:
+        text = f"{who} {verb} little above chance ({numbers})"
     elif not row.found:
         text = f"{who} {verb} no more than chance ({numbers})"
     elif row.chance > MARGIN * row.error:
         text = f"{who} {verb} {row.value / row.chance:.1f} times chance ({numbers})"
     else:
         text = f"{who} {verb} {row.value - row.chance:.4f} above chance ({numbers})"
-    return Finding(row.name, row.value, row.chance, row.error, row.found, text)
+    return replace(row, text=text)
 
 
 def _where(excess: Tensor, layers: tuple[int, ...]) -> list[Finding]:
@@ -156,7 +167,8 @@ def _where(excess: Tensor, layers: tuple[int, ...]) -> list[Finding]:
     if not above[a : b + 1, a : b + 1].sum() > 0:
         return []
     name = f"layers {layers[a]} to {layers[b]}"
-    return [Finding(f"excess in {name}", float(off_diagonal_mean(inside)), overall, NAN, True, f"most in {name}")]
+    mean, text = float(off_diagonal_mean(inside)), f"most in {name} (described, not tested)"
+    return [Finding(f"excess in {name}", mean, NAN, NAN, False, text)]
 
 
 def _compared(rows: dict[str, Finding]) -> list[Finding]:
@@ -170,7 +182,7 @@ def _compared(rows: dict[str, Finding]) -> list[Finding]:
     return [Finding("excess of MLP over attention", gap, 0.0, error, found, text)]
 
 
-def _distances(values: Tensor, null: Tensor) -> list[Finding]:
+def _distances(values: Tensor, null: Tensor, std: Tensor) -> list[Finding]:
     """Return the coupling of neighbours and of layers far apart."""
     n = len(values)
     far = 2 * n // 3
@@ -180,31 +192,34 @@ def _distances(values: Tensor, null: Tensor) -> list[Finding]:
     def at(matrix: Tensor, step: int) -> float:
         return float(torch.cat([matrix.diagonal(step), matrix.diagonal(-step)]).mean())
 
-    near, distant = at(values, 1), at(values, far)
-    text = f"neighbours {near:.3f}, {far} layers apart {distant:.3f}"
-    return [
-        Finding("coupling of neighbours", near, at(null, 1), NAN, near > distant, text),
-        Finding(f"coupling of layers {far} apart", distant, at(null, far), NAN, near > distant),
-    ]
+    rows = []
+    for name, step in (("coupling of neighbours", 1), (f"coupling of layers {far} apart", far)):
+        value, chance, error = (at(matrix, step) for matrix in (values, null, std))
+        rows.append(Finding(name, value, chance, error, abs(value - chance) > MARGIN * error))
+    near, distant = rows
+    text = f"neighbours {near.value:.3f}, {far} layers apart {distant.value:.3f}"
+    return [replace(near, text=text), distant]
 
 
-def _straightness(linearity: Linearity, kept: Tensor) -> Finding:
+def _straightness(linearity: Linearity, kept: Tensor, d_model: int) -> Finding:
     """Compare the line-shape score of the block path with that of random steps."""
     scores = linearity.lss[0][kept].double()
     scores = scores[scores.isfinite()]
-    chance = math.sqrt(linearity.steps[0])
+    n = linearity.steps[0]
+    chance, error = math.sqrt(n), math.sqrt((n - 1) / (2 * d_model))
     if not len(scores):
-        return Finding("line-shape score", NAN, chance, NAN, False, "no trajectory has a line-shape score")
-    mean, error = float(scores.mean()), float(scores.std(correction=0))
-    found = mean + error < chance
+        return Finding("line-shape score", NAN, chance, error, False, "no trajectory has a line-shape score")
+    mean = float(scores.mean())
+    found = chance - mean > MARGIN * error
     what = "straighter than random steps" if found else "no straighter than random steps"
     text = f"trajectories {what} (line-shape score {mean:.1f}; random {chance:.1f})"
     return Finding("line-shape score", mean, chance, error, found, text)
 
 
-def _growth(growth: Growth, fresh: Growth | None, kept: Tensor) -> list[Finding]:
+def _growth(growth: Growth, fresh: Growth | None, kept: Tensor, d_model: int) -> list[Finding]:
     """Describe the growth of norms, and compare it with that of fresh weights."""
-    (rate, error), (chance, other) = _rate(growth, kept), (NAN, NAN) if fresh is None else _rate(fresh, kept)
+    rate, error = _rate(growth, kept, d_model)
+    chance, other = (NAN, NAN) if fresh is None else _rate(fresh, kept, d_model)
     found = abs(rate - chance) > MARGIN * math.hypot(error, other)  # never with NaN
     text = f"norms {'grow' if rate > 0 else 'shrink'} {abs(math.expm1(rate)):.0%} a layer"
     shares = []
@@ -219,10 +234,12 @@ def _growth(growth: Growth, fresh: Growth | None, kept: Tensor) -> list[Finding]
     return [Finding("growth rate per layer", rate, chance, error, found, text), *shares]
 
 
-def _rate(growth: Growth, kept: Tensor) -> tuple[float, float]:
+def _rate(growth: Growth, kept: Tensor, d_model: int) -> tuple[float, float]:
+    """Return the mean rate over tokens, and its error."""
     rates = growth.rate[kept].double()
     rates = rates[rates.isfinite()]
-    return float(rates.mean()), float(rates.std(correction=0)) if len(rates) else NAN
+    drawn = 1 / (len(growth.alpha) * math.sqrt(d_model))
+    return float(rates.mean()), math.hypot(float(rates.std(correction=0)), drawn) if len(rates) else NAN
 
 
 def _sinks(growth: Growth, include_sinks: bool) -> Finding:
