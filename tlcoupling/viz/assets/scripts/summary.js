@@ -1,5 +1,6 @@
 tlc.sections.summary = (section, data) => {
   const several = new Set(data.coupling.map((row) => row.k)).size > 1;
+  const named = (row) => (several ? `${row.sublayer}, K = ${row.k}` : row.sublayer);
   const part = (name) => tlc.part(section, name);
   const number = tlc.number;
   const fresh = data.fresh;
@@ -8,17 +9,20 @@ tlc.sections.summary = (section, data) => {
   if (data.n_measured > 1) part("coupling-note").append(`, mean over ${data.n_measured} tokens`);
   part("coupling").append(
     tlc.table(
-      ["", "coupling", "null", "excess", ...(fresh ? ["fresh excess"] : []), "overlap U", "overlap V", "null K/d"],
+      ["", "coupling", "null", "excess", ...(fresh ? ["fresh excess"] : [])],
       data.coupling.map((row, i) => [
-        several ? `${row.sublayer}, K = ${row.k}` : row.sublayer,
+        named(row),
         number(row.coupling),
         number(row.null),
         tlc.html("strong", {}, number(row.excess)),
         ...(fresh ? [number(fresh.coupling[i].excess)] : []),
-        number(row.overlap_u),
-        number(row.overlap_v),
-        number(row.overlap_null),
       ]),
+    ),
+  );
+  part("overlap").append(
+    tlc.table(
+      ["", "overlap U", "overlap V", "null K/d"],
+      data.coupling.map((row) => [named(row), ...["overlap_u", "overlap_v", "overlap_null"].map((name) => number(row[name]))]),
     ),
   );
   part("linearity").append(
