@@ -36,6 +36,7 @@ TESTED_IN = {
     "memory": "coupling/test_schedule",
     "models/offline": "models/test_load",
     "progress": "analysis/test_analyze",
+    "scores/clusters": "scores/test_correlate",
     "sweeps/entries": "sweeps/test_store",
     "sweeps/plan": "sweeps/test_plan_file",
     "sweeps/shapes": "sweeps/test_forecast",
