@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcoupling.coupling.metric import Normalizer, normalizer_of
 
@@ -153,10 +153,12 @@ def overlap_null(
         rows: an orthonormal basis of what each row's vectors do not reach.
         columns: the same of each column.
     """
-    d = len(rows[0])
-    both = torch.stack(
-        [torch.stack([(one.mT.double() @ other.double()).square().sum() for other in columns]) for one in rows]
+    d, widest = len(rows[0]), max(each.shape[1] for each in (*rows, *columns))
+    first, second = (
+        torch.stack([nn.functional.pad(each.double(), (0, widest - each.shape[1])) for each in side])
+        for side in (rows, columns)
     )
+    both = torch.einsum("rdi,cdj->rcij", first, second).square().sum((-2, -1))
     missed, others = (torch.tensor([each.shape[1] for each in side]).to(both) for side in (rows, columns))
     reached = (d - missed)[:, None] * (d - others)
     return (k * (d - missed[:, None] - others + both) / reached.clamp(min=1)).clamp(max=1)

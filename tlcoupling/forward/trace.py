@@ -24,7 +24,7 @@ from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_name_of, record_forward, require_supported
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.points import hook_points, in_place
-from tlcoupling.forward.prompt import to_str_tokens, to_tokens
+from tlcoupling.forward.prompt import to_str_tokens, to_text, to_tokens
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 from tlcoupling.results.base import Provenance
@@ -47,6 +47,7 @@ class Trace(Stream):
         model: the model, as it was given.
         tokens: token ids, ``[pos]``.
         str_tokens: the tokens as text.
+        text: the prompt as text, decoded whole; empty if the model has no tokenizer.
         hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``,
             those attached by ``model.hooks(...)`` and those registered on modules.
     """
@@ -54,6 +55,7 @@ class Trace(Stream):
     model: Any
     tokens: Int[Tensor, " pos"]
     str_tokens: tuple[str, ...]
+    text: str
     hooked_layers: frozenset[int]
     _hooks: UserHooks = field(repr=False)
     _calls: list[BlockCall] = field(repr=False)
@@ -117,6 +119,7 @@ class Trace(Stream):
             weight_processing=self.weight_processing,
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
+            text=self.text,
             settings={**settings, **self.hook_settings},
             engine=engine or {},
             seconds=seconds,
@@ -379,6 +382,7 @@ def trace(
         model=model,
         tokens=tokens[0].cpu(),
         str_tokens=to_str_tokens(model, tokens[0]),
+        text=to_text(model, tokens[0]),
         hooked_layers=hooked,
         _hooks=user_hooks,
         _calls=record.calls,
