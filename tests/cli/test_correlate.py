@@ -76,8 +76,6 @@ def test_a_condition_names_what_it_leaves_out(files: tuple[str, str], tmp_path: 
     assert result.exit_code == 0, result.output
     assert "4 models, 2 families" in result.stdout
     assert "left out by 'score < 5 and d_model <= 128': qwen-a, qwen-b" in result.stdout
-    refused = run(tmp_path / "out", table, "--scores", scores, "--where", "loss < 5")
-    assert_refused(refused, "where='loss < 5'", "'coupling'", "'score'")
 
 
 def test_a_store_is_a_table(tmp_path: Path):
