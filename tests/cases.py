@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from tlcoupling.models.offline import answered_locally, offline
+
 ALL = ("block", "attn", "mlp")
 
 
@@ -94,7 +96,9 @@ def huggingface(config: transformers.PretrainedConfig, name: str, architecture: 
         config.architectures = [architecture]
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         model = randomise(model).to(dtype).eval()
-        return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tiny_tokenizer(), dtype=dtype)
+        tokenizer = tiny_tokenizer()
+        with offline(), answered_locally(model, tokenizer):  # transformer-lens 3.0 asks a hub for the config
+            return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=dtype).eval()
 
     return build
 
