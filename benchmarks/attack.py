@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from edits import MODELS, Edit, draw
+from edits import COUNT, MODELS, Edit, draw
 
 import tlcoupling as tlc
 from tlcoupling.errors import TLCouplingError, UnsupportedModelError
@@ -384,7 +384,7 @@ def run(edits: list[Edit], seed: int) -> list[Outcome]:
 def main() -> None:
     """Attack, print, and exit with 1 where a guard did not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--edits", type=int, default=COUNT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", help="only edits of this kind")
     parser.add_argument("--without", choices=list(GUARDS), help="switch one guard off")

@@ -714,7 +714,7 @@ def untouched(rng: random.Random) -> Edit:
     return Edit("untouched", case, "measured", case, layer)
 
 
-# How many of each kind are drawn, of 200
+# How many of each kind are drawn, of COUNT
 KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
     (untouched, 8),
     (wrapped_projection, 18),
@@ -744,7 +744,9 @@ KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
     (stale, 5),
     (late_hook, 2),
     (held, 5),
+    (looped, 3),
 ]
+COUNT = sum(share for _, share in KINDS)
 
 
 def draw(seed: int, count: int) -> list[Edit]:
@@ -752,14 +754,13 @@ def draw(seed: int, count: int) -> list[Edit]:
 
     Args:
         seed: of the draw.
-        count: how many; 200 gives exactly the numbers of ``KINDS``.
+        count: how many; ``COUNT`` gives exactly the numbers of ``KINDS``.
     """
     rng = random.Random(seed)
-    total = sum(share for _, share in KINDS)
     edits = []
     for index in range(count):
         # evenly spread: edit number i is of the kind whose share holds i
-        at = (index * total // count) if count < total else index % total
+        at = (index * COUNT // count) if count < COUNT else index % COUNT
         for make, share in KINDS:
             if at < share:
                 edits.append(make(rng))

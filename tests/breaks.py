@@ -140,6 +140,20 @@ BREAKS = (
         "forward/test_user_hooks::test_only_hooked_blocks_leave_the_closed_form",
     ),
     _slip(
+        "a jump of the quotients passes for a kink",
+        "jacobian/differences",
+        "good &= agree(quotients(low), quotients(high), rounding[:, None] / low)",
+        "pass",
+        "jacobian/test_differences::test_no_staircase_passes_for_a_kink",
+    ),
+    _slip(
+        "a held Jacobian compares the names of weights alone",
+        "jacobian/held",
+        "or not then.equal(now[name])",
+        "",
+        "jacobian/test_held",
+    ),
+    _slip(
         "a branch of the composition without its own norm",
         "jacobian/readings",
         "made if self.norm is None else self.norm.derivative(pos) @ made",
@@ -235,7 +249,7 @@ BREAKS = (
         "forward/stream",
         "gap / truth.norm(dim=-1).clamp_min(shortest)",
         "gap / truth.norm(dim=-1)",
-        "forward/test_trace",
+        "forward/test_trace::test_a_short_row_counts_as_long_as_the_shortest_that_is_allowed",
     ),
     _slip(
         "a cache may differ at single positions",
@@ -429,15 +443,15 @@ BREAKS = (
     _slip(
         "the page's norms are those of the embedding",
         "viz/payload",
-        "rounded(growth.norms[-1], 2)",
-        "rounded(growth.norms[0], 2)",
+        "plain(growth.norms[-1])",
+        "plain(growth.norms[0])",
         "viz/test_page::test_a_page_holds_the_numbers_of_its_analysis",
     ),
     _slip(
         "wrong axis: the page's growth per token, not per layer",
         "viz/payload",
-        "rounded(result.alpha.nanmean(1))",
-        "rounded(result.alpha.nanmean(0))",
+        "plain(result.alpha[:, kept].nanmean(1))",
+        "plain(result.alpha[:, kept].nanmean(0))",
         "viz/test_page::test_a_page_holds_the_numbers_of_its_analysis",
     ),
     _slip(

@@ -40,6 +40,6 @@ def test_no_edit_gives_a_silently_wrong_number(attack):
     [("differences", "cut graph"), ("staleness", "stale"), ("zero MLP", "token shift")],
 )
 def test_an_edit_that_a_guard_holds_back_shows_without_it(attack, guard: str, kind: str):
-    edits = [edit for edit in attack.draw(seed=0, count=200) if edit.kind == kind][:4]
+    edits = [edit for edit in attack.draw(seed=0, count=attack.COUNT) if edit.kind == kind][:4]
     with attack.GUARDS[guard]():
         assert not all(one.passed for one in attack.run(edits, seed=0))

@@ -42,6 +42,19 @@ def test_output_in_a_pipe_is_plain_and_fits_80_columns(report: Report) -> None:
     assert result.stderr == ""
 
 
+def test_fresh_weights_stand_beside_the_model(report: Report, tmp_path: Path) -> None:
+    result = report("--baseline")
+    assert result.exit_code == 0, result.output
+    analysis = tlc.load(tmp_path / "out" / "result.safetensors")
+    assert analysis.headline().split()[:4] == result.stdout.split("\n\n")[1].split()[:4]
+    tables = result.stdout.split("\nresult ")[0]
+    assert max(map(len, tables.splitlines())) <= 80 and "…" not in tables and "Fresh weights were not" not in tables
+    (block,) = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
+    fresh = analysis.baseline.coupling.mean("excess")[0].mean()
+    assert float(block.split()[5]) == pytest.approx(float(fresh), abs=6e-5)
+    assert "Fresh weights were not measured" in report().stdout
+
+
 def test_the_long_table_is_written_on_request_alone(report: Report, tmp_path: Path) -> None:
     result = report()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "result.safetensors"]
@@ -70,7 +83,8 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
     result = CliRunner().invoke(app, ["report"])
     assert result.exit_code == 0, result.output
     assert loaded == ["smollm2-135m"]
-    ((prompt, options),) = asked
+    (prompt, options), (again, fresh) = asked  # the model, and fresh weights beside it
+    assert again == list(make_analysis().provenance.tokens) and fresh["k"] == [10]
     assert prompt == prompts["landmarks"]
     assert options["k"] == [10] and options["tokens"] == [-1] and options["engine"] == "auto"
     assert options["token_layers"] == [0, 1, 2]

@@ -95,8 +95,6 @@ def test_what_would_fit_is_named():
 def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(monkeypatch: pytest.MonkeyPatch):
     """The schedule is made before any certificate. Where one fails, the method is chosen again, with a warning."""
     trace = tlc.trace(CASES[0].model(), TOKENS)
-    expected = tlc.depth_coupling(trace, 4, engine="autograd")
-    monkeypatch.setattr("tlcoupling.jacobian.evidence.Evidence.refusal", lambda *_: "not today")
 
     def by_engine(jacobian: Any, *arguments: Any) -> Any:
         """Products for autograd, a kept matrix otherwise."""
@@ -104,6 +102,8 @@ def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(mo
         return methods(jacobian, *arguments[:4])[2 if by_autograd else 0]
 
     monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", by_engine)
+    expected = tlc.depth_coupling(trace, 4, engine="autograd")
+    monkeypatch.setattr("tlcoupling.jacobian.evidence.Evidence.refusal", lambda *_: "not today")
     with pytest.warns(UserWarning, match="scheduled as 'matrix kept', but done as 'products' by autograd"):
         measured = tlc.depth_coupling(trace, 4)
     torch.testing.assert_close(measured.values, expected.values, rtol=0, atol=1e-9)

@@ -19,6 +19,7 @@ from tlcoupling.errors import (
     StaleTraceError,
     UnsupportedModelError,
 )
+from tlcoupling.forward.stream import relative_gap
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -226,7 +227,7 @@ def test_quantised_weights_are_refused(model: torch.nn.Module):
     fake = torch.nn.Module()
     fake.cfg, fake.blocks, fake.run_with_cache = model.cfg, torch.nn.ModuleList([block]), None
     fake.hook_dict = {"blocks.0.hook_attn_out": None}
-    with pytest.raises(UnsupportedModelError, match=r"blocks.0.weight is quantised \(torch.uint8\)"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks.0.weight is quantised \(torch.uint8, in a format"):
         tlc.trace(fake, TOKENS)
 
 
@@ -337,3 +338,10 @@ def test_a_model_that_is_not_hooked_completely_is_refused():
     gpt1 = bridge.TransformerBridge.boot_transformers("openai-gpt", hf_model=hf_model, tokenizer=tiny_tokenizer())
     with pytest.raises(UnsupportedModelError, match="does not call 'blocks.1.hook_resid_post'"):
         tlc.trace(gpt1, TOKENS)
+
+
+def test_a_short_row_counts_as_long_as_the_shortest_that_is_allowed():
+    """Its rounding belongs to the terms that nearly cancel in it."""
+    truth = torch.tensor([[3.0, 4.0], [3e-6, 4e-6], [0.0, 0.0]], dtype=torch.float64)
+    gaps = relative_gap(truth + torch.tensor([1e-3, 0.0]), truth, shortest=0.5)
+    torch.testing.assert_close(gaps, torch.tensor([2e-4, 2e-3, 2e-3], dtype=torch.float64))

@@ -10,8 +10,6 @@ import tlcoupling as tlc
 from tlcoupling.jacobian.autograd import AutogradJacobian
 
 BRIDGES = [case for case in CASES if case.name.startswith("bridge-")]
-# GPT-J tells positions by the length of what it gets; a cache of a sliding window drops what it no longer needs
-ELSEWHERE = ("bridge-gptj", "bridge-mistral", "bridge-gemma2", "bridge-gemma3")
 
 
 @pytest.mark.parametrize(

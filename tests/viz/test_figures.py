@@ -555,4 +555,4 @@ def test_the_library_is_imported_without_matplotlib():
         "except ImportError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "figures need matplotlib: pip install 'tlcoupling[figures]'"
+    assert run.stdout.strip() == "figures need matplotlib: pip install matplotlib"

@@ -21,18 +21,22 @@ from tlcoupling import viz
 from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
-from tlcoupling.viz.plain import packed
+from tlcoupling.viz.plain import packed, plain
 
 NAN = float("nan")
 
 
 def data_of(page: str) -> dict:
     """The data that a page carries."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    data = re.search(r'<script type="text/plain" id="data">([A-Za-z0-9+/=]*)</script>', page)[1]
+    return json.loads(zlib.decompress(base64.b64decode(data)))
 
 
 def unpacked(array: dict) -> torch.Tensor:
     """What a page's script makes of a packed array, with NaN for what is not defined."""
+    if "scale" not in array:  # square roots
+        roots = torch.frombuffer(bytearray(base64.b64decode(array["data"])), dtype=torch.uint8).double() / 255
+        return roots.square().reshape(array["shape"])
     steps = torch.frombuffer(bytearray(base64.b64decode(array["data"])), dtype=torch.int16).reshape(array["shape"])
     return torch.where(steps == -32768, NAN, steps.double() * array["scale"])
 
@@ -106,7 +110,7 @@ def test_nan_and_infinity_become_null() -> None:
     analysis.growth.expodistance[0] = float("inf")
     data = data_of(viz.render_html(analysis))
     assert unpacked(data["coupling"]["values"])[0, 0, 0, 1].isnan().tolist() == [False, False, True, False]
-    assert data["coupling"]["mean"]["values"][0][0][0] is None
+    assert data["coupling"]["mean"]["coupling"][0][0][0] is None
     assert data["tokens"]["lss"][1] is None
     assert data["tokens"]["ed"][0] is None
     assert 1 not in data["tokens"]["most"] + data["tokens"]["least"]
@@ -129,17 +133,35 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
         assert (kind["layers"], kind["sublayers"]) == ([0, 2], list(result.sublayers))
         torch.testing.assert_close(unpacked(kind["values"]), result.values.double(), atol=step, rtol=0)
         torch.testing.assert_close(unpacked(kind["null"]), result.null[..., 0].double(), atol=step, rtol=0)
-    patterns = torch.zeros(4, 2, 4, 4, dtype=torch.float64)
     rows, columns = torch.tril_indices(4, 4)
-    patterns[..., rows, columns] = unpacked(data["pairs"]["attention"]["patterns"])
-    torch.testing.assert_close(patterns, analysis.attention.double(), atol=step, rtol=0)
+    attention, patterns = data["pairs"]["attention"], analysis.attention.double()
+    assert attention["layers"] == attention["head_layers"] == [0, 1, 2, 3]
+    half = 1 / 255  # half a step of the root, doubled by squaring
+    torch.testing.assert_close(unpacked(attention["heads"]), patterns[..., rows, columns], atol=half, rtol=0)
+    torch.testing.assert_close(unpacked(attention["mean"]), patterns.mean(1)[..., rows, columns], atol=half, rtol=0)
     numbers, growth = data["tokens"], analysis.growth
-    assert numbers["norm"] == pytest.approx(growth.norms[-1].tolist(), abs=5e-3)  # of two digits
-    assert data["growth"]["alpha"] == pytest.approx(growth.alpha.mean(1).tolist(), abs=5e-5)
-    assert len(data["growth"]["log_norms"]) == len(analysis.tokens)
-    assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], abs=6e-4)
+    assert numbers["norm"] == growth.norms[-1].tolist(), "not rounded: the page rounds once"
+    assert data["growth"]["alpha"] == growth.alpha.mean(1).tolist()
+    log_norms = growth.norms.double().log()
+    torch.testing.assert_close(unpacked(data["growth"]["log_norms"]), log_norms, atol=1e-4, rtol=0)
+    assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], rel=1e-6)
     both = [a + m for a, m in zip(numbers["attn_share"], numbers["mlp_share"], strict=True)]
-    assert both == pytest.approx(numbers["rate"], abs=1.6e-4)  # three numbers rounded to four digits
+    assert both == pytest.approx(numbers["rate"], abs=1e-6)
+    assert data["summary"]["headline"] == analysis.headline()
+
+
+def test_fresh_weights_are_in_the_page_where_they_were_measured() -> None:
+    fresh = make_analysis(token_layers=(0, 2))
+    fresh = dataclasses.replace(fresh, coupling=dataclasses.replace(fresh.coupling, values=fresh.coupling.values / 2))
+    data = data_of(viz.render_html(make_analysis(token_layers=(0, 2), baseline=fresh)))
+    values, step = fresh.coupling.values.double(), 1 / 32767
+    torch.testing.assert_close(unpacked(data["coupling"]["fresh"]["values"]), values, atol=step, rtol=0)
+    assert data["coupling"]["fresh"]["mean"]["excess"] == fresh.coupling.mean("excess").tolist()
+    for kind in data["pairs"]["kinds"]:
+        assert kind["fresh"] is not None
+    assert data["summary"]["fresh"]["growth"]["mean_rate"] == float(fresh.growth.rate.mean())
+    without = data_of(viz.render_html(make_analysis()))
+    assert without["coupling"]["fresh"] is None and without["summary"]["fresh"] is None
 
 
 @given(st.lists(st.floats(width=32) | st.just(NAN), min_size=1, max_size=20))
@@ -201,17 +223,23 @@ def test_parallel_blocks_have_no_shares() -> None:
     assert data_of(viz.render_html(analysis))["growth"]["shares"] == {}
 
 
-def test_long_prompts_show_their_end_on_all_axes() -> None:
-    analysis = make_analysis([str(i) for i in range(300)], n_heads=3, token_layers=(1,))
-    data = panes.pairs(analysis.tokens, analysis, [analysis.token_coupling, analysis.context_src], [1])
-    assert data["first"] == 200 and data["tokens"][0] == "200"  # 4 * 100^2 cells
-    patterns = unpacked(data["attention"]["patterns"])
-    assert float(patterns[0, 2, -1]) == pytest.approx(float(analysis.attention[1, 2, 299, 299]), abs=1e-4)
-    for kind, result in zip(data["kinds"], (analysis.token_coupling, analysis.context_src), strict=True):
-        assert kind["positions"] == list(range(200, 300))
-        torch.testing.assert_close(
-            unpacked(kind["values"]), result.values[..., 200:, 200:].double(), atol=1 / 32767, rtol=0
-        )
+def test_long_prompts_have_all_tokens_and_fewer_single_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = make_analysis([str(i) for i in range(100)], n_heads=3, n_layers=6, token_layers=(1,))
+    couplings = {"token_coupling": analysis.token_coupling, "context_src": analysis.context_src}
+    monkeypatch.setattr(panes, "ATTENTION_NUMBERS", (6 + 2 * 3) * 5050)  # all means, and the heads of two layers
+    data = panes.pairs(analysis.tokens, analysis, couplings, 3)
+    assert data["tokens"] == [str(i) for i in range(100)]
+    attention = data["attention"]
+    assert (attention["layers"], attention["head_layers"]) == ([0, 1, 2, 3, 4, 5], [1, 3]), "shown first, then compared"
+    assert float(unpacked(attention["heads"])[1, 2, -1]) == pytest.approx(
+        float(analysis.attention[3, 2, 99, 99]), abs=4e-3
+    )
+    for kind, result in zip(data["kinds"], couplings.values(), strict=True):
+        assert kind["positions"] == tuple(range(100))
+        assert kind["mean"]["excess"] == plain(result.mean("excess"))
+    monkeypatch.setattr(panes, "ATTENTION_NUMBERS", 5050)
+    attention = panes.pairs(analysis.tokens, analysis, couplings, 3)["attention"]
+    assert attention["layers"] == attention["head_layers"] == [3], "one layer at least"
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -246,9 +274,10 @@ def test_results_of_another_kind_are_refused() -> None:
 def test_widgets_are_isolated_frames_and_whole_files(tmp_path: Path) -> None:
     for name, widget in every_widget(make_analysis(HOSTILE_TOKENS, token_layers=(1,))).items():
         frame = widget._repr_html_()
-        inside = re.fullmatch(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"></iframe>', frame)
+        inside = re.fullmatch(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"></iframe>(.*)', frame, re.S)
         assert inside is not None
         assert html.unescape(inside[1]) == widget.html
+        assert inside[2].startswith("<a hidden ") and inside[2].count("<script") == 1
         assert len(repr(widget)) < 100
         assert widget.save(tmp_path / name).read_text(encoding="utf-8") == widget.html
 

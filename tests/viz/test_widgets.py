@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, every_widget, make_analysis
-from cases import _huggingface as bridge
+from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
 
@@ -61,10 +61,10 @@ def test_every_section_of_a_hostile_dashboard_is_drawn(browser: Any, tmp_path: P
             "#header dt": 9,
             "#summary tbody tr": 6 + 4 + 6,
             "#controls .chooser:not([hidden])": 3,
-            "#coupling .heatmap image[href^='data:image/png']": 9,
+            "#coupling .heatmap image[href^='data:image/png']": 3,
             "#coupling .chart .line": 6,
             "#pairs .thumbs img[src^='data:image/png']": 7,
-            "#pairs .heatmap image[href^='data:image/png']": 1,
+            "#pairs .heatmap image[href^='data:image/png']": 2,  # attention and coupling
             "#tokens ol button": len(HOSTILE_TOKENS),
             "#growth .line": len(HOSTILE_TOKENS) + 1,
             "#growth .bar": 8,
@@ -88,19 +88,21 @@ def test_choosing_a_layer_changes_attention_and_coupling_of_tokens(
             """The pane that is open, token-wise of the block, reads out the numbers of a layer."""
             result = analysis.token_coupling
             at = (0, result.layers.index(layer), result.ks.index(k), row, column)
-            value, null, excess, *attention = numbers(readout.inner_text())
+            *attention, excess, value, null, z = numbers(readout.inner_text())
             expected = [float(result.values[at]), float(result.null[at]), float(result.excess[at])]
             assert [value, null, excess] == pytest.approx(expected, abs=1.1e-4)  # four digits, and 16 bits
+            assert z == pytest.approx(float(result.z[at]), abs=0.06)
             if row >= column:
-                assert attention == pytest.approx([float(analysis.attention[layer, :, row, column].max())], abs=6e-4)
+                heads = analysis.attention[layer, :, row, column]
+                assert attention == pytest.approx([float(heads.mean()), float(heads.max())], abs=1 / 255 + 5e-4)
 
         wait_for_heads(page, 2)
         assert page.inner_text("#pairs-title").endswith("layer 2")  # the middle one of those measured
-        page.locator("#pairs .zoom").focus()
+        page.locator("#pairs .zoom").last.focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowDown")
         shows(layer=2, k=2, row=2, column=1)
-        assert "2 “ sat”, bases of 1 “ cat”" in readout.inner_text()
+        assert "Row 2 “\u2068 sat\u2069”, column 1 “\u2068 cat\u2069”" in readout.inner_text()
         white, blue = head_pixel(page, 1, 3, 0, 4), head_pixel(page, 1, 3, 1, 4)
         assert white != blue
 
@@ -137,15 +139,15 @@ def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, an
         seen = []
         for index in range(buttons.count()):
             buttons.nth(index).click()
-            pane = page.locator("#pairs .heatmap image")
+            pane = page.locator("#pairs .heatmap image").last
             pane.hover(**cell(pane, 3, 1, 4))
             kind, sublayer = buttons.nth(index).get_attribute("aria-label").split(", ")
             result = getattr(analysis, parts[kind])
             at = (result.sublayers.index(sublayer), 1, 0, 3, 1)
-            expected = [float(result.values[at]), float(result.null[at]), float(result.excess[at])]
-            assert numbers(page.inner_text("#pairs .readout"))[:3] == pytest.approx(expected, abs=1.1e-4)
-            mean = float(result.mean()[at[:3]])
-            assert numbers(page.inner_text("#pairs [data-part=mean]")) == pytest.approx([mean], abs=1.1e-4)
+            expected = [float(result.excess[at]), float(result.values[at]), float(result.null[at])]
+            assert numbers(page.inner_text("#pairs .readout"))[2:5] == pytest.approx(expected, abs=1.1e-4)
+            mean = float(result.mean("excess")[at[:3]])
+            assert numbers(page.inner_text("#pairs [data-mean=trained]")) == pytest.approx([mean], abs=1.1e-4)
             seen.append((kind, sublayer))
         assert len(set(seen)) == 7
 
@@ -153,9 +155,9 @@ def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, an
         buttons.nth(6).focus()
         page.keyboard.press("ArrowLeft")
         assert buttons.nth(5).get_attribute("aria-pressed") == "true"
-        page.get_by_label("excess").check()
-        mean = float(analysis.context_dest.mean("excess")[0, 1, 0])
-        assert numbers(page.inner_text("#pairs [data-part=mean]")) == pytest.approx([mean], abs=1.1e-4)
+        page.locator("#pairs").get_by_label("coupling", exact=True).check()
+        mean = float(analysis.context_dest.mean()[0, 1, 0])
+        assert numbers(page.inner_text("#pairs [data-mean=trained]")) == pytest.approx([mean], abs=1.1e-4)
 
         heads = page.locator(".circuitsvis [role=button]")
         heads.nth(1).focus()
@@ -170,15 +172,17 @@ def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_pa
             """Every caption and readout has the numbers of a token."""
             at = analysis.coupling.positions.index(token), analysis.coupling.ks.index(k)
             assert page.inner_text("#coupling h2").endswith(f"token {token}")
+            where = page.inner_text("#coupling [data-part=where]")
+            assert where == "Jacobian of layer 1, bases of layer 2"
             for s in range(3):
-                means = [float(analysis.coupling.mean(name)[(s, *at)]) for name in ("values", "null", "excess")]
-                captions = page.locator("#coupling .panes").nth(s).locator("figcaption").all_inner_texts()
-                assert numbers(" ".join(captions)) == pytest.approx(means, abs=1.1e-4)
+                pane = page.locator("#coupling .panes figure").nth(s)
+                mean = float(analysis.coupling.mean("excess")[(s, *at)])
+                assert numbers(pane.locator("figcaption").inner_text()) == pytest.approx([mean], abs=1.1e-4)
                 pair = (s, *at, 1, 2)
-                parts = (analysis.coupling.values, analysis.coupling.null, analysis.coupling.excess)
-                text = page.locator("#coupling .readout").nth(s).inner_text()
-                assert text.startswith("Jacobian of layer 1, bases of layer 2: ")
-                assert numbers(text) == pytest.approx([float(part[pair]) for part in parts], abs=1.1e-4)
+                parts = (analysis.coupling.excess, analysis.coupling.values, analysis.coupling.null)
+                *found, z = numbers(pane.locator(".readout").inner_text())
+                assert found == pytest.approx([float(part[pair]) for part in parts], abs=1.1e-4)
+                assert z == pytest.approx(float(analysis.coupling.z[pair]), abs=0.06)
 
         page.locator("#coupling .panes").first.focus()
         page.keyboard.press("ArrowDown")
@@ -191,7 +195,7 @@ def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_pa
         assert page.locator("#growth .line.token.chosen.pointed").get_attribute("d") == (
             page.locator("#growth .line.token").nth(0).get_attribute("d")
         )
-        assert page.inner_text("#tokens .readout").startswith("0 “The”: LSS ")
+        assert page.inner_text("#tokens .readout").startswith("0 “\u2068The\u2069”: LSS ")
 
         page.keyboard.press("ArrowRight")  # points at the next token, and Enter chooses it: it was not measured
         shows(token=0, k=2)
@@ -204,7 +208,7 @@ def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_pa
         shows(token=3, k=3)
 
         # a click on a cell of the coupling of tokens chooses the row's token
-        pane = page.locator("#pairs .heatmap image")
+        pane = page.locator("#pairs .heatmap image").last
         pane.click(**cell(pane, 0, 2, 4))
         shows(token=0, k=3)
 
@@ -252,7 +256,7 @@ def test_a_notebook_without_a_kernel_shows_every_widget(browser: Any, tmp_path: 
     print(f"notebook of every widget: {saved.stat().st_size / 1e6:.2f} MB")
     drawn = {
         "attention_and_coupling": (".thumbs img[src^='data:']", 7),
-        "depth_coupling": (".heatmap image[href^='data:']", 9),
+        "depth_coupling": (".heatmap image[href^='data:']", 3),
         "tokens": ("ol button", len(HOSTILE_TOKENS)),
         "dashboard": ("#growth .line", len(HOSTILE_TOKENS) + 1),
     }
@@ -279,15 +283,23 @@ def test_512_hostile_tokens_through_a_model(browser: Any, tmp_path: Path, monkey
     monkeypatch.setattr(model, "to_str_tokens", lambda ids: tokens)
     analysis = analyze(model, torch.arange(512) % 40, k=4)
     assert analysis.tokens == tuple(tokens)
-    shown = math.isqrt(ATTENTION_CELLS // (analysis.attention.shape[1] + 1))
+    window = math.isqrt(ATTENTION_CELLS // (analysis.attention.shape[1] + 1))
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path) as page:
         wait_for_heads(page, analysis.attention.shape[1])
         print_weight("512 tokens", path, page)
-        assert f"last {shown} of 512 tokens" in page.inner_text("#pairs")
-        for section in ("#header", "#tokens"):
-            text = page.inner_text(section)
-            assert all(token in text for token in SHOWN_HOSTILE[:-1])
+        assert f"tokens {512 - window} to 511" in page.inner_text("#pairs [data-part=window-shown]")
+        # an attention pane of all tokens: the keyboard reaches the first and zooms in on it
+        page.locator("#pairs .zoom").first.focus()
+        page.keyboard.press("ArrowDown")
+        assert page.inner_text("#pairs [data-part=readout]").startswith("Row 1 ")
+        for _ in range(4):
+            page.keyboard.press("+")
+        names = page.locator("#pairs .heatmap text").all_text_contents()
+        assert names[0].startswith("0 ") and any(name.startswith("31 ") for name in names)
+        assert not any(name.startswith("40 ") for name in names)
+        text = page.inner_text("#tokens")
+        assert all(token in text for token in SHOWN_HOSTILE[:-1])
         assert page.evaluate("typeof window.x") == "undefined"
 
 
@@ -299,7 +311,7 @@ def test_everything_of_smollm2s_shape_is_under_3_mb(browser: Any, tmp_path: Path
     with opened(browser, path) as page:
         wait_for_heads(page, 9)
         print_weight("everything of SmolLM2's shape", path, page)
-        assert not page.inner_text("#pairs [data-part=cut]")
+        assert not page.locator("#pairs [data-part=no-heads]").is_visible()
 
 
 def dotted(page: Any, pane: Any, row: int, column: int) -> bool:
@@ -322,21 +334,106 @@ def test_undetermined_bases_have_a_dot_a_legend_and_words(browser: Any, tmp_path
     sure["token_coupling"][0, 1, 3, 1] = 1.0  # block of layer 2, token 3
     couplings = {name: dataclasses.replace(getattr(analysis, name), uncertainty=sure[name]) for name in sure}
     path = viz.write_html(dataclasses.replace(analysis, **couplings), tmp_path / "report.html")
-    legend, words = "bases not determined", "the bases are not determined"
+    legend, words = "dot: bases not determined", "; bases not determined"
     with opened(browser, path) as page:
-        panes, tokens = page.locator("#coupling .heatmap image"), page.locator("#pairs .heatmap image")
+        panes, tokens = page.locator("#coupling .heatmap image"), page.locator("#pairs .heatmap image").last
         bars = [page.locator(f"{section} [data-part=colorbar]") for section in ("#coupling", "#pairs")]
         page.locator("#controls select").nth(1).select_option("3")
-        # block, attn and mlp: coupling, null and excess
-        assert [dotted(page, panes.nth(i), 0, 2) for i in range(9)] == [i in (3, 5) for i in range(9)]
-        assert not dotted(page, panes.nth(3), 2, 0) and not dotted(page, panes.nth(3), 2, 2)  # the diagonal is 1
+        assert [dotted(page, panes.nth(i), 0, 2) for i in range(3)] == [False, True, False]  # block, attn and mlp
+        assert not dotted(page, panes.nth(1), 2, 0) and not dotted(page, panes.nth(1), 2, 2)  # the diagonal is 1
         assert dotted(page, tokens, 0, 3) and not dotted(page, tokens, 3, 0)
         assert all(legend in bar.inner_text() for bar in bars)
-        panes.nth(3).hover(**cell(panes.nth(3), 0, 2, 4))
-        assert [words in text for text in page.locator("#coupling .readout").all_inner_texts()] == [False, True, False]
+        panes.nth(1).hover(**cell(panes.nth(1), 0, 2, 4))
+        readouts = page.locator("#coupling .panes .readout").all_inner_texts()
+        assert [words in text for text in readouts] == [False, True, False]
+        page.locator("#coupling").get_by_label("null", exact=True).check()
+        assert not any(dotted(page, panes.nth(i), 0, 2) for i in range(3))  # it does not depend on the bases
+        page.locator("#coupling").get_by_label("excess", exact=True).check()
         tokens.hover(**cell(tokens, 0, 3, 4))
         assert words in page.inner_text("#pairs .readout")
         page.locator("#controls select").nth(1).select_option("1")
-        assert not any(dotted(page, panes.nth(i), 0, 2) for i in range(9)) and not dotted(page, tokens, 0, 3)
+        assert not any(dotted(page, panes.nth(i), 0, 2) for i in range(3)) and not dotted(page, tokens, 0, 3)
         assert not any(legend in bar.inner_text() for bar in bars)
         assert words not in page.inner_text("body")
+
+
+def test_a_frame_fits_its_page_and_follows_the_scheme_of_its_host(browser: Any, tmp_path: Path) -> None:
+    frame = viz.tokens(make_analysis(HOSTILE_TOKENS))._repr_html_()
+    host = tmp_path / "host.html"
+    for colour, scheme in (("#111", "dark"), ("#fff", "light")):
+        host.write_text(f'<body style="background: {colour}">{frame}</body>', encoding="utf-8")
+        # the reader's own scheme is the other one
+        other = {"dark": "light", "light": "dark"}[scheme]
+        with opened(browser, host, strict=False, color_scheme=other) as page:
+            inside = page.locator("iframe").element_handle().content_frame()
+            inside.wait_for_selector(f"html[data-scheme={scheme}]")
+            page.wait_for_function("parseFloat(document.querySelector('iframe').style.height) > 0")
+            content = inside.evaluate("document.documentElement.offsetHeight")
+            assert page.evaluate("parseFloat(document.querySelector('iframe').style.height)") == pytest.approx(
+                content, abs=2
+            )
+            assert page.get_by_text("open as a page").is_visible()
+
+
+def test_the_address_chooses_layer_and_token(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, strict=False) as page:
+        page.locator("#controls input[type=range]").focus()
+        page.keyboard.press("Home")
+        address = page.evaluate("location.href")
+        assert "layer=0" in address and "token=3" in address
+        page.goto("about:blank")
+        page.goto(address.replace("token=3", "token=0"))
+        page.wait_for_selector("html[data-drawn]")
+        assert page.inner_text("#pairs-title").endswith("layer 0")
+        assert page.inner_text("#coupling h2").endswith("token 0")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, width: int) -> None:
+    fresh = make_analysis(token_layers=(1,))
+    analysis = make_analysis(token_layers=(1,), baseline=fresh)
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}) as page:
+        page.wait_for_selector("html[data-drawn]")
+        assert page.inner_text("#summary [data-part=headline]") == analysis.headline()
+        assert page.locator("#summary [data-part=no-fresh]").is_hidden()
+        for name in ("null", "fresh excess", "random √n", "fresh"):
+            box = page.locator("#summary th", has_text=name).first.bounding_box()
+            assert box["x"] + box["width"] <= width, name
+        assert page.locator("#coupling .panes").count() == 3 and page.locator("#coupling .line.fresh").count() == 3
+        assert page.locator("#pairs figure").count() == 4  # attention, trained, fresh weights, difference
+    with opened(browser, viz.write_html(fresh, tmp_path / "alone.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        for section in ("#summary", "#coupling", "#pairs"):
+            assert "--baseline" in page.inner_text(section), "what is missing is said"
+
+
+def test_growth_is_read_by_keyboard_and_sinks_leave_the_axis(browser: Any, tmp_path: Path) -> None:
+    analysis = make_analysis()
+    analysis.growth.norms[2, 0] = 1e4
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path) as page:
+        page.wait_for_selector("html[data-drawn]")
+        ticks = "#growth [data-part=norms] text"
+        assert not any(text.startswith(("6", "8")) for text in page.locator(ticks).all_text_contents())
+        page.locator("#growth [data-part=norms]").focus()
+        page.keyboard.press("ArrowDown")
+        value = float(analysis.growth.norms[4, 1].log())
+        text = page.inner_text("#growth .readout")
+        assert text.startswith("depth 4, token 1 “\u2068 cat\u2069”") and numbers(text)[0] == pytest.approx(
+            value, abs=1e-3
+        )
+        page.keyboard.press("Enter")
+        assert page.inner_text("#coupling h2").endswith("token 1")
+        page.locator("#growth [data-part=sinks]").check()
+        assert any(text.startswith(("6", "8")) for text in page.locator(ticks).all_text_contents())
+        page.locator("#growth [data-part=shares]").focus()
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#growth .readout").startswith("layer 1: attention ")
+
+
+def test_one_token_has_no_ranking(browser: Any, tmp_path: Path) -> None:
+    with opened(browser, viz.write_html(make_analysis(("one",)), tmp_path / "report.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        assert not page.get_by_text("Most straight").is_visible()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcoupling.analysis.headline import Finding, chance_of_blocks, findings, sentence
 from tlcoupling.arguments import Indices, KSpec, resolve_indices
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
@@ -23,9 +24,13 @@ from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.models.baseline import random_baseline
 from tlcoupling.results.base import Result
 from tlcoupling.trajectory.growth import Growth, growth
 from tlcoupling.trajectory.linearity import Linearity, linearity
+
+if TYPE_CHECKING:
+    import pandas
 
 # Largest number of attention pattern entries (256 MB) up to which all layers' patterns are kept.
 ATTENTION_LIMIT = 64_000_000
@@ -46,6 +51,7 @@ class Analysis(Result):
         context_src: context coupling of ``token_layers`` from the first token to later ones; None without layers, or if
             K exceeds the rank of attention between two tokens.
         context_dest: context coupling of ``token_layers`` from earlier tokens to the last; None as ``context_src``.
+        baseline: the same measurement of another model, such as fresh weights; None without one.
         trace: the measured trace; None in an analysis loaded from a file.
     """
 
@@ -58,6 +64,7 @@ class Analysis(Result):
     token_coupling: TokenCoupling | None = None
     context_src: ContextCoupling | None = None
     context_dest: ContextCoupling | None = None
+    baseline: Analysis | None = None
     trace: Trace | None = field(default=None, metadata={"saved": False})
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("layer", "head", "dest", "src")}
@@ -74,8 +81,44 @@ class Analysis(Result):
         return self.provenance.text or "".join(self.tokens)
 
     def __repr__(self) -> str:
-        """One line."""
-        return f"Analysis({self.provenance.model_name}: {self.coupling!r}, {self.linearity!r}, {self.growth!r})"
+        """One line: the headline, without the test that takes a second."""
+        return f"Analysis({self.provenance.model_name}: {sentence(self._findings(False))})"
+
+    def headline(self, *, include_sinks: bool = False) -> str:
+        """Return the findings in a sentence, by the rules of ``tlcoupling.analysis.headline``.
+
+        At one measured token, the p-value of the blocks' coupling comes from ``coupling.test(draws=199)``.
+
+        Args:
+            include_sinks: whether sinks (``Growth.sinks``) count in means over tokens; they are left out by default.
+        """
+        return sentence(self._findings(include_sinks, chance_of_blocks(self.coupling)))
+
+    def summary(self, *, include_sinks: bool = False) -> pandas.DataFrame:
+        """Return the headline's numbers, one row per finding.
+
+        The columns: ``finding``; ``value``, its ``chance`` level and ``error`` by the rules of
+        ``tlcoupling.analysis.headline``; ``found``, whether it differs from chance; ``with_sinks``, the same number of
+        all tokens; ``fresh``, of fresh weights, NaN if they were not measured; ``text``, the clause of the headline.
+
+        Args:
+            include_sinks: whether sinks count in ``value`` too.
+        """
+        import pandas as pd
+
+        def values(analysis: Analysis | None, sinks: bool) -> dict[str, float]:
+            return {} if analysis is None else {one.name: one.value for one in analysis._findings(sinks)}
+
+        rows = self._findings(include_sinks, chance_of_blocks(self.coupling))
+        others = {"with_sinks": values(self, True), "fresh": values(self.baseline, include_sinks)}
+        table = pd.DataFrame([vars(one) for one in rows]).rename(columns={"name": "finding"})
+        for at, (column, known) in enumerate(others.items(), 5):
+            table.insert(at, column, [known.get(one.name, float("nan")) for one in rows])
+        return table
+
+    def _findings(self, include_sinks: bool, p: str = "") -> list[Finding]:
+        fresh = None if self.baseline is None else self.baseline.growth
+        return findings(self.coupling, self.linearity, self.growth, fresh=fresh, include_sinks=include_sinks, p=p)
 
     def _coords(self) -> dict[str, Sequence[Any]]:
         heads = 0 if self.attention is None else self.attention.shape[1]
@@ -99,9 +142,11 @@ class Analysis(Result):
         """Return the same numbers as an ``xarray.DataTree``: one dataset for each measurement, and ``attention``.
 
         Raises:
-            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+            ImportError: xarray is not installed (``pip install xarray``).
         """
         datasets = {"attention": super().to_xarray(), **{name: part.to_xarray() for name, part in self.parts.items()}}
+        if self.baseline is not None:
+            datasets["baseline"] = self.baseline.to_xarray()
         from xarray import DataTree
 
         return DataTree.from_dict(datasets, name=self.provenance.model_name)
@@ -125,6 +170,7 @@ def analyze(
     attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
+    baseline: Any | None = None,
     progress: bool | None = None,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
@@ -150,6 +196,9 @@ def analyze(
         attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
+        baseline: a model that is measured on the same tokens in the same way, to stand beside this one: ``"fresh"`` for
+            fresh weights of the same architecture (``random_baseline``), or any model with the same tokens. It takes as
+            long again. Hooks do not act on it.
         progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
@@ -181,6 +230,11 @@ def analyze(
         reach = tuple(name for name in coupling.sublayers if name != "mlp")  # an MLP reaches no other token
         for fixed in ("src", "dest") if reach else ():
             pairs[f"context_{fixed}"] = _context(traced, fixed, {**shared, "sublayers": reach, "layers": compared})
+    other = None
+    if baseline is not None:
+        fresh = random_baseline(model) if isinstance(baseline, str) and baseline == "fresh" else baseline
+        same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers, "attention": False}
+        other = replace(analyze(fresh, traced.tokens, **same, **shared), trace=None)  # a trace keeps its model alive
     attention_layers = _attention_layers(traced, compared) if attention else ()
     straight, grown = linearity(traced), growth(traced)
     settings = {"coupling": dict(coupling.provenance.settings), "token_layers": list(compared)}
@@ -194,6 +248,7 @@ def analyze(
         attention=_patterns(traced, attention_layers),
         attention_layers=attention_layers,
         tokens=traced.str_tokens,
+        baseline=other,
         trace=traced,
         **pairs,
     )

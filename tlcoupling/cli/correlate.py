@@ -205,7 +205,7 @@ def _figure(result: Correlations, coupling: str, path: Path) -> str:
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
-        return "figure  none: it needs matplotlib, pip install 'tlcoupling[figures]'"
+        return "figure  none: it needs matplotlib, pip install matplotlib"
     from tlcoupling.viz import figures
 
     null = coupling.replace("coupling", "null", 1)

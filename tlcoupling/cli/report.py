@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +20,7 @@ from tlcoupling.cli.app import (
     refuse,
     say,
 )
-from tlcoupling.errors import ResultFileError
+from tlcoupling.errors import ResultFileError, TLCouplingError
 
 if TYPE_CHECKING:
     from tlcoupling.analysis.analyze import Analysis
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 FOLDER = "tlcoupling-report"
 # The longest prompt whose tokens are compared by default: the work grows with the square of its length.
 SHORT = 64
+# Seconds: a measurement that took less is repeated on fresh weights by default.
+QUICK = 60
 
 
 class Engine(str, Enum):
@@ -107,6 +110,13 @@ def report(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print work, memory and time without measuring.")
     ] = False,
+    baseline: Annotated[
+        bool | None,
+        typer.Option(
+            help="Measure fresh weights of the same architecture beside the model; it takes as long again.",
+            show_default=f"where the measurement took less than {QUICK} seconds",
+        ),
+    ] = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="Also write all numbers as a long table, result.csv (some megabytes).")
     ] = False,
@@ -114,7 +124,10 @@ def report(
 ) -> None:
     """Measure coupling, linearity and growth of a model on a prompt. Print tables; save the numbers and a web page."""
     if estimate:
-        refuse({"--output": output is not None, "--csv": csv, "--open": open_page}, "an estimate writes nothing")
+        refuse(
+            {"--baseline": baseline is not None, "--output": output is not None, "--csv": csv, "--open": open_page},
+            "an estimate writes nothing",
+        )
     folder = Path(FOLDER) if output is None else output
     ks, positions, compared = [_k(text) for text in k or ["10"]], _tokens(tokens), _token_layers(token_layers)
     with errors_as_one_line(report):
@@ -139,6 +152,8 @@ def report(
         from tlcoupling.cli.terminal import print_analysis
 
         analysis = analyze(loaded, text, **options)
+        if baseline or (baseline is None and analysis.provenance.seconds < QUICK):
+            analysis = _beside_fresh_weights(analysis, loaded, options, required=bool(baseline))
         print_analysis(analysis)
         page = _save(analysis, folder, csv)
     if open_page:
@@ -159,6 +174,21 @@ def _layers_of(
     require_supported(model)
     last = len(model.blocks) - 1
     return sorted({0, (last + 1) // 2, last}) if 2 <= to_tokens(model, prompt, None).shape[1] <= SHORT else None
+
+
+def _beside_fresh_weights(analysis: Analysis, model: Any, options: dict[str, Any], required: bool) -> Analysis:
+    """Return the analysis with that of fresh weights; without, and saying why, if there can be none by default."""
+    from tlcoupling.analysis.analyze import analyze
+    from tlcoupling.models.baseline import random_baseline
+
+    try:
+        fresh = analyze(random_baseline(model), list(analysis.provenance.tokens), **options, attention=False)
+    except TLCouplingError as error:
+        if required:
+            raise
+        say(f"fresh weights were not measured: {error}", err=True)
+        return analysis
+    return replace(analysis, baseline=replace(fresh, trace=None))
 
 
 def _save(analysis: Analysis, folder: Path, csv: bool) -> Path:

@@ -36,6 +36,10 @@ def print_analysis(analysis: Analysis) -> None:
     )
     prompt = analysis.prompt.splitlines()
     console.print(Text("\n".join(map(visible, prompt)), style="dim"))
+    console.print()
+    console.print(Text(analysis.headline(), style="bold"))
+    if analysis.baseline is None:
+        console.print(Text("Fresh weights were not measured to compare with: --baseline does.", style="dim"))
     for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
         title, table.title = table.title, None  # rich wraps a title to the width of its table
         console.print()
@@ -89,40 +93,39 @@ def _coupling(analysis: Analysis) -> Table:
         where = f"token {coupling.positions[0]} {_shown(coupling.tokens[0])}"
     else:
         where = f"mean over {len(coupling.positions)} tokens"
-    table = _table(
-        f"Coupling of different layers, {where}",
-        ("sublayer", "K", "coupling", "null", "excess", "overlap U", "overlap V", "null K/d"),
-    )
-    for row in coupling_rows(coupling):
-        values = (row.coupling, row.null, row.excess, row.overlap_u, row.overlap_v, row.overlap_null)
+    fresh = [] if analysis.baseline is None else coupling_rows(analysis.baseline.coupling)
+    columns = ("", "K", "coupling", "null", "excess", *(["fresh"] if fresh else []), "U", "V", "K/d")
+    table = _table(f"Coupling of different layers, {where} (U, V: overlaps; by chance K/d)", columns)
+    for index, row in enumerate(coupling_rows(coupling)):
+        others = (fresh[index].excess,) if fresh else ()
+        values = (row.coupling, row.null, row.excess, *others, row.overlap_u, row.overlap_v, row.overlap_null)
         _add(table, (row.sublayer, str(row.k), *map(_number, values)), emphasised=4)
     return table
 
 
 def _linearity(analysis: Analysis) -> Table:
+    fresh = [] if analysis.baseline is None else linearity_rows(analysis.baseline.linearity)
     table = _table(
         "Linearity: line-shape score of the tokens (1: a straight line)",
-        ("path", "steps", "mean", "min", "max", "random"),
+        ("path", "steps", "mean", "min", "max", "random", *(["fresh"] if fresh else [])),
     )
-    for row in linearity_rows(analysis.linearity):
-        values = (row.mean, row.lowest, row.highest, row.random)
+    for index, row in enumerate(linearity_rows(analysis.linearity)):
+        values = (row.mean, row.lowest, row.highest, row.random, *([fresh[index].mean] if fresh else []))
         _add(table, (row.path, str(row.steps), *(_number(value, 3) for value in values)), emphasised=2)
     return table
 
 
 def _growth(analysis: Analysis) -> Table:
-    row = growth_summary(analysis.growth)
+    weights = {"trained": analysis} if analysis.baseline is None else {"trained": analysis, "fresh": analysis.baseline}
     table = _table(
         "Growth of the residual norm (ED 0: the same factor in every layer)",
-        ("median ED", "mean rate", "= attn", "+ mlp", "mean slope", "mean R²"),
-        left=0,
+        ("weights", "median ED", "mean rate", "= attn", "+ mlp", "mean slope", "mean R²"),
     )
-    rates = (row.mean_rate, row.attn_share, row.mlp_share, row.mean_slope)
-    _add(
-        table,
-        (_number(row.median_expodistance, 3), *map(_number, rates), _number(row.mean_r_squared, 3)),
-        emphasised=0,
-    )
+    for name, one in weights.items():
+        row = growth_summary(one.growth)
+        rates = (row.mean_rate, row.attn_share, row.mlp_share, row.mean_slope)
+        ends = (_number(row.median_expodistance, 3), _number(row.mean_r_squared, 3))
+        _add(table, (name, ends[0], *map(_number, rates), ends[1]), emphasised=1)
     return table
 
 

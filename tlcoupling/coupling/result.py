@@ -407,17 +407,19 @@ def _warn_of_undetermined(fields: Mapping[str, Tensor], sublayers: Sequence[str]
     tokens = sorted({pos for place in places for pos in (place.src, place.dest)})
     if len(tokens) <= FEW_TOKENS:
         where += f" at {_few('token', tokens)}"
-    overlaps = (
-        "so do subspace overlaps where such values lie at K and K + 1 (`overlap_determined`)"
-        if rows.any() or columns.any()
-        else "subspace overlaps are determined"
-    )
-    warnings.warn(
+    vectors_text = (
         f"{int(vectors.sum())} of {vectors.numel()} pairs of singular vectors are not determined, because singular "
         f"values nearly coincide: {names} of {where}. Coupling in these bases depends on the solver and on rounding, "
-        f"and is marked (`determined`, `values_determined`); {overlaps}",
-        stacklevel=5,
+        "and is marked (`determined`, `values_determined`)"
     )
+    overlaps_text = "subspace overlaps where singular values at K and K + 1 nearly coincide (`overlap_determined`)"
+    if not vectors.any():
+        text = f"the solver and rounding move {overlaps_text}: {names} of {where}"
+    elif rows.any() or columns.any():
+        text = f"{vectors_text}; so do {overlaps_text}"
+    else:
+        text = f"{vectors_text}; subspace overlaps are determined"
+    warnings.warn(text, stacklevel=5)
 
 
 def _few(noun: str, numbers: Sequence[int]) -> str:

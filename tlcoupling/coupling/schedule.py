@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Comparison:
         """The most bases that a Jacobian is compared with."""
         return max(len(group.columns) for group in self.groups)
 
-    @property
+    @cached_property
     def devices(self) -> set[torch.device]:
         """Devices of the layers."""
         return {next(self.model.blocks[layer].parameters()).device for layer in self.layers}

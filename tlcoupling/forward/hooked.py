@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.block import block_hook
 from tlcoupling.forward.context import require_own_state
-from tlcoupling.forward.lifting import HALF, lifted_model
+from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.points import hook_points
+from tlcoupling.forward.quantised import quantisation_of
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
-_FLOATING = (torch.float32, torch.float64, *HALF)
 
 
 def require_supported(model: Any, in_training: bool = False) -> None:
@@ -57,12 +57,7 @@ def require_supported(model: Any, in_training: bool = False) -> None:
                 f"block {layer} has no hook_attn_out, so it has no attention sublayer to split off: "
                 "state-space, recurrent and hybrid models are not supported"
             )
-    for name, parameter in model.blocks.named_parameters():
-        if parameter.dtype not in _FLOATING:
-            raise UnsupportedModelError(
-                f"blocks.{name} is quantised ({parameter.dtype}): its products are approximations, so their Jacobian "
-                "would be too. Load the model in bfloat16, float16, float32 or float64"
-            )
+    quantisation_of(model.blocks)
     require_own_state(model, in_training)
 
 

@@ -1,14 +1,18 @@
-"""The float32 lift of half-precision weights, a module at a time: a large model is never held in float32 whole."""
+"""The float32 lift of half-precision and 4-bit weights, a module at a time: no model is held in float32 whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from tlcoupling.forward.quantised import dequantised, state_of
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -29,7 +33,7 @@ def _float32_activations(model: Any) -> Iterator[None]:
 
 @contextmanager
 def lifted(model: Any, module: nn.Module) -> Iterator[None]:
-    """Hold one module's half-precision weights and buffers in float32 for a while.
+    """Hold one module's half-precision and 4-bit weights and its buffers in float32 for a while.
 
     Works on a module at a time, so that a large model is never held in float32 whole. The model's own tensors are put
     aside, not converted, so that a graph recorded meanwhile keeps the float32 ones.
@@ -41,7 +45,14 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
             for name, tensor in table.items():
                 if tensor is not None and tensor.dtype in HALF:
                     kept.append((table, name, tensor))
+    packed = [part for part in module.modules() if state_of(part) is not None]
+    forwards = [part.__dict__.get("forward") for part in packed]
+    weights = [part._parameters["weight"] for part in packed]
     try:
+        for part in packed:
+            part._parameters["weight"] = nn.Parameter(_dense(part), requires_grad=False)
+            # bitsandbytes' own forward repacks what it holds on some CPUs, and has no second derivative
+            part.__dict__["forward"] = partial(_linear, part)
         for table, name, tensor in kept:
             if id(tensor) not in lifts:
                 lift = tensor.detach().float()
@@ -52,12 +63,27 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
     finally:
         for table, name, tensor in kept:
             table[name] = tensor
+        for part, forward, weight in zip(packed, forwards, weights, strict=True):
+            part._parameters["weight"] = weight
+            part.__dict__.pop("forward", None)
+            part.__dict__.update({} if forward is None else {"forward": forward})
+
+
+def _dense(part: nn.Module) -> Tensor:
+    weight = dequantised(part)
+    assert weight is not None
+    return weight
+
+
+def _linear(part: Any, x: Tensor) -> Tensor:
+    """What a linear layer gives, with the weight that it holds now."""
+    return functional.linear(x, part.weight, part.bias)
 
 
 @contextmanager
 def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
     """Hold each part of a block (norm, attention, MLP) in float32 while it is called, one at a time."""
-    if not _has_half(block):
+    if not _needs_lift(block):
         yield
         return
     # a bridge's wrapped block is made of the same parts
@@ -83,14 +109,16 @@ def lifted_model(model: Any) -> Iterator[None]:
         yield
 
 
-def _has_half(module: nn.Module) -> bool:
+def _needs_lift(module: nn.Module) -> bool:
+    if any(state_of(part) is not None for part in module.modules()):
+        return True
     tensors = (chain(part._parameters.values(), part._buffers.values()) for part in module.modules())
     return any(tensor is not None and tensor.dtype in HALF for tensor in chain.from_iterable(tensors))
 
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:
     """Lift a module whenever it is called, while the stack is open."""
-    if not _has_half(module):
+    if not _needs_lift(module):
         return
     lift: list[Any] = []
 

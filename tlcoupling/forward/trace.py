@@ -25,6 +25,7 @@ from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_nam
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_str_tokens, to_text, to_tokens
+from tlcoupling.forward.quantised import dtype_of, quantisation_of
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 from tlcoupling.forward.window import Past, windowed
@@ -142,7 +143,8 @@ class Trace(Stream):
             "normalization_type": getattr(cfg, "normalization_type", None),
             "layer_norm_folded": norms_are_folded(self.model),
             "writes_centered": bool(share_of_mean < 1e-4),
-            "dtype": str(next(self.model.blocks.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.model.blocks)).removeprefix("torch."),
+            **({} if (quantisation := quantisation_of(self.model.blocks)) is None else {"quantisation": quantisation}),
         }
 
     def layers_hooked_now(self) -> frozenset[int]:

@@ -205,7 +205,8 @@ class AnalyticLayer:
         """The weights of a sublayer, lifted to the dtype of the work."""
         if sublayer.name not in self._lifted:
             latent = self._latent if sublayer.name == "attn" else None
-            weights = sublayer.weights() if latent is None else {"W_O": latent.write()}
+            with lifted(self.trace.model, sublayer.module):
+                weights = sublayer.weights() if latent is None else {"W_O": latent.write()}
             self._lifted[sublayer.name] = {name: weight.to(self.resid_pre) for name, weight in weights.items()}
         return self._lifted[sublayer.name]
 
@@ -295,8 +296,9 @@ class AnalyticLayer:
     @cached_property
     def _latent(self) -> Latent | None:
         """The weights of latent attention; None where the attention is another."""
-        latent = Latent.of(self.block.attn.module)
-        return None if latent is None else latent.to(self.resid_pre)
+        with lifted(self.trace.model, self.block.attn.module):
+            latent = Latent.of(self.block.attn.module)
+            return None if latent is None else latent.to(self.resid_pre)
 
     @cached_property
     def _core(self) -> AttentionCore:

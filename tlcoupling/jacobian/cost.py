@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tlcoupling.forward.block import Block, Sublayer, Topology, Uncovered
+from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.quantised import dtype_of, numel_of, quantisation_of
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
 from tlcoupling.jacobian.formula import READS, Mixing, attention_map, block_map, mlp_map
@@ -63,9 +65,9 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
     """
     block, cfg = Block.read(model, layer, topology), model.cfg
     weights = _numel(block.module)
-    dtype = next(block.module.parameters()).dtype
+    dtype = dtype_of(block.module)
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
-    lifted = weights * size if dtype.itemsize < size else 0
+    in_float32 = weights * size if dtype.itemsize < size or quantisation_of(block.module) else 0
     maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
     attn, mlp = maps["attn"], maps.get("mlp")
     heads = int(cfg.n_heads)
@@ -75,7 +77,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
         product_flops=autograd_flops(block.module, n_tokens),
         dense_flops=cfg.d_model * autograd_flops(block.module, n_tokens),
         forward_flops=2.0 * weights * n_tokens,
-        run_bytes=lifted + 1.5 * column_bytes,
+        run_bytes=in_float32 + 1.5 * column_bytes,
         column_bytes=column_bytes,
         dense_bytes=float(size * cfg.d_model**2),
     )
@@ -91,7 +93,7 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
             product_flops=made.product_flops,
             dense_flops=made.dense_flops,
             forward_flops=by_autograd.forward_flops,
-            run_bytes=lifted + column_bytes,
+            run_bytes=in_float32 + column_bytes,
             column_bytes=size * (4.0 * cfg.d_model + widest),
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + widest),
         )
@@ -120,7 +122,7 @@ def layer_costs(
 
 
 def _numel(module: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+    return numel_of(module) if module is not None else 0
 
 
 def _widest(module: nn.Module | None) -> int:
@@ -138,8 +140,9 @@ def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianO
         if sublayer.name == "mlp" and sublayer.has_experts:
             slopes, weights, mixing = _mixture(sublayer, block.model.cfg)
             return mlp_map(slopes, weights, before, behind, mixing=mixing)
-        latent = Latent.of(sublayer.module) if sublayer.name == "attn" else None
-        weights = {} if latent is not None else {name: w.to("meta") for name, w in sublayer.weights().items()}
+        with lifted(block.model, sublayer.module):
+            latent = Latent.of(sublayer.module) if sublayer.name == "attn" else None
+            weights = {} if latent is not None else {name: w.to("meta") for name, w in sublayer.weights().items()}
     except Uncovered:
         return None
     if sublayer.name == "mlp":

@@ -20,7 +20,7 @@ class HeldJacobian(JacobianOperator):
     def __init__(self, inner: JacobianOperator, block: nn.Module, layer: int) -> None:
         """Take a Jacobian, the block that it was made from, and its index."""
         self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
-        self.product_flops, self.dense_flops = inner.product_flops, inner.dense_flops
+        self._cost(inner.product_flops, inner.dense_flops)
         self.inner, self._block, self._layer = inner, block, layer
         self._then = _sums(block)
 

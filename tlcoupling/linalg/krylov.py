@@ -119,11 +119,15 @@ def _ritz(
 def _small_svd(matrices: Float[Tensor, "stack p q"]) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V^T of small matrices.
 
-    A GPU's other drivers take a stack one by one. gesvda takes it at once, to half the digits of its dtype.
+    A GPU's other drivers take a stack one by one. gesvda takes it at once, to half the digits of its dtype, and fails
+    where many singular values are nearly zero.
     """
     if matrices.is_cuda and matrices.dtype == torch.float32:
-        u, s, vh = torch.linalg.svd(matrices.double(), driver="gesvda")
-        return u.to(matrices), s.to(matrices), vh.to(matrices)
+        try:
+            u, s, vh = torch.linalg.svd(matrices.double(), driver="gesvda")
+            return u.to(matrices), s.to(matrices), vh.to(matrices)
+        except torch.linalg.LinAlgError:
+            pass
     return torch.linalg.svd(matrices)
 
 

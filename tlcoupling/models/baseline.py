@@ -58,7 +58,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
     """
     require_supported(model)
     seed = check_int("seed", seed, 0)
-    first = next(model.blocks.parameters())
+    first = next(each for each in model.blocks.parameters() if each.is_floating_point())  # 4-bit weights are not
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(

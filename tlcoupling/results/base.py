@@ -152,12 +152,12 @@ class Result:
         """Return the same numbers as an ``xarray.Dataset`` with labelled axes.
 
         Raises:
-            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+            ImportError: xarray is not installed (``pip install xarray``).
         """
         try:
             import xarray as xr
         except ImportError as error:
-            raise ImportError("to_xarray needs xarray: pip install 'tlcoupling[xarray]'") from error
+            raise ImportError("to_xarray needs xarray: pip install xarray") from error
         arrays = {name: (axes, array.detach().cpu().numpy()) for name, (axes, array) in self._arrays().items()}
         used = {axis for axes, _ in arrays.values() for axis in axes}
         coords: dict[str, Any] = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}

@@ -141,7 +141,7 @@ class SlurmExecutor(Executor):
         try:
             import submitit
         except ImportError as error:
-            raise StoreError("sweeping through Slurm needs submitit: pip install 'tlcoupling[slurm]'") from error
+            raise StoreError("sweeping through Slurm needs submitit: pip install submitit") from error
         try:
             executor = submitit.AutoExecutor(folder=self._folder, cluster="slurm", slurm_max_num_timeout=self._requeues)
         except (RuntimeError, OSError) as error:

@@ -44,4 +44,4 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise ImportError("figures need matplotlib: pip install 'tlcoupling[figures]'") from error
+        raise ImportError("figures need matplotlib: pip install matplotlib") from error

@@ -1,6 +1,6 @@
 """Render one self-contained HTML page from sections, data and the files in ``assets``.
 
-Text from a model or a prompt enters the page as JSON, escaped so that it cannot end its element. The page's scripts
+Text from a model or a prompt enters the page as compressed JSON, in base64, which has no markup. The page's scripts
 show it as text. The Content-Security-Policy lists the hashes of the page's own scripts: nothing else may run, and
 nothing may be fetched. The circuitsvis bundle is included once, compressed; the page's scripts run it, under its hash.
 """
@@ -57,7 +57,7 @@ def render(title: str, sections: Mapping[str, Any]) -> str:
         policy=_policy([script, bundle] if bundle else [script]),
         style=asset("page.css"),
         body="\n".join(asset(f"sections/{name}.html") for name in sections),
-        data=_json(sections),
+        data=_compressed(json.dumps(sections, allow_nan=False, separators=(",", ":"))),
         bundle=_compressed(bundle) if bundle else "",
         script=script,
     )
@@ -84,10 +84,9 @@ def _circuitsvis() -> str:
     return bundle.partition("\n//# sourceMappingURL=")[0]  # the page does not include the source map
 
 
-@cache
-def _compressed(script: str) -> str:
-    """Compress a script with zlib to base64: less than half as long, and without characters special to HTML."""
-    return base64.b64encode(zlib.compress(script.encode(), 9)).decode()
+def _compressed(text: str) -> str:
+    """Compress text with zlib to base64: less than half as long, and without characters special to HTML."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _policy(scripts: list[str]) -> str:
@@ -98,9 +97,3 @@ def _policy(scripts: list[str]) -> str:
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _json(data: Any) -> str:
-    """Encode data as ASCII JSON that contains no HTML markup."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

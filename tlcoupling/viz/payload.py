@@ -15,17 +15,19 @@ from tlcoupling.analysis.summary import (
 )
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
-from tlcoupling.text import visible
-from tlcoupling.viz.plain import rounded
+from tlcoupling.text import counted, visible
+from tlcoupling.viz.plain import packed, plain
 
 
 def header(analysis: Analysis) -> dict[str, Any]:
     """Return what was measured, on which model and prompt, and with which settings."""
     provenance, coupling = analysis.provenance, analysis.coupling
-    measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
+    measured = [
+        f"{pos} “\u2068{visible(text)}\u2069”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)
+    ]
     compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     facts = {
-        "Size": f"{len(analysis.growth.alpha)} layers, d_model {coupling.d_model}",
+        "Size": f"{counted(len(analysis.growth.alpha), 'layer')}, d_model {coupling.d_model}",
         "Tokens": str(len(analysis.tokens)),
         "Layers compared at token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
         "Tokens compared in layers": _few(compared) if compared else "none",
@@ -45,12 +47,21 @@ def header(analysis: Analysis) -> dict[str, Any]:
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
-    """Return the headline numbers."""
+    """Return the headline and its numbers, with those of fresh weights if they were measured."""
     return {
-        "coupling": [rounded(asdict(row)) for row in coupling_rows(analysis.coupling)],
-        "linearity": [rounded(asdict(row)) for row in linearity_rows(analysis.linearity)],
-        "growth": rounded(asdict(growth_summary(analysis.growth))),
+        "headline": analysis.headline(),
+        **_numbers(analysis),
+        "fresh": None if analysis.baseline is None else _numbers(analysis.baseline),
         "n_measured": len(analysis.coupling.positions),
+    }
+
+
+def _numbers(analysis: Analysis) -> dict[str, Any]:
+    """Return the rows of the three tables."""
+    return {
+        "coupling": [plain(asdict(row)) for row in coupling_rows(analysis.coupling)],
+        "linearity": [plain(asdict(row)) for row in linearity_rows(analysis.linearity)],
+        "growth": plain(asdict(growth_summary(analysis.growth))),
     }
 
 
@@ -107,13 +118,13 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
     return {
         "tokens": [visible(token) for token in analysis.tokens],
         "n_steps": linearity.steps[linearity.paths.index("block")],
-        "lss": rounded(lss, 3),
-        "ed": rounded(growth.expodistance, 3),
-        "cv": rounded(growth.cv, 3),
-        "norm": rounded(growth.norms[-1], 2),
-        "rate": rounded(growth.rate),
-        **{name: rounded(share.mean(0)) for name, share in shares.items() if share is not None},
-        "r_squared": rounded(growth.r_squared),
+        "lss": plain(lss),
+        "ed": plain(growth.expodistance),
+        "cv": plain(growth.cv),
+        "norm": plain(growth.norms[-1]),
+        "rate": plain(growth.rate),
+        **{name: plain(share.mean(0)) for name, share in shares.items() if share is not None},
+        "r_squared": plain(growth.r_squared),
         **dict(zip(("most", "least"), straightest(lss), strict=True)),
     }
 
@@ -122,13 +133,16 @@ def growth(analysis: Analysis) -> dict[str, Any]:
     """Return logarithms of the norms by token and depth, and the mean growth per layer split by sublayer."""
     result = analysis.growth
     log_norms = result.norms.log()
+    kept = ~result.sinks if not result.sinks.all() else result.sinks
     shares = {"attn": result.attn_share, "mlp": result.mlp_share}
     return {
         "tokens": [visible(token) for token in analysis.tokens],
-        "log_norms": rounded(log_norms.T, 3),
-        "median": rounded(log_norms.nanquantile(0.5, dim=1), 3),
-        "alpha": rounded(result.alpha.nanmean(1)),
-        "shares": {name: rounded(share.nanmean(1)) for name, share in shares.items() if share is not None},
+        "depth": len(log_norms),
+        "log_norms": packed(log_norms),
+        "sinks": result.sinks.nonzero().flatten().tolist(),
+        "median": plain(log_norms[:, kept].nanquantile(0.5, dim=1)),
+        "alpha": plain(result.alpha[:, kept].nanmean(1)),
+        "shares": {name: plain(share[:, kept].nanmean(1)) for name, share in shares.items() if share is not None},
     }
 
 

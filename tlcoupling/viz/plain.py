@@ -18,17 +18,24 @@ from tlcoupling.text import visible
 _LARGEST, _UNDEFINED = 32767, -32768  # of 16 bits
 
 
-def rounded(value: Any, digits: int = 4) -> Any:
-    """Round numbers in tensors, lists and dictionaries; NaN and infinity become None, since JSON has neither."""
+def plain(value: Any) -> Any:
+    """Return tensors, lists and dictionaries with None for NaN and infinity, since JSON has neither.
+
+    Nothing is rounded: the page rounds what it shows, once.
+    """
     if isinstance(value, Tensor):
-        return rounded(value.tolist(), digits)
+        return plain(value.tolist())
     if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {name: rounded(item, digits) for name, item in value.items()}
-    if isinstance(value, float):
-        return round(value, digits) + 0.0 if math.isfinite(value) else None  # + 0.0: no "-0.0"
-    return value
+        return {name: plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def roots(array: Tensor) -> dict[str, Any]:
+    """Pack numbers from 0 to 1 as their square roots in 8 bits: small ones keep more digits than with even steps."""
+    steps = (array.detach().double().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
+    return {"shape": list(array.shape), "data": base64.b64encode(steps.contiguous().numpy().tobytes()).decode()}
 
 
 def packed(array: Tensor) -> dict[str, Any]:

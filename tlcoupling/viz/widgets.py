@@ -18,7 +18,7 @@ from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes, payload
-from tlcoupling.viz.page import render
+from tlcoupling.viz.page import asset, render
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,22 @@ class Widget:
 
     Attributes:
         html: the page as one document that needs no other file and no network.
-        height: height of the frame in pixels; the page scrolls inside it.
+        height: height of the frame in pixels, until the frame fits its page.
     """
 
     html: str = field(repr=False)
     height: int
 
     def _repr_html_(self) -> str:
-        """Return a frame that shares no styles or scripts with the notebook."""
+        """Return a frame that shares no styles or scripts with the notebook.
+
+        A script beside it makes the frame as high as its page and tells the page whether the notebook is dark. Where a
+        notebook does not run it, the frame scrolls, and follows the system's colour scheme.
+        """
         return (
             f'<iframe sandbox="allow-scripts" width="100%" height="{self.height}" style="border: 0" '
             f'srcdoc="{html.escape(self.html)}"></iframe>'
+            f'<a hidden target="_blank" href="#">open as a page</a><script>{asset("host.js")}</script>'
         )
 
     def save(self, path: str | Path) -> Path:
@@ -74,23 +79,23 @@ def attention_and_coupling(result: Analysis | TokenCoupling | ContextCoupling, l
     """
     if isinstance(result, Analysis):
         layer = check_index("layer", layer, len(result.growth.alpha))
-        kinds = [result.token_coupling, result.context_src, result.context_dest]
-        couplings = [one for one in kinds if one is not None]
+        couplings = _token_couplings(result)
         tokens, analysis, available = result.tokens, result, {*result.attention_layers}
     elif isinstance(result, (TokenCoupling, ContextCoupling)):
-        couplings, analysis, available = [result], None, set()
+        couplings, analysis, available = {"result": result}, None, set()
         tokens = result.provenance.str_tokens
     else:
         raise _wrong_kind(result, "an Analysis, a TokenCoupling or a ContextCoupling")
-    available = available.union(*(one.layers for one in couplings))
+    available = available.union(*(one.layers for one in couplings.values()))
     if layer not in available:
         raise ArgumentError(
             "layer", layer, f"one of {sorted(available)}, for which this result holds attention or coupling of tokens"
         )
-    couplings = [one for one in couplings if layer in one.layers]
+    couplings = {name: one for name, one in couplings.items() if layer in one.layers}
+    ks = next(iter(couplings.values())).ks if couplings else ()
     sections = {
-        "controls": payload.layer_controls(layer, couplings[0].ks if couplings else ()),
-        "pairs": panes.pairs(tokens, analysis, couplings, [layer]),
+        "controls": payload.layer_controls(layer, ks),
+        "pairs": panes.pairs(tokens, analysis, couplings, layer, [layer]),
     }
     return Widget(render(f"Attention and coupling of layer {layer}", sections), height=900)
 
@@ -104,7 +109,8 @@ def depth_coupling(result: DepthCoupling | Analysis) -> Widget:
     coupling = result.coupling if isinstance(result, Analysis) else result
     if not isinstance(coupling, DepthCoupling):
         raise _wrong_kind(result, "an Analysis or a DepthCoupling")
-    sections = {"controls": payload.depth_controls(coupling), "coupling": panes.depth(coupling)}
+    fresh = result.baseline.coupling if isinstance(result, Analysis) and result.baseline is not None else None
+    sections = {"controls": payload.depth_controls(coupling), "coupling": panes.depth(coupling, fresh)}
     return Widget(render("Depth-wise coupling", sections), height=1320)
 
 
@@ -141,15 +147,16 @@ def render_html(analysis: Analysis) -> str:
     Raises:
         ImportError: circuitsvis, which draws the attention patterns, is not installed.
     """
-    couplings = [analysis.token_coupling, analysis.context_src, analysis.context_dest]
+    controls = payload.controls(analysis)
+    start, fresh = controls["start"]["layer"], None if analysis.baseline is None else analysis.baseline.coupling
     return render(
         f"{analysis.provenance.model_name} · tlcoupling",
         {
             "header": payload.header(analysis),
             "summary": payload.summary(analysis),
-            "controls": payload.controls(analysis),
-            "coupling": panes.depth(analysis.coupling),
-            "pairs": panes.pairs(analysis.tokens, analysis, [one for one in couplings if one is not None]),
+            "controls": controls,
+            "coupling": panes.depth(analysis.coupling, fresh),
+            "pairs": panes.pairs(analysis.tokens, analysis, _token_couplings(analysis), start),
             "tokens": payload.tokens(analysis),
             "growth": payload.growth(analysis),
         },
@@ -166,6 +173,12 @@ def write_html(analysis: Analysis, path: str | Path) -> Path:
         ResultFileError: the file cannot be written; the message says why.
     """
     return dashboard(analysis).save(path)
+
+
+def _token_couplings(analysis: Analysis) -> dict[str, TokenCoupling | ContextCoupling]:
+    """Return the coupling of tokens, by its name in an analysis."""
+    names = ("token_coupling", "context_src", "context_dest")
+    return {name: part for name in names if (part := getattr(analysis, name)) is not None}
 
 
 def _wrong_kind(result: Any, allowed: str) -> ArgumentError:

@@ -19,6 +19,16 @@ tlc.array = ({ shape, scale, data }) => {
   };
 };
 
+/** {shape, data} of square roots in 8 bits, numbers from 0 to 1 -> {shape, at(...indices)}. */
+tlc.roots = ({ shape, data }) => {
+  const steps = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
+  const offset = (indices) => indices.reduce((sum, index, axis) => sum * shape[axis] + index, 0);
+  return { shape, at: (...indices) => (steps[offset(indices)] / 255) ** 2 };
+};
+
+/** How many digits of an array's numbers mean something: at most four. */
+tlc.digits = ({ scale }) => Math.max(1, Math.min(4, Math.ceil(-Math.log10(scale) - 0.3)));
+
 /** Decompress text from base64 of zlib. */
 tlc.inflate = (data) => {
   const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));

@@ -27,8 +27,13 @@
       });
     });
 
-  /** Draw [head][dest][src] patterns into an element. If calls overlap, the last one wins. */
-  tlc.attentionHeads = async (container, patterns, tokens) => {
+  /**
+   * Draw [head][dest][src] patterns of a window of tokens, from the position `first` on, into an element. If calls
+   * overlap, the last one wins.
+   */
+  tlc.attentionHeads = async (container, patterns, tokens, first) => {
+    // circuitsvis numbers tokens from 0 on by what map tells it: tell it their positions in the prompt
+    tokens.map = (label) => Array.prototype.map.call(tokens, (text, i) => label(text, first + i));
     serial += 1;
     const mine = serial;
     try {

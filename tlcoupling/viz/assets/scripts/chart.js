@@ -39,7 +39,28 @@ tlc.axes = ({ width = 480, height = 280, x, y, description }) => {
     tlc.svg("text", { x: (left + right) / 2, y: height - 6, "text-anchor": "middle" }, x.label),
     tlc.svg("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, y.label),
   );
-  return { svg, marks, at };
+  /** Call move(x, y) in the chart's numbers where the pointer goes, and click(x, y) where it clicks. */
+  const onmove = (move, click = () => {}) => {
+    const inNumbers = (event, then) => {
+      const bounds = svg.getBoundingClientRect();
+      const [px, py] = [((event.clientX - bounds.left) / bounds.width) * width, ((event.clientY - bounds.top) / bounds.height) * height];
+      if (px < left || px > right || py < top || py > bottom) return;
+      then(x.low + ((px - left) / (right - left)) * (x.high - x.low), floor + ((bottom - py) / (bottom - top)) * (ceiling - floor));
+    };
+    svg.addEventListener("pointermove", (event) => inNumbers(event, move));
+    svg.addEventListener("pointerdown", (event) => inNumbers(event, move));
+    svg.addEventListener("click", (event) => inNumbers(event, click));
+  };
+  const clip = `clip-${(tlc.axes.serial = (tlc.axes.serial ?? 0) + 1)}`;
+  svg.prepend(tlc.svg("clipPath", { id: clip }, tlc.svg("rect", { x: left, y: top, width: right - left, height: bottom - top })));
+  marks.setAttribute("clip-path", `url(#${clip})`);
+  return { svg, marks, at, onmove };
+};
+
+/** Make an area between two lines of [x, y] points. */
+tlc.area = (at, low, high) => {
+  const corners = [...high, ...[...low].reverse()].filter(([, y]) => y !== null);
+  return tlc.svg("polygon", { class: "area", points: corners.map(([x, y]) => `${at.x(x).toFixed(1)},${at.y(y).toFixed(1)}`).join(" ") });
 };
 
 /** Make a line through [x, y] points, with a gap where y is undefined. */

@@ -40,10 +40,32 @@
   /** Border and centre of a dot that stands out on every colour. */
   tlc.dot = () => [property("--page"), property("--ink")];
 
+  // The colour scheme is the reader's, unless the page that frames this one has another. Paper is light.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const scheme = { host: null, printing: false, listeners: [] };
+  const follow = () => {
+    const name = scheme.printing ? "light" : (scheme.host ?? (dark.matches ? "dark" : "light"));
+    if (document.documentElement.dataset.scheme === name) return;
+    document.documentElement.dataset.scheme = name;
+    scheme.listeners.forEach((draw) => draw());
+  };
+  follow();
+  dark.addEventListener("change", follow);
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]])
+    addEventListener(event, () => {
+      scheme.printing = printing;
+      follow();
+    });
+  addEventListener("message", (event) => {
+    if (event.source !== parent || !["dark", "light"].includes(event.data?.tlcoupling?.scheme)) return;
+    scheme.host = event.data.tlcoupling.scheme;
+    follow();
+  });
+
   /** Run now, and again when the colour scheme changes. */
   tlc.inScheme = (draw) => {
     draw();
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+    scheme.listeners.push(draw);
   };
 
   /** Make a colour bar from low to high; color maps a value to a colour, labels are pairs of share and text. */

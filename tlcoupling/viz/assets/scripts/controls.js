@@ -21,7 +21,7 @@ tlc.sections.controls = (section, data) => {
   });
 
   const token = tlc.part(section, "token");
-  const option = (i) => tlc.html("option", { value: positions[i] }, `${positions[i]} “${tokens[i]}”`);
+  const option = (i) => tlc.html("option", { value: positions[i] }, tlc.named(positions[i], tokens[i]));
   const [known, others] = [true, false].map((wanted) =>
     positions.map((_, i) => i).filter((i) => measured.includes(positions[i]) === wanted),
   );
@@ -43,4 +43,5 @@ tlc.sections.controls = (section, data) => {
 
   section.hidden = [...section.querySelectorAll(".chooser")].every((chooser) => chooser.hidden);
   tlc.start = data.start;
+  tlc.choices = { layer: layers, token: positions, k: [...ks] };
 };

@@ -1,130 +1,134 @@
 tlc.sections.coupling = (section, data) => {
   const { sublayers, layers } = data;
   const n = layers.length;
-  const [values, nulls] = [tlc.array(data.values), tlc.array(data.null)];
+  const view = tlc.view(n);
+  const shown = { token: -1, k: -1, cell: null, quantity: "excess" };
+  const part = (name) => tlc.part(section, name);
+  const unpack = (part) => ({ ...part, values: tlc.array(part.values), null: tlc.array(part.null), std: tlc.array(part.std) });
+  const models = { trained: unpack(data), ...(data.fresh ? { "fresh weights": unpack(data.fresh) } : {}) };
   const undetermined = data.undetermined && tlc.array(data.undetermined);
-  const quantities = ["coupling", "null", "excess"];
-  const shown = { token: -1, k: -1, cell: null };
-
+  const digits = tlc.digits(data.values);
   const isOne = (l, m) => data.diagonal_is_one && l === m;
 
-  /** A quantity of sublayer s at row l, column m, for a token index; undefined where it is 1 by definition. */
-  const valueOf = (quantity, s, l, m, token = shown.token) => {
+  /** All numbers of a model's sublayer s at row l and column m, for a token index; undefined where it is 1 by definition. */
+  const cellOf = (model, s, l, m, token = shown.token) => {
     if (isOne(l, m)) return undefined;
-    const value = values.at(s, token, shown.k, l, m);
-    const random = nulls.at(s, token, shown.k, l);
-    if (quantity === "coupling") return value;
-    if (quantity === "null") return random;
-    return value === null || random === null ? null : value - random;
+    const at = [s, token, shown.k, l];
+    const cell = tlc.comparison(model.values.at(...at, m), model.null.at(...at), model.std.at(...at));
+    return model === models.trained ? { ...cell, undetermined: Boolean(undetermined?.at(s, token, shown.k, m)) } : cell;
   };
-
-  /** Whether the singular vectors of the bases of layer m are undetermined; the null does not depend on them. */
-  const isUndetermined = (s, l, m) => Boolean(undetermined?.at(s, shown.token, shown.k, m)) && !isOne(l, m);
-  const undeterminedCells = () =>
-    sublayers.some((_, s) => layers.some((_, l) => layers.some((_, m) => isUndetermined(s, l, m))));
-
-  /** One colour scale for all panes and tokens at the selected K, to make colours comparable. */
-  const range = () => {
-    let [low, high, undefinedCells] = [0, 0, false];
-    for (let s = 0; s < sublayers.length; s += 1)
-      for (let t = 0; t < data.positions.length; t += 1)
-        for (let l = 0; l < n; l += 1)
-          for (let m = 0; m < n; m += 1)
-            for (const quantity of quantities) {
-              const value = valueOf(quantity, s, l, m, t);
-              undefinedCells ||= value === null;
-              low = Math.min(low, value ?? 0);
-              high = Math.max(high, value ?? 0);
-            }
-    return { low, high, undefinedCells, limit: Math.max(-low, high) || 1 };
+  const minus = (a, b) =>
+    a && b && Object.fromEntries(["excess", "coupling"].map((q) => [q, a[q] === null || b[q] === null ? null : a[q] - b[q]]));
+  /** A row of panes for each model, and for their difference. */
+  const sets = Object.entries(models).map(([name, model]) => ({ name, model, cell: (...at) => cellOf(model, ...at) }));
+  if (data.fresh) {
+    const cell = (...at) => minus(...Object.values(models).map((model) => cellOf(model, ...at)));
+    sets.push({ name: "difference", cell });
+  }
+  const valueOf = (set, s) => (l, m) => {
+    const cell = set.cell(s, l, m);
+    return cell && (cell[shown.quantity] === undefined ? cell.excess : cell[shown.quantity]);
   };
 
   const point = (l, m) => {
     shown.cell = [l, m];
-    rows.forEach((row, s) => {
-      row.maps.forEach((map) => map.point(l, m));
-      const [coupling, random, excess] = quantities.map((q) => tlc.number(valueOf(q, s, l, m)));
-      const where = `Jacobian of layer ${layers[l]}, bases of layer ${layers[m]}: `;
-      row.readout.textContent = isOne(l, m)
-        ? `${where}1 by definition`
-        : `${where}coupling ${coupling}, null ${random}, excess ${excess}${isUndetermined(s, l, m) ? tlc.undeterminedBases.readout : ""}`;
-    });
+    part("where").textContent = `Jacobian of layer ${layers[l]}, bases of layer ${layers[m]}`;
+    for (const { map, readout, set, s } of panes) {
+      map.point(l, m);
+      const cell = set.cell(s, l, m);
+      readout.textContent = cell ? tlc.inWords(cell, digits) : "1 by definition";
+    }
   };
   const choose = (l) => tlc.choice.set("layer", layers[l]);
-  const keydown = tlc.cellKeys(n, () => shown.cell, point, choose);
-
-  const rows = sublayers.map((sublayer) => {
-    const maps = quantities.map((quantity) =>
-      tlc.heatmap({
+  const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
+  const panes = sets.flatMap((set) => {
+    const row = sublayers.map((sublayer, s) => {
+      const map = tlc.heatmap({
         labels: layers.map(String),
         axes: { row: "Jacobian of layer", column: "bases of layer" },
-        label: `${quantity} of ${sublayer}, ${n} by ${n} layers`,
+        label: `${sublayer}, ${set.name}, ${n} by ${n} layers`,
+        view,
         onpoint: point,
         onchoose: choose,
-      }),
+      });
+      const [caption, readout] = [tlc.html("figcaption"), tlc.html("output", { class: "readout" })];
+      return { map, caption, readout, set, s, node: tlc.html("figure", {}, caption, map.node, readout) };
+    });
+    const group = { class: "panes", tabindex: 0, role: "group", "aria-label": `${set.name}: ${sublayers.join(", ")}`, onkeydown: keydown };
+    part("panes").append(
+      tlc.html("div", { class: "sublayer" }, ...(data.fresh ? [tlc.html("h3", {}, set.name)] : []), tlc.html("div", group, ...row.map(({ node }) => node))),
     );
-    const captions = quantities.map(() => tlc.html("figcaption"));
-    const panes = maps.map((map, i) => tlc.html("figure", { class: quantities[i] }, captions[i], map.node));
-    const readout = tlc.html("output", { class: "readout" }, "Point at a cell, or focus this pane and use the arrow keys.");
-    const group = tlc.html(
-      "div",
-      { class: "panes", tabindex: 0, role: "group", "aria-label": `${sublayer}: coupling, null and excess`, onkeydown: keydown },
-      ...panes,
-    );
-    tlc.part(section, "panes").append(tlc.html("div", { class: "sublayer" }, tlc.html("h3", {}, sublayer), readout, group));
-    return { maps, captions, readout };
+    return row;
   });
+
+  /** One colour scale for all panes and tokens at the selected K and quantity, to make colours comparable. */
+  const range = () => {
+    const values = [];
+    for (const { model } of sets.filter((set) => set.model))
+      for (let s = 0; s < sublayers.length; s += 1)
+        for (let t = 0; t < data.positions.length; t += 1)
+          for (let l = 0; l < n; l += 1) for (let m = 0; m < n; m += 1) values.push(cellOf(model, s, l, m, t)?.[shown.quantity]);
+    return tlc.rangeOf(values);
+  };
 
   const drawMaps = () => {
     const { low, high, undefinedCells, limit } = range();
     const scale = tlc.scale(limit);
-    rows.forEach(({ maps, captions }, s) =>
-      maps.forEach((map, i) => {
-        const dotted = (l, m) => quantities[i] !== "null" && isUndetermined(s, l, m);
-        map.paint((l, m) => valueOf(quantities[i], s, l, m), scale, dotted);
-        const mean = data.mean[["values", "null", "excess"][i]][s][shown.token][shown.k];
-        captions[i].replaceChildren(quantities[i], tlc.html("small", {}, `mean ${tlc.number(mean)}`));
-      }),
-    );
+    let anyDots = false;
+    const meanOf = (model, s) => model.mean[shown.quantity][s][shown.token][shown.k];
+    for (const { map, caption, set, s } of panes) {
+      const dotted = (l, m) => shown.quantity !== "null" && Boolean(set.cell(s, l, m)?.undetermined);
+      for (let l = 0; l < n; l += 1) for (let m = 0; m < n; m += 1) anyDots ||= dotted(l, m);
+      map.paint(valueOf(set, s), scale, dotted);
+      const [a, b] = Object.values(models).map((model) => meanOf(model, s));
+      const mean = set.model ? meanOf(set.model, s) : a === null || b === null ? null : a - b;
+      caption.replaceChildren(sublayers[s], tlc.html("small", {}, `mean ${tlc.quantity(shown.quantity, mean)}`));
+    }
     const swatches = data.diagonal_is_one ? [["diagonal", "diagonal, 1 by definition"]] : [];
     if (undefinedCells) swatches.push(["undefined", "not defined"]);
-    if (undeterminedCells()) swatches.push(tlc.undeterminedBases.swatch);
-    const title = `all ${3 * sublayers.length} panes`;
-    tlc.part(section, "colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title, swatches }));
+    if (anyDots) swatches.push(tlc.undeterminedBases.swatch);
+    const nulls = shown.quantity === "coupling" ? [[Math.max(...sublayers.map((_, s) => models.trained.mean.null[s][shown.token][shown.k])), "null"]] : [];
+    part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title: tlc.quantities[shown.quantity], swatches, marks: nulls }));
   };
 
   const drawProfile = () => {
-    const of = (name, s) => data.profile[name][s][shown.token][shown.k];
-    const all = sublayers.flatMap((_, s) => [...of("values", s), ...of("null", s)]);
+    const of = (model, name, s) => model.profile[name][s][shown.token][shown.k];
+    const { trained, "fresh weights": fresh } = models;
+    const band = (s, sign) => of(trained, "null", s).map((value, i) => value === null ? null : value + sign * 2 * of(trained, "std", s)[i]);
+    const all = sublayers.flatMap((_, s) => [...of(trained, "values", s), ...band(s, 1), ...(fresh ? of(fresh, "values", s) : [])]);
     const { low, high } = tlc.extent(all, [0]);
+    const pairs = (values) => values.map((value, i) => [i + 1, value]);
     const figures = sublayers.map((sublayer, s) => {
-      const { svg, marks, at } = tlc.axes({
+      const { svg, marks, at, onmove } = tlc.axes({
         width: 360,
         height: 240,
         x: { low: 1, high: Math.max(n - 1, 2), label: "distance |l − l′|" },
         y: { low, high: high || 1, label: s === 0 ? "coupling" : "" },
-        description: `Coupling of ${sublayer} and its null by distance between layers`,
+        description: `Coupling of ${sublayer}, its null and fresh weights by distance between layers`,
       });
-      const points = of("values", s).map((value, i) => [i + 1, value]);
-      marks.append(tlc.line(at, of("null", s).map((value, i) => [i + 1, value]), "null"), tlc.line(at, points, "coupling"));
-      for (const [distance, value] of points) {
-        if (value === null) continue;
-        const text = `distance ${distance}: ${tlc.number(value)}, null ${tlc.number(of("null", s)[distance - 1])}`;
-        marks.append(
-          tlc.svg("circle", { class: "dot", cx: at.x(distance), cy: at.y(value), r: 2.2 }, tlc.svg("title", {}, text)),
-        );
-      }
-      return tlc.html("figure", {}, tlc.html("figcaption", {}, sublayer), svg);
+      marks.append(
+        tlc.area(at, pairs(band(s, -1)), pairs(band(s, 1))),
+        tlc.line(at, pairs(of(trained, "null", s)), "null"),
+        ...(fresh ? [tlc.line(at, pairs(of(fresh, "values", s)), "fresh")] : []),
+        tlc.line(at, pairs(of(trained, "values", s)), "coupling"),
+      );
+      const readout = tlc.html("output", { class: "readout" });
+      onmove((distance) => {
+        const at = Math.round(Math.max(1, Math.min(distance, n - 1))) - 1;
+        if (n < 2) return;
+        const others = fresh ? `, fresh weights ${tlc.number(of(fresh, "values", s)[at])}` : "";
+        readout.textContent = `distance ${at + 1}: ${tlc.number(of(trained, "values", s)[at])}, null ${tlc.number(of(trained, "null", s)[at])}${others}`;
+      });
+      return tlc.html("figure", {}, tlc.html("figcaption", {}, sublayer), svg, readout);
     });
-    tlc.part(section, "profile").replaceChildren(...figures);
-    const columns = sublayers.flatMap((sublayer) => [sublayer, "null"]);
-    const distances = Array.from({ length: n - 1 }, (_, i) => i);
-    tlc.part(section, "table").replaceChildren(
+    part("profile").replaceChildren(...figures);
+    const columns = sublayers.flatMap((sublayer) => [sublayer, "null", ...(fresh ? ["fresh"] : [])]);
+    part("table").replaceChildren(
       tlc.table(
         ["distance", ...columns],
-        distances.map((i) => [
+        Array.from({ length: Math.max(n - 1, 0) }, (_, i) => [
           `${i + 1}`,
-          ...sublayers.flatMap((_, s) => [tlc.number(of("values", s)[i]), tlc.number(of("null", s)[i])]),
+          ...sublayers.flatMap((_, s) => [of(trained, "values", s)[i], of(trained, "null", s)[i], ...(fresh ? [of(fresh, "values", s)[i]] : [])].map((value) => tlc.number(value))),
         ]),
       ),
     );
@@ -135,11 +139,11 @@ tlc.sections.coupling = (section, data) => {
     const { token, k } = tlc.choice;
     [shown.token, shown.k] = [data.positions.indexOf(token), data.ks.indexOf(k)];
     const missing = shown.token < 0 || shown.k < 0;
-    tlc.part(section, "measured").hidden = missing;
-    tlc.part(section, "missing").hidden = !missing;
-    tlc.part(section, "token").replaceChildren(...(token === null ? [] : [` at token ${token}`]));
+    part("measured").hidden = missing;
+    part("missing").hidden = !missing;
+    part("token").replaceChildren(...(token === null ? [] : [` at token ${token}`]));
     if (missing) {
-      tlc.part(section, "missing").textContent =
+      part("missing").textContent =
         `Coupling across depth was not measured at token ${token}. In Python: tlc.analyze(model, prompt, tokens=[${token}]). ` +
         `On the command line: tlcoupling report --tokens ${token}. "all" selects every token.`;
       return;
@@ -149,12 +153,18 @@ tlc.sections.coupling = (section, data) => {
     if (shown.cell) point(...shown.cell);
   };
 
-  tlc.part(section, "formula").append(data.formula);
-  tlc.part(section, "legend").append(...tlc.legend([["coupling", "coupling"], ["null", "null"]]));
-  tlc.choice.on(["token", "k"], draw);
-  tlc.choice.on(["layer"], (layer) =>
-    rows.forEach(({ maps }) => maps.forEach((map) => map.mark(layers.indexOf(layer)))),
+  part("formula").append(data.formula);
+  part("quantity").append(...tlc.quantitySwitch("depth-quantity", (quantity) => {
+    shown.quantity = quantity;
+    drawMaps();
+  }));
+  part("no-fresh").hidden = Boolean(data.fresh);
+  part("where").textContent = "Point at a cell, or focus a row of panes and use the arrow keys.";
+  part("legend").append(
+    ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"]] : [])]),
   );
+  tlc.choice.on(["token", "k"], draw);
+  tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));
   tlc.inScheme(() => {
     if (shown.token >= 0) drawMaps();
   });

@@ -27,6 +27,12 @@ tlc.part = (section, name) => section.querySelector(`[data-part="${name}"]`);
 tlc.number = (value, digits = 4) =>
   value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 
+/** Text whose direction, right to left or left to right, does not leak into what stands beside it. */
+tlc.isolated = (text) => `\u2068${text}\u2069`;
+
+/** A token as it is named everywhere: its position and its text. */
+tlc.named = (position, text) => `${position} “${tlc.isolated(text)}”`;
+
 /** Make a table from rows of cells. The first cell names the row, the others are numbers. */
 tlc.table = (columns, rows) => {
   const head = columns.map((name) => tlc.html("th", { scope: "col" }, name));

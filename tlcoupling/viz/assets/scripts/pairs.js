@@ -1,115 +1,114 @@
 tlc.sections.pairs = (section, data) => {
-  const { tokens, first } = data;
+  const { tokens } = data;
   const n = tokens.length;
-  const labels = tokens.map((text, i) => `${text} ${first + i}`);
-  const shown = { layer: null, pane: 0, quantity: "coupling", cell: null };
+  const labels = tokens.map((text, i) => `${i} ${tlc.isolated(text)}`);
+  const view = tlc.view(n);
+  const shown = { layer: null, pane: 0, quantity: "excess", cell: null, head: "mean" };
   const part = (name) => tlc.part(section, name);
 
-  const attention = data.attention && { layers: data.attention.layers, patterns: tlc.array(data.attention.patterns) };
-  /** Attention [head][dest][src] of a layer; the data has only src <= dest. */
-  const patternsOf = (layer) => {
-    const l = attention.layers.indexOf(layer);
-    return Array.from({ length: attention.patterns.shape[1] }, (_, head) => {
-      const row = attention.patterns.row(l, head).map((value) => value === null ? null : Math.round(value * 1e4) / 1e4);
-      return tokens.map((_, dest) => tokens.map((_, src) => (src > dest ? 0 : row[(dest * (dest + 1)) / 2 + src])));
-    });
+  const attention = data.attention && {
+    ...data.attention,
+    mean: tlc.roots(data.attention.mean),
+    heads: data.attention.heads && tlc.roots(data.attention.heads),
   };
+  /** Attention from row to column, of a head or the mean over heads; undefined above the diagonal. */
+  const attends = (layer, head) => {
+    const [l, kept] = [attention.layers.indexOf(layer), attention.head_layers.indexOf(layer)];
+    return (r, c) => {
+      if (c > r) return undefined;
+      const pair = (r * (r + 1)) / 2 + c;
+      return head === "mean" ? attention.mean.at(l, pair) : attention.heads.at(kept, head, pair);
+    };
+  };
+  const hasAttention = (layer) => Boolean(attention?.layers.includes(layer));
+  const hasHeads = (layer) => hasAttention(layer) && attention.head_layers.includes(layer);
 
   /** A pane per kind of coupling and sublayer. */
+  const unpack = (part) => part && { ...part, values: tlc.array(part.values), null: tlc.array(part.null), std: tlc.array(part.std) };
   const panes = data.kinds.flatMap((kind) => {
-    const [values, nulls] = [tlc.array(kind.values), tlc.array(kind.null)];
+    const [trained, fresh] = [unpack(kind), unpack(kind.fresh)];
     const undetermined = kind.undetermined && tlc.array(kind.undetermined);
-    const indices = new Map(kind.positions.map((position, i) => [position - first, i]));
-    return kind.sublayers.map((sublayer, s) => ({
-      kind,
-      sublayer,
-      measured: (layer) => kind.layers.includes(layer) && kind.ks.includes(tlc.choice.k),
-      /** Coupling, null and excess at a row and column; undefined on a diagonal of ones and outside the context. */
-      at: (layer, r, c) => {
+    const indices = new Map(kind.positions.map((position, i) => [position, i]));
+    const digits = tlc.digits(kind.values);
+    return kind.sublayers.map((sublayer, s) => {
+      const of = (model, layer, r, c) => {
         const [row, column] = [indices.get(r), indices.get(c)];
         if (row === undefined || column === undefined || (data.diagonal_is_one && r === c)) return undefined;
-        const [l, k] = [kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k)];
-        const [coupling, random] = [values.at(s, l, k, row, column), nulls.at(s, l, k, row)];
-        const excess = coupling === null || random === null ? null : coupling - random;
-        return { coupling, null: random, excess, undetermined: Boolean(undetermined?.at(s, l, k, column)) };
-      },
-    }));
+        const at = [s, kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k), row];
+        const cell = tlc.comparison(model.values.at(...at, column), model.null.at(...at), model.std.at(...at));
+        return model === trained ? { ...cell, undetermined: Boolean(undetermined?.at(...at.slice(0, 3), column)) } : cell;
+      };
+      const meanOf = (model, layer) => model.mean[shown.quantity][s][kind.layers.indexOf(layer)][kind.ks.indexOf(tlc.choice.k)];
+      return { kind, sublayer, digits, trained, fresh, of, meanOf, measured: (layer) => kind.layers.includes(layer) && kind.ks.includes(tlc.choice.k) };
+    });
   });
-  const valueAt = (pane) => (r, c) => {
-    const cell = pane.at(shown.layer, r, c);
-    return cell && cell[shown.quantity];
+  const hasFresh = panes.some((pane) => pane.fresh);
+  const minus = (a, b) => (a === null || b === null || a === undefined || b === undefined ? null : a - b);
+  /** The maps of the selected pane: the model, and beside it fresh weights and the difference. */
+  const sets = {
+    trained: (pane) => (r, c) => pane.of(pane.trained, shown.layer, r, c),
+    ...(hasFresh && {
+      "fresh weights": (pane) => (r, c) => pane.fresh && pane.of(pane.fresh, shown.layer, r, c),
+      difference: (pane) => (r, c) => {
+        if (!pane.fresh) return undefined;
+        const [a, b] = [pane.trained, pane.fresh].map((model) => pane.of(model, shown.layer, r, c));
+        return a && b && Object.fromEntries(Object.keys(tlc.quantities).map((q) => [q, minus(a[q], b[q])]));
+      },
+    }),
   };
-  const dotted = (pane) => (r, c) => shown.quantity !== "null" && Boolean(pane.at(shown.layer, r, c)?.undetermined);
-  const cells = Array.from({ length: n * n }, (_, i) => [Math.floor(i / n), i % n]);
+  const valueAt = (cellAt) => (r, c) => cellAt(r, c)?.[shown.quantity];
+  const dotted = (pane) => (r, c) => shown.quantity !== "null" && Boolean(sets.trained(pane)(r, c)?.undetermined);
 
-  /** One colour scale for all panes and layers at the selected K and quantity. */
-  const range = () => {
-    let [low, high, undefinedCells] = [0, 0, false];
-    for (const pane of panes)
-      for (const layer of pane.kind.layers.filter(pane.measured))
-        for (const [r, c] of cells) {
-          const cell = pane.at(layer, r, c);
-          if (!cell) continue;
-          const value = cell[shown.quantity];
-          undefinedCells ||= value === null;
-          low = Math.min(low, value ?? 0);
-          high = Math.max(high, value ?? 0);
-        }
-    return { low, high, undefinedCells, limit: Math.max(-low, high) || 1 };
-  };
-
-  const name = (i) => `${first + i} “${tokens[i]}”`;
+  const name = (i) => tlc.named(i, tokens[i]);
   const point = (r, c) => {
     shown.cell = [r, c];
+    Object.values(maps).forEach(({ map }) => map.point(r, c));
+    const texts = [`Row ${name(r)}, column ${name(c)}`];
+    if (hasAttention(shown.layer) && r >= c) {
+      texts.push(`attention from row to column ${tlc.number(attends(shown.layer, "mean")(r, c), 3)} (mean)`);
+      if (hasHeads(shown.layer)) {
+        const heads = Array.from({ length: attention.heads.shape[1] }, (_, head) => attends(shown.layer, head)(r, c));
+        const best = heads.indexOf(Math.max(...heads));
+        texts.push(`at most ${tlc.number(heads[best], 3)} (head ${best})`);
+      }
+    }
     const pane = panes[shown.pane];
-    if (!pane?.measured(shown.layer)) return;
-    zoom.point(r, c);
-    const cell = pane.at(shown.layer, r, c);
-    const numbers = cell
-      ? ["coupling", "null", "excess"].map((quantity) => `${quantity} ${tlc.number(cell[quantity])}`).join(", ") +
-        (cell.undetermined ? tlc.undeterminedBases.readout : "")
-      : r === c && data.diagonal_is_one
-        ? "1 by definition"
-        : "not compared";
-    const heads = attention && r >= c && attention.layers.includes(shown.layer) ? patternsOf(shown.layer) : [];
-    const best = heads.reduce((top, head, i) => (head[r][c] > heads[top][r][c] ? i : top), 0);
-    const attends = heads.length ? `; strongest attention from row to column: ${tlc.number(heads[best][r][c], 3)}, head ${best}` : "";
-    part("readout").textContent = `Jacobian of ${name(r)}, bases of ${name(c)}: ${numbers}${attends}`;
+    if (pane?.measured(shown.layer)) {
+      for (const [set, cellAt] of Object.entries(sets)) {
+        const cell = cellAt(pane)(r, c);
+        const words = cell ? tlc.inWords(cell, pane.digits) : r === c && data.diagonal_is_one ? "1 by definition" : "not compared";
+        texts.push(set === "trained" ? words : `${set}: ${words}`);
+      }
+    }
+    part("readout").textContent = texts.join("; ");
   };
-  const choose = (r) => tlc.choice.set("token", first + r);
+  const choose = (r) => tlc.choice.set("token", r);
+  const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
 
-  const zoom = tlc.heatmap({
-    labels,
-    axes: { row: "Jacobian of token", column: "bases of token" },
-    label: `Coupling of tokens, ${n} by ${n}`,
-    turned: true,
-    side: 420,
-    onpoint: point,
-    onchoose: choose,
-  });
-  const focus = tlc.html(
-    "div",
-    {
-      class: "zoom",
-      tabindex: 0,
-      role: "group",
-      "aria-label": "The selected pane: arrow keys move between cells, Enter selects the row’s token",
-      onkeydown: tlc.cellKeys(n, () => shown.cell, point, choose),
-    },
-    zoom.node,
-  );
-  part("zoom").append(focus);
+  const axes = { row: "Jacobian of token", column: "bases of token" };
+  const describe = "arrow keys move between cells, Enter selects the row’s token, plus and minus zoom";
+  const makeMap = (name, axes) => {
+    const map = tlc.heatmap({ labels, axes, label: `${name} of tokens, ${n} by ${n}`, turned: true, side: 420, view, onpoint: point, onchoose: choose });
+    const caption = tlc.html("figcaption");
+    const group = { class: "zoom", tabindex: 0, role: "group", "aria-label": `${name}: ${describe}`, onkeydown: keydown };
+    return { map, caption, node: tlc.html("figure", {}, caption, tlc.html("div", group, map.node)) };
+  };
+  const maps = {
+    ...(attention && { attention: makeMap("attention", { row: "destination", column: "source" }) }),
+    ...(panes.length && Object.fromEntries(Object.keys(sets).map((set) => [set, makeMap(set, axes)]))),
+  };
+  part("maps").append(...Object.values(maps).map(({ node }) => node));
+  if (n > 8) part("zooming").append(tlc.viewButtons(view, () => shown.cell));
 
   const select = (i) => {
     shown.pane = i;
     draw();
   };
   const buttons = panes.map((pane, i) => {
-    const picture = tlc.html("img", { alt: "" });
     const button = tlc.html(
       "button",
       { type: "button", onclick: () => select(i), "aria-label": `${pane.kind.title}, ${pane.sublayer}` },
-      picture,
+      tlc.html("img", { alt: "" }),
       tlc.html("span", {}, pane.sublayer),
     );
     button.addEventListener("keydown", (event) => {
@@ -128,67 +127,115 @@ tlc.sections.pairs = (section, data) => {
     );
   }
 
-  const draw = () => {
+  /** One colour scale for all panes and models of this layer at the selected K and quantity. */
+  const drawCoupling = () => {
     const { layer } = shown;
-    const missing = !panes.some((pane) => pane.measured(layer));
-    part("coupling").hidden = missing;
-    part("no-coupling").hidden = !missing;
-    if (missing) {
+    const measured = panes.filter((pane) => pane.measured(layer));
+    part("coupling").hidden = !measured.length;
+    part("no-coupling").hidden = Boolean(measured.length);
+    for (const set of Object.keys(sets)) if (maps[set]) maps[set].node.hidden = !measured.length;
+    if (!measured.length) {
       part("no-coupling").textContent =
         `Coupling of tokens was not measured in layer ${layer}. In Python: tlc.analyze(model, prompt, token_layers=[${layer}]). ` +
         `On the command line: tlcoupling report --token-layers ${layer}. "all" selects every layer.`;
       return;
     }
-    const { low, high, undefinedCells, limit } = range();
+    const values = [];
+    let dots = false;
+    for (const pane of measured)
+      for (const model of [pane.trained, pane.fresh].filter(Boolean))
+        for (const r of pane.kind.positions)
+          for (const c of pane.kind.positions) {
+            const cell = pane.of(model, layer, r, c);
+            values.push(cell?.[shown.quantity]);
+            dots ||= shown.quantity !== "null" && Boolean(cell?.undetermined);
+          }
+    const { low, high, undefinedCells, limit } = tlc.rangeOf(values);
     const scale = tlc.scale(limit);
     panes.forEach((pane, i) => {
-      const measured = pane.measured(layer);
-      buttons[i].hidden = !measured;
+      const is = pane.measured(layer);
+      buttons[i].hidden = !is;
       buttons[i].setAttribute("aria-pressed", `${i === shown.pane}`);
       buttons[i].tabIndex = i === shown.pane ? 0 : -1;
-      if (measured) buttons[i].querySelector("img").src = tlc.raster(n, n, valueAt(pane), scale, dotted(pane));
+      if (is) buttons[i].querySelector("img").src = tlc.raster(tlc.view(n), valueAt(sets.trained(pane)), scale, dotted(pane));
     });
     const pane = panes[shown.pane];
-    zoom.paint(valueAt(pane), scale, dotted(pane));
-    part("title").textContent = `${pane.kind.title}, ${pane.sublayer}: ${shown.quantity} of ${pane.kind.compared}`;
-    const others = cells.filter(([r, c]) => r !== c).map(([r, c]) => valueAt(pane)(r, c));
-    const defined = others.filter((value) => value !== undefined && value !== null);
-    const mean = defined.length ? defined.reduce((sum, value) => sum + value, 0) / defined.length : null;
-    part("mean").textContent = `mean ${tlc.number(mean)}`;
-    const absent = panes.some((some) => some.kind.positions.length < n);
+    const means = [pane.meanOf(pane.trained, layer), pane.fresh ? pane.meanOf(pane.fresh, layer) : null];
+    const ofSets = { trained: means[0], "fresh weights": means[1], difference: minus(...means) };
+    for (const [set, cellAt] of Object.entries(sets)) {
+      maps[set].map.paint(valueAt(cellAt(pane)), scale, set === "trained" ? dotted(pane) : () => false);
+      maps[set].caption.replaceChildren(hasFresh ? set : "coupling", tlc.html("small", { "data-mean": set }, `mean ${tlc.quantity(shown.quantity, ofSets[set])}`));
+    }
+    part("title").textContent = `${pane.kind.title}, ${pane.sublayer}: ${tlc.quantities[shown.quantity]} of ${pane.kind.compared}`;
+    const absent = measured.some((some) => some.kind.positions.length < n);
     const neutral = [data.diagonal_is_one && "diagonal, 1 by definition", absent && "not compared"].filter(Boolean);
     const swatches = neutral.length ? [["diagonal", neutral.join("; ")]] : [];
     if (undefinedCells) swatches.push(["undefined", "not defined"]);
-    const undeterminedCells = panes.some((some) => some.measured(layer) && cells.some(([r, c]) => dotted(some)(r, c)));
-    if (undeterminedCells) swatches.push(tlc.undeterminedBases.swatch);
-    const title = "all panes and layers";
-    part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title, swatches }));
-    if (shown.cell) point(...shown.cell);
+    if (dots) swatches.push(tlc.undeterminedBases.swatch);
+    const marks = shown.quantity === "coupling" ? [[pane.trained.mean.null[panes.filter((one) => one.kind === pane.kind).indexOf(pane)][pane.kind.layers.indexOf(layer)][pane.kind.ks.indexOf(tlc.choice.k)], "null"]] : [];
+    part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title: "all panes of the layer", swatches, marks }));
   };
 
   const drawAttention = () => {
     const { layer } = shown;
-    const missing = !attention?.layers.includes(layer);
+    const missing = !hasAttention(layer);
     part("no-attention").hidden = !missing;
-    part("attention").hidden = missing;
+    if (maps.attention) maps.attention.node.hidden = missing;
+    part("heads").hidden = !hasHeads(layer);
     if (missing) {
       part("no-attention").textContent = attention
         ? `The attention patterns of layer ${layer} were not kept, because the prompt is long. In Python: tlc.analyze(model, prompt, token_layers=[${layer}]).`
         : "There are no attention patterns: the model has none, or this result contains only coupling.";
-    } else tlc.attentionHeads(part("attention"), patternsOf(layer), tokens);
+      return;
+    }
+    if (!hasHeads(layer)) shown.head = "mean";
+    const at = attends(layer, shown.head);
+    const select = tlc.html("select", { "aria-label": "Head", onchange: (event) => {
+      shown.head = event.target.value === "mean" ? "mean" : Number(event.target.value);
+      drawAttention();
+    } });
+    const options = hasHeads(layer) ? Array.from({ length: attention.heads.shape[1] }, (_, head) => head) : [];
+    select.append(
+      tlc.html("option", { value: "mean" }, "attention, mean over heads"),
+      ...options.map((head) => tlc.html("option", { value: head }, `attention of head ${head}`)),
+    );
+    select.value = shown.head;
+    maps.attention.caption.replaceChildren(select, tlc.html("small", {}, "square roots from 0 to 1"));
+    // small shares of attention stay visible: colours go with the square root
+    maps.attention.map.paint((r, c) => { const value = at(r, c); return value === undefined ? undefined : Math.sqrt(value); }, tlc.scale(1));
+    if (hasHeads(layer)) drawHeads();
+    else part("no-heads").hidden = false;
+    part("no-heads").hidden = hasHeads(layer);
   };
 
-  for (const quantity of ["coupling", "null", "excess"]) {
-    const input = tlc.html("input", { type: "radio", name: "quantity", value: quantity });
-    input.checked = quantity === shown.quantity;
-    input.addEventListener("change", () => {
-      shown.quantity = quantity;
-      draw();
+  /** circuitsvis draws a window of the tokens, which ends with the chosen one. */
+  const drawHeads = () => {
+    const size = Math.min(n, data.attention.window);
+    const to = Math.max(Math.min(Number(part("window").value) || n - 1, n - 1), size - 1);
+    const first = to + 1 - size;
+    part("window-shown").textContent = `tokens ${first} to ${to}`;
+    const indices = Array.from({ length: size }, (_, i) => first + i);
+    const patterns = Array.from({ length: attention.heads.shape[1] }, (_, head) => {
+      const at = attends(shown.layer, head);
+      return indices.map((r) => indices.map((c) => (c > r ? 0 : Math.round(at(r, c) * 1e4) / 1e4)));
     });
-    part("quantity").append(tlc.html("label", {}, input, quantity));
-  }
-  if (first > 0) part("cut").append(`The axes show the last ${n} of ${data.n_tokens} tokens.`);
-  part("readout").textContent = "Point at a cell, or focus the pane and use the arrow keys.";
+    tlc.attentionHeads(part("attention"), patterns, indices.map((i) => tokens[i]), first);
+  };
+  const input = part("window");
+  [input.min, input.max, input.value] = [Math.min(n, data.attention?.window ?? n) - 1, n - 1, n - 1];
+  part("window-chooser").hidden = !data.attention || n <= data.attention.window;
+  input.addEventListener("change", drawHeads);
+
+  const draw = () => {
+    drawCoupling();
+    if (shown.cell) point(...shown.cell);
+  };
+  part("quantity").append(...tlc.quantitySwitch("pair-quantity", (quantity) => {
+    shown.quantity = quantity;
+    draw();
+  }));
+  part("no-fresh").hidden = hasFresh || !panes.length;
+  part("readout").textContent = "Point at a cell, or focus a pane and use the arrow keys.";
   tlc.choice.on(["layer"], (layer) => {
     shown.layer = layer;
     part("layer").textContent = `${layer}`;
@@ -196,6 +243,16 @@ tlc.sections.pairs = (section, data) => {
     draw();
   });
   tlc.choice.on(["k"], () => shown.layer !== null && draw());
-  tlc.choice.on(["token"], (token) => zoom.mark(token - first));
-  tlc.inScheme(() => shown.layer !== null && draw());
+  tlc.choice.on(["token"], (token) => {
+    Object.values(maps).forEach(({ map }) => map.mark(token));
+    if (n > (data.attention?.window ?? n) && shown.layer !== null && hasHeads(shown.layer)) {
+      input.value = Math.min(n - 1, token + Math.floor(data.attention.window / 2));
+      drawHeads();
+    }
+  });
+  tlc.inScheme(() => {
+    if (shown.layer === null) return;
+    drawAttention();
+    draw();
+  });
 };

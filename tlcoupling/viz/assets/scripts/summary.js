@@ -1,45 +1,51 @@
 tlc.sections.summary = (section, data) => {
   const several = new Set(data.coupling.map((row) => row.k)).size > 1;
-  if (data.n_measured > 1) tlc.part(section, "coupling-note").append(`, mean over ${data.n_measured} tokens`);
+  const part = (name) => tlc.part(section, name);
   const number = tlc.number;
-  tlc.part(section, "coupling").append(
+  const fresh = data.fresh;
+  part("headline").textContent = data.headline;
+  part("no-fresh").hidden = Boolean(fresh);
+  if (data.n_measured > 1) part("coupling-note").append(`, mean over ${data.n_measured} tokens`);
+  part("coupling").append(
     tlc.table(
-      ["", "coupling", "null", "excess", "overlap U", "overlap V", "null K/d"],
-      data.coupling.map((row) => [
+      ["", "coupling", "null", "excess", ...(fresh ? ["fresh excess"] : []), "overlap U", "overlap V", "null K/d"],
+      data.coupling.map((row, i) => [
         several ? `${row.sublayer}, K = ${row.k}` : row.sublayer,
         number(row.coupling),
         number(row.null),
         tlc.html("strong", {}, number(row.excess)),
+        ...(fresh ? [number(fresh.coupling[i].excess)] : []),
         number(row.overlap_u),
         number(row.overlap_v),
         number(row.overlap_null),
       ]),
     ),
   );
-  tlc.part(section, "linearity").append(
+  part("linearity").append(
     tlc.table(
-      ["path", "mean", "min", "max", "random √n"],
-      data.linearity.map((row) => [
+      ["path", "mean", ...(fresh ? ["fresh"] : []), "random √n", "min", "max"],
+      data.linearity.map((row, i) => [
         `${row.path}, ${row.steps} steps`,
         tlc.html("strong", {}, number(row.mean, 3)),
+        ...(fresh ? [number(fresh.linearity[i].mean, 3)] : []),
+        number(row.random, 3),
         number(row.lowest, 3),
         number(row.highest, 3),
-        number(row.random, 3),
       ]),
     ),
   );
-  const growth = data.growth;
-  tlc.part(section, "growth").append(
+  const rows = [
+    ["median ED", "median_expodistance", 3],
+    ["mean rate per layer", "mean_rate", 4],
+    ["of which attention", "attn_share", 4],
+    ["of which MLP", "mlp_share", 4],
+    ["mean slope per layer", "mean_slope", 4],
+    ["mean R²", "mean_r_squared", 3],
+  ];
+  part("growth").append(
     tlc.table(
-      ["over tokens", ""],
-      [
-        ["median ED", number(growth.median_expodistance, 3)],
-        ["mean rate per layer", number(growth.mean_rate)],
-        ["of which attention", number(growth.attn_share)],
-        ["of which MLP", number(growth.mlp_share)],
-        ["mean slope per layer", number(growth.mean_slope)],
-        ["mean R²", number(growth.mean_r_squared, 3)],
-      ],
+      ["over tokens", fresh ? "trained" : "", ...(fresh ? ["fresh"] : [])],
+      rows.map(([text, name, digits]) => [text, ...[data, fresh].filter(Boolean).map((of) => number(of.growth[name], digits))]),
     ),
   );
 };

@@ -11,7 +11,7 @@ tlc.sections.tokens = (section, data) => {
   for (const name of Object.keys(numbers)) if (!data[name]) delete numbers[name];
   const value = (name, i) => tlc.number(data[name][i], numbers[name]?.digits ?? 4);
   const describe = (i) =>
-    `${i} “${data.tokens[i]}”: LSS ${value("lss", i)}, ED ${value("ed", i)}, final norm ${value("norm", i)}, ` +
+    `${tlc.named(i, data.tokens[i])}: LSS ${value("lss", i)}, ED ${value("ed", i)}, final norm ${value("norm", i)}, ` +
     `rate ${value("rate", i)}${data.attn_share ? ` (attention ${value("attn_share", i)}, MLP ${value("mlp_share", i)})` : ""}, ` +
     `R² ${tlc.number(data.r_squared[i], 3)}`;
   tlc.part(section, "random").append(`${tlc.number(Math.sqrt(data.n_steps), 2)} for ${data.n_steps} blocks`);
@@ -90,6 +90,7 @@ tlc.sections.tokens = (section, data) => {
     tlc.part(section, "switch").append(tlc.html("label", {}, input, label));
   }
 
+  tlc.part(section, "ends").hidden = !data.most.length;
   const rows = (order) =>
     tlc.table(
       ["token", "LSS", "ED", "final norm"],

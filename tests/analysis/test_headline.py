@@ -1,0 +1,116 @@
+"""The headline's rules: what may be said of numbers, and that nothing is said of chance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from analyses import make_analysis
+from cases import CASES, TOKENS
+
+import tlcoupling as tlc
+from tlcoupling.analysis.headline import MARGIN, findings, sentence
+
+
+def coupled(n: int = 12, level: float = 0.0, **changes: float) -> tlc.DepthCoupling:
+    """Depth-wise coupling of n layers at its null of 0.01, plus a level for all pairs, or for each sublayer by name."""
+    coupling = make_analysis(n_layers=n).coupling
+    null, std = torch.full_like(coupling.null, 0.01), torch.full_like(coupling.null_std, 0.001)
+    above = torch.tensor([changes.get(name, level) for name in coupling.sublayers]).reshape(-1, 1, 1, 1, 1)
+    return replace(coupling, values=null + above, null=null, null_std=std)
+
+
+def said(coupling: tlc.DepthCoupling, **options: object) -> str:
+    analysis = make_analysis(n_layers=len(coupling.layers))
+    return sentence(findings(coupling, analysis.linearity, analysis.growth, **options))
+
+
+def test_coupling_is_claimed_beyond_three_errors_alone() -> None:
+    assert said(coupled(level=2.9e-3)).startswith("Blocks couple no more than chance (0.0129 against 0.0100);")
+    assert said(coupled(level=3.1e-3)).startswith("Blocks couple 1.3 times chance (0.0131 against 0.0100);")
+    assert "(0.0131 against 0.0100, p = 0.01)" in said(coupled(level=3.1e-3), p="p = 0.01")
+
+
+def test_a_ratio_needs_a_null_well_above_its_own_spread() -> None:
+    coupling = coupled(level=0.01)
+    wide = replace(coupling, null_std=torch.full_like(coupling.null, 0.0033))
+    assert said(wide).startswith("Blocks couple 2.0 times chance")  # 0.01 is 3.03 spreads
+    wide = replace(wide, null=wide.null * 0.9, values=wide.values + 0.001)  # 2.7 spreads
+    assert said(wide).startswith("Blocks couple 0.0120 above chance (0.0210 against 0.0090)")
+
+
+def test_a_run_of_layers_is_named_where_it_couples_more_than_twice_as_much() -> None:
+    coupling = coupled(level=0.01)
+    assert "most in layers" not in said(coupling)
+    coupling.values[..., 3:8, 3:8] += 0.1
+    assert "most in layers 3 to 7" in said(coupling)
+
+
+def test_one_sublayer_is_above_the_other_beyond_their_errors() -> None:
+    error = 2**0.5 * 1e-3 * MARGIN
+    assert "more than" not in said(coupled(block=0.02, attn=0.02, mlp=0.02 + 0.99 * error))
+    assert "MLP more than attention" in said(coupled(block=0.02, attn=0.02, mlp=0.02 + 1.01 * error))
+    assert "attention more than MLP" in said(coupled(block=0.02, attn=0.03, mlp=0.02))
+
+
+def test_distance_is_described_where_coupling_was_found() -> None:
+    coupling = coupled(level=0.01)
+    coupling.values.diagonal(1, -2, -1).add_(0.1)
+    coupling.values.diagonal(-1, -2, -1).add_(0.1)
+    assert "neighbours 0.120, 8 layers apart 0.020" in said(coupling)
+    assert "neighbours" not in said(coupled())
+
+
+def test_trajectories_are_straight_beyond_their_spread() -> None:
+    analysis = make_analysis(n_layers=9)
+
+    def of(*scores: float) -> str:
+        lss = analysis.linearity.lss.clone()
+        lss[0] = torch.tensor(scores)
+        found = findings(analysis.coupling, replace(analysis.linearity, lss=lss), analysis.growth)
+        return next(one.text for one in found if one.name == "line-shape score")
+
+    assert of(2.0, 2.2, 2.1, 2.0).startswith("trajectories straighter than random steps")
+    assert of(2.5, 2.9, 3.3, 2.7).startswith("trajectories no straighter than random steps")  # 2.85 + 0.3 > 3
+    assert of(*[float("nan")] * 4) == "no trajectory has a line-shape score"
+
+
+def test_growth_is_compared_with_fresh_weights_beyond_the_spread_of_tokens() -> None:
+    analysis = make_analysis()
+    growth = replace(analysis.growth, rate=torch.tensor([0.1, 0.1, 0.1, 0.1]))
+    other = replace(analysis.growth, rate=torch.tensor([0.04, 0.06, 0.05, 0.05]))
+
+    def of(growth: tlc.Growth, fresh: tlc.Growth | None = None) -> str:
+        found = findings(analysis.coupling, analysis.linearity, growth, fresh=fresh)
+        return next(one.text for one in found if one.name == "growth rate per layer")
+
+    assert of(growth) == "norms grow 11% a layer"
+    assert of(growth, other) == "norms grow 11% a layer (fresh weights 5%)"
+    assert of(growth, growth) == "norms grow 11% a layer (no different from fresh weights, 11%)"
+
+
+def test_sinks_are_left_out_named_and_brought_back() -> None:
+    analysis = make_analysis(positions=(0, 1))
+    analysis.growth.norms[1, 0] = 1e4
+    analysis.coupling.values[:, 0] = 0.9
+    without, all_tokens = (analysis.summary(include_sinks=sinks).set_index("finding") for sinks in (False, True))
+    assert "1 sink left out: 0 “The”" in analysis.headline()
+    assert "sink" not in analysis.headline(include_sinks=True)
+    block = "coupling of blocks"
+    assert without["value"][block] == pytest.approx(float(analysis.coupling.mean()[0, 1, 0]), rel=1e-6)
+    assert without["with_sinks"][block] == all_tokens["value"][block] > without["value"][block]
+
+
+def test_nothing_is_found_in_fresh_weights() -> None:
+    model = CASES[0].model()
+    analysis = tlc.analyze(tlc.random_baseline(model), TOKENS, k=4, baseline=tlc.random_baseline(model, seed=1))
+    text = analysis.headline()
+    assert "no more than chance" in text and "no different from fresh weights" in text, text
+    assert "most in" not in text and "neighbours" not in text and " more than attention" not in text
+    table = analysis.summary()
+    assert list(table)[:7] == ["finding", "value", "chance", "error", "found", "with_sinks", "fresh"]
+    assert not table[table["finding"].str.startswith(("coupling", "excess", "growth"))]["found"].any()
+    assert table["fresh"].notna().all()
+    assert text[:30] in repr(analysis) and "\n" not in repr(analysis)
+    assert ", p = " in text or ", p ≤ " in text

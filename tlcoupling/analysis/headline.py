@@ -1,0 +1,234 @@
+"""The finding in a sentence: which numbers of an analysis differ from chance, by rules.
+
+Each number has its chance level and its error. A clause claims a difference only where the number is further from
+chance than ``MARGIN`` errors; otherwise it says that nothing was found. The rules:
+
+- **Coupling.** The number is the mean over ordered pairs of different layers and over measured tokens, at the first K.
+  Its error is the null's standard deviation for a single pair. That is too large on purpose: the mean of many pairs
+  varies less, by an amount that depends on how they share bases. A ratio to chance is given only where the null itself
+  exceeds ``MARGIN`` of its standard deviations; otherwise the excess is given.
+- **Layers.** "Most in layers a to b" names a run of three layers or more, and of at most half of them. It maximises the
+  sum over its pairs of excess minus twice the mean excess. It is said only where that sum is positive: the run couples
+  more than twice as much as all layers do.
+- **Sublayers.** One couples more than the other where their excess differs by more than ``MARGIN`` of the two errors,
+  added in quadrature.
+- **Distance.** Neighbours, and layers two thirds of the depth apart, are compared where coupling was found.
+- **Trajectories.** They are straighter than random steps where even a token one standard deviation above the mean
+  line-shape score has less than sqrt(n).
+- **Growth.** Norms grow in fresh weights too. A difference from them is claimed where the mean rates differ by more
+  than ``MARGIN`` of the tokens' standard deviations, added in quadrature. Without a baseline the rate is described.
+- **Sinks** (``Growth.sinks``) are left out of all means over tokens unless no other token was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlcoupling.coupling.chance import p_value
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.metric import off_diagonal_mean
+from tlcoupling.text import counted, visible
+from tlcoupling.trajectory.growth import SINK, Growth
+from tlcoupling.trajectory.linearity import Linearity
+
+MARGIN = 3.0  # errors
+DRAWS = 199  # of the rotation test: about a second for 30 layers
+_NAMES = {"block": "blocks", "attn": "attention", "mlp": "MLP"}
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number and what may be said of it.
+
+    Attributes:
+        name: what was measured.
+        value: the number, without sinks.
+        chance: its chance level: that of random bases, or of random steps; NaN where there is none.
+        error: its error, as the rules define it.
+        found: whether it differs from chance by the rules.
+        text: the clause; empty where another clause says it.
+    """
+
+    name: str
+    value: float
+    chance: float
+    error: float
+    found: bool
+    text: str = ""
+
+
+def findings(
+    coupling: DepthCoupling,
+    linearity: Linearity,
+    growth: Growth,
+    *,
+    fresh: Growth | None = None,
+    include_sinks: bool = False,
+    p: str = "",
+) -> list[Finding]:
+    """Return about a dozen findings, in the order of the sentence.
+
+    Args:
+        coupling: depth-wise coupling.
+        linearity: how straight the trajectories are.
+        growth: how norms grow.
+        fresh: growth in fresh weights, if they were measured.
+        include_sinks: whether sinks count.
+        p: the p-value of the first sublayer's coupling, as text; empty if unknown.
+    """
+    kept = torch.ones_like(growth.sinks) if include_sinks or growth.sinks.all() else ~growth.sinks
+    return [
+        *_coupling(coupling, kept, p),
+        _straightness(linearity, kept),
+        *_growth(growth, fresh, kept),
+        _sinks(growth, include_sinks),
+    ]
+
+
+def sentence(found: list[Finding]) -> str:
+    """Join the clauses to a sentence."""
+    text = "; ".join(one.text for one in found if one.text)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def chance_of_blocks(coupling: DepthCoupling) -> str:
+    """Return the rotation test's p-value of the first sublayer as text; empty for several tokens: not one test."""
+    if len(coupling.positions) > 1 or len(coupling.layers) < 2:
+        return ""
+    test = coupling.test(draws=DRAWS)
+    return p_value(float(test.p[0, 0, 0, 0]), test.draws)
+
+
+def _coupling(coupling: DepthCoupling, kept: Tensor, p: str) -> list[Finding]:
+    """Return each sublayer's coupling, and where it lies."""
+    places = range(len(coupling.positions))
+    chosen = [place for place in places if kept[coupling.positions[place]]] or list(places)
+    matrices = {
+        name: getattr(coupling, name)[:, chosen, 0].double().nanmean(1) for name in ("values", "null", "null_std")
+    }  # [sublayer, layer, layer] each
+    values, null, spread = (off_diagonal_mean(matrix).tolist() for matrix in matrices.values())
+    rows = {
+        name: Finding(f"coupling of {_NAMES.get(name, name)}", c, chance, error, c - chance > MARGIN * error)
+        for name, c, chance, error in zip(coupling.sublayers, values, null, spread, strict=True)
+    }
+    lead = next(iter(rows))
+    excess = (matrices["values"] - matrices["null"])[0]
+    rest = _where(excess, coupling.layers) if rows[lead].found else []
+    return [
+        _with_text(rows[lead], lead, p),
+        *(row for name, row in rows.items() if name != lead),
+        *rest,
+        *_compared(rows),
+        *(_distances(matrices["values"][0], matrices["null"][0]) if rows[lead].found else []),
+    ]
+
+
+def _with_text(row: Finding, sublayer: str, p: str) -> Finding:
+    """Say how far a sublayer's coupling is from chance."""
+    who = _NAMES.get(sublayer, sublayer)
+    numbers = f"{row.value:.4f} against {row.chance:.4f}{', ' if p else ''}{p}"
+    verb = "couple" if sublayer == "block" else "couples"
+    if math.isnan(row.value):
+        text = f"coupling of {who} needs two layers"
+    elif not row.found:
+        text = f"{who} {verb} no more than chance ({numbers})"
+    elif row.chance > MARGIN * row.error:
+        text = f"{who} {verb} {row.value / row.chance:.1f} times chance ({numbers})"
+    else:
+        text = f"{who} {verb} {row.value - row.chance:.4f} above chance ({numbers})"
+    return Finding(row.name, row.value, row.chance, row.error, row.found, text)
+
+
+def _where(excess: Tensor, layers: tuple[int, ...]) -> list[Finding]:
+    """Return the run of layers that couples most, if one stands out."""
+    n, overall = len(layers), float(off_diagonal_mean(excess))
+    above = (excess - 2 * overall).fill_diagonal_(0)
+    runs = [(a, b) for a in range(n) for b in range(a + 2, n) if b - a < n // 2]
+    if not runs:
+        return []
+    a, b = max(runs, key=lambda run: float(above[run[0] : run[1] + 1, run[0] : run[1] + 1].sum()))
+    inside = excess[a : b + 1, a : b + 1]
+    if not above[a : b + 1, a : b + 1].sum() > 0:
+        return []
+    name = f"layers {layers[a]} to {layers[b]}"
+    return [Finding(f"excess in {name}", float(off_diagonal_mean(inside)), overall, NAN, True, f"most in {name}")]
+
+
+def _compared(rows: dict[str, Finding]) -> list[Finding]:
+    """Compare the MLP's coupling with the attention's."""
+    if not {"attn", "mlp"} <= rows.keys():
+        return []
+    attn, mlp = rows["attn"], rows["mlp"]
+    gap, error = (mlp.value - mlp.chance) - (attn.value - attn.chance), math.hypot(attn.error, mlp.error)
+    found = abs(gap) > MARGIN * error and (attn.found or mlp.found)
+    text = f"{'MLP more than attention' if gap > 0 else 'attention more than MLP'}" if found else ""
+    return [Finding("excess of MLP over attention", gap, 0.0, error, found, text)]
+
+
+def _distances(values: Tensor, null: Tensor) -> list[Finding]:
+    """Return the coupling of neighbours and of layers far apart."""
+    n = len(values)
+    far = 2 * n // 3
+    if far < 2:
+        return []
+
+    def at(matrix: Tensor, step: int) -> float:
+        return float(torch.cat([matrix.diagonal(step), matrix.diagonal(-step)]).mean())
+
+    near, distant = at(values, 1), at(values, far)
+    text = f"neighbours {near:.3f}, {far} layers apart {distant:.3f}"
+    return [
+        Finding("coupling of neighbours", near, at(null, 1), NAN, near > distant, text),
+        Finding(f"coupling of layers {far} apart", distant, at(null, far), NAN, near > distant),
+    ]
+
+
+def _straightness(linearity: Linearity, kept: Tensor) -> Finding:
+    """Compare the line-shape score of the block path with that of random steps."""
+    scores = linearity.lss[0][kept].double()
+    scores = scores[scores.isfinite()]
+    chance = math.sqrt(linearity.steps[0])
+    if not len(scores):
+        return Finding("line-shape score", NAN, chance, NAN, False, "no trajectory has a line-shape score")
+    mean, error = float(scores.mean()), float(scores.std(correction=0))
+    found = mean + error < chance
+    what = "straighter than random steps" if found else "no straighter than random steps"
+    text = f"trajectories {what} (line-shape score {mean:.1f}; random {chance:.1f})"
+    return Finding("line-shape score", mean, chance, error, found, text)
+
+
+def _growth(growth: Growth, fresh: Growth | None, kept: Tensor) -> list[Finding]:
+    """Describe the growth of norms, and compare it with that of fresh weights."""
+    (rate, error), (chance, other) = _rate(growth, kept), (NAN, NAN) if fresh is None else _rate(fresh, kept)
+    found = abs(rate - chance) > MARGIN * math.hypot(error, other)  # never with NaN
+    text = f"norms {'grow' if rate > 0 else 'shrink'} {abs(math.expm1(rate)):.0%} a layer"
+    shares = []
+    if growth.attn_share is not None and growth.mlp_share is not None:
+        attn, mlp = (share[:, kept].double().nanmean().item() for share in (growth.attn_share, growth.mlp_share))
+        most = "the MLP's" if mlp > attn else "attention's"
+        if min(attn, mlp) >= 0 and max(attn, mlp) > 2 * min(attn, mlp):
+            text += f", most of it {most}"
+        shares = [Finding("growth by attention", attn, NAN, NAN, False), Finding("growth by MLP", mlp, NAN, NAN, False)]
+    if fresh is not None:
+        text += f" ({'fresh weights' if found else 'no different from fresh weights,'} {math.expm1(chance):.0%})"
+    return [Finding("growth rate per layer", rate, chance, error, found, text), *shares]
+
+
+def _rate(growth: Growth, kept: Tensor) -> tuple[float, float]:
+    rates = growth.rate[kept].double()
+    rates = rates[rates.isfinite()]
+    return float(rates.mean()), float(rates.std(correction=0)) if len(rates) else NAN
+
+
+def _sinks(growth: Growth, include_sinks: bool) -> Finding:
+    """Name the sinks."""
+    where = growth.sinks.nonzero().flatten().tolist()
+    names = ", ".join(f"{pos} “{visible(growth.tokens[pos])}”" for pos in where[:3])
+    more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+    text = f"{counted(len(where), 'sink')} left out: {names}{more}" if where and not include_sinks else ""
+    return Finding(f"sinks, norm more than {SINK:g} times the median", float(len(where)), NAN, NAN, bool(where), text)

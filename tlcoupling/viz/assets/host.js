@@ -1,0 +1,28 @@
+/* Beside a widget's frame: makes the frame as high as its page, gives it the host's colour scheme, opens it as a page. */
+(() => {
+  const frame = document.currentScript?.previousElementSibling?.previousElementSibling;
+  if (!frame || frame.tagName !== "IFRAME") return;
+  const link = frame.nextElementSibling;
+  link.hidden = false;
+  link.addEventListener("click", () => {
+    link.href = URL.createObjectURL(new Blob([frame.srcdoc], { type: "text/html" }));
+  });
+
+  /** Dark if what lies behind the frame is. */
+  const schemeOf = () => {
+    for (let node = frame; node; node = node.parentElement) {
+      const [r, g, b, a = 1] = (getComputedStyle(node).backgroundColor.match(/[\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
+      if (a > 0.5) return 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
+    }
+    return "light";
+  };
+  const tell = () => frame.contentWindow?.postMessage({ tlcoupling: { scheme: schemeOf() } }, "*");
+  addEventListener("message", (event) => {
+    const height = event.data?.tlcoupling?.height;
+    if (event.source !== frame.contentWindow || !(height > 0)) return;
+    frame.style.height = `${Math.ceil(height)}px`;
+    tell();
+  });
+  const changes = new MutationObserver(tell);
+  for (const node of [document.documentElement, document.body]) changes.observe(node, { attributes: true });
+})();
