@@ -1,11 +1,9 @@
-"""What the tests of scores share: a table of made-up models, and few resamples."""
+"""What the tests of scores share: a table of made-up models."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-
-QUICK = {"resamples": 200}
 
 
 def models(n: int = 12, seed: int = 0) -> pd.DataFrame:

@@ -38,6 +38,7 @@ TESTED_IN = {
     "models/offline": "models/test_load",
     "progress": "analysis/test_analyze",
     "public": "test_public_names",
+    "scores/clusters": "scores/test_correlate",
     "sweeps/entries": "sweeps/test_store",
     "sweeps/plan": "sweeps/test_plan_file",
     "sweeps/shapes": "sweeps/test_forecast",

@@ -24,3 +24,12 @@ def test_an_estimate_counts_the_coupling_of_tokens() -> None:
         ]
     with pytest.raises(ArgumentError, match="token_layers=3"):
         tlc.estimate(model, TOKENS, 4, token_layers=3)
+
+
+def test_the_draws_of_a_test_are_counted():
+    model = CASES[0].model()
+    plain, tested, twice = (tlc.estimate(model, TOKENS, 4, draws=draws) for draws in (0, 100, 200))
+    assert twice.flops - plain.flops == pytest.approx(2 * (tested.flops - plain.flops)) and tested.flops > plain.flops
+    assert tested.stages[-1].name == "rotation test" and len(tested.stages) == len(plain.stages) + 1
+    several = tlc.estimate(model, TOKENS, 4, tokens=[0, 1], draws=100)
+    assert tested.stages[-1].flops < several.stages[-1].flops < 2 * tested.stages[-1].flops  # they share numbers

@@ -35,9 +35,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 
 def run(output: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(
-        app, ["correlate", "--output", str(output), "--resamples", "200", *arguments], env={"COLUMNS": "80"}
-    )
+    return CliRunner().invoke(app, ["correlate", "--output", str(output), *arguments], env={"COLUMNS": "80"})
 
 
 def test_the_published_points_are_the_default(tmp_path: Path):
@@ -63,12 +61,21 @@ def test_a_table_and_scores_of_ones_own(files: tuple[str, str], tmp_path: Path):
     table, scores = files
     result = run(tmp_path / "out", table, "--scores", scores)
     assert result.exit_code == 0, result.output
-    found = tlc.correlate(table, scores, resamples=200)
+    found = tlc.correlate(table, scores)
     line = next(line for line in result.stdout.splitlines() if line.startswith("coupling "))
     of = found.of("coupling")
     assert line.split()[1:3] == ["6", f"{of['r_squared']:.2f}"]
     assert f"{of['low']:+.2f} to {of['high']:+.2f}" in line
     assert "6 models, 3 families" in result.stdout
+    assert "p-values and intervals take the models as independent" in result.stdout
+
+
+def test_a_condition_names_what_it_leaves_out(files: tuple[str, str], tmp_path: Path):
+    table, scores = files
+    result = run(tmp_path / "out", table, "--scores", scores, "--where", "score < 5 and d_model <= 128")
+    assert result.exit_code == 0, result.output
+    assert "4 models, 2 families" in result.stdout
+    assert "left out by 'score < 5 and d_model <= 128': qwen-a, qwen-b" in result.stdout
 
 
 def test_a_store_is_a_table(tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import CASES, TOKENS
+from cases import TOKENS, fresh
 from oracle import haar_of
 
 import tlcoupling as tlc
@@ -61,7 +61,7 @@ def test_a_block_of_a_rotation(k: int):
 
 
 def test_each_kind_of_coupling_has_a_test(tmp_path):
-    trace = tlc.trace(CASES[0].model(), TOKENS)
+    trace = tlc.trace(fresh(0), TOKENS)
     found = tlc.depth_coupling(trace, [2, 4], tokens=[3, 4])
     test = found.test(draws=99)
     assert test.axes == ("sublayer", "pos", "k", "pairs") and test.labels[-1][0] == "all"
@@ -82,7 +82,7 @@ def test_each_kind_of_coupling_has_a_test(tmp_path):
 
 
 def test_blocks_of_layers():
-    found = tlc.depth_coupling(tlc.trace(CASES[0].model(), TOKENS), 4, sublayers="mlp")
+    found = tlc.depth_coupling(tlc.trace(fresh(0), TOKENS), 4, sublayers="mlp")
     test = found.test(draws=99, blocks={"early": [0, 1], "late": [2, 1]})
     assert test.labels[-1][-3:] == ("early", "late", "early with late") and test.count.tolist()[-3:] == [2, 2, 6]
     excess = found.excess[0, 0, 0].double()
@@ -93,12 +93,12 @@ def test_blocks_of_layers():
 
 
 def test_without_a_pair_there_is_no_p_value():
-    test = tlc.depth_coupling(tlc.trace(CASES[0].model(), TOKENS), 4, layers=[1]).test(draws=99)
+    test = tlc.depth_coupling(tlc.trace(fresh(0), TOKENS), 4, layers=[1]).test(draws=99)
     assert test.p.isnan().all() and test.excess.isnan().all() and test.low.isnan().all()
 
 
 def test_bad_arguments():
-    found = tlc.depth_coupling(tlc.trace(CASES[0].model(), TOKENS), 4, sublayers="mlp")
+    found = tlc.depth_coupling(tlc.trace(fresh(0), TOKENS), 4, sublayers="mlp")
     with pytest.raises(ArgumentError, match="draws=19 .*at least 39"):
         found.test(draws=19)
     with pytest.raises(ArgumentError, match=r"confidence=1\.0"):

@@ -8,10 +8,10 @@ from typing import Literal
 
 import pytest
 import torch
-from oracle import haar_of
+from oracle import haar, haar_of
 
 from tlcoupling.coupling.metric import coupling
-from tlcoupling.coupling.null import null_coupling, null_std
+from tlcoupling.coupling.null import null_coupling, null_std, overlap_null, unreached
 
 DRAWS, WIDTH = 4000, 32
 
@@ -59,3 +59,35 @@ def test_the_null_has_a_derivative():
     """``coupling_loss`` minimises the excess: the null moves with the spectrum."""
     s = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: null_coupling(s, s.norm() + 1, 12), (s,))
+
+
+def test_a_direction_that_vectors_do_not_reach_is_found():
+    generator = torch.Generator().manual_seed(0)
+    d, k = 40, 6
+    constant, stream, other = torch.randn(3, d, generator=generator, dtype=torch.float64)
+    frames = torch.randn(d, k, generator=generator, dtype=torch.float64)
+    missed = torch.linalg.qr(torch.stack([constant, stream], dim=1)).Q
+    vectors = haar_of(frames - missed @ (missed.mT @ frames))
+    found = unreached(vectors, torch.stack([stream, constant], dim=1))
+    torch.testing.assert_close(found @ found.mT, missed @ missed.mT)  # both, as a norm that centres misses both
+    assert unreached(vectors, torch.stack([stream, other], dim=1)).shape == (d, 1)
+    assert unreached(haar(d, k, generator), torch.stack([constant, stream], dim=1)).shape == (d, 0)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.5, math.pi / 2])
+def test_the_overlap_of_subspaces_that_miss_a_direction(angle: float):
+    """Directions at an angle: over 4000 draws, within four standard errors; the same direction gives K / (d - 1)."""
+    generator, d, k = torch.Generator().manual_seed(1), 8, 3
+    first, second = torch.eye(d, dtype=torch.float64)[:, :2].mT
+    missed = [first[:, None], (math.cos(angle) * first + math.sin(angle) * second)[:, None]]
+    bases = []
+    for direction in missed:
+        frames = torch.randn(4000, d, k, generator=generator, dtype=torch.float64)
+        bases.append(haar_of(frames - direction @ (direction.mT @ frames)))
+    overlaps = (bases[0].mT @ bases[1]).square().sum((-2, -1)) / k
+    null = float(overlap_null(k, missed[:1], missed[1:]))
+    assert abs(float(overlaps.mean()) - null) < 4 * float(overlaps.std()) / 4000**0.5
+    if angle == 0:
+        assert null == pytest.approx(k / (d - 1))
+    none = torch.zeros(d, 0, dtype=torch.float64)
+    assert float(overlap_null(k, [none], [none])) == pytest.approx(k / d)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from score_tables import QUICK, models
+from score_tables import models
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
@@ -34,7 +34,7 @@ def test_a_sweeps_table_is_averaged_over_prompts_by_sublayer_and_k(tmp_path: Pat
     scores = dict(zip("dcba", rng.normal(size=4), strict=True))
     path = tmp_path / "table.parquet"
     pd.concat([table, random, failed]).to_parquet(path)
-    found = tlc.correlate(path, scores, **QUICK)
+    found = tlc.correlate(path, scores)
     of = table[(table["sublayer"] == "attn") & (table["k_asked"] == "0.1")].groupby("model")
     expected = scipy.stats.pearsonr(of["coupling"].mean(), [scores[name] for name in "abcd"])[0]
     assert found.of("coupling attn K=0.1")["r"] == pytest.approx(expected, abs=1e-12)
@@ -51,6 +51,6 @@ def test_families_are_read_off_names():
 def test_mixed_settings_and_unlike_prompts_are_not_averaged_without_a_word():
     table = models(6).assign(settings=["a"] * 3 + ["b"] * 3)
     with pytest.raises(ArgumentError, match="2 different settings"):
-        tlc.correlate(table, **QUICK)
+        tlc.correlate(table)
     with pytest.warns(UserWarning, match="models are measured on different prompts"):
-        tlc.correlate(models(6).assign(prompt_id=["a"] * 5 + ["b"]), **QUICK)
+        tlc.correlate(models(6).assign(prompt_id=["a"] * 5 + ["b"]))

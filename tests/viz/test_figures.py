@@ -30,7 +30,7 @@ from matplotlib.text import Text
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.results.base import Provenance
-from tlcoupling.results.intervals import bootstrap_mean
+from tlcoupling.results.intervals import mean_interval
 from tlcoupling.viz import figures
 from tlcoupling.viz.figures.style import DIVERGING, SEQUENTIAL, SUBLAYER_COLORS, depth_colors, label, matrix_colors
 
@@ -200,7 +200,7 @@ def test_singular_values_and_their_fit_are_drawn():
 
 
 def test_coupling_by_distance_draws_profiles_nulls_and_intervals():
-    prompts = [replace(make_analysis(n_layers=6).coupling) for _ in range(4)]
+    prompts = [replace(make_analysis(n_layers=6).coupling) for _ in range(6)]
     for index, one in enumerate(prompts):
         prompts[index] = replace(one, values=one.values * (1 + 0.1 * index))
     baseline = replace(prompts[0], values=prompts[0].null)
@@ -214,7 +214,7 @@ def test_coupling_by_distance_draws_profiles_nulls_and_intervals():
         np.testing.assert_allclose(chance, null.mean(0))
         np.testing.assert_allclose(other, baseline.profile("values")[which, 0, 0].double())
         np.testing.assert_array_equal(axes.lines[0].get_xdata(), range(1, 6))
-        interval = bootstrap_mean(values, 0.95, 1999, 0, "coupling", "prompt")
+        interval = mean_interval(values, 0.95, "coupling")
         corners = axes.collections[0].get_paths()[0].vertices
         for end in ("low", "high"):
             for distance, height in enumerate(interval[end].tolist(), start=1):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, check_int, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.chance import work_of_draws
 from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group, visits
@@ -119,6 +120,7 @@ def estimate(
     attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
+    draws: int = 0,
 ) -> Estimate:
     """Estimate what ``trace`` and ``depth_coupling`` (or ``analyze``) would cost; the model is not run.
 
@@ -139,6 +141,7 @@ def estimate(
         attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
+        draws: of ``test()`` of the depth-wise coupling; by default it is not counted.
 
     Returns:
         ``Estimate``: work, memory and seconds.
@@ -166,12 +169,17 @@ def estimate(
         for kind, (parts, groups) in jobs.items()
     }
     rates = measured_rates(first.device, dtype)
+    stages = stages_of(model, n_tokens, schedules, rates)
+    if check_int("draws", draws, 0):
+        pairs = len(chosen) * (len(chosen) - 1) // 2
+        work = work_of_draws(draws, pairs, len(names) * len(positions), max(options.k))
+        stages += (Stage("rotation test", f"{draws} draws", work.flops, rates.seconds(work)),)
     return Estimate(
         model_name=model_name_of(model),
         n_tokens=n_tokens,
         n_measured=len(positions),
         ks=options.k,
-        stages=stages_of(model, n_tokens, schedules, rates),
+        stages=stages,
         memory_bytes=max(schedule.peak_bytes for schedule in schedules.values()),
         free_bytes=min(schedule.free_bytes for schedule in schedules.values()),
         rates=rates,

@@ -1,4 +1,4 @@
-"""Coupling, linearity and growth over many prompts, with confidence intervals over prompts or tokens."""
+"""Coupling, linearity and growth over many prompts, with confidence intervals over prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tlcoupling.linalg.svd import SolverName
 from tlcoupling.precision import full_precision
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Provenance, Result, engines_of_prompts
-from tlcoupling.results.intervals import Interval, Unit, bootstrap_mean
+from tlcoupling.results.intervals import Interval, mean_interval
 from tlcoupling.text import counted
 from tlcoupling.trajectory.growth import growth
 from tlcoupling.trajectory.linearity import linearity
@@ -98,53 +98,65 @@ class ManyAnalyses(Result):
         return self.coupling - self.null
 
     def interval(
-        self,
-        quantity: Quantity = "excess",
-        confidence: float = 0.95,
-        by: Unit = "prompt",
-        *,
-        resamples: int = 9999,
-        seed: int = 0,
+        self, quantity: Quantity = "excess", confidence: float = 0.95, *, minus: ManyAnalyses | None = None
     ) -> Interval:
-        """Return the mean of a quantity with its bootstrap interval (``scipy.stats.bootstrap``, BCa).
+        """Return the mean of a quantity over prompts with its confidence interval; the mean over tokens is a prompt's.
+
+        The prompts stand for those that they were drawn from. Tokens of one prompt are not independent, so a prompt is
+        one unit, however many of its tokens were measured.
 
         Args:
             quantity: ``"coupling"``, ``"null"``, ``"excess"``, ``"lss"``, ``"expodistance"`` or ``"rate"``.
             confidence: level of the interval, between 0 and 1.
-            by: the resampled unit. ``"prompt"``: the mean over a prompt's tokens is one unit, which gives an interval
-                for similar prompts. ``"token"``: each row is a unit. Tokens of one prompt are not independent, so this
-                interval is too narrow for other prompts.
-            resamples: number of bootstrap samples.
-            seed: seed of the resampling; equal data give equal intervals.
+            minus: another model on the same prompts, such as ``self.baseline``. The interval is then that of the
+                difference, self minus other, prompt by prompt.
+
+        Returns:
+            ``Interval``. Its ends are NaN with fewer than 6 prompts: no interval covers as often as it says then.
 
         Raises:
-            ArgumentError: an argument out of range.
+            ArgumentError: an argument out of range, or a ``minus`` of other prompts, tokens, sublayers or K.
 
         Warns:
-            UserWarning: the ends are NaN because there is a single unit or all units are equal. Also if units with the
-                value NaN are left out; the warning gives their number.
+            UserWarning: the ends are NaN, because there are too few prompts or all are equal; or prompts without a
+                value are left out. The warning gives their number.
+
+        Example:
+            >>> many.interval("excess", minus=many.baseline)  # doctest: +SKIP
         """
         allowed = (*self._axes, "excess")
         if quantity not in allowed:
             raise ArgumentError("quantity", quantity, f"one of {', '.join(allowed)}")
-        if by not in ("prompt", "token"):
-            raise ArgumentError("by", by, "one of prompt, token")
-        values = getattr(self, quantity).double()
-        if by == "prompt":
-            values = torch.stack([values[self.prompt == index].nanmean(0) for index in self.prompt.unique()])
-        coords = {**self._coords(), "measure": (quantity,)}
-        axes = {**self._axes, **self._derived}[quantity][1:]
+        axes, name = {**self._axes, **self._derived}[quantity][1:], quantity
+        values = self._by_prompt(quantity)
+        if minus is not None:
+            if not self._has_prompts_of(minus):
+                raise ArgumentError("minus", minus, f"the prompts, tokens, sublayers and K of {self!r}")
+            values, name = values - minus._by_prompt(quantity), f"difference in {quantity}"
+        coords = {**self._coords(), "measure": (name,)}
         if not axes:
             axes, values = ("measure",), values[:, None]
         return Interval(
             provenance=self.provenance,
-            **bootstrap_mean(values, confidence, resamples, seed, quantity, by),
-            quantity=quantity,
-            by=by,
+            **mean_interval(values, confidence, name),
+            quantity=name,
+            by="prompt",
             confidence=confidence,
             axes=axes,
             labels=tuple(tuple(coords[axis]) for axis in axes),
         )
+
+    def _by_prompt(self, quantity: str) -> Float[Tensor, "prompt *axes"]:
+        """Return the mean over each prompt's tokens; NaN for a prompt that could not be measured."""
+        values = getattr(self, quantity).double()
+        return torch.stack([values[self.prompt == index].nanmean(0) for index in range(len(self.names))])
+
+    def _has_prompts_of(self, other: ManyAnalyses) -> bool:
+        """Return whether two results can be compared prompt by prompt."""
+        if (self.names, self.sublayers, self.ks, self.paths) != (other.names, other.sublayers, other.ks, other.paths):
+            return False
+        both = set(self.prompt.tolist()) & set(other.prompt.tolist())
+        return all(torch.equal(self.pos[self.prompt == one], other.pos[other.prompt == one]) for one in both)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return the long form with each row's prompt, position and token."""
@@ -177,7 +189,7 @@ def analyze_many(
     baseline: Any | None = None,
     progress: bool | None = None,
 ) -> ManyAnalyses:
-    """Measure a model on many prompts, for intervals over prompts and tokens.
+    """Measure a model on many prompts, for intervals over prompts.
 
     A prompt that cannot be measured gives a warning and an error in the result; the others are kept.
 

@@ -29,7 +29,7 @@ def correlate(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="A CSV or parquet file with columns model and score; optional: revision or step, and family.",
+            help="A CSV or parquet file with columns model and score; optional: revision or step, run and family.",
             show_default="the table's own column 'score'",
         ),
     ] = None,
@@ -42,8 +42,11 @@ def correlate(
     drop_missing: Annotated[
         bool, typer.Option("--drop-missing", help="Skip measured models without a score; otherwise they are an error.")
     ] = False,
-    confidence: Annotated[float, typer.Option(help="Confidence level of the bootstrap intervals.")] = 0.95,
-    resamples: Annotated[int, typer.Option(help="Number of bootstrap samples.")] = 9999,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Keep models that meet a condition, such as 'score > 50'.", show_default="all models"),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
 ) -> None:
     """Correlate measurements with scores: intervals, and partial correlations at a fixed null, width or size.
 
@@ -59,8 +62,8 @@ def correlate(
             table,
             None if scores is None else str(scores),
             score=score,
+            where=where,
             confidence=confidence,
-            resamples=resamples,
             missing="drop" if drop_missing else "error",
         )
         _print(result, table)
@@ -76,11 +79,22 @@ def _print(result: Correlations, table: str | None) -> None:
     title = "The published points" if table is None else table
     console.print(Text(visible(title), style="bold"))
     console.print(f"{counted(len(result.models), 'model')}, {len(result.families)} families")
+    console.print(Text(visible(_units(result))))
+    if result.where:
+        console.print(Text(visible(f"left out by {result.where!r}: {', '.join(result.left_out) or 'none'}")))
     for heading, columns, rows in (_against(result), _fixed(result), _without(result)):
         console.print(f"\n{heading}")
         console.print(_table(columns, rows))
     for line in summary(result):
         console.print(Text(f"\n{visible(line)}"))
+
+
+def _units(result: Correlations) -> str:
+    """Say what counts as independent."""
+    count = len(set(result.cluster))
+    if count == len(result.models):
+        return "p-values and intervals take the models as independent"
+    return f"p-values and intervals are over {count} clusters (column {result.cluster_by!r})"
 
 
 def summary(result: Correlations) -> list[str]:

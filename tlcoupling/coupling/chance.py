@@ -28,6 +28,7 @@ from tlcoupling.linalg.work import Work
 from tlcoupling.results.base import Result
 
 SHOWN = 3  # labels of the first axis in the one line, at most
+NUMBER = 0.003  # small module calls that take as long as a random number, measured
 BATCH = 2**22  # numbers in the drawn blocks at a time, at most
 
 
@@ -204,7 +205,7 @@ def random_blocks(shape: tuple[int, ...], k: int, d: int, rng: np.random.Generat
     return torch.linalg.solve_triangular(root, normal[..., :k, :], upper=True, left=False).float()
 
 
-def test_work(pairs: int, groups: int, k: int, draws: int) -> Work:
-    """Return the work of a rotation test of ``groups`` matrices with so many pairs of rows each."""
-    numbers = 6 * pairs * k**2  # drawn, at about the cost of a hundred operations each
-    return Work(thin=draws * (100.0 * numbers + pairs * (6.0 + 4.0 * groups) * k**3))
+def work_of_draws(draws: int, pairs: int, groups: int, k: int) -> Work:
+    """Return the work of a rotation test of ``groups`` matrices, each with so many unordered pairs of members."""
+    numbers, blocks, products = 6 * pairs * k**2, 2 * pairs * (7.0 / 3) * k**3, 2 * pairs * groups * 2.0 * k**3
+    return Work(svd=blocks + products, calls=NUMBER * numbers) * draws

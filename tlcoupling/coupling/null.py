@@ -12,13 +12,15 @@ None of this is in the paper. ``benchmarks/statistics.py`` holds it against draw
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcoupling.coupling.metric import Normalizer, normalizer_of
 
+UNREACHED = 1e-3  # of the share K / d that vectors have of a direction by chance
 _NODES = 33  # of each half of the quadrature, one a unit of log t; its error is below 1e-6
 
 
@@ -119,6 +121,47 @@ def _root_moments(
     phi = (-(grown.log().sum(-2) + count * grown_rest.log()) / 2).exp()
     slope = phi * ((top[..., None] / grown).sum(-2) + count * rest[..., None] / grown_rest)
     return ((1 - phi) * weights).sum(-1), ((1 - slope) * weights).sum(-1)
+
+
+def unreached(vectors: Float[Tensor, "d K"], candidates: Float[Tensor, "d c"]) -> Float[Tensor, "d n"]:
+    """Return an orthonormal basis of those directions among the candidates' span that the vectors do not reach.
+
+    A norm projects out the stream's own direction, and a LayerNorm also the mean: vectors that random bases would have
+    along such a direction lie in the other d - n. The share of K vectors along a direction that is not projected out is
+    about K / d; one counts as unreached below a thousandth of that.
+
+    Args:
+        vectors: the top K singular vectors of one side, orthonormal.
+        candidates: directions that may be projected out.
+    """
+    basis = torch.linalg.qr(candidates.to(vectors)).Q
+    inner = vectors.mT @ basis
+    shares, directions = torch.linalg.eigh(inner.mT @ inner)
+    return basis @ directions[:, shares < UNREACHED * vectors.shape[1] / len(vectors)]
+
+
+def overlap_null(
+    k: int, rows: Sequence[Float[Tensor, "d _"]], columns: Sequence[Float[Tensor, "d _"]]
+) -> Float[Tensor, "row column"]:
+    r"""Return the overlap expected for random subspaces of K dimensions that do not reach some directions of their own.
+
+    With P1, P2 the projectors onto what they may reach, of rank r1, r2, it is K tr(P1 P2) / (r1 r2): K / d if they
+    reach everything, K / (d - n) if both miss the same n directions.
+
+    Args:
+        k: K.
+        rows: an orthonormal basis of what each row's vectors do not reach.
+        columns: the same of each column.
+    """
+    d, widest = len(rows[0]), max(each.shape[1] for each in (*rows, *columns))
+    first, second = (
+        torch.stack([nn.functional.pad(each.double(), (0, widest - each.shape[1])) for each in side])
+        for side in (rows, columns)
+    )
+    both = torch.einsum("rdi,cdj->rcij", first, second).square().sum((-2, -1))
+    missed, others = (torch.tensor([each.shape[1] for each in side]).to(both) for side in (rows, columns))
+    reached = (d - missed)[:, None] * (d - others)
+    return (k * (d - missed[:, None] - others + both) / reached.clamp(min=1)).clamp(max=1)
 
 
 def projector_moments(k: int, d: int) -> tuple[float, float]:

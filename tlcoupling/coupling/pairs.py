@@ -7,7 +7,7 @@ as soon as its groups are done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 
@@ -16,13 +16,14 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.groups import Place, visits
+from tlcoupling.coupling.groups import Group, Place, visits
 from tlcoupling.coupling.metric import coupling, subspace_overlap
-from tlcoupling.coupling.null import null_coupling, null_std
+from tlcoupling.coupling.null import null_coupling, null_std, overlap_null, unreached
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
@@ -60,7 +61,10 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                 for index in visit.finished:
                     rows, columns_of = batch[index].rows, batch[index].columns
                     compared[index] = {
-                        name: _compare([known[p] for p in rows], [known[p] for p in columns_of], options, workers)
+                        name: {
+                            **_compare([known[p] for p in rows], [known[p] for p in columns_of], options, workers),
+                            **_overlap_nulls(jacobians.trace, name, batch[index], known, options),
+                        }
                         for name, known in held.items()
                     }
                 for name, place in product(sublayers, visit.dropped):
@@ -152,6 +156,27 @@ def _compare(
             name: stacked(spectra, "subspace_uncertainty").mT[[k - 1 for k in options.k]]
             for name, spectra in (("subspace_uncertainty", rows), ("basis_subspace_uncertainty", columns))
         },
+    }
+
+
+def _overlap_nulls(
+    trace: Trace, sublayer: str, group: Group, known: Mapping[Place, Spectrum], options: Options
+) -> dict[str, Float[Tensor, "k row column"]]:
+    """Return the overlaps that chance gives, by field name, given what a norm of each Jacobian projects out."""
+    device = known[group.rows[0]].frobenius.device
+    missed: dict[str, dict[Place, Tensor]] = {"u": {}, "v": {}}
+    for place in group.places:
+        triplets = known[place].triplets
+        reads = trace.mlp_input(place.layer) if sublayer == "mlp" else trace.block_input(place.layer)
+        constant = torch.ones_like(reads[0, place.src])
+        directions = {"u": [constant], "v": [constant, reads[0, place.src]]}
+        for side, vectors in (("u", triplets.u), ("v", triplets.v)):
+            missed[side][place] = unreached(vectors, torch.stack(directions[side], dim=1)).to(device)
+    return {
+        f"overlap_null_{side}": torch.stack(
+            [overlap_null(k, [of[p] for p in group.rows], [of[p] for p in group.columns]) for k in options.k]
+        )
+        for side, of in missed.items()
     }
 
 

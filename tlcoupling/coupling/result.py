@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +26,7 @@ from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.triplets import DETERMINED
 from tlcoupling.results.base import Result
 
-Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v"]
+Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v", "overlap_null_u", "overlap_null_v"]
 FEW_TOKENS = 4  # that a warning names
 CouplingT = TypeVar("CouplingT", bound="Coupling")
 
@@ -42,9 +42,9 @@ class Coupling(Result):
         values: coupling c_K, at most 1. ``[*group, k, row, column]``.
         null: what independent random bases would give, c_null; it depends on the row alone. Same axes.
         null_std: the standard deviation of the coupling under independent random bases, of a single pair. Same axes.
-        overlap_u: overlap of the spaces that two Jacobians write, from 0 to 1; its null is ``overlap_null``. Same axes.
+        overlap_u: overlap of the spaces that two Jacobians write, from 0 to 1. Same axes.
         overlap_v: overlap of the spaces that two Jacobians read. Same axes.
-        overlap_null: K / d_model. ``[k]``.
+        overlap_null: K / d_model, the overlap of random subspaces of the whole width. ``[k]``.
         singular_values: the top singular values of each row. ``[*group, row, rank]``.
         frobenius: ||J||_F of each row. ``[*group, row]``.
         frobenius_error: relative standard error of that where the matrix was too large to form; 0 where it is exact.
@@ -62,8 +62,10 @@ class Coupling(Result):
             and the precision: a bound on the sine of the angle, from 0 to 1 (``Triplets.uncertainty``). Same axes.
         subspace_uncertainty: the same bound for the spaces that the top K vectors of each row span. ``[*group, k,
             row]``.
-        basis_subspace_uncertainty: the same of each column. These four are None in results of version 0.1.
-            ``[*group, k, column]``.
+        basis_subspace_uncertainty: the same of each column. ``[*group, k, column]``.
+        overlap_null_u: the null of ``overlap_u``: K over the effective width, which is smaller than d_model where both
+            Jacobians miss a direction, such as what a norm projects out. Axes of ``values``.
+        overlap_null_v: the null of ``overlap_v``. Same axes. These six are None in results of version 0.1.
     """
 
     values: Float[Tensor, "*group k n n"]
@@ -85,6 +87,8 @@ class Coupling(Result):
     uncertainty: Float[Tensor, "*group n rank"] | None = field(default=None, kw_only=True)
     subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
     basis_subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
+    overlap_null_u: Float[Tensor, "*group k n n"] | None = field(default=None, kw_only=True)
+    overlap_null_v: Float[Tensor, "*group k n n"] | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, group: Sequence[str] = (), member: str = "", **kwargs: Any) -> None:
         """Name the axes: those of the groups, and of what is compared in each."""
@@ -94,6 +98,7 @@ class Coupling(Result):
         pairs, members, bases = (*group, "k", member, f"basis_{member}"), (*group, member), (*group, f"basis_{member}")
         cls._axes = {
             **dict.fromkeys(("values", "null", "null_std", "overlap_u", "overlap_v"), pairs),
+            **dict.fromkeys(("overlap_null_u", "overlap_null_v"), pairs),
             "overlap_null": ("k",),
             "singular_values": (*members, "rank"),
             **dict.fromkeys(("frobenius", "frobenius_error", "residual"), members),
@@ -284,10 +289,11 @@ class Coupling(Result):
         return torch.ones(self.values.shape[:-3], dtype=torch.bool)
 
     def _pairs(self, quantity: str) -> Tensor:
-        allowed = ("values", "null", "excess", "overlap_u", "overlap_v")
-        if quantity not in allowed:
+        if quantity not in (allowed := get_args(Quantity)):
             raise ArgumentError("quantity", quantity, f"one of {', '.join(allowed)}")
-        return getattr(self, quantity)
+        if (matrix := getattr(self, quantity)) is None:
+            raise ArgumentError("quantity", quantity, "another one for a result of version 0.1, which does not have it")
+        return matrix
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         """Labels of the axes that are this kind's own."""

@@ -198,7 +198,7 @@ def _peak_bytes(
     bases = 2.0 * _held(groups) * len(comparison.sublayers) * d * k * item
     projected = item * comparison.columns * k * (2.0 * d + 3.0 * k)
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
-    results = 5.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
+    results = 7.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
     at_work = 0.0
     for cost in costs:
         method = comparison.method(cost, keep).name

@@ -126,7 +126,7 @@ def _small_svd(matrices: Float[Tensor, "stack p q"]) -> tuple[Tensor, Tensor, Te
         try:
             u, s, vh = torch.linalg.svd(matrices.double(), driver="gesvda")
             return u.to(matrices), s.to(matrices), vh.to(matrices)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             pass
     return torch.linalg.svd(matrices)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
-from tlcoupling.results.intervals import bca, check_bootstrap
-from tlcoupling.scores.partial_correlation import partial_correlation, r_squared_of_groups
+from tlcoupling.results.intervals import check_confidence
+from tlcoupling.scores.clusters import LEAST, jackknife
+from tlcoupling.scores.partial_correlation import Partial, partial_correlation, r_squared_of_groups
 from tlcoupling.scores.tables import Joined, Missing, join, published_points, read_table
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ class Correlations(Result):
 
     Attributes:
         r: Pearson's correlation with the score, ``[predictor]``.
-        p: its two-sided p-value (Student's t). Same axis.
-        low: lower end of r's bootstrap interval over models; NaN if there is none. Same axis.
+        p: its two-sided p-value: Student's t if each model is its own cluster, else the jackknife's over clusters
+            (``clusters.jackknife``); NaN with fewer than 4 clusters. Same axis.
+        low: lower end of r's interval, by the jackknife over clusters; NaN with fewer than 4. Same axis.
         high: upper end. Same axis.
         rho: Spearman's rank correlation with the score. Same axis.
-        rho_p: its two-sided p-value. Same axis.
+        rho_p: its two-sided p-value, as ``p``. Same axis.
         n: number of models with this measurement. Same axis.
         by_null: share of the measurement's variance explained by its null, which depends on width, K and spectrum
             alone; NaN if there is no null, or a model lacks it. Same axis.
@@ -49,7 +51,7 @@ class Correlations(Result):
         partial: correlation with the score given the measurement's own ``null``, the exact width (within groups of the
             ``same width``), ``parameters`` (their logarithm) or ``depth``; NaN if that determines one of the two.
             ``[predictor, given]``.
-        partial_p: its two-sided p-value. Same axes.
+        partial_p: its two-sided p-value, as ``p``. Same axes.
         r_without: r over the models of all other families. ``[predictor, family]``.
         values: the measurements, ``[predictor, model]``.
         scores: the scores, ``[model]``.
@@ -60,6 +62,11 @@ class Correlations(Result):
         families: all families.
         given: the quantities held fixed in ``partial``.
         confidence: level of the interval.
+        cluster_by: what names the clusters: ``"run"``, ``"family"`` or ``"model"``; empty in results of version 0.1,
+            whose p-values and intervals take all models as independent.
+        cluster: each model's cluster. Only different clusters count as independent.
+        where: the condition that models had to meet; empty without one.
+        left_out: models that did not meet it.
     """
 
     r: Float[Tensor, " predictor"]
@@ -82,6 +89,10 @@ class Correlations(Result):
     families: tuple[str, ...]
     given: tuple[str, ...]
     confidence: float
+    cluster_by: str = ""
+    cluster: tuple[str, ...] = ()
+    where: str = ""
+    left_out: tuple[str, ...] = ()
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("r", "p", "low", "high", "rho", "rho_p", "n", "by_null", "by_width"), ("predictor",)),
@@ -141,33 +152,38 @@ def correlate(
     scores: Any | None = None,
     *,
     score: str | None = None,
+    where: str | None = None,
     confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
     missing: Missing = "error",
 ) -> Correlations:
     """Correlate coupling, excess, LSS and ED of models with their scores, and show what width alone explains.
 
     Measurements are averaged over a model's prompts. Models with random weights and failed cells are left out.
 
+    Rows of one cluster are not independent. A column ``run`` of the table or the scores names the cluster, else a
+    column ``family``, else the model's name (so all checkpoints of a model are one cluster). P-values and intervals
+    are over clusters, which a warning says.
+
     Args:
         table: a ``SweepStore`` or its folder, a DataFrame, or a CSV or parquet file: the table of a store, or one row
             per model with ``model``, any of ``coupling``, ``null``, ``excess``, ``lss``, ``ed``, and of ``d_model``,
             ``n_layers``, ``n_params``, ``family``. None: the paper's published points (``tables.published_points``).
         scores: names and scores, or a table (DataFrame, CSV, parquet) with ``model`` and scores. If a model is measured
-            at several revisions or steps, also ``revision`` or ``step``. ``family``, if the model's name does not begin
-            with it. None takes the column ``score`` of ``table``.
+            at several revisions or steps, also ``revision`` or ``step``. ``run`` or ``family``, if rows of one are not
+            independent. None takes the column ``score`` of ``table``.
         score: the column of the scores; by default ``score``, or the only numeric column.
+        where: a condition on the score and the measurements, such as ``"score > 50 and d_model >= 1024"`` (as in
+            ``pandas.DataFrame.query``; names with spaces in backticks). Models that do not meet it are left out, and
+            ``left_out`` names them.
         confidence: level of the intervals, between 0 and 1.
-        resamples: number of bootstrap samples (``scipy.stats.bootstrap``, BCa, over models).
-        seed: seed of the resampling.
         missing: what to do with a measured model without a score: ``"error"`` or ``"drop"``.
 
     Raises:
         ArgumentError: tables that do not match, a measured model without a score (the error names the nearest one),
-            fewer than three models, scores that are all equal.
+            fewer than three models, scores that are all equal, a ``where`` that is not a condition on these columns.
 
     Warns:
+        UserWarning: several rows of a cluster; fewer than 4 clusters, which have no p-values and intervals.
         UserWarning: scores that are not numbers, a measurement that is the same for all models, models measured on
             different prompts, models of unknown width, size or null.
 
@@ -177,15 +193,17 @@ def correlate(
         (0.80, 0.93)
     """
     started = time.perf_counter()
-    check_bootstrap(confidence, resamples)
-    joined = join(published_points() if table is None else read_table(table, "table"), scores, score, missing)
+    check_confidence(confidence)
+    source = published_points() if table is None else read_table(table, "table")
+    joined = join(source, scores, score, missing, where)
+    _warn_of_clusters(joined)
     families = tuple(dict.fromkeys(joined.families))
-    rows = [_row(name, joined, families, confidence, resamples, seed) for name in joined.predictors]
+    rows = [_row(name, joined, families, confidence) for name in joined.predictors]
     columns = {name: torch.tensor(np.array([row[name] for row in rows])) for name in rows[0]}
     return Correlations(
         provenance=Provenance(
             model_name=f"{len(joined.models)} models",
-            settings={"score": score, "resamples": resamples, "seed": seed, "missing": missing},
+            settings={"score": score, "where": where, "missing": missing},
             seconds=time.perf_counter() - started,
         ),
         **columns,
@@ -197,34 +215,68 @@ def correlate(
         families=families,
         given=GIVEN,
         confidence=confidence,
+        cluster_by=joined.cluster_by,
+        cluster=joined.clusters,
+        where=where or "",
+        left_out=joined.left_out,
     )
 
 
-def _row(
-    name: str, joined: Joined, families: Sequence[str], confidence: float, resamples: int, seed: int
-) -> dict[str, Any]:
+def _warn_of_clusters(joined: Joined) -> None:
+    """Warn where rows are not independent, and where too few clusters are left."""
+    rows, count, by = len(joined.models), len(set(joined.clusters)), joined.cluster_by
+    if count < rows:
+        warnings.warn(
+            f"{rows} rows are of {count} clusters (column {by!r}), and rows of one are not independent: p-values and "
+            "intervals are over clusters",
+            stacklevel=4,
+        )
+    if count < LEAST:
+        warnings.warn(
+            f"{count} independent clusters (column {by!r}) are too few for p-values and intervals, which are NaN: "
+            f"{LEAST} or more are needed",
+            stacklevel=4,
+        )
+
+
+def _row(name: str, joined: Joined, families: Sequence[str], confidence: float) -> dict[str, Any]:
     """Return one predictor's numbers by field name."""
     from scipy.stats import spearmanr
 
     present = np.isfinite(joined.predictors[name])
     x, y = joined.predictors[name][present], joined.scores[present]
+    clusters = [one for one, here in zip(joined.clusters, present, strict=True) if here]
+    independent = len(set(clusters)) == len(clusters)
     row: dict[str, Any] = {"n": int(present.sum())}
     whole = partial_correlation(x, y)
-    row |= {"r": whole.r, "p": whole.p, "low": np.nan, "high": np.nan, "rho": np.nan, "rho_p": np.nan}
+    row |= {"r": whole.r, "p": np.nan, "low": np.nan, "high": np.nan, "rho": np.nan, "rho_p": np.nan}
     if np.isfinite(whole.r) and np.ptp(y) > 0:
-        row["low"], row["high"], _ = bca((x, y), _pearson, confidence, resamples, seed)
+        over_clusters = jackknife(lambda rows: partial_correlation(x[rows], y[rows]).r, clusters, confidence)
+        row |= over_clusters._asdict()
         row["rho"], row["rho_p"] = spearmanr(x, y)
     else:
         warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=4)
     given = {held: _given(held, name, joined, present) for held in GIVEN}
     partial = [_held_fixed(x, y, held, values) for held, values in given.items()]
-    row["partial"], row["partial_p"] = [r for r, _ in partial], [p for _, p in partial]
+    row["partial"], row["partial_p"] = [one.r for one in partial], [one.p for one in partial]
+    if independent:
+        row["p"] = whole.p  # exact for normal rows
+    else:
+        row["rho_p"] = _p_over_clusters(lambda rows: float(np.asarray(spearmanr(x[rows], y[rows]))[0]), clusters)
+        row["partial_p"] = [
+            _p_over_clusters(lambda rows, held=held, values=values: _held_fixed(x, y, held, values, rows).r, clusters)
+            for held, values in given.items()
+        ]
     null, widths = given["null"], x if name == "width" else given["same width"]
     row["by_null"] = np.nan if null is None else partial_correlation(x, null).r ** 2
     row["by_width"] = np.nan if widths is None else r_squared_of_groups(x, widths.tolist())
     of = np.array(joined.families)[present]
     row["r_without"] = [partial_correlation(x[of != one], y[of != one]).r for one in families]
     return row
+
+
+def _p_over_clusters(correlation: Callable[[NDArray[np.bool_]], float], clusters: Sequence[str]) -> float:
+    return jackknife(correlation, clusters, 0.95).p
 
 
 def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> NDArray[np.float64] | None:
@@ -246,20 +298,15 @@ def _given(held: str, name: str, joined: Joined, present: NDArray[np.bool_]) -> 
 
 
 def _held_fixed(
-    x: NDArray[np.float64], y: NDArray[np.float64], held: str, values: NDArray[np.float64] | None
-) -> tuple[float, float]:
-    """Return partial correlation and p-value; NaN if there is nothing to hold fixed."""
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    held: str,
+    values: NDArray[np.float64] | None,
+    rows: NDArray[np.bool_] | slice = slice(None),
+) -> Partial:
+    """Return the partial correlation over some rows; NaN if there is nothing to hold fixed."""
     if values is None:
-        return np.nan, np.nan
+        return Partial(np.nan, np.nan, 0)
     if held == "same width":
-        result = partial_correlation(x, y, within=values.tolist())
-    else:
-        result = partial_correlation(x, y, [values])
-    return result.r, result.p
-
-
-def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
-    """Return Pearson's r along an axis; 0 for a resample in which x or y does not vary."""
-    x, y = (each - each.mean(axis=axis, keepdims=True) for each in (x, y))
-    size = np.sqrt(np.square(x).sum(axis) * np.square(y).sum(axis))
-    return (x * y).sum(axis) / np.where(size > 0, size, np.inf)
+        return partial_correlation(x[rows], y[rows], within=values[rows].tolist())
+    return partial_correlation(x[rows], y[rows], [values[rows]])

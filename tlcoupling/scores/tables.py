@@ -25,6 +25,7 @@ Frame = Any
 OF_COUPLING = ("coupling", "excess", "null")
 _SHAPE = {"parameters": "n_params", "depth": "n_layers", "width": "d_model"}
 _WHICH = ("model", "revision", "step")
+CLUSTERS = ("run", "family", "model")  # the first of these columns that a table has names the clusters
 _NEEDED = "one row per model, or per cell, sublayer and K as in SweepStore.table(): a column 'model' and "
 
 
@@ -35,6 +36,9 @@ class Joined:
     Attributes:
         models: their names, with revision or step if there are several.
         families: each model's family.
+        clusters: each model's cluster; only different clusters are independent.
+        cluster_by: what names the clusters: ``"run"``, ``"family"`` or ``"model"``.
+        left_out: models that did not meet the condition.
         scores: each model's score.
         predictors: one number per model, by name; NaN if a model has none.
         nulls: the name of the null of each coupling or excess.
@@ -42,6 +46,9 @@ class Joined:
 
     models: tuple[str, ...]
     families: tuple[str, ...]
+    clusters: tuple[str, ...]
+    cluster_by: str
+    left_out: tuple[str, ...]
     scores: NDArray[np.float64]
     predictors: Mapping[str, NDArray[np.float64]]
     nulls: Mapping[str, str]
@@ -100,7 +107,7 @@ def read_table(source: Any, argument: str) -> Frame:
         ) from error
 
 
-def join(table: Frame, scores: Any | None, score: str | None, missing: Missing) -> Joined:
+def join(table: Frame, scores: Any | None, score: str | None, missing: Missing, where: str | None = None) -> Joined:
     """Match measurements and scores, one row per model; see ``correlate``."""
     if missing not in ("error", "drop"):
         raise ArgumentError("missing", missing, "'error' or 'drop'")
@@ -109,20 +116,24 @@ def join(table: Frame, scores: Any | None, score: str | None, missing: Missing) 
     if scores is None:
         if "score" not in table.columns:
             raise ArgumentError("scores", None, "scores of the models, if the table has no column 'score'")
-        scores = table[[name for name in (*_WHICH, "score", "family") if name in table.columns]].drop_duplicates()
+        scores = table[[name for name in (*_WHICH, "score", *CLUSTERS[:2]) if name in table.columns]].drop_duplicates()
     scored, which = _scores(scores, score)
     measured, nulls = _per_model(table, which)
-    matched = _matched(measured, scored, which, missing)
+    matched, left_out = _restricted(_matched(measured, scored, which, missing), where, which)
     shape = {name: matched[column] for name, column in _SHAPE.items() if column in matched.columns}
     if "parameters" in shape:
         shape["parameters"] = np.log10(shape["parameters"].astype(float))
     families = matched["family"] if "family" in matched.columns else matched["model"].map(family_of)
-    taken = {*which, "score", "family", *_SHAPE.values()}
+    cluster_by = next(name for name in CLUSTERS if name in matched.columns and matched[name].notna().all())
+    taken = {*which, "score", *CLUSTERS, *_SHAPE.values()}
     columns = {**{str(name): matched[name] for name in matched.columns if name not in taken}, **shape}
     predictors = {name: column.to_numpy(float, na_value=np.nan) for name, column in columns.items()}
     return Joined(
         models=tuple(_names(matched[which])),
         families=tuple(map(str, families)),
+        clusters=tuple(map(str, matched[cluster_by])),
+        cluster_by=cluster_by,
+        left_out=left_out,
         scores=matched["score"].to_numpy(float),
         predictors={name: values for name, values in predictors.items() if np.isfinite(values).any()},
         nulls=nulls,
@@ -137,7 +148,7 @@ def family_of(model: str) -> str:
 
 
 def _scores(scores: Any, score: str | None) -> tuple[Frame, list[str]]:
-    """Return a table of ``model``, ``score`` and perhaps ``family``, and the columns that identify a model."""
+    """Return a table of ``model``, ``score``, perhaps ``run`` and ``family``, and the columns that identify a model."""
     pd = _pandas()
 
     if isinstance(scores, Mapping):
@@ -147,7 +158,7 @@ def _scores(scores: Any, score: str | None) -> tuple[Frame, list[str]]:
     if "model" not in columns:
         raise ArgumentError("scores", columns, "a table with a column 'model' and one of scores")
     if score is None:
-        others = [name for name in columns if name not in (*_WHICH, "family")]
+        others = [name for name in columns if name not in (*_WHICH, *CLUSTERS)]
         numeric = [name for name in others if pd.api.types.is_numeric_dtype(given[name])]
         score = "score" if "score" in columns else (numeric or others or [None])[0]
         if score is None or (score != "score" and len(numeric or others) > 1):
@@ -157,7 +168,7 @@ def _scores(scores: Any, score: str | None) -> tuple[Frame, list[str]]:
     elif score not in columns:
         raise ArgumentError("score", score, f"one of the columns {', '.join(columns)}{_nearest(score, columns)}")
     which = [name for name in _WHICH if name in columns and given[name].notna().any()]
-    kept = given[[*which, *(["family"] if "family" in columns else [])]].copy()
+    kept = given[[*which, *(name for name in CLUSTERS[:2] if name in columns)]].copy()
     try:
         kept["score"] = pd.to_numeric(given[score]).astype(float)
     except (ValueError, TypeError) as error:
@@ -180,7 +191,7 @@ def _per_model(table: Frame, which: list[str]) -> tuple[Frame, dict[str, str]]:
     if rows.empty:
         raise ArgumentError("table", f"{len(table)} rows", "measurements of trained models; there is none")
     _require_comparable(rows, which)
-    of_models = [name for name in (*_SHAPE.values(), "family") if name in rows.columns]
+    of_models = [name for name in (*_SHAPE.values(), *CLUSTERS[:2]) if name in rows.columns]
     columns, nulls = [rows[[*which, *of_models]].groupby(which, dropna=False, sort=False).first()], {}
     for labels, part in _parts(rows):
         grouped = part.groupby(which, dropna=False, sort=False)
@@ -231,10 +242,10 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
     """Return measured models with their scores.
 
     Raises:
-        ArgumentError: a model without a score, if ``missing`` is ``"error"``; fewer than three models with a score.
+        ArgumentError: a model without a score, if ``missing`` is ``"error"``.
     """
-    family = ["family"] if "family" in measured.columns and "family" in scored.columns else []
-    merged = measured.drop(columns=family).merge(scored, on=which, how="left", indicator=True)
+    twice = [name for name in CLUSTERS[:2] if name in measured.columns and name in scored.columns]
+    merged = measured.drop(columns=twice).merge(scored, on=which, how="left", indicator=True)
     unknown = merged["_merge"] == "left_only"
     names, known = _names(merged.loc[unknown, which]), _names(scored[which])
     if names and missing == "error":
@@ -252,14 +263,32 @@ def _matched(measured: Frame, scored: Frame, which: list[str], missing: Missing)
     if blank.any():
         left_out = ", ".join(_names(merged.loc[blank, which]))
         warnings.warn(f"{int(blank.sum())} models have no numeric score and are left out: {left_out}", stacklevel=2)
-    kept = merged[~unknown & ~blank].drop(columns="_merge")
+    return merged[~unknown & ~blank].drop(columns="_merge")
+
+
+def _restricted(matched: Frame, where: str | None, which: list[str]) -> tuple[Frame, tuple[str, ...]]:
+    """Return the models that meet a condition, and the names of the others.
+
+    Raises:
+        ArgumentError: it is not a condition on the columns; fewer than three models are left, or all scores are equal.
+    """
+    kept, left_out = matched, ()
+    if where is not None:
+        allowed = f"a condition on the columns {', '.join(map(repr, matched.columns))}"
+        try:
+            met = matched.eval(where, engine="python", local_dict={}, global_dict={})
+        except Exception as error:  # pandas raises many kinds, those of Python's parser among them
+            raise ArgumentError("where", where, f"{allowed} ({error})") from error
+        if getattr(met, "dtype", None) != np.dtype(bool) or len(met) != len(matched):
+            raise ArgumentError("where", where, allowed)
+        kept, left_out = matched[met], tuple(_names(matched.loc[~met, which]))
     if len(kept) < 3:
         raise ArgumentError(
             "scores", f"{len(kept)} measured models with a score", "three or more: two always lie on a line"
         )
     if kept["score"].nunique() == 1:
         raise ArgumentError("scores", kept["score"].iloc[0], "scores that differ; all models have this one")
-    return kept
+    return kept, left_out
 
 
 def _names(models: Frame) -> list[str]:

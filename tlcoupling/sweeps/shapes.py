@@ -31,7 +31,7 @@ from tlcoupling.sweeps.cells import Cell
 _CHARACTERS_A_TOKEN = 4.0  # of English text, about; the cost of coupling hardly depends on it
 _UNBOUNDED = 2.0**60  # bytes: the machine that will run the sweep is not known
 _HEADER = 5500.0  # bytes of a file's JSON, measured; what a token adds to it is little beside its numbers
-_TENSORS = 5  # values, null, null_std, overlap_u, overlap_v: a number for each pair of layers
+_TENSORS = 7  # values, null, null_std, two overlaps and their nulls: a number for each pair of layers
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.dynamics.spectrum import SingularValueProfile
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results.intervals import bootstrap_mean
+from tlcoupling.results.intervals import LEAST, mean_interval
 from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on
 from tlcoupling.viz.figures.style import (
     FIT,
@@ -35,7 +35,6 @@ from tlcoupling.viz.figures.style import (
 from tlcoupling.viz.plain import formula
 
 Couplings: TypeAlias = DepthCoupling | Sequence[DepthCoupling] | Mapping[str, DepthCoupling]
-_RESAMPLES = 1999
 
 
 def singular_values(result: SingularValueProfile, *, token: int | None = None) -> Figure:
@@ -91,8 +90,8 @@ def coupling_by_distance(
 ) -> Figure:
     """Draw the mean coupling of layers at distance 1, 2, ... and the null, one panel per sublayer on one scale.
 
-    The band around the mean is its bootstrap interval: over prompts if several couplings are given, else over the
-    tokens of the one. Tokens of one prompt are alike, so their interval is too narrow for other prompts.
+    The band around the mean is its confidence interval over prompts, from 6 couplings on. A single prompt has no
+    interval: its tokens are not independent.
 
     Args:
         result: a depth coupling, or the couplings of several prompts.
@@ -104,7 +103,7 @@ def coupling_by_distance(
         ArgumentError: K was not measured, there are fewer than two layers, or the couplings differ in layers or metric.
 
     Warns:
-        UserWarning: no interval exists, because all units are equal.
+        UserWarning: several couplings have no interval, because they are fewer than 6 or equal.
     """
     many, other = _listed("result", result), [] if baseline is None else _listed("baseline", baseline)
     first = many[0]
@@ -123,17 +122,16 @@ def coupling_by_distance(
     steps = np.diff(first.layers)
     apart = np.arange(1, len(first.layers)) * (steps[0] if (steps == steps[0]).all() else 1)
     unit = "prompt" if len(many) > 1 else "token"
-    interval = confidence, unit
     count = len(many) if len(many) > 1 else len(first.positions)
     with style():
         figure = new_figure(WIDTH if n > 1 else 3.6, 2.9)
         grid: Any = figure.subplots(1, n, sharey=True, squeeze=False)
         for axes, name, which in zip(grid[0], first.sublayers, range(n), strict=True):
             color = SUBLAYER_COLORS.get(name, "#000000")
-            _curve(axes, apart, _profiles(many, "values", which, k), color, "-", "o", "coupling", interval)
+            _curve(axes, apart, _profiles(many, "values", which, k), color, "-", "o", "coupling", confidence)
             _curve(axes, apart, _profiles(many, "null", which, k), NULL, (0, (4, 2)), "", "null")
             if other:
-                _curve(axes, apart, _profiles(other, "values", which, k), RANDOM, "-", "s", "baseline", interval)
+                _curve(axes, apart, _profiles(other, "values", which, k), RANDOM, "-", "s", "baseline", confidence)
                 _curve(axes, apart, _profiles(other, "null", which, k), NULL, ":", "", "null of the baseline")
             axes.set_title(name, color=color)
             axes.set_xlabel("layers apart" if (steps == steps[0]).all() else "distance in the list of measured layers")
@@ -141,7 +139,7 @@ def coupling_by_distance(
         grid[0, 0].legend(loc="upper right", handlelength=2.4)
         grid[0, 0].set_ylabel(f"coupling c, K = {chosen_k(first, k)[1]}")
         where = f"mean over {count} {unit}s" if count > 1 else token_label(first.positions[0], first.tokens[0])
-        band = f" · band: {confidence:.0%} bootstrap interval over {unit}s" if count > 1 else ""
+        band = f" · band: {confidence:.0%} interval over prompts" if len(many) >= LEAST else ""
         heading(
             figure,
             "Coupling by distance between layers",
@@ -162,19 +160,26 @@ def _listed(argument: str, given: Any) -> list[DepthCoupling]:
 
 
 def _profiles(couplings: Sequence[DepthCoupling], quantity: Any, sublayer: int, k: int | None) -> torch.Tensor:
-    """Return profiles ``[unit, distance]``; a unit is a prompt, or a token if there is only one prompt."""
-    profiles = [one.profile(quantity)[sublayer, :, chosen_k(one, k)[0]].double() for one in couplings]
-    return torch.stack([profile.nanmean(0) for profile in profiles]) if len(profiles) > 1 else profiles[0]
+    """Return profiles ``[prompt, distance]``, each the mean over the prompt's tokens."""
+    return torch.stack(
+        [one.profile(quantity)[sublayer, :, chosen_k(one, k)[0]].double().nanmean(0) for one in couplings]
+    )
 
 
 def _curve(
-    axes: Axes, x: np.ndarray, values: torch.Tensor, color: str, line: Any, mark: str, name: str, interval: Any = None
+    axes: Axes,
+    x: np.ndarray,
+    values: torch.Tensor,
+    color: str,
+    line: Any,
+    mark: str,
+    name: str,
+    confidence: float | None = None,
 ) -> None:
-    """Draw the mean over units, and its interval if there are several."""
+    """Draw the mean over prompts, and its interval if there are several."""
     axes.plot(x, values.nanmean(0).numpy(), color=color, linestyle=line, marker=mark, label=name, markersize=2.5)
-    if interval is not None and len(values) > 1:
-        confidence, unit = interval
-        band = bootstrap_mean(values, confidence, _RESAMPLES, 0, name, unit)
+    if confidence is not None and len(values) > 1:
+        band = mean_interval(values, confidence, name)
         axes.fill_between(x, band["low"].numpy(), band["high"].numpy(), color=color, alpha=0.2, linewidth=0)
 
 
