@@ -82,6 +82,8 @@ def test_trajectories_are_straight_beyond_what_random_steps_vary() -> None:
 
     assert of(1.4, 1.5, 1.5, 1.5).startswith("trajectories straighter than random steps")
     assert of(1.6, 1.5, 1.5, 1.5).startswith("trajectories no straighter than random steps")
+    analysis = make_analysis(n_layers=1)
+    assert of(*[1 - 1e-7] * 4).startswith("trajectories no straighter")  # one step is a line
     assert of(*[float("nan")] * 4) == "no trajectory has a line-shape score"
 
 

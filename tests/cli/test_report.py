@@ -119,7 +119,7 @@ def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pyte
 def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     analysis = make_analysis(n_layers=1, sequential=False)
     monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", lambda *args, **options: analysis)
-    result = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
+    result = CliRunner().invoke(app, ["report", "--no-baseline", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "nan" not in result.stdout
     assert "–" in result.stdout

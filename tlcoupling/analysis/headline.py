@@ -210,7 +210,7 @@ def _straightness(linearity: Linearity, kept: Tensor, d_model: int) -> Finding:
     if not len(scores):
         return Finding("line-shape score", NAN, chance, error, False, "no trajectory has a line-shape score")
     mean = float(scores.mean())
-    found = chance - mean > MARGIN * error
+    found = n > 1 and chance - mean > MARGIN * error  # one step is a line
     what = "straighter than random steps" if found else "no straighter than random steps"
     text = f"trajectories {what} (line-shape score {mean:.1f}; random {chance:.1f})"
     return Finding("line-shape score", mean, chance, error, found, text)
