@@ -129,5 +129,6 @@ def test_what_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"fixed (src|dest) is left out: k=4 .* \(attn of layer 0"):
         partly = tlc.analyze(model, TOKENS, k=4, token_layers=0)
     assert list(partly.parts) == ["coupling", "token_coupling", "linearity", "growth"]
-    titles = [kind["name"] for kind in tlc.viz.panes.pairs(partly.tokens, partly, [partly.token_coupling])["kinds"]]
+    panes = tlc.viz.panes.pairs(partly.tokens, partly, {"token_coupling": partly.token_coupling}, 0)
+    titles = [kind["name"] for kind in panes["kinds"]]
     assert titles == ["token"]
