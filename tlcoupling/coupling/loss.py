@@ -5,7 +5,7 @@ It is the coupling of ``metric``, on Jacobians that keep their graph and with di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, get_args
 
@@ -17,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tlcoupling.arguments import Indices, check_index, check_name, check_sublayer, resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
-from tlcoupling.forward.block import block_hook, topology_of_model
+from tlcoupling.forward.block import Block
 from tlcoupling.forward.context import in_training_mode, measured
 from tlcoupling.forward.hooked import Done, Hook, attached, require_supported
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
-from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
+from tlcoupling.forward.split import block_hook, splits_of_model, sublayers_of
+from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]
@@ -84,8 +85,8 @@ def coupling_loss(
             f"the weights are {dtype}, too coarse for derivatives of singular vectors; allowed: float32, float64"
         )
     ids = to_tokens(model, tokens, None)
-    topology = topology_of_model(model)
-    check_sublayer("sublayer", sublayer, sublayers_of(topology))
+    splits = splits_of_model(model)
+    check_sublayer("sublayer", sublayer, sublayers_of(splits))
     check_name("quantity", quantity, get_args(Quantity))
     check_name("normalizer", normalizer, get_args(Normalizer))
     chosen = resolve_indices("layers", layers, len(model.blocks))
@@ -93,11 +94,10 @@ def coupling_loss(
         raise ArgumentError("layers", layers, "at least two layers to compare")
     pos = check_index("token", token, ids.shape[1])
     size = resolve_one_k("k", k, model.cfg.d_model)
-    reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
-    writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
     if in_training_mode(model):
         _require_repeatable(model, ids)
-    jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
+    ends = {layer: _ends(Block.read(model, layer, splits[layer]), sublayer) for layer in chosen}
+    jacobians = _jacobians(model, ids, ends, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]
     home = jacobians[0].device  # device of the loss; a device map may have put other layers elsewhere
     u, s, v = (torch.stack([part.to(home) for part in each]) for each in zip(*parts, strict=True))
@@ -145,11 +145,16 @@ def differentiable_triplets(
     return u @ (eye + left), products.diagonal()[:k], vh.mT @ (eye + right)
 
 
-def _jacobians(
-    model: Any, ids: Tensor, layers: Sequence[int], reads: str, writes: str, pos: int
-) -> list[Float[Tensor, "d d"]]:
+def _ends(block: Block, sublayer: str) -> tuple[str, str]:
+    """The hook points of a block between which a Jacobian lies."""
+    if sublayer == "block":
+        return "hook_resid_pre", "hook_resid_post"
+    return block.sublayers[sublayer].reads, block.sublayers[sublayer].write
+
+
+def _jacobians(model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], pos: int) -> list[Float[Tensor, "d d"]]:
     """Return the Jacobians at one position with their graph, all from one forward pass."""
-    points, last = hook_points(model), block_hook(max(layers), "hook_resid_post")
+    points, last = hook_points(model), block_hook(max(ends), "hook_resid_post")
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
@@ -166,8 +171,10 @@ def _jacobians(
     def stop(tensor: Tensor) -> None:
         raise Done
 
-    hooks: list[tuple[Any, Hook]] = [(points[block_hook(layer, reads)], begin(layer)) for layer in layers]
-    hooks += [(points[block_hook(layer, writes)], end(layer)) for layer in layers]
+    hooks: list[tuple[Any, Hook]] = [
+        (points[block_hook(layer, reads)], begin(layer)) for layer, (reads, _) in ends.items()
+    ]
+    hooks += [(points[block_hook(layer, writes)], end(layer)) for layer, (_, writes) in ends.items()]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         with suppress(Done), attached([*hooks, (points[last], stop)]):
             model(ids, return_type=None)
@@ -177,7 +184,7 @@ def _jacobians(
                 inputs[layer],
                 pos,
             )
-            for layer in layers
+            for layer, (_, writes) in ends.items()
         ]
 
 

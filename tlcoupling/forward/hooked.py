@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.forward.block import block_hook
 from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.lifting import HALF, lifted_model
 from tlcoupling.forward.points import hook_points
+from tlcoupling.forward.split import block_hook
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
+_BETWEEN = 1e-6  # how far a block may read from what the last one gave, relative to its norm
 _FLOATING = (torch.float32, torch.float64, *HALF)
 
 
@@ -51,12 +52,13 @@ def require_supported(model: Any, in_training: bool = False) -> None:
             "encoder-decoders and models without a `blocks` list are not supported"
         )
     points = hook_points(model)
-    for layer in range(len(model.blocks)):
-        if block_hook(layer, "hook_attn_out") not in points:
-            raise UnsupportedModelError(
-                f"block {layer} has no hook_attn_out, so it has no attention sublayer to split off: "
-                "state-space, recurrent and hybrid models are not supported"
-            )
+    for layer, block in enumerate(model.blocks):
+        for name in ("hook_resid_pre", "hook_resid_post"):
+            if block_hook(layer, name) not in points:
+                raise UnsupportedModelError(
+                    f"block {layer} ({type(block).__name__}) has no {name}: it does not take one residual stream to "
+                    "one. Models with several parallel streams (hyper-connections, AltUp) are not supported"
+                )
     for name, parameter in model.blocks.named_parameters():
         if parameter.dtype not in _FLOATING:
             raise UnsupportedModelError(
@@ -175,6 +177,24 @@ def record_forward(
     def record(name: str, kept: dict[str, Tensor]) -> tuple[Any, Hook]:
         return points[name], lambda tensor: kept.__setitem__(name, tensor.detach().clone())
 
+    left: dict[int, Tensor] = {}  # what the last block gave
+
+    def leave(layer: int, tensor: Tensor) -> None:
+        left.clear()
+        left[layer] = tensor.detach()
+
+    def enter(layer: int, tensor: Tensor) -> None:
+        given = left.get(layer - 1)
+        if given is None or given.shape != tensor.shape:
+            return
+        gap = (given.to(tensor) - tensor).norm() / tensor.norm()
+        if not gap <= _BETWEEN:
+            raise UnsupportedModelError(
+                f"block {layer} reads another stream than block {layer - 1} gives ({float(gap):.2e} of its norm off): "
+                "the model changes the stream between its blocks, which would count as growth. RWKV halves it "
+                "there in eval mode: set rescale_every=0 in its configuration"
+            )
+
     def capture(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer != len(calls):
             raise UnsupportedModelError(
@@ -191,6 +211,13 @@ def record_forward(
         stack.enter_context(torch.no_grad())
         stack.enter_context(attached([record(name, activations) for name in hook_names]))
         stack.enter_context(attached([record(name, before) for name in names_before], first=True))
+        layers = range(len(model.blocks))
+        stack.enter_context(
+            attached([(points[block_hook(layer, "hook_resid_post")], partial(leave, layer)) for layer in layers])
+        )
+        stack.enter_context(
+            attached([(points[block_hook(layer, "hook_resid_pre")], partial(enter, layer)) for layer in layers], True)
+        )
         stack.enter_context(lifted_model(model))
         for layer, block in enumerate(model.blocks):
             handle = block.register_forward_pre_hook(partial(capture, layer), with_kwargs=True)
