@@ -428,7 +428,7 @@ BREAKS = (
     ),
     _slip(
         "the hub may be asked",
-        "models/offline",
+        "forward/offline",
         'patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True)',
         'patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False)',
         "models/test_load",

@@ -34,7 +34,7 @@ TESTED_IN = {
     "linalg/stack": "linalg/test_svd",
     "linalg/work": "analysis/test_estimate",
     "memory": "coupling/test_schedule",
-    "models/offline": "models/test_load",
+    "forward/offline": "models/test_load",
     "progress": "analysis/test_analyze",
     "sweeps/entries": "sweeps/test_store",
     "sweeps/plan": "sweeps/test_plan_file",

@@ -273,8 +273,7 @@ def stream_of(source: Any) -> Stream:
             "with stop_at_layer= or a names_filter leaves out the others. "
             + how_to_cache(block_hook(max(layers) + 1, "hook_resid_pre"))
         )
-    n_layers = max(layers) + 1
-    splits = splits_of(activations, n_layers) if model is None else splits_of_model(model)
+    splits = splits_of(activations, 1) * (max(layers) + 1) if model is None else splits_of_model(model)
     if model is None and topology_of(splits) == "opaque":
         fetch(activations, block_hook(0, "hook_attn_out"))  # a cache without any write was cut short
     if model is None and topology_of(splits) == "parallel":

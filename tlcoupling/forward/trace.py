@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError
+from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.block import Block, norms_are_folded
 from tlcoupling.forward.cache import plain
 from tlcoupling.forward.context import measured
@@ -32,9 +33,9 @@ from tlcoupling.forward.hooked import (
     record_forward,
     require_supported,
 )
+from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.points import hook_points, in_place
-from tlcoupling.forward.prompt import to_str_tokens, to_tokens
 from tlcoupling.forward.split import Split, block_hook, splits_of_model
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
@@ -103,6 +104,7 @@ class Trace(Stream):
             ResidualIdentityError: the sublayers' writes do not add up to the stream.
             StaleTraceError: the model, run on the tokens, does not give the cached stream.
         """
+        model = hooked_model(model)
         require_supported(model)
         given = Stream.from_activations(plain(cache), splits_of_model(model))
         own = trace(model, tokens, fwd_hooks=fwd_hooks)
@@ -360,6 +362,7 @@ def trace(
     fwd_hooks: FwdHooks = (),
     prepend_bos: bool | None = None,
     attention_mask: Any | None = None,
+    tokenizer: Any | None = None,
 ) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 
@@ -376,31 +379,40 @@ def trace(
     (they wait). Hooks run in that state too: one that makes a tensor should give it the activation's dtype and device.
 
     Args:
-        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
-        prompt: a string, token ids ``[pos]``, a batch of one ``[1, pos]``, or what a tokenizer returns for one text. It
-            is never truncated, and pads are removed: positions count from its first token.
+        model: a ``HookedTransformer``, a ``TransformerBridge``, or a bare HuggingFace (or PEFT) model, in eval mode. It
+            is left as it was. ``trace.model`` of a bare model is a bridge around a copy of its modules that shares its
+            weights: hooks that are registered on the bare model later do not act.
+        prompt: a string, token ids ``[pos]``, a batch of one ``[1, pos]``, or what the tokenizer or the processor
+            returns for one input (``pixel_values``, ``input_values``). Text is never truncated, and pads are removed:
+            positions count from its first token.
         fwd_hooks: hooks as in ``model.run_with_hooks``: pairs (hook name or filter of names, function).
         prepend_bos: whether a string gets a BOS token in front; the default is the model's own
             (``cfg.default_prepend_bos``), as everywhere in TransformerLens.
         attention_mask: for token ids: 1 for each token of the prompt and 0 for each pad before or behind it. Without
             it, pads are told by the tokenizer's pad token, where that cannot be text.
+        tokenizer: of a bare model, for prompts that are text.
 
     Raises:
-        UnsupportedModelError: an encoder, a state-space model, a looped decoder, quantised or offloaded weights, or a
-            module in training mode.
+        UnsupportedModelError: an encoder-decoder, several parallel streams, a looped decoder, quantised or offloaded
+            weights, or a module in training mode. docs/models.md lists the reasons.
         ArgumentError: an empty prompt, a batch larger than one, token ids out of range or more than the context holds,
             ids that may be pads or text, a mask with zeros between ones, placeholders of images; hooks on points that
             do not exist or are not called.
         HookError: a hook gives back no tensor, or one of another shape.
         NonFiniteActivationError: NaN or infinite activations; the message names the first layer.
-        ResidualIdentityError: the sublayers' writes do not add up to the stream, as where a hook edits
+        ResidualIdentityError: the sublayers' writes do not add up to the stream where hooks act, as where one edits
             ``hook_resid_mid``.
+
+    Warns:
+        UserWarning: the sublayers' writes do not add up to the stream by the model's own code: its blocks are measured
+            whole.
 
     Example:
         >>> trace = tlc.trace(model, "When Mary and John went to the store")  # doctest: +SKIP
     """
+    model = hooked_model(model, tokenizer)
     require_supported(model)
-    tokens = to_tokens(model, prompt, prepend_bos, attention_mask)
+    inputs = read_inputs(model, prompt, prepend_bos, attention_mask)
     points, splits = hook_points(model), splits_of_model(model)
     user_hooks = UserHooks.of(model, points, fwd_hooks)
     with user_hooks.attached():
@@ -409,14 +421,15 @@ def trace(
         between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, len(splits))]
         edited = has_user_hooks([*between, *(points[name] for name in outputs)])
         names = _recorded(splits)
-        record = record_forward(model, tokens, [name for name in names if name in points], outputs if edited else ())
+        known = [name for name in names if name in points]
+        record = record_forward(model, inputs, known, outputs if edited else (), wrap=not (hooked or fwd_hooks))
     user_hooks.require_fired()
     stream, refusal = _split_stream(record, splits, edited, bool(hooked))
     return Trace(
         **{each.name: getattr(stream, each.name) for each in fields(stream)},
         model=model,
-        tokens=tokens[0].cpu(),
-        str_tokens=to_str_tokens(model, tokens[0]),
+        tokens=inputs.tokens(stream.n_tokens),
+        str_tokens=inputs.labels(model, stream.n_tokens),
         hooked_layers=hooked,
         refusal=refusal,
         _hooks=user_hooks,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.block import Block, Sublayer, Uncovered
 from tlcoupling.forward.split import Split
 from tlcoupling.jacobian.attention import AttentionCore, HeadNorm
@@ -132,11 +133,15 @@ def _widest(module: nn.Module | None) -> int:
 
 
 def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianOperator | None:
-    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
+    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing or of another shape."""
     try:
-        weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
-    except Uncovered:
+        return _map_of_shapes(block, sublayer, head)
+    except (Uncovered, ArgumentError):
         return None
+
+
+def _map_of_shapes(block: Block, sublayer: Sublayer, head: int | None) -> JacobianOperator:
+    weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
     behind = sublayer.behind if head is None else None  # a head is measured before it
     before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, behind))
     if sublayer.kind == "mlp":
