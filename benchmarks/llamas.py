@@ -1,14 +1,21 @@
-"""Make small random Llamas with a word tokenizer, saved as HuggingFace folders, for benchmarks."""
+"""Make random Llamas with a word tokenizer for benchmarks: small ones, and ones of the shapes of known models."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from tlcoupling.models.offline import answered_locally, offline
+
+# By width: the size of the MLP, the query heads and the key heads of SmolLM2-135M, Llama-3.2-1B, Llama-3-8B and -70B.
+SHAPES = {576: (1536, 9, 3), 2048: (8192, 32, 8), 4096: (14336, 32, 8), 8192: (28672, 64, 8)}
+VOCABULARY = 256
 
 
 def word_tokenizer(words: int, end: str = "<end>", **special: str) -> transformers.PreTrainedTokenizerFast:
@@ -48,3 +55,37 @@ def save(model: transformers.LlamaForCausalLM, tokenizer: transformers.PreTraine
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def shaped(width: int, layers: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a Llama of a known model's shape with a small vocabulary; the same weights each time."""
+    d_mlp, heads, key_heads = SHAPES.get(width, (3 * width, 4, 2))
+    config = transformers.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=d_mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+        dtype=dtype,
+    )
+    torch.manual_seed(0)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+
+
+def bridge(hf_model: Any) -> Any:
+    """Return the model as a ``TransformerBridge``, without a network."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = word_tokenizer(VOCABULARY - 1)
+    with offline(), answered_locally(hf_model, tokenizer):
+        return TransformerBridge.boot_transformers(
+            "meta-llama/Llama-3.2-1B",
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            dtype=hf_model.dtype,
+            device=str(hf_model.device),
+        ).eval()

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,17 +76,18 @@ def _tidy(device: torch.device) -> None:
 
 
 def alternating(
-    functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device
+    functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device, again: int = 3
 ) -> list[tuple[float, float, Any]]:
     """Call functions in turn for several rounds; return each one's fastest seconds, largest peak and last result.
 
-    A short call runs four times per round, so that a busy moment does not slow all of them. The first has fresh memory.
+    A short call runs ``again`` several times per round, so that a busy moment does not slow all of them. The first has
+    fresh memory.
     """
     calls: list[list[Measured]] = [[] for _ in functions]
     for _ in range(rounds):
         for runs, function in zip(calls, functions, strict=True):
             runs.append(measured(function, device, fresh=True))
-            runs += [measured(function, device) for _ in range(3) if runs[0].seconds < SHORT]
+            runs += [measured(function, device) for _ in range(again) if runs[0].seconds < SHORT]
     return [(min(one.seconds for one in runs), max(one.peak_bytes for one in runs), runs[-1].result) for runs in calls]
 
 
@@ -122,6 +123,16 @@ def table(title: str, rows: Sequence[Row], peak: float) -> Table:
             f"{row.ours_bytes / 2**30:.2f}",
         )
     return shown
+
+
+def print_table(title: str, rows: Iterable[Mapping[str, str | float]]) -> None:
+    """Print rows as they come, the names of their columns above the first."""
+    print(f"\n{title}", flush=True)
+    for index, row in enumerate(rows):
+        if index == 0:
+            print("  ".join(f"{name:>14}" for name in row))
+        shown = (value if isinstance(value, str) else _number(value) for value in row.values())
+        print("  ".join(f"{value:>14}" for value in shown), flush=True)
 
 
 def _number(value: float) -> str:

@@ -1,52 +1,52 @@
-"""The published procedure for depth-wise coupling, as the paper's authors describe and release it.
+"""The published procedure for depth-wise coupling, as the paper's authors run it.
 
-For each block, it takes one vector-Jacobian product over the whole sequence for each of the d output coordinates of the
-last token, subtracts the identity, and computes a full SVD. Then it computes the misalignment of each pair of blocks.
-It uses the plain HuggingFace model without hooks. Source: arXiv 2407.07810, section 3, and its published code. This
-implementation is our own.
+One forward pass keeps the graph of the whole model. For each block, vector-Jacobian products of the last token's output
+with the rows of the identity give the Jacobian over the whole sequence. ``torch.func.vmap`` takes the rows in
+2 * (T // 20) + 5 chunks, T being the number of tokens. The identity is subtracted, and a full SVD is computed. Then the
+misalignment of each pair of blocks is computed. It uses the plain HuggingFace model without hooks, and
+``hidden_states``, of which the last includes the final norm. Source: arXiv 2407.07810, section 3, and its published
+code. This implementation is our own.
+
+``batched=False`` takes one product at a time instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def block_calls(model: Any, token_ids: Tensor) -> list[tuple[Any, tuple, dict]]:
-    """Return each decoder block of a HuggingFace model, with the arguments of its call."""
-    calls: list[tuple[Any, tuple, dict]] = []
-    layers = model.get_decoder().layers
-
-    def capture(module: Any, args: tuple, kwargs: dict) -> None:
-        calls.append((module, args, kwargs))
-
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(token_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+def chunks(n_tokens: int) -> int:
+    """Return the number of chunks that the authors' code takes for a prompt."""
+    return 2 * (n_tokens // 20) + 5
 
 
-def block_jacobian(block: Any, args: tuple, kwargs: dict, n_rows: int | None = None) -> Tensor:
-    """Return the last token's residual Jacobian of one block, row by row; ``n_rows`` limits them, for extrapolation."""
-    stream = (args[0] if args else kwargs["hidden_states"]).detach().clone().requires_grad_()
-    rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    out = block(stream, *args[1:], **rest)
-    out = (out[0] if isinstance(out, tuple) else out)[0, -1]
-    rows = [torch.autograd.grad(out[index], stream, retain_graph=True)[0][0, -1] for index in range(n_rows or len(out))]
-    jacobian = torch.stack(rows)
-    return jacobian - torch.eye(*jacobian.shape) if n_rows is None else jacobian
+def jacobian_rows(output: Tensor, stream: Tensor, rows: Tensor, chunk: int | None) -> Tensor:
+    """Return the last token's part of products with some rows, ``chunk`` at a time; None takes one after the other."""
+
+    def pull(row: Tensor) -> Tensor:
+        return torch.autograd.grad(output, stream, row, retain_graph=True)[0][0, -1]
+
+    return torch.stack([pull(row) for row in rows]) if chunk is None else torch.func.vmap(pull, chunk_size=chunk)(rows)
+
+
+def block_jacobians(model: Any, token_ids: Tensor, batched: bool = True, n_rows: int | None = None) -> Iterator[Tensor]:
+    """Yield the last token's residual Jacobian of each block, or only some of its first rows, for extrapolation."""
+    hidden = model(token_ids, output_hidden_states=True, use_cache=False).hidden_states
+    eye = torch.eye(hidden[0].shape[-1], dtype=hidden[0].dtype, device=hidden[0].device)
+    chunk = -(-len(eye) // chunks(token_ids.shape[-1])) if batched else None
+    for before, after in pairwise(hidden):
+        yield jacobian_rows(after[0, -1], before, eye[:n_rows], chunk) - eye[:n_rows]
 
 
 def misalignment(jacobians: list[Tensor], k: int) -> Tensor:
     """Return || abs(U2^T J1 V2) - S1 ||_F / ||S1||_F of each ordered pair, from full SVDs."""
     decompositions = [torch.linalg.svd(jacobian) for jacobian in jacobians]
-    matrix = torch.zeros(len(jacobians), len(jacobians))
+    matrix = jacobians[0].new_zeros(len(jacobians), len(jacobians))
     for row, (jacobian, (_, s1, _)) in enumerate(zip(jacobians, decompositions, strict=True)):
         for column, (u2, _, vh2) in enumerate(decompositions):
             aligned = (u2[:, :k].T @ jacobian @ vh2[:k].T).abs()
@@ -55,5 +55,5 @@ def misalignment(jacobians: list[Tensor], k: int) -> Tensor:
 
 
 def depth_misalignment(model: Any, token_ids: Tensor, k: int) -> Tensor:
-    """Run the whole published procedure for one prompt; return the misalignment ``[layer, layer]``."""
-    return misalignment([block_jacobian(*call) for call in block_calls(model, token_ids)], k)
+    """Run the whole published procedure for one prompt ``[1, pos]``; return the misalignment ``[layer, layer]``."""
+    return misalignment(list(block_jacobians(model, token_ids)), k)

@@ -1,108 +1,85 @@
-"""Time coupling of blocks of Llama-3-8B's width, random and in bfloat16, against the published procedure.
+"""Time coupling in models of Llama-3-8B's and -70B's width, random and in bfloat16, against the published procedure.
 
-d_model 4096, MLP 14336, 32 query and 8 key heads. Our work for one block is its Jacobian as an operator (with its
-certificate), its top 10 triplets, ||J||_F, and its products with the 320 basis vectors of a model of 32 layers. The
-published procedure forms the Jacobian by 4096 vector-Jacobian products and computes its full SVD; some of its rows are
-timed and extrapolated. On a GPU, a whole model of 32 layers is timed too.
+Our work for one block is its Jacobian as an operator (with its certificate), its top 10 triplets, ||J||_F, and its
+products with the bases of a model of 32 layers (80 at the width of Llama-3-70B). The published procedure forms the
+Jacobian by one vector-Jacobian product for each coordinate and computes its full SVD. Some of its rows are timed and
+extrapolated. On a GPU, a whole model of 32 layers of Llama-3-8B's width is timed too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import transformers
+from llamas import bridge, shaped
 from measure import Row, alternating, measured
-from published import block_calls, block_jacobian
+from published import block_jacobians, chunks
 
 import tlcoupling as tlc
 from tlcoupling.coupling.method import cheapest
 from tlcoupling.coupling.spectra import Decomposition, spectra_of
 from tlcoupling.jacobian.engine import JacobianEngine
-from tlcoupling.models.smollm2 import smollm2_huggingface
 
 K, WIDTH, TOKENS, LAYERS = 10, 4096, 28, 32
-PUBLISHED_ROWS = 24
+PUBLISHED_ROWS = 64
 
 
-def rows(device: torch.device) -> Iterator[Row | str]:
-    """Yield rows of the table, and remarks about them."""
-    model = _bridge(1, device)
-    tokens = torch.arange(TOKENS)
-    trace = tlc.trace(model, tokens)
-    seconds, peak, (spectrum, flops) = alternating([partial(_one_block, trace)], 1, device)[0]
-    theirs = _published_seconds(device)
-    yield Row("Llama-3-8B's width, one block, 28 tokens", theirs, None, seconds, peak, flops)
-    yield (
-        f"Llama-3-8B's width: published extrapolated from {PUBLISHED_ROWS} of {WIDTH} rows and an SVD of a quarter of "
-        f"the width; residual {float(spectrum.triplets.residual.max()):.1e}, ||J||_F to "
-        f"{float(spectrum.frobenius_error):.1e}"
-    )
-    if device.type == "cuda":
-        del model, trace, spectrum
-        deep = _bridge(LAYERS, device)
-
-        def whole() -> tlc.DepthCoupling:
-            return tlc.depth_coupling(tlc.trace(deep, tokens), K, sublayers="block")
-
-        whole()
-        seconds, peak, _ = alternating([whole], 1, device)[0]
-        yield Row(f"the same, {LAYERS} layers, whole call", LAYERS * theirs, None, seconds, peak)
+def rows(device: torch.device, widths: Sequence[int] = (WIDTH,)) -> Iterator[Row | str]:
+    """Yield a row for one block of each width, and remarks."""
+    for width in widths:
+        trace = tlc.trace(bridge(shaped(width, 1, device, torch.bfloat16)), torch.arange(TOKENS))
+        columns = LAYERS if width <= WIDTH else 80
+        seconds, peak, (spectrum, flops) = alternating([partial(_one_block, trace, columns)], 1, device)[0]
+        del trace
+        work = f"one block of d = {width}, {TOKENS} tokens"
+        yield Row(work, _published_seconds(device, width), None, seconds, peak, flops)
+        yield (
+            f"d = {width}: published extrapolated from some of its rows and an SVD of a quarter of the width; "
+            f"residual {float(spectrum.triplets.residual.max()):.1e}, ||J||_F to {float(spectrum.frobenius_error):.1e}"
+        )
 
 
-def _huggingface(n_layers: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a random Llama of that width with a small vocabulary."""
-    config = transformers.LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=14336,
-        num_hidden_layers=n_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=256,
-        max_position_embeddings=128,
-        architectures=["LlamaForCausalLM"],
-        dtype=dtype,
-    )
-    torch.manual_seed(0)
-    with device:
-        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+def whole_model(device: torch.device, width: int = WIDTH, layers: int = LAYERS) -> Iterator[Row]:
+    """Yield the row of a whole model, made on the device."""
+    deep, tokens = bridge(shaped(width, layers, device, torch.bfloat16)), torch.arange(TOKENS)
+
+    def whole() -> tlc.DepthCoupling:
+        return tlc.depth_coupling(tlc.trace(deep, tokens), K, sublayers="block")
+
+    whole()
+    seconds, peak, _ = alternating([whole], 1, device)[0]
+    flops = tlc.estimate(deep, tokens, K, sublayers="block").flops
+    work = f"{layers} layers of d = {width}, bfloat16, whole call, {TOKENS} tokens"
+    yield Row(work, layers * _published_seconds(device, width), None, seconds, peak, flops)
 
 
-def _bridge(n_layers: int, device: torch.device) -> Any:
-    """Return such a model in bfloat16 as a bridge."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    tokenizer = smollm2_huggingface()[1]
-    tokenizer.init_kwargs["add_bos_token"] = True  # otherwise TransformerLens asks the hub for a tokenizer that adds it
-    return TransformerBridge.boot_transformers(
-        "meta-llama/Llama-3.2-1B",
-        hf_model=_huggingface(n_layers, torch.bfloat16, device),
-        tokenizer=tokenizer,
-        dtype=torch.bfloat16,
-        device=str(device),
-    )
-
-
-def _one_block(trace: tlc.Trace) -> tuple[Any, float]:
-    """Do one block's share of the work of coupling 32 layers; return its spectrum and floating-point operations."""
-    engine, last = JacobianEngine(trace), trace.n_tokens - 1
+def _one_block(trace: tlc.Trace, columns: int) -> tuple[Any, float]:
+    """Do one block's share of the work of coupling a model; return its spectrum and floating-point operations."""
+    engine, last, width = JacobianEngine(trace), trace.n_tokens - 1, trace.d_model
 
     def make() -> tlc.JacobianOperator:
         return engine.operator(0, "block", last, last)
 
     operator = make()
-    method = cheapest(operator, WIDTH, K, LAYERS, "auto", keep=True)
+    method = cheapest(operator, width, K, columns, "auto", keep=True)
     (spectrum,) = spectra_of([Decomposition(operator, make, method.name, "block")], K, "auto")
-    spectrum.multiply(torch.randn(WIDTH, LAYERS * K, dtype=operator.dtype, device=operator.device))
-    work = method.forming + method.decomposing + method.comparing * LAYERS
+    spectrum.multiply(torch.randn(width, columns * K, dtype=operator.dtype, device=operator.device))
+    work = method.forming + method.decomposing + method.comparing * columns
     return spectrum, work.flops
 
 
-def _published_seconds(device: torch.device) -> float:
+def _published_seconds(device: torch.device, width: int) -> float:
     """Return the published procedure's extrapolated time for one block, in float32."""
-    (call,) = block_calls(_huggingface(1, torch.float32, device), torch.arange(TOKENS, device=device)[None])
-    some = measured(partial(block_jacobian, *call, n_rows=PUBLISHED_ROWS), device).seconds
-    quarter = torch.randn(WIDTH // 4, WIDTH // 4, device=device)
-    return some * WIDTH / PUBLISHED_ROWS + 4**3 * measured(partial(torch.linalg.svd, quarter), device).seconds
+    model, ids = shaped(width, 1, device), torch.arange(TOKENS, device=device)[None]
+
+    def seconds(n_rows: int) -> float:
+        return measured(lambda: list(block_jacobians(model, ids, n_rows=n_rows)), device).seconds
+
+    n_rows = PUBLISHED_ROWS if device.type == "cpu" else width // chunks(TOKENS)
+    seconds(1)  # pays for thread pools and handles
+    alone = seconds(1)
+    quarter = torch.randn(width // 4, width // 4, device=device)
+    svd = 4**3 * measured(partial(torch.linalg.svd, quarter), device).seconds
+    return alone + (seconds(n_rows) - alone) * width / n_rows + svd

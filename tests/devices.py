@@ -2,19 +2,22 @@
 
 The machines of CI have one device, on which a mix-up of devices goes unseen. A tensor of a simulated device holds one
 of the CPU; every operation on it is done there, after it has been refused where a real accelerator would refuse it.
+``MEASUREMENTS`` are what is measured on such devices, and on a real one (``test_on_device``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import tlcoupling as tlc
 
 HOST = torch.device("cpu")
 DEVICES = (torch.device("cpu:1"), torch.device("cpu:2"))
@@ -237,3 +240,33 @@ def _bring_to(device: torch.device) -> Callable[..., Any]:
 
     bring.__module__ = "accelerate.hooks"  # whose work it does: a hook of the user's own would ask for autograd
     return bring
+
+
+MEASUREMENTS: dict[str, Callable[[tlc.Trace], Any]] = {
+    "depth": lambda trace: tlc.depth_coupling(trace, 3),
+    "depth, autograd": lambda trace: tlc.depth_coupling(trace, 3, engine="autograd"),
+    "depth, krylov": lambda trace: tlc.depth_coupling(trace, 3, solver="krylov", sublayers="attn"),
+    "tokens": lambda trace: tlc.token_coupling(trace, 3, tokens=[1, 6]),
+    "tokens, other layers' bases": lambda trace: tlc.token_coupling(
+        trace, 3, sublayers="mlp", tokens=[1, 6], basis_layers=[2, 0, 1]
+    ),
+    "context": lambda trace: tlc.context_coupling(trace, "dest", -1, 3, tokens=[0, 6]),
+    "heads": lambda trace: tlc.head_coupling(trace, 3),
+    "head alignment": lambda trace: tlc.head_alignment(trace, 3),
+    "head steps": tlc.head_steps,
+    "linearity": tlc.linearity,
+    "growth": tlc.growth,
+    "components": tlc.trajectory_components,
+    "linearization gap": tlc.linearization_gap,
+    "read directions": lambda trace: tlc.read_directions(trace, layer=2),
+}
+
+
+def require_same(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    """All tensors of a result are on the CPU, and equal; the same operations in the same order leave no rounding."""
+    names = [each.name for each in fields(expected) if isinstance(getattr(expected, each.name), Tensor)]
+    assert names
+    for name in names:
+        truth, ours = getattr(expected, name), getattr(found, name)
+        assert ours.device == HOST and not isinstance(ours, Placed), f"{name} lies on {ours.device}"
+        torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, TOKENS, Case
-from devices import DEVICES, Ledger, MixedDevicesError, Placed, simulated_devices, spread
+from devices import (
+    DEVICES,
+    MEASUREMENTS,
+    Ledger,
+    MixedDevicesError,
+    require_same,
+    simulated_devices,
+    spread,
+)
 
 import tlcoupling as tlc
 from tlcoupling.coupling.method import methods
@@ -38,16 +45,6 @@ def traces(case: Case, devices: Ledger) -> tuple[tlc.Trace, tlc.Trace]:
     return tlc.trace(case.model(), TOKENS), tlc.trace(spread(case.build(torch.float64).eval()), TOKENS)
 
 
-def require_same(found: Any, expected: Any) -> None:
-    """All tensors of a result are on the CPU, and equal; the same operations in the same order leave no rounding."""
-    names = [each.name for each in fields(expected) if isinstance(getattr(expected, each.name), torch.Tensor)]
-    assert names
-    for name in names:
-        truth, ours = getattr(expected, name), getattr(found, name)
-        assert not isinstance(ours, Placed), f"{name} lies on {ours.device}"
-        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
-
-
 def test_a_simulated_device_refuses_what_a_real_one_refuses(devices: Ledger):
     here, there = (torch.ones(2, 2, device=device, requires_grad=True) for device in DEVICES)
     for other in (there, torch.ones(2, 2)):
@@ -61,26 +58,6 @@ def test_a_simulated_device_refuses_what_a_real_one_refuses(devices: Ledger):
     with pytest.raises(TypeError, match="cpu:1"):
         here.detach().numpy()
     assert set(devices.products) == set(DEVICES[1:])
-
-
-MEASUREMENTS: dict[str, Callable[[tlc.Trace], Any]] = {
-    "depth": lambda trace: tlc.depth_coupling(trace, 3),
-    "depth, autograd": lambda trace: tlc.depth_coupling(trace, 3, engine="autograd"),
-    "depth, krylov": lambda trace: tlc.depth_coupling(trace, 3, solver="krylov", sublayers="attn"),
-    "tokens": lambda trace: tlc.token_coupling(trace, 3, tokens=[1, 6]),
-    "tokens, other layers' bases": lambda trace: tlc.token_coupling(
-        trace, 3, sublayers="mlp", tokens=[1, 6], basis_layers=[2, 0, 1]
-    ),
-    "context": lambda trace: tlc.context_coupling(trace, "dest", -1, 3, tokens=[0, 6]),
-    "heads": lambda trace: tlc.head_coupling(trace, 3),
-    "head alignment": lambda trace: tlc.head_alignment(trace, 3),
-    "head steps": tlc.head_steps,
-    "linearity": tlc.linearity,
-    "growth": tlc.growth,
-    "components": tlc.trajectory_components,
-    "linearization gap": tlc.linearization_gap,
-    "read directions": lambda trace: tlc.read_directions(trace, layer=2),
-}
 
 
 @pytest.mark.parametrize("case", SPREAD[:1], ids=str)

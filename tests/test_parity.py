@@ -11,7 +11,8 @@ from cases import FEW, TOKENS, Case
 from oracle import haar, plain_coupling
 
 import tlcoupling as tlc
-from tlcoupling.coupling.metric import coupling, null_coupling
+from tlcoupling.coupling.metric import coupling
+from tlcoupling.coupling.null import null_coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.parity import DEFECTS, published
 

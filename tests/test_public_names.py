@@ -17,6 +17,7 @@ NAMES = [
     "Check",
     "ContextCoupling",
     "Correlations",
+    "CouplingTest",
     "DepthCoupling",
     "DirectionReadout",
     "Estimate",

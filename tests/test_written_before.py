@@ -23,6 +23,8 @@ def test_a_result_file_of_0_1_0_loads(name: str):
     assert repr(result) == then["repr"]
     assert result.provenance.versions["tlcoupling"] == "0.1.0"
     for quantity, total in then["sums"].items():
+        if (name, quantity) == ("projected", "null"):
+            continue  # computed on reading, and to second order since 0.2
         # the same numbers, which a sum may add up in another order
         assert float(result._arrays()[quantity][1].double().nansum()) == pytest.approx(total, rel=1e-12), quantity
 

@@ -6,6 +6,7 @@ from tlcoupling.analysis.checking import Check, check
 from tlcoupling.analysis.estimate import Estimate, estimate
 from tlcoupling.analysis.many import ManyAnalyses, analyze_many
 from tlcoupling.coupling.alignment import HeadAlignment, head_alignment
+from tlcoupling.coupling.chance import CouplingTest
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.heads import HeadCoupling, head_coupling
@@ -45,6 +46,7 @@ __all__ = [
     "Check",
     "ContextCoupling",
     "Correlations",
+    "CouplingTest",
     "DepthCoupling",
     "DirectionReadout",
     "Estimate",

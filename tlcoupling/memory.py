@@ -16,8 +16,9 @@ UNLIMITED = 2.0**62  # bytes; version 1 writes about 2^63 where there is no limi
 
 def free_memory(device: torch.device) -> float:
     """Return the free bytes of a device; on the CPU also within the control group's limit (containers, Slurm)."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # PyTorch keeps what was freed for its next tensors
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     return min(float(psutil.virtual_memory().available), left_in_control_group())
 
 

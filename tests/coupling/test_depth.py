@@ -10,7 +10,7 @@ from cases import CASES, FEW, TOKENS, Case
 from oracle import plain_coupling
 
 import tlcoupling as tlc
-from tlcoupling.coupling.metric import null_coupling, null_std
+from tlcoupling.coupling.null import null_coupling, null_std
 from tlcoupling.errors import ArgumentError
 
 

@@ -43,6 +43,23 @@ def test_heads_of_a_random_model_have_no_excess():
         assert abs(excess.mean()) < 3 * excess.std() / math.sqrt(len(excess))
 
 
+def test_heads_of_one_key_value_head_are_left_out():
+    """They share W_K and W_V, so they read the same space with fresh weights; of others chance remains, K / d."""
+    found = [
+        tlc.head_coupling(tlc.trace(fresh(seed, n_key_value_heads=2), TOKENS[:5]), 4, layers=[0, 1])
+        for seed in range(4)
+    ]
+    assert found[0].key_value_heads == (0, 0, 1, 1)
+    assert torch.stack([one.overlap_v[..., 0, 1] for one in found]).mean() > 2 * 4 / 96
+    between = torch.stack([one.mean("overlap_v").mean() for one in found])
+    assert abs(between.mean() - 4 / 96) < 4 * between.std() / math.sqrt(len(between)) < 0.01
+    test = found[0].test(draws=99)
+    torch.testing.assert_close(test.excess[..., 0], found[0].mean("excess").double())
+    assert test.count.tolist() == [8]
+    alone = tlc.head_coupling(tlc.trace(fresh(0, n_key_value_heads=1), TOKENS[:5]), 4, layers=[0])
+    assert alone.mean().isnan().all() and alone.test(draws=99).p.isnan().all()
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),

@@ -1,4 +1,4 @@
-"""The metric's formulas on matrices: coupling, its null, the null's spread, and subspace overlap."""
+"""The metric's formulas on matrices: coupling, its mean over pairs, and subspace overlap."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import haar, haar_of
+from oracle import haar
 
-from tlcoupling.coupling.metric import coupling, null_coupling, null_std, off_diagonal_mean, subspace_overlap
+from tlcoupling.coupling.metric import coupling, off_diagonal_mean, subspace_overlap
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,64 +63,6 @@ def test_the_mean_leaves_the_diagonal_out():
     matrices = torch.tensor([[[9.0, 1.0], [3.0, 9.0]], [[0.0, 4.0], [5.0, 0.0]]])
     assert off_diagonal_mean(matrices).tolist() == [2.0, 4.5]
     assert off_diagonal_mean(matrices[:, :1, :1]).isnan().all()
-
-
-@pytest.mark.parametrize("absolute", [True, False])
-@pytest.mark.parametrize("normalizer", ["frobenius", "trace"])
-def test_the_null_is_what_random_bases_give(absolute: bool, normalizer: str):
-    """Mean coupling over 400 draws of Haar bases, within three standard errors and the formula's own O(1/d) error."""
-    d, k, draws = 200, 10, 400
-    generator = torch.Generator().manual_seed(1)
-    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5
-    jacobian = haar(d, d, generator) * spectrum @ haar(d, d, generator).mT
-    values = torch.stack(
-        [
-            coupling(haar(d, k, generator).mT @ jacobian @ haar(d, k, generator), spectrum[:k], normalizer, absolute)
-            for _ in range(draws)
-        ]
-    )
-    null = null_coupling(spectrum[:k], spectrum.norm(), d, normalizer, absolute)
-    error = values.std() / math.sqrt(draws)
-    assert abs(values.mean() - null) < 3 * error + 1 / d**1.5
-
-
-@settings(max_examples=24, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 1000),
-    decay=st.sampled_from([0.0, 0.5, 2.0]),
-    k=st.sampled_from([1, 5, 20]),
-    normalizer=st.sampled_from(["frobenius", "trace"]),
-    absolute=st.booleans(),
-)
-def test_the_spread_of_the_null_is_what_random_bases_give(
-    seed: int, decay: float, k: int, normalizer: str, absolute: bool
-):
-    """Of flat, slowly and fast falling spectra, over 1000 draws of Haar bases."""
-    d, draws = 64, 1000
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -decay
-    bases = torch.randn(2, draws, d, k, generator=generator, dtype=torch.float64)
-    u, v = haar_of(bases)
-    values = coupling(u.mT * spectrum @ v, spectrum[:k].expand(draws, k), normalizer, absolute)
-    predicted = null_std(spectrum[:k], spectrum.norm(), d, normalizer, absolute)
-    kurtosis = ((values - values.mean()) / values.std()).pow(4).mean()
-    sampling = math.sqrt((kurtosis - 1) / (4 * draws))  # relative standard error of a standard deviation
-    # and one part in ten for the first-order formula at this width
-    assert abs(values.std() / predicted - 1) < 4 * sampling + 0.1
-    torch.testing.assert_close(
-        null_std(7e-12 * spectrum[:k], 7e-12 * spectrum.norm(), d, normalizer, absolute), predicted
-    )
-
-
-def test_the_spread_of_the_null_of_a_wide_uneven_spectrum():
-    """Its terms of higher order in 1 / d are small at this width, so that each term of the first order shows."""
-    d, k, draws = 256, 20, 4000
-    generator = torch.Generator().manual_seed(0)
-    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -1.0
-    u, v = haar_of(torch.randn(2, draws, d, k, generator=generator, dtype=torch.float64))
-    values = coupling(u.mT * spectrum @ v, spectrum[:k].expand(draws, k))
-    # 4000 draws tell a standard deviation to 1.1 %
-    assert abs(values.std() / null_std(spectrum[:k], spectrum.norm(), d) - 1) < 0.04
 
 
 def test_the_null_of_the_overlap_is_k_over_d():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from cases import TOKENS, fresh
 
 import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.linalg.triplets import DETERMINED
@@ -120,3 +122,17 @@ def test_certainty_is_in_tables_and_files(monkeypatch: pytest.MonkeyPatch, tmp_p
     again = tlc.load(found.save(tmp_path / "coupling.safetensors"))
     for name in ("gaps", "uncertainty", "subspace_uncertainty", "determined", "overlap_determined"):
         assert torch.equal(getattr(again, name), getattr(found, name))
+
+
+def test_a_mean_of_what_is_determined(monkeypatch: pytest.MonkeyPatch):
+    """Layer 1's vectors are undetermined: what remains are the columns of layers 0 and 2, and no pair of all three."""
+    jacobians_with(monkeypatch, {1: torch.ones(96)})
+    with pytest.warns(UserWarning, match="block of layer 1 "):
+        found = tlc.depth_coupling(tlc.trace(fresh(0), TOKENS), 4, sublayers="block")
+    values, overlaps = found.values[0, 0, 0], found.overlap_u[0, 0, 0]
+    expected = torch.stack([values[1, 0], values[2, 0], values[0, 2], values[1, 2]]).mean()
+    torch.testing.assert_close(found.mean(determined=True)[0, 0, 0], expected)
+    torch.testing.assert_close(found.mean("overlap_u", determined=True)[0, 0, 0], (overlaps[0, 2] + overlaps[2, 0]) / 2)
+    assert found.mean()[0, 0, 0] != expected
+    with pytest.raises(ArgumentError, match="determined=True .*version 0.1"):
+        dataclasses.replace(found, uncertainty=None).mean(determined=True)

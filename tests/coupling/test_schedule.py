@@ -22,7 +22,7 @@ from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
 from tlcoupling.jacobian.autograd import CHUNK, vectors_at_once
 from tlcoupling.jacobian.cost import layer_costs
-from tlcoupling.memory import left_in_control_group
+from tlcoupling.memory import free_memory, left_in_control_group
 
 
 @pytest.fixture
@@ -186,6 +186,13 @@ def test_an_estimate_refuses_what_the_call_would():
         tlc.estimate(model, TOKENS, sublayers="head")
     with pytest.raises(UnsupportedModelError):
         tlc.estimate(torch.nn.Linear(2, 2), TOKENS)
+
+
+def test_memory_that_pytorch_keeps_for_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch):
+    """What an earlier call freed stays with PyTorch's allocator, and the driver counts it as used."""
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda", 0)) == 100 + (700 - 300)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcoupling import viz
-from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
+from tlcoupling.analysis.summary import by_straightness, coupling_rows, growth_summary, linearity_rows
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
 from tlcoupling.viz.plain import packed
@@ -167,7 +167,7 @@ def test_summary_reduces_over_pairs_and_tokens() -> None:
     assert growth.attn_share + growth.mlp_share == pytest.approx(growth.mean_rate, abs=1e-6)
     assert growth.mean_slope == pytest.approx(float(analysis.growth.slope.mean()), rel=1e-6)
     assert growth.mean_rate == pytest.approx(float(analysis.growth.rate.mean()), rel=1e-6)
-    assert d_model_of(analysis.coupling) == 16
+    assert analysis.coupling.d_model == 16
 
 
 def test_summary_leaves_out_undefined_scores() -> None:

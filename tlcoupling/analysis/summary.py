@@ -117,8 +117,3 @@ def growth_summary(growth: Growth) -> GrowthSummary:
 def by_straightness(scores: Float[Tensor, " pos"]) -> list[int]:
     """Return positions from the straightest token to the least straight, without those whose score is NaN."""
     return [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos])]
-
-
-def d_model_of(coupling: DepthCoupling) -> int:
-    """Return the width for which the null of the overlap was computed."""
-    return round(coupling.ks[0] / coupling.overlap_null[0].item())

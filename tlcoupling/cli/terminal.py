@@ -14,7 +14,7 @@ from rich.text import Text
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.checking import Check
 from tlcoupling.analysis.estimate import Estimate
-from tlcoupling.analysis.summary import by_straightness, coupling_rows, d_model_of, growth_summary, linearity_rows
+from tlcoupling.analysis.summary import by_straightness, coupling_rows, growth_summary, linearity_rows
 from tlcoupling.text import visible
 
 _LONGEST_TOKEN = 24
@@ -26,7 +26,7 @@ def print_analysis(analysis: Analysis) -> None:
     growth, coupling = analysis.growth, analysis.coupling
     console.print(Text(visible(analysis.provenance.model_name), style="bold"))
     console.print(
-        f"{len(growth.alpha)} layers, d_model {d_model_of(coupling)}, {len(analysis.tokens)} tokens, "
+        f"{len(growth.alpha)} layers, d_model {coupling.d_model}, {len(analysis.tokens)} tokens, "
         f"{analysis.provenance.seconds:.1f} s"
     )
     prompt = "".join(analysis.tokens).splitlines()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tlcoupling.arguments import Indices, KSpec, check_index, check_sublayer, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
-from tlcoupling.coupling.metric import projector_moments
+from tlcoupling.coupling.null import projector_moments
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose
 from tlcoupling.coupling.schedule import Comparison, make_schedule

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from tlcoupling.arguments import Indices, KSpec, check_index, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import Coupling, measure
+from tlcoupling.forward.block import Block
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -23,15 +28,20 @@ class HeadCoupling(Coupling, group=("layer",), member="head"):
     ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are ``[layer, k, head, basis_head]``.
     ``Coupling`` explains them.
 
+    Heads that share their keys and values couple even with fresh weights. ``mean`` and ``test`` leave their pairs out,
+    so their excess is about 0 for fresh weights; with a single key-value head no pair is left, and they are NaN.
+
     Attributes:
         position: the token's position.
         token: its text.
         layers: the layers measured.
+        key_value_heads: the key-value head of each head; None in results of version 0.1, where no pair is left out.
     """
 
     position: int
     token: str
     layers: tuple[int, ...]
+    key_value_heads: tuple[int, ...] | None = None
 
     def _described(self) -> str:
         return f"{self.values.shape[-1]} heads of {len(self.layers)} layers, token {self.position}"
@@ -39,6 +49,12 @@ class HeadCoupling(Coupling, group=("layer",), member="head"):
     def _labels(self) -> dict[str, Sequence[Any]]:
         heads = range(self.values.shape[-1])
         return {"layer": self.layers, "head": heads, "basis_head": heads}
+
+    def _compared(self) -> Bool[Tensor, "head basis_head"]:
+        if self.key_value_heads is None:
+            return super()._compared()
+        of = torch.tensor(self.key_value_heads)
+        return of[:, None] != of
 
 
 def head_coupling(
@@ -84,6 +100,7 @@ def head_coupling(
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     heads = range(trace.model.cfg.n_heads)
+    groups = Block.read(trace.model, chosen[0]).n_groups or len(heads)
     return measure(
         HeadCoupling,
         trace,
@@ -95,4 +112,5 @@ def head_coupling(
         position=pos,
         token=trace.str_tokens[pos],
         layers=chosen,
+        key_value_heads=tuple(head * groups // len(heads) for head in heads),
     )

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.arguments import Indices, check_index, check_name, check_sublayer, resolve_indices, resolve_one_k
-from tlcoupling.coupling.metric import Normalizer, coupling, null_coupling, off_diagonal_mean
+from tlcoupling.coupling.metric import Normalizer, coupling, off_diagonal_mean
+from tlcoupling.coupling.null import null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.forward.block import Block
 from tlcoupling.forward.context import in_training_mode, measured

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.groups import Place, visits
-from tlcoupling.coupling.metric import coupling, null_coupling, null_std, subspace_overlap
+from tlcoupling.coupling.metric import coupling, subspace_overlap
+from tlcoupling.coupling.null import null_coupling, null_std
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of

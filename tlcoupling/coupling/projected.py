@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tlcoupling.arguments import Indices, check_index, resolve_indices, resolve_one_k, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
-from tlcoupling.coupling.metric import Bases, coupling, null_coupling
+from tlcoupling.coupling.metric import Bases, coupling
+from tlcoupling.coupling.null import null_coupling
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import decompose, project
 from tlcoupling.coupling.schedule import Comparison, make_schedule

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tlcoupling.arguments import check_int
+from tlcoupling.coupling.chance import CouplingTest, Drawn, rotation_test
 from tlcoupling.coupling.groups import Group
-from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_groups
 from tlcoupling.coupling.schedule import Comparison, make_schedule
@@ -128,10 +130,15 @@ class Coupling(Result):
     def z(self) -> Float[Tensor, "*group k n n"]:
         """Excess in standard deviations of the null, (c - c_null) / null_std, of each single pair.
 
-        Its null hypothesis is that the two bases are independent and random. The pairs of one matrix share their
-        bases, so they are not independent draws: the z of their mean is not z sqrt(n).
+        It describes a pair, and is not a test: the null is skewed, so that z lies beyond 3.09 in about 1 % of pairs by
+        chance, not in 0.1 %. For p-values take ``test``.
         """
         return self.excess / self.null_std
+
+    @property
+    def d_model(self) -> int:
+        """Return the width for which the null of the overlap was computed."""
+        return round(self.ks[0] / self.overlap_null[0].item())
 
     @property
     def determined(self) -> Bool[Tensor, "*group n rank"] | None:
@@ -158,13 +165,123 @@ class Coupling(Result):
         rows, columns = (each <= DETERMINED for each in (self.subspace_uncertainty, self.basis_subspace_uncertainty))
         return rows[..., None] & columns[..., None, :]
 
-    def mean(self, quantity: Quantity = "values") -> Float[Tensor, "*group k"]:
-        """Mean over the ordered pairs of different members; NaN where there is only one.
+    def mean(self, quantity: Quantity = "values", *, determined: bool = False) -> Float[Tensor, "*group k"]:
+        """Mean over the ordered pairs of different members; NaN where there is none.
+
+        Args:
+            quantity: what is averaged.
+            determined: leave out pairs whose number the Jacobians do not determine (``values_determined``; for the
+                overlaps ``overlap_determined``). Compare with the mean of all pairs to see whether they matter.
 
         Raises:
-            ArgumentError: an unknown quantity.
+            ArgumentError: an unknown quantity, or ``determined`` of a result that does not record it (version 0.1).
         """
-        return off_diagonal_mean(self._pairs(quantity))
+        matrix = self._pairs(quantity)
+        if determined:
+            marks = self.overlap_determined if quantity.startswith("overlap") else self.values_determined
+            if marks is None:
+                raise ArgumentError("determined", True, "False for a result of version 0.1, which does not record it")
+            matrix = torch.where(marks, matrix, torch.nan)
+        return matrix[..., self._compared()].nanmean(-1) if determined else matrix[..., self._compared()].mean(-1)
+
+    def _compared(self) -> Bool[Tensor, "n n"]:
+        """Return the pairs over which means run."""
+        return ~torch.eye(self.values.shape[-1], dtype=torch.bool)
+
+    def test(
+        self,
+        *,
+        blocks: Mapping[str, Sequence[int]] | None = None,
+        draws: int = 999,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> CouplingTest:
+        """Test whether the mean excess is more than independent random bases give, by random rotations.
+
+        The null hypothesis is that the bases of the members (layers, tokens or heads) are independent: each draw
+        rotates each member's bases at random, one rotation for all pairs that share them. It holds for layers with
+        fresh weights, and not for what shares weights: the tokens of a layer, the contexts of a token.
+
+        Tested are the means over all pairs, over the pairs at each distance (of layers or positions), and over blocks
+        of members. Choose blocks before you look at the numbers: the p-values are not corrected for their number. Each
+        group (sublayer, token) is tested by itself.
+
+        Args:
+            blocks: members by name, such as ``{"early": range(8), "late": range(22, 30)}``: the pairs within each
+                block, and between each two.
+            draws: number of draws, 39 or more. The least possible p-value is 2 / (draws + 1).
+            confidence: level of the intervals, between 0 and 1.
+            seed: seed of the draws.
+
+        Returns:
+            ``CouplingTest``: mean excess, p-value and interval of each group and set of pairs.
+
+        Raises:
+            ArgumentError: an argument out of range, an unknown member of a block, or a block without a pair.
+
+        Example:
+            >>> coupling.test().p  # doctest: +SKIP
+        """
+        check_int("draws", draws, 39, note="fewer cannot show p <= 0.05")
+        if not 0 < confidence < 1:
+            raise ArgumentError("confidence", confidence, "a number between 0 and 1")
+        axes = self._axes["values"][:-2]
+        coords = self._coords()
+        sets = {**self._sets(), **self._between(blocks or {})}
+        started = time.perf_counter()
+        drawn = Drawn(
+            self.singular_values,
+            self.frobenius,
+            self.null,
+            self._shared(),
+            self.d_model,
+            self.ks,
+            self.normalizer,
+            self.bases,
+            self.absolute,
+        )
+        fields = rotation_test(self.excess, drawn, sets, draws, confidence, seed)
+        return CouplingTest(
+            provenance=replace(
+                self.provenance,
+                settings={**self.provenance.settings, "draws": draws, "seed": seed},
+                seconds=time.perf_counter() - started,
+            ),
+            **fields,
+            draws=draws,
+            confidence=confidence,
+            axes=(*axes, "pairs"),
+            labels=(*(tuple(coords[axis]) for axis in axes), tuple(sets)),
+        )
+
+    def _sets(self) -> dict[str, Bool[Tensor, "n n"]]:
+        """Return the pairs over which a mean is tested, by name."""
+        return {"all": self._compared()}
+
+    def _between(self, blocks: Mapping[str, Sequence[int]]) -> dict[str, Bool[Tensor, "n n"]]:
+        """Return the pairs of different members within each block, and between each two.
+
+        Raises:
+            ArgumentError: an unknown member, or a block without a pair.
+        """
+        axis = self._axes["values"][-2]
+        members = list(self._coords()[axis])
+        within = {}
+        for name, block in blocks.items():
+            if unknown := [one for one in block if one not in members]:
+                raise ArgumentError("blocks", unknown[0], f"of the {axis}s measured, in block {name!r}: {members}")
+            within[name] = torch.tensor([one in block for one in members])
+        sets = {name: inside[:, None] & inside for name, inside in within.items()}
+        for (one, first), (other, second) in combinations(within.items(), 2):
+            sets[f"{one} with {other}"] = (first[:, None] & second) | (second[:, None] & first)
+        sets = {name: pairs & self._compared() for name, pairs in sets.items()}
+        if empty := [name for name, pairs in sets.items() if not pairs.any()]:
+            raise ArgumentError("blocks", empty[0], f"blocks with two or more different {axis}s")
+        return sets
+
+    def _shared(self) -> Bool[Tensor, "*group"]:
+        """Return in which groups the rows are also the columns."""
+        return torch.ones(self.values.shape[:-3], dtype=torch.bool)
 
     def _pairs(self, quantity: str) -> Tensor:
         allowed = ("values", "null", "excess", "overlap_u", "overlap_v")
@@ -203,6 +320,11 @@ class OrderedCoupling(Coupling):
             for step in range(1, matrix.shape[-1])
         ]
         return torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
+
+    def _sets(self) -> dict[str, Bool[Tensor, "n n"]]:
+        place = torch.arange(self.values.shape[-1])
+        apart = (place[:, None] - place).abs()
+        return {**super()._sets(), **{f"distance {step}": apart == step for step in range(1, len(place))}}
 
 
 @measured

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from tlcoupling.arguments import Indices, KSpec, as_int, as_list, check_index, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
@@ -42,6 +46,10 @@ class TokenCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
+
+    def _shared(self) -> Bool[Tensor, "sublayer layer"]:
+        same = torch.tensor([layer == basis for layer, basis in zip(self.layers, self.basis_layers, strict=True)])
+        return same.expand(len(self.sublayers), -1)
 
 
 def token_coupling(

@@ -57,6 +57,7 @@ class HeadMap(JacobianOperator):
         heads, d_out, d_in = blocks.shape
         self.shape, self.dtype, self.device = (heads * d_out, n_groups * d_in), blocks.dtype, blocks.device
         self.blocks, self.groups, self.n_groups = blocks, groups, n_groups
+        self._members = (groups == torch.arange(n_groups, device=groups.device)[:, None]).to(blocks)
         self.product_flops = 2.0 * blocks.numel()
         self.dense_flops = 0.0
 
@@ -68,8 +69,8 @@ class HeadMap(JacobianOperator):
     def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """Each transposed block times its head's rows, summed within a group."""
         by_head = self.blocks.mT @ y.reshape(self.blocks.shape[0], -1, y.shape[1])
-        out = by_head.new_zeros(self.n_groups, *by_head.shape[1:])
-        return out.index_add_(0, self.groups, by_head).reshape(-1, y.shape[1])
+        # a product: index_add_ adds in another order each time on a GPU
+        return (self._members @ by_head.flatten(1)).reshape(-1, y.shape[1])
 
 
 class BlockMap(JacobianOperator):

@@ -99,7 +99,8 @@ def _ritz(
 ) -> tuple[list[Triplets], float]:
     """Return the best triplets within the spans of U and V, from B = U^T J V; also the worst of residual / asked."""
     inner = jtu.mT @ v
-    left, spectrum, right = torch.linalg.svd(inner)
+    # on the host: a GPU's library takes such small matrices one after the other
+    left, spectrum, right = (part.to(inner.device) for part in torch.linalg.svd(inner.cpu()))
     s, next_s = spectrum[..., :k], spectrum.new_zeros(len(spectrum))
     if k < spectrum.shape[-1]:  # a Ritz value lies below its singular value, by no more than its residual
         after = jtu @ left[..., k, None] - v @ (spectrum[..., k, None] * right[..., k, :])[..., None]

@@ -10,7 +10,6 @@ from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.summary import (
     by_straightness,
     coupling_rows,
-    d_model_of,
     growth_summary,
     linearity_rows,
 )
@@ -26,7 +25,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     measured = [f"{pos} “{visible(text)}”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)]
     compared = analysis.token_coupling.layers if analysis.token_coupling is not None else ()
     facts = {
-        "Size": f"{len(analysis.growth.alpha)} layers, d_model {d_model_of(coupling)}",
+        "Size": f"{len(analysis.growth.alpha)} layers, d_model {coupling.d_model}",
         "Tokens": str(len(analysis.tokens)),
         "Layers compared at token": measured[0] if len(measured) == 1 else f"{len(measured)} tokens",
         "Tokens compared in layers": _few(compared) if compared else "none",

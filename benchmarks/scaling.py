@@ -1,0 +1,75 @@
+"""How cost grows with the length of the prompt and with the width of the model.
+
+    python benchmarks/scaling.py
+
+Prompts of 128 to 4,096 tokens on SmolLM2-135M: seconds and peak memory of the traced pass, of coupling at the last
+token, and of a report (all that ``tlcoupling report`` measures of a long prompt). Then coupling at the last token in
+one random block of d_model 576 to 8,192, beside the count of its floating-point operations. Each call runs once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from llamas import bridge, shaped
+from measure import measured, print_table
+from smollm2 import Models, coupling, flops, random, trained
+
+import tlcoupling as tlc
+
+LENGTHS, WIDTHS = (128, 512, 1024, 2048, 4096), (576, 2048, 4096, 8192)
+
+
+def lengths(models: Models, lengths: Sequence[int] = LENGTHS) -> Iterator[dict[str, str | float]]:
+    """Yield a row for each length."""
+    _, model, prompt = models
+    device = next(model.parameters()).device
+    coupling(model, prompt(28))  # the first call pays for lazy imports and thread pools
+    for length in lengths:
+        ids = prompt(length)
+        row: dict[str, str | float] = {"tokens": str(length)}
+        calls = {"trace": partial(tlc.trace, model, ids), "last token": partial(coupling, model, ids)}
+        for name, call in {**calls, "report": partial(tlc.analyze, model, ids)}.items():
+            one = measured(call, device, fresh=True)
+            row |= {f"{name} s": one.seconds, f"{name} GiB": one.peak_bytes / 2**30}
+            del one
+        yield row
+
+
+def widths(device: torch.device, widths: Sequence[int] = WIDTHS) -> Iterator[dict[str, str | float]]:
+    """Yield a row for one block of each width."""
+    for width in widths:
+        model, ids = bridge(shaped(width, 1, device, torch.bfloat16)), torch.arange(28)
+        coupling(model, ids)
+        one, work = measured(partial(coupling, model, ids), device, fresh=True), flops(model, ids, -1)
+        yield {
+            "d_model": str(width),
+            "seconds": one.seconds,
+            "GiB": one.peak_bytes / 2**30,
+            "GFLOP": work / 1e9,
+            "GFLOP/s": work / 1e9 / one.seconds,
+        }
+        del model
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
+    parser.add_argument("--random", action="store_true", help="random weights of SmolLM2-135M's shape")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.lengths:
+        models = (random if options.random else trained)(device)
+        print_table("SmolLM2-135M, K = 10", lengths(models, options.lengths))
+    if options.widths:
+        print_table("one block, bfloat16, 28 tokens, K = 10", widths(device, options.widths))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The closed-form null against draws of random bases: its mean and its spread, for any K up to the width."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Literal
+
+import pytest
+import torch
+from oracle import haar_of
+
+from tlcoupling.coupling.metric import coupling
+from tlcoupling.coupling.null import null_coupling, null_std
+
+DRAWS, WIDTH = 4000, 32
+
+
+@pytest.mark.parametrize("k", [1, 4, 16, 31])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+def test_mean_and_spread_are_those_of_random_bases(decay: float, k: int):
+    """Of flat, slowly and fast falling spectra. 20 000 draws at width 48 show at most 0.02 standard deviations, 5 %.
+
+    4000 draws tell the mean to 0.016 standard deviations and the spread to 1.1 to 1.6 %; limits are three times that
+    beyond what the formulas miss.
+    """
+    generator = torch.Generator().manual_seed(k)
+    spectrum = torch.arange(1, WIDTH + 1, dtype=torch.float64) ** -decay
+    u, v = haar_of(torch.randn(2, DRAWS, WIDTH, k, generator=generator, dtype=torch.float64))
+    s1, frobenius = spectrum[:k], spectrum.norm()
+    norms: tuple[Literal["frobenius", "trace"], ...] = ("frobenius", "trace")
+    for normalizer, absolute in product(norms, (True, False)):
+        values = coupling(u.mT * spectrum @ v, s1.expand(DRAWS, k), normalizer, absolute)
+        spread = null_std(s1, frobenius, WIDTH, normalizer, absolute)
+        assert abs(values.mean() - null_coupling(s1, frobenius, WIDTH, normalizer, absolute)) < 0.07 * values.std()
+        assert abs(values.std() / spread - 1) < 0.1
+        tiny = null_std(7e-12 * s1, 7e-12 * frobenius, WIDTH, normalizer, absolute)
+        torch.testing.assert_close(tiny, spread)
+
+
+def test_the_null_of_a_peaked_spectrum():
+    """1 / i^2 at width 576: one singular value has nearly all the norm, so that an entry of M is far from normal.
+
+    The first-order formula, of normal entries, gives 0.00192. 1e5 draws, each with its first singular value's product
+    alone (the others move it by less than a tenth of the limit): a standard error of 7e-6.
+    """
+    d, draws = 576, 100_000
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -2.0
+    null = float(null_coupling(spectrum[:10], spectrum.norm(), d))
+    # entries of U and V in J's own bases; of 20 of its directions, which hold all but 1e-5 of its norm
+    u, v = torch.randn(2, draws, 20, 10, generator=generator, dtype=torch.float64) / math.sqrt(d)
+    values = coupling(u.mT * spectrum[:20] @ v, spectrum[:10].expand(draws, 10))
+    assert abs(null - values.mean()) < 0.05 * values.std()
+    assert null == pytest.approx(0.0016, abs=3e-5)
+
+
+def test_the_null_has_a_derivative():
+    """``coupling_loss`` minimises the excess: the null moves with the spectrum."""
+    s = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: null_coupling(s, s.norm() + 1, 12), (s,))
