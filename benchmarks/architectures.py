@@ -44,7 +44,7 @@ TOKENS = torch.tensor([7, 23, 3, 41, 11, 9, 30, 17, 5])
 # (src, dest): at the first position, at a later one, inside a window and outside of it; backwards where that is a pair.
 PAIRS = ((0, 0), (5, 5), (4, 6), (0, 8))
 BACKWARDS = ((6, 4),)
-STEPS = (3e-2, 1e-2, 3e-3)  # HuggingFace's code casts to float32 inside; kinks of ReLUs and routers need several
+STEPS = (3e-2, 1e-2, 3e-3, 1e-3)  # HuggingFace's code casts to float32 inside; kinks of ReLUs and routers need several
 TOLERANCE = 0.03  # of a product of a Jacobian against the nearest difference, relative
 NOTHING = 2e-4  # and absolute, for a direction of length 1
 
@@ -94,7 +94,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "DeiTForImageClassification": _IMAGE,
     "DeiTModel": _IMAGE,
     "Emu3ForConditionalGeneration": dict(
-        vocabulary_map={"<image>": 5, "<|extra_200|>": 6},
+        vocabulary_map={"<image>": 50, "<|extra_200|>": 51},
         vq_config=dict(
             base_channels=32,
             channel_multiplier=[1],
@@ -123,6 +123,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "GPTJForCausalLM": dict(rotary_dim=4),
     "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 2]], window_size=WINDOW),
     "Glm4MoeLiteForCausalLM": dict(_LATENT, **_GROUPS),
+    "Glm4vForConditionalGeneration": dict(
+        text_config=dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+    ),
     "GlmMoeDsaForCausalLM": dict(
         _LATENT,
         **_GROUPS,
@@ -132,7 +135,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         head_dim=4,
         mlp_layer_types=["dense", "dense", "sparse", "sparse"],
     ),
-    "GraniteMoeHybridForCausalLM": dict(_MAMBA2, layer_types=["mamba", "mamba", "attention", "mamba"]),
+    "GraniteMoeHybridForCausalLM": dict(
+        _MAMBA2, layer_types=["mamba", "mamba", "attention", "mamba"], position_embedding_type="rope"
+    ),
     "HubertForCTC": _WAVE,
     "HubertModel": _WAVE,
     "JambaForCausalLM": dict(
@@ -148,6 +153,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "conv", "full_attention", "conv"], num_dense_layers=1),
     "Mamba2ForCausalLM": dict(num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=4),
     "MambaForCausalLM": dict(state_size=8),
+    "Qwen2_5_VLForConditionalGeneration": dict(
+        text_config=dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+    ),
     "ViTForImageClassification": _IMAGE,
     "ViTModel": _IMAGE,
     "Wav2Vec2ForCTC": _WAVE,

@@ -19,7 +19,7 @@ Topology = Literal["sequential", "parallel", "single", "opaque"]
 Kind = Literal["attn", "mixer", "mlp"]
 
 # How TransformerLens names the modules that read other positions, and those that do not.
-_MIXERS = ("attn", "linear_attn", "mamba", "mixer", "ssm", "time_mix")
+_MIXERS = ("attn", "linear_attn", "mamba", "mixer", "ssm", "conv", "time_mix")
 _MLPS = ("mlp", "channel_mix")
 # What a recurrence keeps that attention does not: decays, and convolutions along the positions.
 _DECAYS = ("A_log", "time_decay", "recurrent_param")

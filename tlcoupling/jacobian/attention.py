@@ -99,12 +99,11 @@ class AttentionCore:
 
         q and k are taken before the rotation and after a QK-norm.
         """
-        seen = slice(dest + 1)
-        p, v = self.pattern[:, dest, seen], self.values[seen]
+        p, v = self.pattern[:, dest], self.values
         z = einsum(p, v, "head src, src head e -> head e")
-        products = einsum(self.queries[dest], self.keys[seen], "head e, src head e -> head src")
+        products = einsum(self.queries[dest], self.keys, "head e, src head e -> head src")
         weighted = einsum(p * self.scores.slope(products), v - z, "head src, src head e -> src head e")
-        by_q = einsum(weighted, self.keys[seen], "src head e, src head f -> head e f")
+        by_q = einsum(weighted, self.keys, "src head e, src head f -> head e f")
         by_k = einsum(weighted[src], self.queries[dest], "head e, head f -> head e f")
         if self.rotary is not None:
             by_q, by_k = by_q @ self.rotary.matrix(dest), by_k @ self.rotary.matrix(src)
