@@ -204,27 +204,34 @@ def _measure(edit: Edit, user: Any, own: Any, outcome: Outcome, rng: random.Rand
         return
     with attached, edit.setting():
         trace = tlc.trace(user, edit.prompt, fwd_hooks=kept)
+    if edit.meant is not None and trace.tokens.tolist() != edit.meant:
+        outcome.wrong.append(f"measured on {trace.tokens.tolist()}, not on {edit.meant}")
     truth = Truth(edit, own, trace.tokens)
     (_whole if edit.measure == "whole" else _jacobians)(edit, user, trace, truth, outcome, rng)
 
 
 def _jacobians(edit: Edit, user: Any, trace: tlc.Trace, truth: Truth, outcome: Outcome, rng: random.Random) -> None:
-    """Every sublayer from one position to itself and to a later one."""
-    src = rng.randrange(trace.n_tokens - 1) if edit.src is None else edit.src
-    dests = (src, rng.randrange(src + 1, trace.n_tokens))
+    """Every sublayer from one position to itself and to a later one, where there is one."""
+    last = trace.n_tokens - 1
+    src = rng.randrange(max(1, last)) if edit.src is None else edit.src
+    dests = (src, rng.randint(src + 1, last)) if src < last else (src,)
     expected = {(name, dest): truth.jacobian(edit.layer, name, src, dest) for name in trace.sublayers for dest in dests}
+
+    def operator(name: str, dest: int) -> tlc.JacobianOperator:
+        attached = user.hooks(fwd_hooks=edit.hooks) if edit.attached else contextlib.nullcontext()
+        with attached, edit.setting():
+            return tlc.residual_jacobian(trace, edit.layer, name, src, dest)
+
+    made = {key: operator(*key) for key in expected} if edit.measure == "held" else {}
     if edit.after is not None:
         edit.after(user)
-    for name in trace.sublayers:
-        for dest in dests:
-            attached = user.hooks(fwd_hooks=edit.hooks) if edit.attached else contextlib.nullcontext()
-            try:
-                with attached, edit.setting():
-                    found = tlc.residual_jacobian(trace, edit.layer, name, src, dest).dense()
-            except TLCouplingError as error:
-                outcome.errors.append(error)
-                continue
-            outcome.compare(f"{name} {src}->{dest}", found, *expected[name, dest])
+    for key, truth_of_it in expected.items():
+        try:
+            found = (made.get(key) or operator(*key)).dense()
+        except TLCouplingError as error:
+            outcome.errors.append(error)
+            continue
+        outcome.compare(f"{key[0]} {src}->{key[1]}", found, *truth_of_it)
 
 
 def _whole(edit: Edit, user: Any, trace: tlc.Trace, truth: Truth, outcome: Outcome, rng: random.Random) -> None:
@@ -303,11 +310,11 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 
 GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "certificate": _patched(("jacobian.evidence.misses", nothing)),
-    "module values": _patched(("jacobian.analytic.AnalyticLayer._require_applied", nothing)),
-    "both of these": _patched(
+    # what the values of a run tell of its modules is a second line: alone, each of the two finds what the other does
+    "certificate": _patched(
         ("jacobian.evidence.misses", nothing), ("jacobian.analytic.AnalyticLayer._require_applied", nothing)
     ),
+    "certificate, its first line": _patched(("jacobian.evidence.misses", nothing)),
     "zero MLP": _patched(("jacobian.evidence.Evidence._mixing", nothing)),
     "differences": _patched(("jacobian.differences.BlockDifferences.require", nothing)),
     "residual identity": _patched(
@@ -322,23 +329,24 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         ("forward.trace.hooked_layers", lambda *args: frozenset()),
     ),
     "one pass": _patched(("forward.hooked.partial", _lenient)),
+    "held Jacobian": _patched(("jacobian.held.HeldJacobian._current", lambda held: held.inner)),
     "prompt": _patched(("forward.trace.to_tokens", _any_tokens)),
 }
 
 
 # The kinds of edits that each guard is there for
 AGAINST: dict[str, tuple[str, ...]] = {
-    "certificate": ("wrapped projection", "norm"),
-    "module values": ("wrapped projection", "norm"),
-    "both of these": ("wrapped projection", "norm"),
+    "certificate": ("wrapped projection", "one position", "norm"),
+    "certificate, its first line": ("wrapped projection", "one position", "norm"),
     "zero MLP": ("token shift",),
-    "differences": ("cut graph", "frozen norm", "false activation", "detaching hook"),
-    "residual identity": ("hook between",),
+    "differences": ("cut graph", "frozen norm", "false activation", "rounded activations", "detaching hook"),
+    "residual identity": ("hook between", "beside the writes"),
     "staleness": ("stale",),
     "context": ("context",),
     "eval mode": ("training mode",),
-    "user hooks": ("user hook", "module hook", "rough hook"),
+    "user hooks": ("hook on the stream", "rough hook"),
     "one pass": ("looped blocks",),
+    "held Jacobian": ("held Jacobian",),
     "prompt": ("prompt",),
 }
 

@@ -54,8 +54,10 @@ class Edit:
         dtype: of the weights.
         prompt: token ids, or text.
         src: the input position; any, where it is None.
-        measure: ``"jacobians"``; ``"whole"`` for growth, linearity and coupling; ``"cache"`` for a trace of a cache.
+        measure: ``"jacobians"``; ``"whole"`` for growth, linearity and coupling; ``"cache"`` for a trace of a cache;
+            ``"held"`` for matrices of Jacobians that were made before ``after``.
         after: changes the model between the trace and the Jacobians.
+        meant: the token ids that the prompt stands for, where these are not the prompt itself.
     """
 
     kind: str
@@ -70,8 +72,9 @@ class Edit:
     dtype: torch.dtype = torch.float64
     prompt: Any = None
     src: int | None = None
-    measure: Literal["jacobians", "whole", "cache"] = "jacobians"
+    measure: Literal["jacobians", "whole", "cache", "held"] = "jacobians"
     after: Callable[[Any], Any] | None = None
+    meant: list[int] | None = None
 
 
 @contextmanager
@@ -169,14 +172,13 @@ def _draw(rng: random.Random, models: tuple[str, ...]) -> tuple[str, int]:
     return rng.choice([name for name in models if name in MODELS]), rng.randrange(N_LAYERS)
 
 
-def _projection(rng: random.Random) -> tuple[str, int, str]:
-    case, layer = _draw(rng, SEPARATE)
-    return case, layer, rng.choice(["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out"])
+_PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out")
 
 
-def wrapped_projection(rng: random.Random) -> Edit:
+def wrapped_projection(rng: random.Random, paths: tuple[str, ...] = _PROJECTIONS) -> Edit:
     """An adapter, a scale, a scale by position, a bend, or a parametrisation of one projection."""
-    case, layer, path = _projection(rng)
+    case, layer = _draw(rng, SEPARATE)
+    path = rng.choice(paths)
     name = rng.choice(["adapter", "by position", "scaled", "bent", "parametrised", "shifted"])
     number = rng.randrange(1000)
     wraps = {
@@ -201,6 +203,12 @@ def wrapped_projection(rng: random.Random) -> Edit:
             yield
 
     return Edit("wrapped projection", f"{path} {name}", "measured", case, layer, change)
+
+
+def one_position(rng: random.Random) -> Edit:
+    """A projection that does more than its weight says, and one position alone to show it: a bias does the same."""
+    edit = wrapped_projection(rng, ("attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out"))
+    return replace(edit, kind="one position", prompt=[rng.randrange(2, 48)])
 
 
 _SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -258,7 +266,7 @@ def false_activation(rng: random.Random) -> Edit:
 
 def cut_graph(rng: random.Random) -> Edit:
     """A part under no_grad, rounded, or partly detached."""
-    case, layer = _draw(rng, DENSE)
+    case, layer = _draw(rng, (*SEPARATE, *PLAIN))  # MPT's MLP adds the stream itself: that is cut, and no sublayer
     paths = ["attn.v", "mlp", "attn.o", "mlp.out"] if case in SEPARATE else ["mlp"]
     path = rng.choice(paths)
     name, wrap = rng.choice(
@@ -271,6 +279,30 @@ def cut_graph(rng: random.Random) -> Edit:
         ]
     )
     return Edit("cut graph", f"{path} {name}", "refused", case, layer, replaced(layer, path, wrap))
+
+
+def rounded(rng: random.Random) -> Edit:
+    """A projection of activations that are rounded to int8 by a scale of each row, as dynamic quantisation does."""
+    case, layer = _draw(rng, SEPARATE)
+    path, through = rng.choice(["mlp", "attn"]), rng.random() < 0.5
+
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        def edited(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            scale = x.detach().abs().amax(-1, keepdim=True) / 127
+            whole = scale * (x.detach() / scale).round()
+            return call(x + (whole - x).detach() if through else whole, *args, **kwargs)
+
+        return edited
+
+    @contextmanager
+    def change(model: Any) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name in ("in", "gate", "out") if path == "mlp" else ("q", "k", "v", "o"):
+                stack.enter_context(_in_place(part(model, layer, f"{path}.{name}"), wrap))
+            yield
+
+    what = f"{path}, {'straight through' if through else 'no derivative'}"
+    return Edit("rounded activations", what, "refused", case, layer, change)
 
 
 def cut_positions(rng: random.Random) -> Edit:
@@ -392,6 +424,44 @@ def user_hook(rng: random.Random) -> Edit:
     )
 
 
+def stream_hook(rng: random.Random) -> Edit:
+    """A hook behind a block's writes, which changes the block's Jacobian and no sublayer's."""
+    case, layer = _draw(rng, SEQUENTIAL)
+    layer = min(layer, N_LAYERS - 2)
+    point = rng.choice([f"blocks.{layer}.hook_resid_post", f"blocks.{layer + 1}.hook_resid_pre"])
+    name, function = rng.choice(
+        [
+            ("scaling", lambda x, hook: 0.5 * x),
+            ("bending", lambda x, hook: torch.tanh(x)),
+            ("ablation", lambda x, hook: x * (torch.arange(x.shape[-1]) % 3 > 0).to(x)),
+            ("normalising", lambda x, hook: x / x.norm(dim=-1, keepdim=True)),
+        ]
+    )
+    what, attached = f"{name} at {point}", rng.random() < 0.5
+    return Edit("hook on the stream", what, "measured", case, layer, hooks=[(point, function)], attached=attached)
+
+
+def beside_the_writes(rng: random.Random) -> Edit:
+    """A block that adds something to the stream which neither sublayer wrote."""
+    case, layer = _draw(rng, ("bridge-llama", "bridge-qwen3", "bridge-mistral"))
+    seed = rng.randrange(1000)
+    name, edit = rng.choice(
+        [
+            ("a vector", lambda x: x + _vector(seed, x)),
+            ("a vector by position", lambda x: x + torch.arange(x.shape[1]).to(x)[:, None] * _vector(seed, x)),
+            ("a row of a table", lambda x: x + torch.stack([_vector(seed + pos, x) for pos in range(x.shape[1])])),
+        ]
+    )
+
+    @contextmanager
+    def change(model: Any) -> Iterator[None]:
+        with _in_place(model.blocks[layer].original_component, on_output(edit)):
+            yield
+
+    measure = rng.choice(["jacobians", "whole"])
+    return Edit("beside the writes", name, "refused", case, layer, change, measure=measure)
+
+
 def hook_between(rng: random.Random) -> Edit:
     """A hook on hook_resid_mid: the MLP then reads something else than the stream behind the attention."""
     edit = user_hook(rng)
@@ -500,22 +570,25 @@ def dtype(rng: random.Random) -> Edit:
 
 
 def training(rng: random.Random) -> Edit:
-    """One module left in training mode, with dropout that acts or not."""
-    case, layer = _draw(rng, (*SEPARATE, "bridge-gpt2", "bridge-pythia"))
-    probability, block = rng.choice([0.0, 0.3]), rng.randrange(N_LAYERS)
+    """One module left in training mode: with dropout, with a scale of its own there, or with no effect at all."""
+    case, layer = _draw(rng, SEPARATE)
+    block, path = rng.randrange(N_LAYERS), rng.choice(["", "mlp", "attn", "mlp.out", "ln1"])
+    name = rng.choice(["dropout", "another scale", "no effect", "no effect"])
 
     @contextmanager
     def change(model: Any) -> Iterator[None]:
-        module = model.blocks[block].original_component
-        for one in module.modules():
-            if isinstance(one, nn.Dropout):
-                one.p = probability
-            if hasattr(one, "attention_dropout") and isinstance(one.attention_dropout, float):
-                one.attention_dropout = probability
+        module = part(model, block, path) if path else model.blocks[block].original_component
         module.train()
+        for one in part(model, block, "attn").modules():
+            if hasattr(one, "attention_dropout") and name == "dropout":
+                one.attention_dropout = 0.3
+                one.train()
+        if name == "another scale":  # refused before it is called
+            wrap = on_output(lambda out: 1.1 * out if module.training else out)
+            module.__dict__["forward"] = wrap(module.forward)
         yield
 
-    what = f"block {block}, dropout {probability}"
+    what = f"block {block}, {path or 'all of it'}, {name}"
     return Edit("training mode", what, "refused", case, layer, change, measure=rng.choice(["jacobians", "whole"]))
 
 
@@ -562,6 +635,13 @@ def stale(rng: random.Random) -> Edit:
     return Edit("stale", what, "refused", case, layer, after=after, measure=measure)
 
 
+def held(rng: random.Random) -> Edit:
+    """Weights that change while the user holds a Jacobian of them."""
+    edit = stale(rng)
+    _, _, what = edit.what.partition(": ")
+    return replace(edit, kind="held Jacobian", what=what, measure="held")
+
+
 def late_hook(rng: random.Random) -> Edit:
     """A hook that is attached after the trace."""
     case, layer = _draw(rng, SEQUENTIAL)
@@ -591,10 +671,21 @@ def prompt(rng: random.Random) -> Edit:
             ("ids", ids[:short], "measured"),
             ("a batch of one", [ids[:short]], "measured"),
             ("text", " ".join(words.split()[:short]), "measured"),
+            ("pads before it", _padded(ids[:short], before=3), "measured"),
+            ("pads behind it", _padded(ids[:short], behind=4), "measured"),
+            ("pads that may be text", [*ids[:short], 49, 49], "refused"),
+            ("masked in the middle", {**_padded(ids[:4]), "attention_mask": [[1, 0, 0, 1]]}, "refused"),
         ]
     )
     measure = "whole" if expected == "measured" else "jacobians"
-    return Edit("prompt", name, expected, case, layer, prompt=given, measure=measure)
+    meant = ids[:short] if name.startswith("pads") else None
+    return Edit("prompt", name, expected, case, layer, prompt=given, measure=measure, meant=meant)
+
+
+def _padded(ids: list[int], before: int = 0, behind: int = 0) -> dict[str, list[list[int]]]:
+    """What a tokenizer returns for a padded text."""
+    row, mask = [49] * before + ids + [49] * behind, [0] * before + [1] * len(ids) + [0] * behind
+    return {"input_ids": [row], "attention_mask": [mask]}
 
 
 def experts(rng: random.Random) -> Edit:
@@ -621,29 +712,34 @@ def untouched(rng: random.Random) -> Edit:
 
 # How many of each kind are drawn, of 200
 KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
-    (untouched, 10),
-    (wrapped_projection, 26),
-    (activation, 14),
-    (norm, 9),
-    (attention, 10),
-    (token_shift, 10),
-    (user_hook, 21),
-    (hook_between, 5),
-    (module_hook, 8),
-    (context, 15),
-    (dtype, 8),
+    (untouched, 8),
+    (wrapped_projection, 18),
+    (one_position, 9),
+    (activation, 10),
+    (norm, 8),
+    (attention, 8),
+    (token_shift, 8),
+    (user_hook, 14),
+    (stream_hook, 8),
+    (hook_between, 4),
+    (beside_the_writes, 6),
+    (module_hook, 6),
+    (context, 13),
+    (dtype, 7),
     (experts, 4),
-    (prompt, 10),
-    (cut_graph, 8),
+    (prompt, 13),
+    (cut_graph, 6),
     (frozen_norm, 5),
-    (cut_positions, 6),
-    (false_activation, 6),
-    (detaching_hook, 6),
+    (cut_positions, 5),
+    (false_activation, 5),
+    (rounded, 3),
+    (detaching_hook, 5),
     (rough_hook, 2),
-    (training, 5),
+    (training, 8),
     (looped, 5),
     (stale, 5),
     (late_hook, 2),
+    (held, 5),
 ]
 
 

@@ -18,7 +18,7 @@ from measure import Row, alternating, measured
 from published import block_jacobians, chunks
 
 import tlcoupling as tlc
-from tlcoupling.coupling.method import cheapest
+from tlcoupling.coupling.method import THIN, THIN_ON_DEVICE, cheapest
 from tlcoupling.coupling.spectra import Decomposition, spectra_of
 from tlcoupling.jacobian.engine import JacobianEngine
 
@@ -63,7 +63,8 @@ def _one_block(trace: tlc.Trace, columns: int) -> tuple[Any, float]:
         return engine.operator(0, "block", last, last)
 
     operator = make()
-    method = cheapest(operator, width, K, columns, "auto", keep=True)
+    thin = THIN if operator.device.type == "cpu" else THIN_ON_DEVICE
+    method = cheapest(operator, width, K, columns, "auto", keep=True, thin=thin)
     (spectrum,) = spectra_of([Decomposition(operator, make, method.name, "block")], K, "auto")
     spectrum.multiply(torch.randn(width, columns * K, dtype=operator.dtype, device=operator.device))
     work = method.forming + method.decomposing + method.comparing * columns

@@ -85,7 +85,9 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _huggingface(config: transformers.PretrainedConfig, name: str, architecture: str) -> Callable[[torch.dtype], Any]:
+def huggingface(config: transformers.PretrainedConfig, name: str, architecture: str) -> Callable[[torch.dtype], Any]:
+    """What makes a bridge around a small random model of a configuration."""
+
     def build(dtype: torch.dtype) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -100,20 +102,16 @@ def _huggingface(config: transformers.PretrainedConfig, name: str, architecture:
 _STAYS_IN_FLOAT64 = {"gpt2", "pythia", "pythia-sequential", "falcon", "falcon-two-norms"}
 _PARALLEL = {"gptj", "pythia", "phi", "falcon", "falcon-two-norms", "cohere-qk-norm", "stablelm-qk-norm"}
 _ON_3 = version("transformer-lens").startswith("3.")
-_PARTLY_ANALYTIC: dict[str, tuple[str, ...]] = {
-    "mixtral": ("attn",),  # experts
-    "deepseek-v3": ("mlp",),  # queries and keys are compressed
-}
-# transformer-lens 3 refuses to boot the one, and names the other's norms behind the sublayers as norms before them
-_LEFT_OUT = {"cohere-qk-norm", "olmo2"} if _ON_3 else set()
+# transformer-lens 3 refuses to boot the first, names the second's norms behind the sublayers as norms before them, and
+# leaves gated queries out of the weights of the third
+_LEFT_OUT = {"cohere-qk-norm", "olmo2", "qwen3-next"} if _ON_3 else set()
 _FAMILIES = [
     Case(
         f"bridge-{name}",
-        _huggingface(config, hub_name, architecture),
+        huggingface(config, hub_name, architecture),
         exact=name in _STAYS_IN_FLOAT64,
-        analytic=_PARTLY_ANALYTIC.get(name, ALL),
         topology="parallel" if name in _PARALLEL else "sequential",
-        splits=name != "deepseek-v3",
+        splits=not name.startswith("deepseek"),
     )
     for name, (hub_name, architecture, config) in families().items()
     if name not in _LEFT_OUT

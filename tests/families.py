@@ -24,6 +24,25 @@ _GROUPED: dict[str, Any] = dict(_COMMON, num_key_value_heads=2)
 _WIDE_HEADS: dict[str, Any] = dict(_GROUPED, head_dim=12)  # as in Qwen 3 and Gemma: n_heads * d_head is not d_model
 _FALCON: dict[str, Any] = {"ffn_hidden_size": D_MLP, **_COMMON}
 del _FALCON["intermediate_size"]
+_LATENT: dict[str, Any] = dict(
+    _COMMON,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=D_HEAD,
+    head_dim=4,  # of what is rotated, as in the real models
+    first_k_dense_replace=1,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    n_shared_experts=1,
+    moe_intermediate_size=20,
+    experts_implementation="eager",
+)
+_EXPERTS: dict[str, Any] = dict(
+    _WIDE_HEADS, num_experts_per_tok=2, moe_intermediate_size=20, experts_implementation="eager"
+)
 _LLAMA3 = dict(
     rope_type="llama3",
     factor=8.0,
@@ -36,7 +55,8 @@ _LLAMA3 = dict(
 
 def families() -> dict[str, tuple[str, str, Any]]:
     """Name of the test case: name on the hub, architecture, configuration."""
-    return {
+    recent = _recent() if hasattr(hf, "AfmoeConfig") else {}  # not in the transformers beside transformer-lens 2
+    return recent | {
         "gpt2": (
             "gpt2",
             "GPT2LMHeadModel",
@@ -181,16 +201,7 @@ def families() -> dict[str, tuple[str, str, Any]]:
         "deepseek-v3": (
             "deepseek-ai/DeepSeek-V3",
             "DeepseekV3ForCausalLM",
-            hf.DeepseekV3Config(
-                **_COMMON,
-                q_lora_rank=12,
-                kv_lora_rank=10,
-                qk_nope_head_dim=6,
-                qk_rope_head_dim=4,
-                v_head_dim=D_HEAD,
-                head_dim=4,  # of what is rotated, as in the real models
-                first_k_dense_replace=N_LAYERS,
-            ),
+            hf.DeepseekV3Config(**_LATENT, q_lora_rank=12),
         ),
         "phi3": ("microsoft/Phi-3-mini-4k-instruct", "Phi3ForCausalLM", hf.Phi3Config(**_GROUPED)),
         "glm": ("THUDM/glm-4-9b", "GlmForCausalLM", hf.GlmConfig(**_WIDE_HEADS, partial_rotary_factor=0.5)),
@@ -222,5 +233,88 @@ def families() -> dict[str, tuple[str, str, Any]]:
                 vocab_size=VOCABULARY,
                 max_position_embeddings=CONTEXT,
             ),
+        ),
+    }
+
+
+def _recent() -> dict[str, tuple[str, str, Any]]:
+    """Families that only transformers 5 has, or has in the form of today."""
+    return {
+        "deepseek-v2": (
+            "deepseek-ai/DeepSeek-V2-Lite",
+            "DeepseekV2ForCausalLM",
+            hf.DeepseekV2Config(**_LATENT, q_lora_rank=None),
+        ),
+        "gpt-oss": (
+            "openai/gpt-oss-20b",
+            "GptOssForCausalLM",
+            hf.GptOssConfig(
+                **_WIDE_HEADS,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                sliding_window=WINDOW,
+                experts_implementation="eager",
+            ),
+        ),
+        "qwen3-next": (
+            "Qwen/Qwen3-Next-80B-A3B-Instruct",
+            "Qwen3NextForCausalLM",
+            hf.Qwen3NextConfig(
+                **_EXPERTS,
+                layer_types=["full_attention"] * N_LAYERS,
+                num_experts=4,
+                shared_expert_intermediate_size=12,
+            ),
+        ),
+        "afmoe": (
+            "arcee-ai/Trinity-Mini",
+            "AfmoeForCausalLM",
+            hf.AfmoeConfig(
+                **_EXPERTS,
+                num_experts=4,
+                num_shared_experts=1,
+                num_dense_layers=1,
+                sliding_window=WINDOW,
+                global_attn_every_n_layers=2,
+            ),
+        ),
+        "llama4": (
+            "meta-llama/Llama-4-Scout-17B-16E",
+            "Llama4ForCausalLM",
+            hf.Llama4TextConfig(
+                **_WIDE_HEADS,
+                intermediate_size_mlp=40,
+                num_local_experts=4,
+                num_experts_per_tok=1,
+                interleave_moe_layer_step=2,
+                no_rope_layers=[1, 0, 1],
+                floor_scale=2,
+                attn_scale=0.5,
+                attention_chunk_size=CONTEXT,
+            ),
+        ),
+        "ministral3": (
+            "mistralai/Ministral-3-3B-Base-2512",
+            "Ministral3ForCausalLM",
+            hf.Ministral3Config(
+                **_WIDE_HEADS,
+                sliding_window=None,
+                rope_parameters=dict(
+                    rope_type="yarn",
+                    factor=4.0,
+                    original_max_position_embeddings=3,
+                    rope_theta=100.0,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    mscale=1.0,
+                    mscale_all_dim=1.0,
+                    llama_4_scaling_beta=0.3,
+                ),
+            ),
+        ),
+        "modernbert-decoder": (
+            "jhu-clsp/ettin-decoder-17m",
+            "ModernBertDecoderForCausalLM",
+            hf.ModernBertDecoderConfig(**{**_COMMON, "pad_token_id": 0}, local_attention=2 * WINDOW),
         ),
     }

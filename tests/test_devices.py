@@ -80,7 +80,7 @@ def test_so_they_are_on_other_architectures(traces: tuple[tlc.Trace, tlc.Trace])
 def test_so_they_are_where_no_matrix_is_kept(
     traces: tuple[tlc.Trace, tlc.Trace], method: str, monkeypatch: pytest.MonkeyPatch
 ):
-    def chosen(work: Any, size: int, k: int, columns: int, solver: Any, keep: bool) -> Any:
+    def chosen(work: Any, size: int, k: int, columns: int, solver: Any, *others: Any) -> Any:
         return next(each for each in methods(work, size, k, columns, solver) if each.name == method)
 
     monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", chosen)

@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from cases import FEW, TOKENS, Case
+from broken import forward
+from cases import CASES, FEW, TOKENS, Case
 from oracle import haar, plain_coupling
 
 import tlcoupling as tlc
 from tlcoupling.coupling.metric import coupling
 from tlcoupling.coupling.null import null_coupling
-from tlcoupling.errors import ArgumentError
+from tlcoupling.errors import ArgumentError, DerivativeError
 from tlcoupling.parity import DEFECTS, published
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
@@ -184,3 +185,14 @@ def test_it_comes_back_from_a_file(tmp_path):
     back = tlc.load(found.save(tmp_path / "result.safetensors"))
     assert repr(back) == repr(found) and "\n" not in repr(found)
     assert len(found.to_dataframe()) == 2 * 9 + 3 * 5
+
+
+def test_the_final_norm_is_held_against_the_function():
+    """A scale off the graph, an error of rank one."""
+    model = next(case for case in CASES if hasattr(case.model(), "ln_final")).build(torch.float64).eval()
+
+    def frozen(call):
+        return lambda x: call(x) * x.norm(dim=-1, keepdim=True) / x.detach().norm(dim=-1, keepdim=True)
+
+    with forward(model.ln_final, frozen), pytest.raises(DerivativeError, match="the final norm"):
+        tlc.parity.published(model, TOKENS, 3, final_norm_in_last_block=True)

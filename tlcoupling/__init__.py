@@ -1,113 +1,30 @@
-"""Transformer models as dynamical systems: coupling, linearity and growth from a hooked forward pass."""
+"""Transformer models as dynamical systems: coupling, linearity and growth from a hooked forward pass.
 
-from tlcoupling import parity, viz
-from tlcoupling.analysis.analyze import Analysis, analyze
-from tlcoupling.analysis.checking import Check, check
-from tlcoupling.analysis.estimate import Estimate, estimate
-from tlcoupling.analysis.many import ManyAnalyses, analyze_many
-from tlcoupling.coupling.alignment import HeadAlignment, head_alignment
-from tlcoupling.coupling.chance import CouplingTest
-from tlcoupling.coupling.context import ContextCoupling, context_coupling
-from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
-from tlcoupling.coupling.heads import HeadCoupling, head_coupling
-from tlcoupling.coupling.loss import coupling_loss
-from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
-from tlcoupling.coupling.token import TokenCoupling, token_coupling
-from tlcoupling.directions.causal import CausalEffect, causal_effect
-from tlcoupling.directions.intervention import keep_only, project_out, random_directions
-from tlcoupling.directions.readout import DirectionReadout, read_directions
-from tlcoupling.dynamics.components import TrajectoryComponents, trajectory_components
-from tlcoupling.dynamics.linearized import LinearizationGap, linearization_gap, linearized
-from tlcoupling.dynamics.spectrum import SingularValueProfile, singular_value_profile
-from tlcoupling.errors import TLCouplingError
-from tlcoupling.forward.trace import Trace, trace
-from tlcoupling.jacobian.engine import residual_jacobian
-from tlcoupling.linalg.operator import JacobianOperator
-from tlcoupling.linalg.svd import truncated_svd
-from tlcoupling.linalg.triplets import Triplets
-from tlcoupling.models.baseline import random_baseline
-from tlcoupling.models.load import load_model
-from tlcoupling.results.base import load
-from tlcoupling.results.intervals import Interval
-from tlcoupling.scores.correlate import Correlations, correlate
-from tlcoupling.sweeps.executors import SlurmExecutor
-from tlcoupling.sweeps.plan import Plan
-from tlcoupling.sweeps.run import SweepReport, sweep
-from tlcoupling.sweeps.store import SweepStore
-from tlcoupling.training.monitor import TrainingMonitor
-from tlcoupling.trajectory.growth import Growth, growth
-from tlcoupling.trajectory.head_steps import HeadSteps, head_steps
-from tlcoupling.trajectory.linearity import Linearity, linearity
-from tlcoupling.trajectory.recorder import TrajectoryRecorder
+The public names are those of ``public``, and are imported when the first of them is used. So the command line shows its
+help without PyTorch.
+"""
 
-__all__ = [
-    "Analysis",
-    "CausalEffect",
-    "Check",
-    "ContextCoupling",
-    "Correlations",
-    "CouplingTest",
-    "DepthCoupling",
-    "DirectionReadout",
-    "Estimate",
-    "Growth",
-    "HeadAlignment",
-    "HeadCoupling",
-    "HeadSteps",
-    "Interval",
-    "JacobianOperator",
-    "Linearity",
-    "LinearizationGap",
-    "ManyAnalyses",
-    "Plan",
-    "ProjectedJacobians",
-    "SingularValueProfile",
-    "SlurmExecutor",
-    "SweepReport",
-    "SweepStore",
-    "TLCouplingError",
-    "TokenCoupling",
-    "Trace",
-    "TrainingMonitor",
-    "TrajectoryComponents",
-    "TrajectoryRecorder",
-    "Triplets",
-    "analyze",
-    "analyze_many",
-    "causal_effect",
-    "check",
-    "context_coupling",
-    "correlate",
-    "coupling_loss",
-    "depth_coupling",
-    "estimate",
-    "growth",
-    "head_alignment",
-    "head_coupling",
-    "head_steps",
-    "keep_only",
-    "linearity",
-    "linearization_gap",
-    "linearized",
-    "load",
-    "load_model",
-    "parity",
-    "project_out",
-    "projected_jacobians",
-    "random_baseline",
-    "random_directions",
-    "read_directions",
-    "residual_jacobian",
-    "singular_value_profile",
-    "sweep",
-    "token_coupling",
-    "trace",
-    "trajectory_components",
-    "truncated_svd",
-    "viz",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tlcoupling.public import *  # noqa: F403
+    from tlcoupling.public import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    """Import all public names."""
+    if name == "__all__" or not name.startswith("__"):
+        public = importlib.import_module("tlcoupling.public")
+        globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+    try:
+        return globals()[name]  # folders too, such as tlcoupling.sweeps
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
     """The public names alone, for tab completion."""
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))

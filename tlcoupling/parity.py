@@ -6,6 +6,7 @@ Source: arXiv 2407.07810, section 3, and the authors' released code. Text and co
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -21,6 +22,7 @@ from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
+from tlcoupling.jacobian.differences import Function, leaning
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.linalg.svd import truncated_svd
@@ -174,6 +176,7 @@ def published(
     Raises:
         ArgumentError: an argument out of range, or a model without the requested final norm.
         UnsupportedModelError, NonFiniteActivationError, ResidualIdentityError: see ``trace``.
+        HookError, DerivativeError: see ``residual_jacobian``.
 
     Example:
         >>> tlc.parity.published(model, prompt, final_norm_in_last_block=True).misalignment  # doctest: +SKIP
@@ -234,7 +237,7 @@ def published(
 
 
 def _final_norm(traced: Trace, pos: int) -> Float[Tensor, "d_model d_model"]:
-    """Return the Jacobian of the model's own final norm at x^L of one token."""
+    """Return the Jacobian of the model's own final norm at x^L of one token, held against central differences."""
     norm = getattr(traced.model, "ln_final", None)
     if norm is None:
         raise ArgumentError("final_norm_in_last_block", True, "False: this model has no ln_final")
@@ -243,4 +246,21 @@ def _final_norm(traced: Trace, pos: int) -> Float[Tensor, "d_model d_model"]:
     with torch.enable_grad(), lifted(traced.model, norm):
         out = norm(leaf)[0, 0]
     jacobian = GraphJacobian(out, leaf, at_position(0), 4.0 * traced.d_model)
+
+    @torch.no_grad()
+    def moved(moves: Float[Tensor, "move d_model"]) -> Float[Tensor, "move 1 d_model"]:
+        with lifted(traced.model, norm):
+            return (norm(leaf + moves[:, None]) - out).to(leaf)
+
+    stream = leaf.detach()[0, 0]
+    reason = Function(
+        where="the final norm",
+        moved=moved,
+        product=lambda direction: jacobian.mv(direction)[None],
+        size=float(stream.norm()) or 1.0,
+        lengths=out.detach().norm()[None].to(leaf),
+        hooked=traced.hooked_outside_blocks(),
+    ).require(leaning(stream))
+    if reason is not None:
+        warnings.warn(reason, stacklevel=4)
     return jacobian.dense().to(traced.resid)

@@ -1,4 +1,4 @@
-"""Show texts of strangers: tokens, prompts, names and errors."""
+"""Show texts of strangers (tokens, prompts, names and errors), and count in words."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def visible(text: str) -> str:
         return _SHOWN.get(char) or f"\\u{{{ord(char):x}}}"
 
     return "".join(map(shown, text)) or "∅"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``"1 token"``, ``"2 tokens"``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

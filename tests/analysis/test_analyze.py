@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import tlcoupling as tlc
 import tlcoupling.analysis.analyze
 from tlcoupling.analysis.analyze import _patterns
 from tlcoupling.errors import ArgumentError
+from tlcoupling.progress import ticking
 from tlcoupling.results.base import Result
 
 MODEL = CASES[0]
@@ -69,6 +72,19 @@ def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]
     assert "prompts: 100%" in capsys.readouterr().err
     tlc.depth_coupling(tlc.trace(model, TOKENS), 2, progress=True)
     assert "coupling: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_work_shows_its_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool, asked: bool | None
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    for delay, long in ((0.01, True), (1e3, False)):
+        monkeypatch.setattr("tlcoupling.progress.DELAY", delay)
+        for _ in ticking(range(3), "layers", asked):
+            time.sleep(0.06)
+        assert ("layers" in capsys.readouterr().err) == (asked or (asked is None and terminal and long))
 
 
 def test_attention_of_long_prompts_is_kept_of_chosen_layers(monkeypatch: pytest.MonkeyPatch) -> None:

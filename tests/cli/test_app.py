@@ -32,6 +32,24 @@ def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_the_library_leaves_viewers_alone() -> None:
     heavy = ("matplotlib", "circuitsvis", "pandas", "typer", "rich", "xarray", "scipy")
-    script = f"import sys, tlcoupling, tlcoupling.viz; print([name for name in {heavy} if name in sys.modules])"
+    script = (
+        f"import sys, tlcoupling, tlcoupling.viz; tlcoupling.analyze; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["--version"], 0), (["merge", "--help"], 0), (["report", "--colour", "red"], 2), ([], 2)],
+    ids=str,
+)
+def test_help_and_usage_errors_do_not_wait_for_pytorch(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys, tlcoupling.cli\n"
+        "try:\n    tlcoupling.cli.app(sys.argv[1:])\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} False False"

@@ -103,6 +103,9 @@ def test_a_model_without_a_score_is_named_with_the_nearest(files: tuple[str, str
 def test_what_cannot_be_read_or_written_is_one_line(files: tuple[str, str], tmp_path: Path):
     table, scores = files
     assert_refused(run(tmp_path / "out", str(tmp_path / "nowhere.csv")), "table=", "nowhere.csv")
-    assert_refused(run(tmp_path / "out", table, "--scores", scores, "--score", "mmlu"), "score='mmlu'", "model, score")
+    assert_refused(
+        run(tmp_path / "out", table, "--scores", scores, "--score", "mmlu"), "--score 'mmlu'", "model, score"
+    )
+    assert_refused(run(tmp_path / "out", table), "--scores is not given", "no column 'score'")
     (tmp_path / "file").write_text("")
-    assert_refused(run(tmp_path / "file", table, "--scores", scores), "output=", "folder")
+    assert_refused(run(tmp_path / "file", table, "--scores", scores), "--output '", "folder")

@@ -17,7 +17,7 @@ from tlcoupling.cli import app
 
 
 def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
-    result = report("--tokens", "0,-1", "--token-layers", "1,-1")
+    result = report("--tokens", "0,-1", "--token-layers", "1,-1", "--csv")
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     analysis = tlc.load(out / "result.safetensors")
@@ -40,6 +40,12 @@ def test_output_in_a_pipe_is_plain_and_fits_80_columns(report: Report) -> None:
     assert max(map(len, tables.splitlines())) <= 80
     assert all(char.isprintable() or char == "\n" for char in result.stdout)
     assert result.stderr == ""
+
+
+def test_the_long_table_is_written_on_request_alone(report: Report, tmp_path: Path) -> None:
+    result = report()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "result.safetensors"]
+    assert "result.csv" not in result.stdout
 
 
 def test_repeated_k_and_fractions(report: Report, tmp_path: Path) -> None:
@@ -107,13 +113,13 @@ def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.Mon
 
 def test_unwritable_output_is_found_before_the_work(report: Report, loaded: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert_refused(report(output=tmp_path / "file"), "output=", str(tmp_path / "file"))
+    assert_refused(report(output=tmp_path / "file"), "--output '", str(tmp_path / "file"))
     assert loaded == []
 
 
 def test_result_file_in_the_way_still_prints_the_tables(report: Report, tmp_path: Path) -> None:
     (tmp_path / "out" / "result.csv").mkdir(parents=True)
-    result = report()
+    result = report("--csv")
     assert result.exit_code == 1
     assert "Coupling of different layers" in result.stdout
     assert "cannot write the table" in result.stderr
@@ -122,10 +128,10 @@ def test_result_file_in_the_way_still_prints_the_tables(report: Report, tmp_path
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--k", "1000"], ["k=1000", f"d_model = {D_MODEL}"]),
-        (["--k", "0"], ["k=0", "1"]),
-        (["--tokens", "99"], ["tokens=99"]),
-        (["--token-layers", "99"], ["token_layers=99"]),
+        (["--k", "1000"], ["--k 1000 is not allowed", f"d_model = {D_MODEL}"]),
+        (["--k", "0"], ["--k 0 is not allowed", "1"]),
+        (["--tokens", "99"], ["--tokens 99"]),
+        (["--token-layers", "99"], ["--token-layers 99"]),
     ],
 )
 def test_arguments_that_do_not_fit_the_model(report: Report, options: list[str], parts: list[str]) -> None:
@@ -146,13 +152,13 @@ def test_an_estimate_measures_and_writes_nothing(
     assert "Memory beyond the model: at most" in result.stdout
     assert not list(tmp_path.iterdir())
     assert estimate("--tokens", "99").exit_code == 1
-    for option in (["--output", "out"], ["--open"]):
+    for option in (["--output", "out"], ["--csv"], ["--open"]):
         refused = estimate(*option)
         assert refused.exit_code == 2 and option[0] in refused.stderr and "an estimate writes nothing" in refused.stderr
 
 
 def test_empty_prompt(report: Report) -> None:
-    assert_refused(report(prompt=""), "prompt=''", "empty")
+    assert_refused(report(prompt=""), "--prompt '' is not allowed", "empty")
 
 
 def test_model_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

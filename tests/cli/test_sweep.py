@@ -124,5 +124,5 @@ def test_names_do_not_command_the_terminal(tmp_path: Path, monkeypatch: pytest.M
     for one in (result, dry, refused, merged):
         assert "\x1b" not in one.output and "\u202e" not in one.output
         assert "[31m[bold]" in one.output, "shown, not obeyed"
-    with errors_as_one_line():
+    with errors_as_one_line(print):
         assert "\x1b" not in warnings.formatwarning(f"{evil} is odd", UserWarning, "file.py", 1, "")

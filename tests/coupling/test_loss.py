@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import FEW, TOKENS, Case, randomise
+from broken import CUTS, LLAMA, forward, needs_llama
+from cases import CASES, FEW, TOKENS, Case, part, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.coupling.loss import differentiable_triplets
-from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
+from tlcoupling.errors import (
+    ArgumentError,
+    DegenerateSpectrumError,
+    DerivativeError,
+    HookError,
+    UnsupportedModelError,
+)
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 
@@ -146,3 +153,22 @@ def test_dropout_and_half_precision_are_refused():
     drop = [("blocks.1.hook_attn_out", lambda tensor, hook: torch.nn.functional.dropout(tensor, 0.1))]
     with model.hooks(fwd_hooks=drop), pytest.raises(UnsupportedModelError, match="as dropout does"):
         tlc.coupling_loss(model, TOKENS, 2)
+
+
+@needs_llama
+@pytest.mark.parametrize("sublayer", ["block", "mlp"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_what_autograd_does_not_see_is_refused(cut: str, sublayer: str):
+    model = LLAMA.build(torch.float64).eval()
+    with (
+        forward(part(model, 1, "mlp.out"), CUTS[cut]),
+        pytest.raises(DerivativeError, match=r"coupling_loss, entry 1 of layers=\[0, 1\]"),
+    ):
+        tlc.coupling_loss(model, TOKENS[:4], 2, layers=[0, 1], sublayer=sublayer)
+
+
+def test_a_hook_that_detaches_is_refused():
+    model = CASES[0].build(torch.float64).eval()
+    hooks = [("blocks.1.hook_mlp_out", lambda tensor, hook: tensor.detach())]
+    with model.hooks(fwd_hooks=hooks), pytest.raises(HookError, match="coupling_loss"):
+        tlc.coupling_loss(model, TOKENS[:4], 2, layers=[0, 1])

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, TOKENS
 
 import tlcoupling as tlc
-from tlcoupling.coupling.method import cheapest, methods
+from tlcoupling.coupling.method import THIN_ON_DEVICE, cheapest, methods
 from tlcoupling.jacobian.cost import Cost
 
 
@@ -18,7 +18,7 @@ def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
     assert formed.frobenius_error.max() == 0
     one = tlc.residual_jacobian(trace, 0)
     for index, name in ((1, "matrix dropped"), (2, "products")):
-        chosen = lambda *arguments, index=index: methods(*arguments[:-1])[index]  # noqa: E731
+        chosen = lambda *arguments, index=index: methods(*arguments[:5])[index]  # noqa: E731
         assert chosen(one, 8, 2, 3, "auto", True).name == name
         monkeypatch.setattr("tlcoupling.coupling.schedule.cheapest", chosen)
         by_products = tlc.depth_coupling(trace, 4)
@@ -41,3 +41,5 @@ def test_wide_jacobians_are_coupled_by_products():
     # SmolLM2's matrices are cheap enough to form that they are, even where they cannot be kept
     assert cheapest(small, 576, 10, 30, "auto", keep=False).name == "matrix dropped"
     assert cheapest(wide, 4096, 10, 32, "dense", keep=True).name == "matrix kept"
+    # a device takes thin products far more slowly than products of matrices
+    assert cheapest(wide, 4096, 10, 32, "auto", keep=True, thin=THIN_ON_DEVICE).name == "matrix kept"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from broken import CUTS, LLAMA, PAIRS, forward, half_detached, needs_llama
 from cases import CASES, TOKENS, Case, part, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import tlcoupling as tlc
 from tlcoupling.errors import DerivativeError, HookError, TLCouplingError
@@ -157,6 +156,7 @@ RIGHT = {
     "zero": function(lambda x: 0 * (WEIGHT @ x), lambda q: 0 * (WEIGHT @ q)),
     "curved": function(lambda x: torch.sin(60 * (WEIGHT @ x)), lambda q: 60 * (WEIGHT @ q)),
     "kinks": function(lambda x: (PRE + WEIGHT @ x).relu(), lambda q: (PRE > 0) * (WEIGHT @ q)),
+    "kinks all around": function(lambda x: (PRE / 9 + WEIGHT @ x).relu(), lambda q: (PRE > 0) * (WEIGHT @ q)),
     "under rounding": function(lambda x: 1e-4 * WEIGHT @ x, lambda q: 1e-4 * WEIGHT @ q, noise=1e-6),
 }
 WRONG = {
@@ -181,12 +181,55 @@ def test_a_wrong_derivative_is_refused(name: str):
         WRONG[name].require(DIRECTIONS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_products_take_vectors_of_other_dtypes(dtype: torch.dtype):
-    operator = tlc.residual_jacobian(tlc.trace(CASES[0].model(torch.float32), TOKENS), 1)
-    vector = torch.ones(operator.shape[1])
-    for product in (operator.mv, operator.rmv):
-        torch.testing.assert_close(product(vector.to(dtype)), product(vector))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert operator.mv(vector.to(dtype)).dtype == torch.float32
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights into 4 to 256 units, what they read at zero, and weights out of them."""
+    units, seed = 4 ** draw(st.integers(1, 4)), draw(st.integers(0, 10_000))
+    generator = torch.Generator().manual_seed(seed)
+    into, at, out = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((units, 16), (units,), (16, units))
+    )
+    return into, at, out / units**0.5
+
+
+# not 0: where all units are dead nothing is relative to the product
+@given(layer=layers(), slope=st.floats(-1.0, -0.05) | st.floats(0.05, 0.9))
+@settings(max_examples=60, deadline=None)
+def test_no_kink_is_taken_for_a_false_derivative(layer, slope: float):
+    """With up to 256 kinks, some of them within the step, and a slope beyond them."""
+    into, at, out = layer
+
+    def derivative(q: torch.Tensor) -> torch.Tensor:
+        return out @ (torch.where(at > 0, 1.0, slope) * (into @ q))
+
+    right = function(lambda x: out @ nn.functional.leaky_relu(at + into @ x, slope), derivative)
+    assert right.verdict(DIRECTIONS) is None
+
+
+@given(layer=layers(), share=st.floats(0.1, 1.0), kind=st.sampled_from([torch.tanh, torch.relu, torch.sin]))
+@settings(max_examples=60, deadline=None)
+def test_no_cut_passes_for_a_kink(layer, share: float, kind):
+    into, at, out = layer
+    slopes = torch.func.jvp(kind, (at,), (torch.ones_like(at),))[1]
+
+    def derivative(q: torch.Tensor) -> torch.Tensor:
+        return (1 - share) * out @ (slopes * (into @ q))
+
+    if slopes.abs().max() > 0:
+        with pytest.raises(DerivativeError):
+            function(lambda x: out @ kind(at + into @ x), derivative).verdict(DIRECTIONS)
+
+
+# longer ones are flat where they are measured; shorter ones are rounding
+@given(layer=layers(), tread=st.floats(-3.0, -2.2), linear=st.floats(0.0, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_no_staircase_passes_for_a_kink(layer, tread: float, linear: float):
+    """Whatever is added to it: the smallest steps lie on one tread, where its derivative of zero is right."""
+    (into, at, out), height = layer, 10**tread
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        pre = at + into @ x
+        return out @ (linear * pre + height * (pre / height).round())
+
+    with pytest.raises(DerivativeError):
+        function(run, lambda q: linear * out @ (into @ q)).verdict(DIRECTIONS)

@@ -16,6 +16,7 @@ from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.split import ATTENTION, SEQUENTIAL
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.jacobian.norms import Norm
 from tlcoupling.linalg.maps import Projection
 
 PLACES = [(0, 6, 6), (2, 0, 0), (1, 2, 5), (2, 0, 6)]  # layer, src, dest
@@ -306,4 +307,21 @@ def test_values_that_do_not_fit_each_other_go_to_autograd(q: Any, k: Any, v: Any
     values = {f"attn.hook_{name}": torch.zeros(shape) for name, shape in shapes.items()}
     attn = Sublayer(SEQUENTIAL.parts[0], torch.nn.Identity(), None, None, "hook_resid_pre")
     with pytest.raises(Uncovered, match="have shapes"):
-        AttentionCore.from_values(Block(None, 0, ATTENTION, {"attn": attn}), values)
+        AttentionCore.from_values(Block(None, 0, ATTENTION, {"attn": attn}), values, {})
+
+
+def test_a_failure_of_reading_an_architecture_goes_to_autograd(monkeypatch: pytest.MonkeyPatch):
+    """Whatever a module does that the closed forms do not expect is no error of another library's."""
+    case = CASES[0]
+    trace = tlc.trace(case.model(), TOKENS)
+    truth = tlc.residual_jacobian(trace, 1, "mlp", engine="autograd").dense()
+
+    def fail(*args: Any) -> None:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+    monkeypatch.setattr(Norm, "read", fail)
+    with pytest.warns(UserWarning, match=r"mlp: reading the sublayer failed with RuntimeError: mat1 and mat2 shapes"):
+        found = tlc.residual_jacobian(trace, 1, "mlp")
+    assert relative_error(found.dense(), truth) < 1e-12
+    with pytest.raises(CertificateError, match="reading the sublayer failed"):
+        tlc.residual_jacobian(trace, 1, "mlp", engine="analytic")

@@ -120,3 +120,14 @@ def test_a_solver_works_on_a_composition():
     whole = (a + b).T
     found = tlc.truncated_svd(whole, 3, solver="krylov")
     torch.testing.assert_close(found.s, torch.linalg.svdvals(whole.dense())[:3], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_products_take_vectors_of_other_dtypes(dtype: torch.dtype):
+    weight = torch.randn(3, 3, dtype=F64)
+    whole = torch.tensor([[1, 2], [0, -3], [4, 1]], dtype=dtype)
+    for operator in (Outer(weight[0], weight[1]), Projection(weight), Projection(weight).T @ Diagonal(weight[0])):
+        for product in (operator.mm, operator.rmm):
+            assert torch.equal(product(whole), product(whole.to(F64)))
+        for product in (operator.mv, operator.rmv):
+            assert torch.equal(product(whole[:, 0]), product(whole[:, 0].to(F64)))

@@ -39,16 +39,23 @@ def test_the_long_table_has_each_number_once(analysis: tlc.Analysis):
     table = coupling.to_dataframe().query("quantity == 'excess'")
     row = table.query("sublayer == 'mlp' and pos == 6 and k == 4 and layer == 2 and basis_layer == 1")
     assert row["value"].item() == pytest.approx(float(coupling.excess[2, 1, 1, 2, 1]))
+    assert set(table["token"]) == {analysis.tokens[0], analysis.tokens[-1]}
+    straight = analysis.linearity.to_dataframe().query("quantity == 'lss' and path == 'block'")
+    assert tuple(straight["token"]) == analysis.tokens
     assert set(analysis.to_dataframe()["measurement"]) == {"coupling", "linearity", "growth"}
 
 
 def test_xarray_has_the_same_numbers(analysis: tlc.Analysis):
     pytest.importorskip("xarray")
-    for result in parts(analysis):
+    for result in parts(analysis)[1:]:
         data = result.to_xarray()
         for name, (axes, array) in result._arrays().items():
             assert data[name].dims == axes
             assert torch.equal(torch.from_numpy(data[name].values), array)
+    tree = analysis.to_xarray()
+    assert set(tree.children) == {"attention", *analysis.parts}
+    assert torch.equal(torch.from_numpy(tree["growth/norms"].values), analysis.growth.norms)
+    assert tuple(tree["growth"]["token"].values) == analysis.tokens
     chosen = analysis.coupling.to_xarray()["values"].sel(sublayer="attn", pos=6, k=2, layer=0, basis_layer=2)
     assert float(chosen) == pytest.approx(float(analysis.coupling.values[1, 1, 0, 0, 2]))
 

@@ -20,7 +20,7 @@ from tlcoupling.sweeps.cells import Cell, Settings
 from tlcoupling.sweeps.forecast import forecast
 from tlcoupling.sweeps.shapes import Shape, cell_cost, shape_at_hand
 
-OTHER_FORMS = ("mixtral", "deepseek-v3")
+OTHER_FORMS = ("mixtral", "deepseek-v3", "deepseek-v2", "gpt-oss", "qwen3-next", "afmoe", "llama4")
 
 
 def test_a_cost_is_that_of_the_model_itself():

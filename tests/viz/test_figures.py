@@ -32,7 +32,7 @@ from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.results.base import Provenance
 from tlcoupling.results.intervals import bootstrap_mean
 from tlcoupling.viz import figures
-from tlcoupling.viz.figures.style import EXCESS, SUBLAYER_COLORS, depth_colors, label, matrix_colors
+from tlcoupling.viz.figures.style import DIVERGING, SEQUENTIAL, SUBLAYER_COLORS, depth_colors, label, matrix_colors
 
 HOSTILE = (*HOSTILE_TOKENS, "$\\frac{1$", "a_b^c", "\\", "{", "%d", "漢字", "\x00", "مرحبا")
 
@@ -143,10 +143,16 @@ def test_models_share_the_scales_of_depth_coupling():
     random = replace(random, values=random.values * 0.1)
     figure = figures.depth_coupling({"trained": trained, "random": random})
     norms = [axes.images[0].norm for axes in figure.axes if axes.images]
-    assert len(norms) == 18
-    assert len({(norm.vmin, norm.vmax) for norm in norms}) == 2  # coupling with null, and excess
-    rows = [axes.get_ylabel().partition("\n")[0] for axes in figure.axes if axes.images][0::3]
-    assert rows == [f"{sublayer} · {name}" for sublayer in trained.sublayers for name in ("trained", "random")]
+    assert len(norms) == 6, "the excess of each sublayer, side by side"
+    assert len({(norm.vmin, norm.vmax) for norm in norms}) == 1
+    assert max(figure.get_size_inches()) <= 10, "a page"
+    for row, name in enumerate(trained.sublayers):
+        titles = [axes.get_title(loc="left") for axes in figure.axes if axes.images][2 * row : 2 * row + 2]
+        means = [float(one.mean("excess")[row, 0, 0]) for one in (trained, random)]
+        assert titles == [f"trained: excess, mean {means[0]:.4f}", f"random: excess, mean {means[1]:.4f}"], name
+    several = figures.depth_coupling({"trained": trained, "random": random}, quantities=["coupling", "excess"])
+    norms = [axes.images[0].norm for axes in several.axes if axes.images]
+    assert len(norms) == 12 and len({(norm.vmin, norm.vmax) for norm in norms}) == 2
 
 
 def test_a_diagonal_that_is_not_one_by_definition_is_drawn():
@@ -445,12 +451,12 @@ def lightness(colors: np.ndarray) -> np.ndarray:
 
 
 def test_colours_can_be_told_apart_without_colour():
-    """Lightness rises evenly along sequential scales, falls evenly to both sides of diverging ones."""
+    """Lightness falls evenly along sequential scales, and to both sides of diverging ones."""
     at = np.linspace(0, 1, 64)
-    for colors in (matrix_colors("viridis"), matrix_colors("magma"), depth_colors()):
-        steps = np.diff(lightness(colors(at)[:, :3]))
+    for colors in (matrix_colors(SEQUENTIAL), depth_colors()):
+        steps = -np.diff(lightness(colors(at)[:, :3]))
         assert (steps > 0).all() and steps.max() < 2.5 * steps.mean()
-    excess = lightness(matrix_colors(EXCESS)(at)[:, :3])
+    excess = lightness(matrix_colors(DIVERGING)(at)[:, :3])
     assert (np.diff(excess)[:31] > 0).all() and (np.diff(excess)[32:] < 0).all()
     assert np.abs(excess - excess[::-1]).max() < 12
     block, attn, mlp = lightness(np.array([matplotlib.colors.to_rgb(color) for color in SUBLAYER_COLORS.values()]))
@@ -500,6 +506,10 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path):
     [
         (lambda a: figures.depth_coupling(a, token=7), "token=7 is not allowed; allowed: one that was measured: 3"),
         (lambda a: figures.depth_coupling(a, k=4), "k=4 is not allowed; allowed: one that was measured: 3"),
+        (
+            lambda a: figures.depth_coupling(a, quantities="z"),
+            "quantities='z' is not allowed; allowed: one of coupling",
+        ),
         (lambda a: figures.depth_coupling({}), "result={} is not allowed; allowed: at least one"),
         (
             lambda a: figures.depth_coupling({"a": a, "b": replace(a.coupling, normalizer="trace")}),

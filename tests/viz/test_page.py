@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcoupling import viz
-from tlcoupling.analysis.summary import by_straightness, coupling_rows, growth_summary, linearity_rows
+from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
 from tlcoupling.viz.plain import packed
@@ -109,7 +109,7 @@ def test_nan_and_infinity_become_null() -> None:
     assert data["coupling"]["mean"]["values"][0][0][0] is None
     assert data["tokens"]["lss"][1] is None
     assert data["tokens"]["ed"][0] is None
-    assert 1 not in data["tokens"]["order"]
+    assert 1 not in data["tokens"]["most"] + data["tokens"]["least"]
 
 
 def test_a_page_holds_the_numbers_of_its_analysis() -> None:
@@ -118,7 +118,7 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     coupling, step = analysis.coupling, 1 / 32767  # 16 bits of numbers up to 1
     torch.testing.assert_close(unpacked(data["coupling"]["values"]), coupling.values.double(), atol=step, rtol=0)
     torch.testing.assert_close(unpacked(data["coupling"]["null"]), coupling.null[..., 0].double(), atol=step, rtol=0)
-    assert data["tokens"]["order"] == analysis.linearity.path("block").argsort().tolist()
+    assert (data["tokens"]["most"], data["tokens"]["least"]) == straightest(analysis.linearity.path("block"))
     assert data["coupling"]["positions"] == [0, 3]
     assert data["coupling"]["ks"] == [2, 3]
     kinds = {kind["name"]: kind for kind in data["pairs"]["kinds"]}
@@ -177,7 +177,13 @@ def test_summary_leaves_out_undefined_scores() -> None:
     block, sublayer, *_ = linearity_rows(analysis.linearity)
     assert (block.mean, block.lowest, block.highest, block.random) == (2.0, 1.0, 3.0, 2.0)
     assert sublayer.mean != sublayer.mean and sublayer.highest != sublayer.highest
-    assert by_straightness(analysis.linearity.lss[0]) == [2, 0, 3]
+    assert straightest(analysis.linearity.lss[0]) == ([2], [3])
+
+
+def test_no_token_is_both_most_and_least_straight() -> None:
+    assert straightest(torch.tensor([2.0])) == ([], [])
+    assert straightest(torch.tensor([2.0, 1.0, NAN])) == ([1], [0])
+    assert straightest(torch.arange(20.0)) == ([0, 1, 2, 3, 4], [19, 18, 17, 16, 15])
 
 
 def test_page_states_the_metric_that_was_used() -> None:

@@ -68,6 +68,11 @@ class Analysis(Result):
         names = ("coupling", "token_coupling", "context_src", "context_dest", "linearity", "growth")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
+    @property
+    def prompt(self) -> str:
+        """Return the prompt as text, decoded whole where that is known."""
+        return self.provenance.text or "".join(self.tokens)
+
     def __repr__(self) -> str:
         """One line."""
         return f"Analysis({self.provenance.model_name}: {self.coupling!r}, {self.linearity!r}, {self.growth!r})"
@@ -90,6 +95,17 @@ class Analysis(Result):
         table["value"] = table.pop("value")
         return table
 
+    def to_xarray(self) -> Any:
+        """Return the same numbers as an ``xarray.DataTree``: one dataset for each measurement, and ``attention``.
+
+        Raises:
+            ImportError: xarray is not installed (``pip install tlcoupling[xarray]``).
+        """
+        datasets = {"attention": super().to_xarray(), **{name: part.to_xarray() for name, part in self.parts.items()}}
+        from xarray import DataTree
+
+        return DataTree.from_dict(datasets, name=self.provenance.model_name)
+
 
 @measured
 def analyze(
@@ -109,7 +125,7 @@ def analyze(
     attention_mask: Any | None = None,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
 
@@ -134,7 +150,7 @@ def analyze(
         attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
         UnsupportedModelError, ArgumentError, HookError, NonFiniteActivationError, ResidualIdentityError: see

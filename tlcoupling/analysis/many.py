@@ -24,6 +24,7 @@ from tlcoupling.precision import full_precision
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Provenance, Result, engines_of_prompts
 from tlcoupling.results.intervals import Interval, Unit, bootstrap_mean
+from tlcoupling.text import counted
 from tlcoupling.trajectory.growth import growth
 from tlcoupling.trajectory.linearity import linearity
 
@@ -87,8 +88,8 @@ class ManyAnalyses(Result):
             f"{name} {value:.4f}" for name, value in zip(self.sublayers, self.excess[..., 0].mean(0), strict=True)
         )
         return (
-            f"ManyAnalyses({measured} of {len(self.names)} prompts, {len(self.tokens)} tokens, K={self.ks[0]}: "
-            f"mean excess {shown})"
+            f"ManyAnalyses({measured} of {len(self.names)} prompts, {counted(len(self.tokens), 'token')}, "
+            f"K={self.ks[0]}: mean excess {shown})"
         )
 
     @property
@@ -174,7 +175,7 @@ def analyze_many(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     baseline: Any | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ManyAnalyses:
     """Measure a model on many prompts, for intervals over prompts and tokens.
 
@@ -195,7 +196,7 @@ def analyze_many(
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
         baseline: a model to measure in the same call, such as ``tlc.random_baseline(model)``.
-        progress: show a progress bar over prompts.
+        progress: show a progress bar over prompts; by default as in ``analyze``.
 
     Raises:
         ArgumentError: no prompts, a single string, or another number of masks.

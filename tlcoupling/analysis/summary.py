@@ -114,6 +114,11 @@ def growth_summary(growth: Growth) -> GrowthSummary:
     )
 
 
-def by_straightness(scores: Float[Tensor, " pos"]) -> list[int]:
-    """Return positions from the straightest token to the least straight, without those whose score is NaN."""
-    return [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos])]
+def straightest(scores: Float[Tensor, " pos"], most: int = 5) -> tuple[list[int], list[int]]:
+    """Return the positions of the most and of the least straight tokens, the extreme one first.
+
+    No token is in both lists, so both are empty for a single token. Tokens whose score is NaN are left out.
+    """
+    order = [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos])]
+    count = min(most, len(order) // 2)
+    return order[:count], order[len(order) - count :][::-1]

@@ -7,14 +7,15 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
-from tlcoupling.errors import TLCouplingError
+from tlcoupling.errors import ArgumentError, TLCouplingError
 from tlcoupling.text import visible
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -88,9 +89,24 @@ def refuse(given: Mapping[str, bool], allowed: str) -> None:
             raise typer.BadParameter(allowed, param_hint=option)
 
 
+def _in_words_of_options(error: TLCouplingError, command: Callable[..., None]) -> str:
+    """Return an error's message; an argument of Python that was given as an option has the option's name."""
+    hints = get_type_hints(command, include_extras=True)
+    options = {name for name, hint in hints.items() if isinstance(getattr(hint, "__metadata__", "-")[0], OptionInfo)}
+    if not isinstance(error, ArgumentError) or error.name not in options:
+        return str(error)
+    option = "--" + error.name.replace("_", "-")
+    given = f"{option} is not given" if error.value is None else f"{option} {error.value!r} is not allowed"
+    return f"{given}; allowed: {error.allowed}"
+
+
 @contextmanager
-def errors_as_one_line() -> Iterator[None]:
-    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1. Escape control characters in warnings."""
+def errors_as_one_line(command: Callable[..., None]) -> Iterator[None]:
+    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1. Escape control characters in warnings.
+
+    Args:
+        command: the command that runs. Its arguments are named as its options are typed.
+    """
     formatted = warnings.formatwarning
 
     def shown(message: Warning | str, *rest: Any, **more: Any) -> str:
@@ -100,7 +116,7 @@ def errors_as_one_line() -> Iterator[None]:
     try:
         yield
     except TLCouplingError as error:
-        say(f"error: {' '.join(str(error).split())}", err=True)
+        say(f"error: {' '.join(_in_words_of_options(error, command).split())}", err=True)
         raise typer.Exit(1) from error
     finally:
         warnings.formatwarning = formatted

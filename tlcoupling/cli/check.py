@@ -19,7 +19,7 @@ def check(
     ] = None,
 ) -> None:
     """Check a model: what holds, what falls back to autograd, and what is refused and why. Exit code 1 if refused."""
-    with errors_as_one_line():
+    with errors_as_one_line(check):
         from tlcoupling.analysis.checking import check as check_model
         from tlcoupling.cli.terminal import print_check
 

@@ -11,7 +11,7 @@ import typer
 
 from tlcoupling.cli.app import app, errors_as_one_line, say
 from tlcoupling.errors import ResultFileError
-from tlcoupling.text import visible
+from tlcoupling.text import counted, visible
 
 if TYPE_CHECKING:
     from tlcoupling.scores.correlate import Correlations
@@ -50,7 +50,7 @@ def correlate(
     Without a table, the 28 published points are used: coupling correlates with the score at R^2 = 0.80.
     The function 1 - 1/sqrt(0.1 d_model) of width alone explains 93 % of the coupling's variance.
     """
-    with errors_as_one_line():
+    with errors_as_one_line(correlate):
         from tlcoupling.results.base import check_writable
         from tlcoupling.scores.correlate import correlate as correlate_models
 
@@ -75,7 +75,7 @@ def _print(result: Correlations, table: str | None) -> None:
     console = Console(highlight=False)
     title = "The published points" if table is None else table
     console.print(Text(visible(title), style="bold"))
-    console.print(f"{len(result.models)} models, {len(result.families)} families")
+    console.print(f"{counted(len(result.models), 'model')}, {len(result.families)} families")
     for heading, columns, rows in (_against(result), _fixed(result), _without(result)):
         console.print(f"\n{heading}")
         console.print(_table(columns, rows))

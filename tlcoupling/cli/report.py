@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import webbrowser
 from enum import Enum
 from pathlib import Path
@@ -108,14 +107,17 @@ def report(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print work, memory and time without measuring.")
     ] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Also write all numbers as a long table, result.csv (some megabytes).")
+    ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Measure coupling, linearity and growth of a model on a prompt. Print tables; save the numbers and a web page."""
     if estimate:
-        refuse({"--output": output is not None, "--open": open_page}, "an estimate writes nothing")
+        refuse({"--output": output is not None, "--csv": csv, "--open": open_page}, "an estimate writes nothing")
     folder = Path(FOLDER) if output is None else output
     ks, positions, compared = [_k(text) for text in k or ["10"]], _tokens(tokens), _token_layers(token_layers)
-    with errors_as_one_line():
+    with errors_as_one_line(report):
         if not estimate:
             from tlcoupling.results.base import check_writable
 
@@ -136,9 +138,9 @@ def report(
         from tlcoupling.analysis.analyze import analyze
         from tlcoupling.cli.terminal import print_analysis
 
-        analysis = analyze(loaded, text, **options, progress=sys.stderr.isatty())
+        analysis = analyze(loaded, text, **options)
         print_analysis(analysis)
-        page = _save(analysis, folder)
+        page = _save(analysis, folder, csv)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
 
@@ -159,17 +161,18 @@ def _layers_of(
     return sorted({0, (last + 1) // 2, last}) if 2 <= to_tokens(model, prompt, None).shape[1] <= SHORT else None
 
 
-def _save(analysis: Analysis, folder: Path) -> Path:
-    """Write the result, its long table and the page; print their paths, and return that of the page."""
+def _save(analysis: Analysis, folder: Path, csv: bool) -> Path:
+    """Write the result, the page and the long table if asked; print their paths, and return that of the page."""
     from tlcoupling.viz import write_html
 
     say(f"\nresult  {analysis.save(folder / 'result.safetensors')}")
-    table = folder / "result.csv"
-    try:
-        analysis.to_dataframe().to_csv(table, index=False)
-    except OSError as error:
-        raise ResultFileError(f"cannot write the table to {str(table)!r}: {error}") from error
-    say(f"table   {table}")
+    if csv:
+        table = folder / "result.csv"
+        try:
+            analysis.to_dataframe().to_csv(table, index=False)
+        except OSError as error:
+            raise ResultFileError(f"cannot write the table to {str(table)!r}: {error}") from error
+        say(f"table   {table}")
     page = write_html(analysis, folder / "report.html")
     say(f"page    {page}")
     return page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tlcoupling.cli.app import app, errors_as_one_line, refuse, say
+from tlcoupling.text import counted
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -71,7 +71,7 @@ def sweep(
         refuse({"--workers": workers is not None}, "give it with --executor here")
     else:
         refuse({"--logs": logs is not None}, "give it with --executor slurm")
-    with errors_as_one_line():
+    with errors_as_one_line(sweep):
         from tlcoupling.sweeps.plan import Plan
 
         read = Plan.read(plan)
@@ -90,7 +90,7 @@ def sweep(
                 from tlcoupling.sweeps.executors import SlurmExecutor
 
                 chosen = stack.enter_context(SlurmExecutor(logs or folder / "slurm"))
-            report = run(read, kept, executor=chosen, workers=workers, progress=sys.stderr.isatty())
+            report = run(read, kept, executor=chosen, workers=workers)
         print_report(report)
         if table is not None:
             say(f"table   {kept.write_table(table)}")
@@ -119,7 +119,7 @@ def merge(
     Damaged files are named and not copied; the exit code is then 1.
     """
     skipped: list[str] = []
-    with errors_as_one_line():
+    with errors_as_one_line(merge):
         from tlcoupling.sweeps.store import SweepStore
 
         sources = [SweepStore(path) for path in stores]
@@ -132,7 +132,7 @@ def merge(
                 say(f"  skipped: {reason}")
         left = len(target.damaged())
         damaged = f", {left} damaged" if left else ""
-        say(f"store   {into}: {len(target.keys())} cells, {len(target.failed_keys())} failed{damaged}")
+        say(f"store   {into}: {counted(len(target.keys()), 'cell')}, {len(target.failed_keys())} failed{damaged}")
         if table is not None:
             say(f"table   {target.write_table(table)}")
     if skipped:

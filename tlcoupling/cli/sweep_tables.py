@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tlcoupling.sweeps.forecast import Forecast
 from tlcoupling.sweeps.run import SweepReport
-from tlcoupling.text import visible
+from tlcoupling.text import counted, visible
 
 _SHOWN = 40  # models
 _ERRORS = 5
@@ -22,7 +22,7 @@ def print_forecast(forecast: Forecast) -> None:
     """Print what a plan would measure, and the cost."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("model", header_style="dim", no_wrap=True, max_width=20)
+    table.add_column("model", header_style="dim", overflow="fold", max_width=20)  # a name that is cut tells nothing
     for name in ("cells", "done", "TFLOP", "files", "memory", "time"):
         table.add_column(name, justify="right", header_style="dim", no_wrap=True)
     for group in forecast.groups[:_SHOWN]:
@@ -79,7 +79,7 @@ def print_report(report: SweepReport) -> None:
         counts += f", [red]{len(report.failed)} failed[/]"
     if report.unfinished:
         counts += f", [yellow]{len(report.unfinished)} unfinished[/]"
-    console.print(f"{report.n_cells} cells: {counts}")
+    console.print(f"{counted(report.n_cells, 'cell')}: {counts}")
     errors = Counter(report.failed.values())
     for error, count in errors.most_common(_ERRORS):
         example = next(cell for cell, text in report.failed.items() if text == error)
@@ -91,7 +91,7 @@ def print_report(report: SweepReport) -> None:
     for reason in report.reasons[:_ERRORS]:
         console.print(Text(visible(f"  {reason}"), style="yellow"))
     if report.damaged:
-        console.print(f"{len(report.damaged)} files were damaged, and their cells measured again:")
+        console.print(f"{counted(len(report.damaged), 'damaged file')}, measured again:")
     for reason in report.damaged.values():
         console.print(Text(visible(f"  {reason}"), style="yellow", overflow="fold"))
     if not report.complete:

@@ -14,8 +14,13 @@ from rich.text import Text
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.checking import Check
 from tlcoupling.analysis.estimate import Estimate
-from tlcoupling.analysis.summary import by_straightness, coupling_rows, growth_summary, linearity_rows
-from tlcoupling.text import visible
+from tlcoupling.analysis.summary import (
+    coupling_rows,
+    growth_summary,
+    linearity_rows,
+    straightest,
+)
+from tlcoupling.text import counted, visible
 
 _LONGEST_TOKEN = 24
 
@@ -26,10 +31,10 @@ def print_analysis(analysis: Analysis) -> None:
     growth, coupling = analysis.growth, analysis.coupling
     console.print(Text(visible(analysis.provenance.model_name), style="bold"))
     console.print(
-        f"{len(growth.alpha)} layers, d_model {coupling.d_model}, {len(analysis.tokens)} tokens, "
-        f"{analysis.provenance.seconds:.1f} s"
+        f"{counted(len(growth.alpha), 'layer')}, d_model {coupling.d_model}, "
+        f"{counted(len(analysis.tokens), 'token')}, {analysis.provenance.seconds:.1f} s"
     )
-    prompt = "".join(analysis.tokens).splitlines()
+    prompt = analysis.prompt.splitlines()
     console.print(Text("\n".join(map(visible, prompt)), style="dim"))
     for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
         title, table.title = table.title, None  # rich wraps a title to the width of its table
@@ -43,7 +48,9 @@ def print_estimate(estimate: Estimate) -> None:
     console = Console(highlight=False)
     console.print(Text(visible(estimate.model_name), style="bold"))
     ks = ", ".join(map(str, estimate.ks))
-    console.print(f"coupling of {estimate.n_measured} of {estimate.n_tokens} tokens, all pairs of layers, K = {ks}\n")
+    console.print(
+        f"coupling of {estimate.n_measured} of {counted(estimate.n_tokens, 'token')}, all pairs of layers, K = {ks}\n"
+    )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("work", "method"):
         table.add_column(name, header_style="dim")
@@ -120,8 +127,8 @@ def _growth(analysis: Analysis) -> Table:
 
 
 def _tokens(analysis: Analysis) -> list[Table]:
-    order = by_straightness(analysis.linearity.path("block"))
-    ends = {"Most straight tokens": order[:5], "Least straight tokens": order[::-1][:5]}
+    most, least = straightest(analysis.linearity.path("block"))
+    ends = {"Most straight tokens": most, "Least straight tokens": least} if most else {}
     tables = []
     for title, positions in ends.items():
         table = _table(title, ("pos", "token", "LSS", "ED", "final norm"), left=2)

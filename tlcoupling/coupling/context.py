@@ -15,6 +15,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 Fixed = Literal["src", "dest"]
 
@@ -42,7 +43,8 @@ class ContextCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"
 
     def _described(self) -> str:
         direction = "from" if self.fixed == "src" else "to"
-        return f"{len(self.layers)} layers, {len(self.positions)} pairs {direction} position {self.position}"
+        pairs = counted(len(self.positions), "pair")
+        return f"{counted(len(self.layers), 'layer')}, {pairs} {direction} position {self.position}"
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
@@ -62,7 +64,7 @@ def context_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ContextCoupling:
     r"""Measure how far the top singular vectors of a layer's Jacobians agree across the context of a token.
 
@@ -87,7 +89,7 @@ def context_coupling(
         absolute: as in ``depth_coupling``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Returns:
         ``ContextCoupling``, all its tensors on the CPU.

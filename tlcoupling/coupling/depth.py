@@ -14,6 +14,7 @@ from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -34,7 +35,7 @@ class DepthCoupling(OrderedCoupling, group=("sublayer", "pos"), member="layer"):
     layers: tuple[int, ...]
 
     def _described(self) -> str:
-        return f"{len(self.layers)} layers, {len(self.positions)} tokens"
+        return f"{counted(len(self.layers), 'layer')}, {counted(len(self.positions), 'token')}"
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"pos": self.positions, "layer": self.layers, "basis_layer": self.layers}
@@ -52,7 +53,7 @@ def depth_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> DepthCoupling:
     r"""Measure how far the top singular vectors of a token's Jacobians agree across layers.
 
@@ -71,7 +72,7 @@ def depth_coupling(
         absolute: True as in the authors' code, False as in the paper's formula.
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
         solver: ``"auto"``, ``"dense"`` or ``"krylov"``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Returns:
         ``DepthCoupling``, all its tensors on the CPU.

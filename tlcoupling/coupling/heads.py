@@ -19,6 +19,7 @@ from tlcoupling.forward.block import Block
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -44,7 +45,9 @@ class HeadCoupling(Coupling, group=("layer",), member="head"):
     key_value_heads: tuple[int, ...] | None = None
 
     def _described(self) -> str:
-        return f"{self.values.shape[-1]} heads of {len(self.layers)} layers, token {self.position}"
+        return (
+            f"{counted(self.values.shape[-1], 'head')} of {counted(len(self.layers), 'layer')}, token {self.position}"
+        )
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         heads = range(self.values.shape[-1])
@@ -68,7 +71,7 @@ def head_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> HeadCoupling:
     """Measure how far the top singular vectors of a layer's heads agree, from the Jacobian of each head's share of a^l.
 
@@ -85,7 +88,7 @@ def head_coupling(
         absolute: as in ``depth_coupling``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
         ArgumentError: an argument out of range (K above the rank of a head's Jacobian, an unknown token).

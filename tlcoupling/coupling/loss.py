@@ -5,8 +5,10 @@ It is the coupling of ``metric``, on Jacobians that keep their graph and with di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +27,8 @@ from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.split import block_hook, splits_of_model, sublayers_of
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap
+from tlcoupling.forward.user_hooks import hooked_layers
+from tlcoupling.jacobian.differences import Function, leaning
 
 Quantity = Literal["values", "excess"]
 Sublayer = Literal["block", "attn", "mlp"]
@@ -59,8 +63,11 @@ def coupling_loss(
     coincides with another value, the derivative does not exist: an error is raised. Only first derivatives are correct:
     do not differentiate the gradient.
 
-    Cost: d_model backward passes per layer, with their graph kept. Use a few layers and a short prompt. The forward
-    pass runs at the highest float32 precision, the backward pass at the precision set when it runs.
+    The Jacobians are held against central differences of what is run, as all are: parts without a graph are an error.
+
+    Cost: d_model backward passes per layer, with their graph kept, and two forward passes for the differences. Use a
+    few layers and a short prompt. The forward pass runs at the highest float32 precision, the backward pass at the
+    precision set when it runs.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge`` in float32 or float64, in eval mode, or in training mode
@@ -78,6 +85,7 @@ def coupling_loss(
         ArgumentError: an argument out of range.
         UnsupportedModelError: as in ``trace``; dropout; half precision.
         DegenerateSpectrumError: singular values that coincide.
+        HookError, DerivativeError: a hook, or the model itself, hides from autograd what it does.
     """
     require_supported(model, in_training=True)
     dtype = next(model.blocks.parameters()).dtype
@@ -154,39 +162,85 @@ def _ends(block: Block, sublayer: str) -> tuple[str, str]:
 
 
 def _jacobians(model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], pos: int) -> list[Float[Tensor, "d d"]]:
-    """Return the Jacobians at one position with their graph, all from one forward pass."""
-    points, last = hook_points(model), block_hook(max(ends), "hook_resid_post")
+    """Return the Jacobians at one position with their graph, all from one forward pass.
+
+    Args:
+        model: the model.
+        ids: token ids.
+        ends: by layer, the hook points that it reads and writes at.
+        pos: the position.
+
+    Raises:
+        HookError, DerivativeError: one is not the derivative of what is run, by central differences.
+
+    Warns:
+        UserWarning: a hook is not smooth, so that this could not be checked.
+    """
+    layers = list(ends)
     inputs: dict[int, Tensor] = {}
+
+    def begin(layer: int, tensor: Tensor) -> Tensor:
+        inputs[layer] = tensor.clone() if tensor.requires_grad else tensor.detach().clone().requires_grad_()
+        return inputs[layer]
+
+    def written(outputs: Mapping[int, Tensor], layer: int, read: Tensor) -> Float[Tensor, " d"]:
+        return outputs[layer][0, pos] - (read[0, pos] if ends[layer][1] == "hook_resid_post" else 0.0)
+
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        outputs = _written(model, ids, ends, begin)
+        out = {layer: written(outputs, layer, inputs[layer]) for layer in layers}
+        jacobians = [_dense(out[layer], inputs[layer], pos) for layer in layers]
+    home = jacobians[0].device
+
+    @torch.no_grad()
+    def moved(moves: Float[Tensor, "move layer d"]) -> Float[Tensor, "move layer d"]:
+        changes = []
+        for move in moves:
+            streams = {layer: inputs[layer].detach().clone() for layer in layers}
+            for layer, step in zip(layers, move, strict=True):
+                streams[layer][0, pos] += step.to(streams[layer])
+            ran = _written(model, ids, ends, lambda layer, tensor, streams=streams: streams[layer])
+            changes.append([(written(ran, layer, streams[layer]) - out[layer]).to(home) for layer in layers])
+        return torch.stack([torch.stack(change) for change in changes])
+
+    stream = torch.stack([inputs[layer][0, pos].detach().to(home) for layer in layers])
+    hooked = hooked_layers(hook_points(model), model.blocks)
+    reason = Function(
+        where=f"coupling_loss, entry {{row}} of layers={list(layers)}",
+        moved=moved,
+        product=lambda direction: torch.stack(
+            [(one.detach() @ q.to(one)).to(home) for one, q in zip(jacobians, direction, strict=True)]
+        ),
+        size=1.0,
+        lengths=torch.stack([out[layer].detach().norm().to(home) for layer in layers]),
+        hooked=not hooked.isdisjoint(layers),
+    ).require(leaning(stream) * stream.norm(dim=-1, keepdim=True))
+    if reason is not None:
+        warnings.warn(reason, stacklevel=5)
+    return jacobians
+
+
+def _written(
+    model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], read: Callable[[int, Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """Run the model as far as the last of some layers, and return what each wrote when it read ``read(layer, x)``."""
+    points, last = hook_points(model), block_hook(max(ends), "hook_resid_post")
     outputs: dict[int, Tensor] = {}
 
-    def begin(layer: int) -> Hook:
-        def take(tensor: Tensor) -> Tensor:
-            inputs[layer] = tensor.clone() if tensor.requires_grad else tensor.detach().clone().requires_grad_()
-            return inputs[layer]
-
-        return take
-
-    def end(layer: int) -> Hook:
-        return lambda tensor: outputs.__setitem__(layer, tensor)
+    def end(layer: int, tensor: Tensor) -> None:
+        outputs[layer] = tensor
 
     def stop(tensor: Tensor) -> None:
         raise Done
 
-    hooks: list[tuple[Any, Hook]] = [
-        (points[block_hook(layer, reads)], begin(layer)) for layer, (reads, _) in ends.items()
-    ]
-    hooks += [(points[block_hook(layer, writes)], end(layer)) for layer, (_, writes) in ends.items()]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        with suppress(Done), attached([*hooks, (points[last], stop)]):
-            model(ids, return_type=None)
-        return [
-            _dense(
-                outputs[layer][0, pos] - (inputs[layer][0, pos] if writes == "hook_resid_post" else 0.0),
-                inputs[layer],
-                pos,
-            )
-            for layer, (_, writes) in ends.items()
-        ]
+    hooks: list[tuple[Any, Hook]] = []
+    for layer, (reads, _) in ends.items():
+        hooks.append((points[block_hook(layer, reads)], partial(read, layer)))
+    for layer, (_, writes) in ends.items():
+        hooks.append((points[block_hook(layer, writes)], partial(end, layer)))
+    with suppress(Done), attached([*hooks, (points[last], stop)]):
+        model(ids, return_type=None)
+    return outputs
 
 
 def _require_repeatable(model: Any, ids: Tensor) -> None:
@@ -204,7 +258,9 @@ def _require_repeatable(model: Any, ids: Tensor) -> None:
 
 
 def _dense(output: Float[Tensor, " d"], leaf: Float[Tensor, "1 pos d"], pos: int) -> Float[Tensor, "d d"]:
-    """Return d output / d leaf at one position, with its graph."""
+    """Return d output / d leaf at one position, with its graph; zero where autograd sees no dependence."""
+    if not output.requires_grad:
+        output = output + 0 * leaf.sum()
     eye = torch.eye(len(output), dtype=output.dtype, device=output.device)
     options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
     try:

@@ -14,7 +14,8 @@ from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.svd import SolverName, svd_work
 from tlcoupling.linalg.work import Work
 
-THIN = 2.0  # a product with few columns reaches about half the rate of a product of matrices
+# A product with few columns reaches about half the rate of a product of matrices on a CPU, a seventh on an H100.
+THIN, THIN_ON_DEVICE = 2.0, 7.0
 PROBES = 64  # random probes of ||J||_F, where there is no matrix
 
 
@@ -27,7 +28,7 @@ class Method:
         forming: work of forming the matrix.
         decomposing: work of the top triplets, and of the norm where there is no matrix.
         comparing: work of products with the basis of one other.
-        cost: floating-point operations by which methods are compared: those of thin products count double.
+        cost: floating-point operations by which methods are compared: those of thin products count more.
     """
 
     name: str
@@ -37,27 +38,38 @@ class Method:
     cost: float
 
 
-def methods(jacobian: Cost | JacobianOperator, size: int, k: int, columns: int, solver: SolverName) -> list[Method]:
-    """Return all methods for coupling a Jacobian of R^size with the top k bases of ``columns`` others."""
+def methods(
+    jacobian: Cost | JacobianOperator, size: int, k: int, columns: int, solver: SolverName, thin: float = THIN
+) -> list[Method]:
+    """Return all methods for coupling a Jacobian of R^size with the top k bases of ``columns`` others.
+
+    An operation of a product with few columns counts as ``thin`` others.
+    """
     vectors, on_matrix = 2 * USUAL_STEPS * (k + OVERSAMPLING), 2.0 * size**2
     form, product = jacobian.dense_flops, jacobian.product_flops
 
     def formed(name: str, per_column: float) -> Method:
-        cost = form + THIN * (vectors * on_matrix + columns * k * per_column)
+        cost = form + thin * (vectors * on_matrix + columns * k * per_column)
         decomposing = svd_work(size, k, on_matrix, 0.0, solver)
         return Method(name, Work(matmul=form), decomposing, Work(thin=k * per_column), cost)
 
     possible = [formed("matrix kept", on_matrix), formed("matrix dropped", product)]
     if solver != "dense":
         decomposing = svd_work(size, k, product, form, solver) + Work(thin=PROBES * product)
-        cost = THIN * (vectors + PROBES + columns * k) * product
+        cost = thin * (vectors + PROBES + columns * k) * product
         possible.append(Method("products", Work(), decomposing, Work(thin=k * product), cost))
     return possible
 
 
 def cheapest(
-    jacobian: Cost | JacobianOperator, size: int, k: int, columns: int, solver: SolverName, keep: bool
+    jacobian: Cost | JacobianOperator,
+    size: int,
+    k: int,
+    columns: int,
+    solver: SolverName,
+    keep: bool,
+    thin: float = THIN,
 ) -> Method:
     """Return the cheapest method; ``keep`` tells whether matrices may be kept."""
-    possible = methods(jacobian, size, k, columns, solver)
+    possible = methods(jacobian, size, k, columns, solver, thin)
     return min(possible if keep else possible[1:], key=lambda method: method.cost)

@@ -20,16 +20,17 @@ from tlcoupling.coupling.groups import Place, visits
 from tlcoupling.coupling.metric import coupling, subspace_overlap
 from tlcoupling.coupling.null import null_coupling, null_std
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import Schedule
+from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers
 from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.linalg.maps import Projection
 from tlcoupling.memory import give_back_memory
 from tlcoupling.progress import ticking
 
 
-def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool) -> dict[str, Tensor]:
+def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool | None) -> dict[str, Tensor]:
     """Measure each group; return the results by field name, ``[sublayer, group, ...]`` on the CPU.
 
     Raises:
@@ -97,6 +98,8 @@ def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str,
         if method.name != scheduled.name:
             reason = f"{sublayer}: scheduled as {scheduled.name!r}, but done as {method.name!r} by {engine}"
             jacobians.warn_once(reason, reason)
+    if method.name != "products" and operator.device != HOST:  # at once: weights lifted for it are not kept
+        operator = Projection(operator.dense())
     return Decomposition(operator, make, method.name, f"{sublayer} of {place}")
 
 

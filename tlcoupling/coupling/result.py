@@ -335,7 +335,7 @@ def measure(
     groups: Sequence[Group],
     options: Options,
     chosen: Mapping[str, Any],
-    progress: bool,
+    progress: bool | None,
     **labels: Any,
 ) -> CouplingT:
     """Compare the Jacobians of each group and make a result of it.
@@ -347,7 +347,7 @@ def measure(
         groups: in the order of the result's axes behind the sublayer.
         options: how they are compared.
         chosen: what was chosen, for the provenance.
-        progress: show a progress bar.
+        progress: show a progress bar; None decides as ``ticking`` does.
         labels: the kind's own fields.
 
     Raises:

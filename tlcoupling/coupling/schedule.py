@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tlcoupling.coupling.groups import Group, visits
-from tlcoupling.coupling.method import PROBES, Method, cheapest
+from tlcoupling.coupling.method import PROBES, THIN, THIN_ON_DEVICE, Method, cheapest
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
@@ -23,7 +23,9 @@ from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 
-STACKED = 2**22  # numbers in the matrices that a worker decomposes together
+# Numbers in the matrices that are decomposed together: by a worker, whose caches they should fit, and on a device.
+STACKED, STACKED_ON_DEVICE = 2**22, 2**29
+HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
 BUFFERS = 64 * 2**20  # bytes of a linear algebra library's buffers and of threads, for each worker (assumed)
 
@@ -65,9 +67,15 @@ class Comparison:
         """Devices of the layers."""
         return {next(self.model.blocks[layer].parameters()).device for layer in self.layers}
 
+    @property
+    def on_host(self) -> bool:
+        """Whether all layers lie on the CPU."""
+        return self.devices == {HOST}
+
     def method(self, jacobian: Cost | JacobianOperator, keep: bool) -> Method:
         """Return the cheapest method for a Jacobian; ``keep`` tells whether matrices may be kept."""
-        return cheapest(jacobian, self.model.cfg.d_model, max(self.options.k), self.columns, self.options.solver, keep)
+        d, k, thin = self.model.cfg.d_model, max(self.options.k), THIN if self.on_host else THIN_ON_DEVICE
+        return cheapest(jacobian, d, k, self.columns, self.options.solver, keep, thin)
 
 
 @dataclass(frozen=True)
@@ -153,9 +161,11 @@ def _most_workers(comparison: Comparison, costs: Iterable[Cost]) -> int:
 
 
 def _longest_stack(comparison: Comparison) -> int:
-    """Return how many places a worker decomposes together: enough for long steps, few enough for its caches."""
-    most = max(len(group.places) for group in comparison.groups)
-    return max(1, min(most, STACKED // (len(comparison.sublayers) * comparison.model.cfg.d_model**2)))
+    """Return how many places are decomposed together: enough for long steps, few enough for a worker's caches."""
+    count, numbers = max(len(group.places) for group in comparison.groups), STACKED
+    if not comparison.on_host:  # nothing is gained by fewer: a device's steps cost their calls
+        count, numbers = len(set().union(*(group.places for group in comparison.groups))), STACKED_ON_DEVICE
+    return max(1, min(count, numbers // (len(comparison.sublayers) * comparison.model.cfg.d_model**2)))
 
 
 def _held(groups: Sequence[Group]) -> int:
@@ -199,6 +209,9 @@ def _peak_bytes(
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
         at_work = max(at_work, cost.run_bytes + needed)
     kept = _kept_bytes(comparison, groups) if keep else 0.0
+    if not comparison.on_host:  # one is formed at a time there, and its matrix waits for those of the stack
+        at_work += (stack - 1) * 3.0 * len(comparison.sublayers) * item * d**2
+        workers = stack = 1
     tensors = kept + bases + item * results + workers * stack * (projected + at_work)
     return tensors + workers * BUFFERS
 

@@ -19,6 +19,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -42,7 +43,7 @@ class TokenCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
     basis_layers: tuple[int, ...]
 
     def _described(self) -> str:
-        return f"{len(self.layers)} layers, {len(self.positions)} tokens"
+        return f"{counted(len(self.layers), 'layer')}, {counted(len(self.positions), 'token')}"
 
     def _labels(self) -> dict[str, Sequence[Any]]:
         return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
@@ -65,7 +66,7 @@ def token_coupling(
     absolute: bool = True,
     engine: EngineName = "auto",
     solver: SolverName = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> TokenCoupling:
     r"""Measure how far the top singular vectors of a layer's Jacobians agree across tokens.
 
@@ -88,7 +89,7 @@ def token_coupling(
         absolute: as in ``depth_coupling``.
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Returns:
         ``TokenCoupling``, all its tensors on the CPU.

@@ -21,6 +21,7 @@ from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Provenance, Result, engines_of_prompts
+from tlcoupling.text import counted
 
 _CELLS = ("prompt", "layer")
 
@@ -70,8 +71,9 @@ class CausalEffect(Result):
     def __repr__(self) -> str:
         """One line."""
         return (
-            f"CausalEffect({len(self.prompts)} prompts, {self.sublayer} of {len(self.layers)} layers, K={self.k}: loss "
-            f"{self.effect.mean():+.4f} without the directions, {self.control.mean():+.4f} without random ones)"
+            f"CausalEffect({counted(len(self.prompts), 'prompt')}, {self.sublayer} of {len(self.layers)} layers, "
+            f"K={self.k}: loss {self.effect.mean():+.4f} without the directions, {self.control.mean():+.4f} without "
+            "random ones)"
         )
 
     def _coords(self) -> dict[str, Sequence[Any]]:

@@ -25,8 +25,7 @@ from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
-from tlcoupling.jacobian.certificate import random_vector
-from tlcoupling.jacobian.differences import Function
+from tlcoupling.jacobian.differences import Function, leaning
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Result
@@ -245,7 +244,6 @@ def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: F
             changes.append(_logits(trace, pos, other).detach() - logits)
         return torch.stack(changes)[:, None].to(logits)
 
-    directions = torch.stack([random_vector(trace, trace.n_layers - 1, seed) for seed in range(4)])
     reason = Function(
         where="the logits",
         moved=moved,
@@ -253,7 +251,7 @@ def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: F
         size=float(stream[0, pos].norm()) or 1.0,
         lengths=logits.norm()[None],
         hooked=trace.hooked_outside_blocks(),
-    ).require(directions.to(jacobian.device))
+    ).require(leaning(stream[0, pos]).to(jacobian.device))
     if reason is not None:
         warnings.warn(reason, stacklevel=4)
 

@@ -16,7 +16,9 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.stream import stream_of
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
-from tlcoupling.trajectory.linearity import provenance_of, tokens_of
+from tlcoupling.text import counted
+from tlcoupling.trajectory.growth import find_sinks
+from tlcoupling.trajectory.linearity import length, provenance_of, tokens_of
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -33,6 +35,7 @@ class TrajectoryComponents(Result):
         center: the mean of all points, ``[d_model]``.
         positions: the tokens' positions.
         tokens: their text; positions if the source has no text.
+        left_out: positions of the sinks that were left out.
     """
 
     coordinates: Float[Tensor, "depth token component"]
@@ -41,6 +44,7 @@ class TrajectoryComponents(Result):
     center: Float[Tensor, " d_model"]
     positions: tuple[int, ...]
     tokens: tuple[str, ...]
+    left_out: tuple[int, ...] = ()
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "coordinates": ("depth", "pos", "component"),
@@ -52,7 +56,7 @@ class TrajectoryComponents(Result):
     def __repr__(self) -> str:
         """One line."""
         shares = ", ".join(f"{share:.3f}" for share in self.explained)
-        return f"TrajectoryComponents({len(self.positions)} tokens, shares of the variance: {shares})"
+        return f"TrajectoryComponents({counted(len(self.positions), 'token')}, shares of the variance: {shares})"
 
     def _coords(self) -> dict[str, Sequence[Any]]:
         return {
@@ -64,16 +68,16 @@ class TrajectoryComponents(Result):
 
 
 @full_precision()
-def trajectory_components(source: Any, n: int = 2, *, tokens: Indices = "all") -> TrajectoryComponents:
+def trajectory_components(source: Any, n: int = 2, *, tokens: Indices | None = None) -> TrajectoryComponents:
     """Compute the principal components of token trajectories, by an exact singular value decomposition.
 
-    The first token of a prompt often has a far longer residual stream than all others and dominates the first
-    component. To leave it out, name the tokens.
+    Sinks (``Growth.sinks``), mostly the first token, have a far longer residual stream than all others and would take
+    nearly all of the variance. They are left out unless tokens are named.
 
     Args:
         source: a ``Trace``, or an ``ActivationCache`` (or a dictionary of hook names to activations) of one prompt.
         n: number of components.
-        tokens: a position, several, or ``"all"``.
+        tokens: a position, several, or ``"all"``; by default all but the sinks.
 
     Raises:
         ArgumentError: ``n`` out of range, an unknown token, or points that all coincide.
@@ -81,11 +85,12 @@ def trajectory_components(source: Any, n: int = 2, *, tokens: Indices = "all") -
             ``Trace.from_cache``.
 
     Example:
-        >>> tlc.trajectory_components(trace, n=3, tokens=range(1, trace.n_tokens)).explained  # doctest: +SKIP
+        >>> tlc.trajectory_components(trace, n=3, tokens="all").explained  # doctest: +SKIP
     """
     started = time.perf_counter()
     stream = stream_of(source)
-    positions = resolve_indices("tokens", tokens, stream.n_tokens)
+    sinks = () if tokens is not None else tuple(find_sinks(length(stream.resid)).nonzero().flatten().tolist())
+    positions = tuple(pos for pos in resolve_indices("tokens", tokens, stream.n_tokens) if pos not in sinks)
     points = stream.resid[:, list(positions)]
     cloud = points.flatten(0, 1)
     most = min(cloud.shape)
@@ -106,4 +111,5 @@ def trajectory_components(source: Any, n: int = 2, *, tokens: Indices = "all") -
         center=center.cpu(),
         positions=positions,
         tokens=tuple(texts[pos] for pos in positions),
+        left_out=sinks,
     )

@@ -23,6 +23,7 @@ from tlcoupling.forward.split import Kind, Part, Split, Topology, splits_of_mode
 # TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
 _WEIGHTS = {"attn": (("W_Q", "W_K", "W_V", "W_O"), 3), "mlp": (("W_in", "W_out"), 2)}
 _GATE = "W_gate"  # of a gated MLP, beside the others
+_GATE_OF_HEADS = "W_GATE"  # of an attention whose heads are gated
 # How far a block's float32 activations may lie from a formula that describes them, relative to the largest entry.
 _FIT = 1e-4
 
@@ -75,6 +76,13 @@ class Sublayer:
         """The hook point of what its module gives."""
         return f"{self.part_of.slot}.hook_out"
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether its module is a mixture of experts; layers of one model may differ in this."""
+        return weight_of(self.module, "W_in") is None and hasattr(
+            getattr(self.module, "original_component", self.module), "experts"
+        )
+
     def points(self, *names: str) -> tuple[str, ...]:
         """Short names of hook points of its module: ``attn.hook_q`` for ``q``."""
         return tuple(f"{self.part_of.slot}.hook_{name}" for name in names)
@@ -88,8 +96,9 @@ class Sublayer:
 
         Returns:
             W_Q, W_K, W_V ``[head, d_model, e]`` and W_O ``[head, e, d_model]`` of an attention, where
-            ``HookedTransformer`` repeats the keys and values of a group for each of its heads. W_in (and W_gate)
-            ``[d_model, d_mlp]`` and W_out ``[d_mlp, d_model]`` of an MLP.
+            ``HookedTransformer`` repeats the keys and values of a group for each of its heads, and W_GATE
+            ``[head, d_model, e]`` where its heads are gated. W_in (and W_gate) ``[d_model, d_mlp]`` and W_out
+            ``[d_mlp, d_model]`` of an MLP.
 
         Raises:
             Uncovered: it is a recurrent mixer; a weight is missing, or has another number of axes, as those of experts
@@ -98,15 +107,29 @@ class Sublayer:
         if self.kind not in _WEIGHTS:
             raise Uncovered(f"{type(self.module).__name__} is neither an attention nor an MLP")
         names, axes = _WEIGHTS[self.kind]
-        weights = {name: weight_of(self.module, name) for name in names}
-        for name, weight in weights.items():
-            if weight is None:
+        weights: dict[str, Tensor] = {}
+        for name in names:
+            if (weight := weight_of(self.module, name)) is None:
                 raise Uncovered(f"{type(self.module).__name__} has no {name}")
             if weight.ndim != axes:
                 raise Uncovered(f"{name} of {type(self.module).__name__} has {weight.ndim} axes, not {axes}")
+            weights[name] = weight
         if self.kind == "mlp":
-            weights[_GATE] = weight_of(self.module, _GATE)
-        return {name: weight.detach() for name, weight in weights.items() if weight is not None}
+            units, gate = weights["W_out"].shape[0], weight_of(self.module, _GATE)
+            if weights["W_in"].shape[1] == 2 * units:  # ModernBERT reads its gate and what it gates with one weight
+                gate, weights["W_in"] = weights["W_in"].split(units, dim=1)
+            weights |= {} if gate is None else {_GATE: gate}
+        else:
+            heads, size, _ = weights["W_O"].shape
+            query, gate = (weight_of(self.part(name), "weight") for name in ("q", "gate"))
+            if (
+                query is not None and query.shape[0] == 2 * heads * size
+            ):  # in each head, a query and a gate (Qwen3-Next)
+                parts = query.view(heads, 2, size, -1).mT
+                weights["W_Q"], weights[_GATE_OF_HEADS] = parts[:, 0], parts[:, 1]
+            elif gate is not None and gate.shape[0] == heads * size:  # Afmoe
+                weights[_GATE_OF_HEADS] = gate.view(heads, size, -1).mT
+        return {name: weight.detach() for name, weight in weights.items()}
 
     def write_weight(self) -> Tensor | None:
         """The weight that it writes with, ``[..., d_model]``; None where it has none of TransformerLens's name."""
@@ -292,4 +315,4 @@ def weight_of(module: Any, name: str) -> Tensor | None:
 def _norm(block: nn.Module, name: str) -> nn.Module | None:
     """A norm of a block; None for the identity, which stands for a norm in models without any."""
     module = getattr(block, name, None)
-    return None if isinstance(module, nn.Identity) else module
+    return None if isinstance(getattr(module, "original_component", module), nn.Identity) else module

@@ -251,3 +251,9 @@ def to_str_tokens(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     if getattr(model, "tokenizer", None) is None:
         return tuple(str(token) for token in tokens.tolist())
     return tuple(model.to_str_tokens(tokens))
+
+
+def to_text(model: Any, tokens: Int[Tensor, " pos"]) -> str:
+    """Return a prompt as text, decoded whole: several tokens may share one character. Empty without a tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return "" if tokenizer is None else tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)

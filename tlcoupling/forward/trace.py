@@ -36,6 +36,7 @@ from tlcoupling.forward.hooked import (
 from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.points import hook_points, in_place
+from tlcoupling.forward.prompt import to_text
 from tlcoupling.forward.split import Split, block_hook, splits_of_model
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
@@ -63,6 +64,7 @@ class Trace(Stream):
         model: the model, as it was given.
         tokens: token ids, ``[pos]``.
         str_tokens: the tokens as text.
+        text: the prompt as text, decoded whole; empty if the model has no tokenizer.
         hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``,
             those attached by ``model.hooks(...)`` and those registered on modules.
         refusal: why the blocks are not split into sublayers, though they have some; None otherwise.
@@ -71,6 +73,7 @@ class Trace(Stream):
     model: Any
     tokens: Int[Tensor, " pos"]
     str_tokens: tuple[str, ...]
+    text: str
     hooked_layers: frozenset[int]
     refusal: str | None
     _hooks: UserHooks = field(repr=False)
@@ -136,10 +139,16 @@ class Trace(Stream):
             weight_processing=self.weight_processing,
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
-            settings={**settings, **self.hook_settings},
+            text=self.text,
+            settings={**settings, **self._kind_settings, **self.hook_settings},
             engine=engine or {},
             seconds=seconds,
         )
+
+    @property
+    def _kind_settings(self) -> dict[str, Any]:
+        """What a provenance says of the kinds of layers; empty where all are of one."""
+        return {"layer_kinds": list(self.layer_kinds)} if len(set(self.layer_kinds)) > 1 else {}
 
     @property
     def hook_settings(self) -> dict[str, Any]:
@@ -430,6 +439,7 @@ def trace(
         model=model,
         tokens=inputs.tokens(stream.n_tokens),
         str_tokens=inputs.labels(model, stream.n_tokens),
+        text=to_text(model, inputs.tensor[0]) if inputs.is_text else "",
         hooked_layers=hooked,
         refusal=refusal,
         _hooks=user_hooks,

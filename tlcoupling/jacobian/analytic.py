@@ -13,28 +13,34 @@ sublayer is ``Uncovered`` and goes to autograd.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tlcoupling.errors import StaleTraceError
+from tlcoupling.errors import StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.block import Sublayer, Uncovered, close
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.attention import AttentionCore
-from tlcoupling.jacobian.formula import attention_map, block_map, mlp_map
+from tlcoupling.jacobian.formula import READS, attention_map, block_map, mlp_map
+from tlcoupling.jacobian.mixture import Mixture
 from tlcoupling.jacobian.norms import Norm
+from tlcoupling.jacobian.readings import HeadNorm, Latent, head_readings
 from tlcoupling.jacobian.runs import Run, Runner, run_sublayer
 from tlcoupling.linalg.maps import Identity, Shared, Zero
 from tlcoupling.linalg.operator import JacobianOperator
 
+_BEFORE_ATTN, _BEFORE_MLP = "the norm before the attention", "the norm before the MLP"
 _NAMES = {"attn": "attention", "mlp": "MLP"}
 # By weight: the part of the sublayer's module that applies it, as a bridge names it.
 _PARTS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
-_ATTN_VALUES = ("q", "k", "v", "rot_q", "rot_k", "cos", "sin", "pattern", "out")
+_ATTN_VALUES = ("q", "k", "v", "z", "rot_q", "rot_k", "cos", "sin", "pattern", "out")
 _MLP_VALUES = ("pre", "pre_linear", "post", "out")
 
 
@@ -62,6 +68,7 @@ class AnalyticLayer:
         self._dests = tuple(sorted(set(dests)))
         self._mlp_run: tuple[tuple[int, ...], Run] | None = None  # the last one, with its positions
         self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they are unknown
+        self._mixture_at: tuple[tuple[int, ...], Mixture] | None = None
         self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
         self._applied: set[Run] = set()  # the runs whose activations are known to be what the weights make
@@ -87,8 +94,19 @@ class AnalyticLayer:
         """Return the Jacobian of ``block``, of the attention or of ``mlp`` (or of one head's share of the attention).
 
         Raises:
-            Uncovered: there is no closed form.
+            Uncovered: there is no closed form, or reading the sublayer failed.
+            StaleTraceError: a sublayer run again gives another output than in the trace.
+            UnsupportedModelError: the attention cannot be split into heads.
         """
+        try:
+            return self._sublayer(name, src, dest, head)
+        except (Uncovered, StaleTraceError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # Whatever an architecture does that this module does not expect: autograd still measures it.
+            raise Uncovered(f"reading the sublayer failed with {type(error).__name__}: {error}") from error
+
+    def _sublayer(self, name: str, src: int, dest: int, head: int | None) -> JacobianOperator:
         if head is not None:
             return self._attn(src, dest, head)
         if name == "mlp" and src != dest:
@@ -115,27 +133,41 @@ class AnalyticLayer:
         """J_attn; a head's share of the write is taken before the norm behind the attention, which mixes the heads."""
         attn, run = self.block.mixer, self.attn_run
         core = self._core
-        before = self._norm(attn.before, "the norm before the attention", self.resid_pre, src)
+        if head is not None:
+            self.block.output_of_heads(run.values.get("attn.hook_z"))  # refuses what cannot be split
+        before = self._norm(attn.before, _BEFORE_ATTN, self.resid_pre, src)
         behind = self._norm(attn.behind if head is None else None, "the norm behind the attention", run.unnormed, dest)
-        return attention_map(core, self._weights(attn), src, dest, before, behind, self._attn_factor, head)
+        return attention_map(core, self._weights(attn)["W_O"], src, dest, before, behind, self._attn_factor, head)
 
     def _mlp(self, pos: int) -> JacobianOperator:
         """J_mlp at a position."""
         mlp, (run, positions) = self.block.mlp, self.mlp_run(pos)
         row = positions.index(pos)
+        before = self._norm(mlp.before, _BEFORE_MLP, self.mlp_input, pos)
+        behind = self._norm(mlp.behind, "the norm behind the MLP", run.unnormed, row)
+        factor = mlp.write_factor(run.values.get(mlp.gives), run.out)
+        if mlp.has_experts:
+            slopes, weights, mixing = self._mixture(positions).at(row, f"of layer {self.layer} at position {pos}")
+            return mlp_map(slopes, weights, before, behind, factor, mixing)
         if not self._mlp_slopes:
             raise Uncovered("hook_post of the MLP is not a function of hook_pre (and hook_pre_linear)")
         weights, slopes = self._weights(mlp), [slope[row] for slope in self._mlp_slopes]
-        before = self._norm(mlp.before, "the norm before the MLP", self.mlp_input, pos)
-        behind = self._norm(mlp.behind, "the norm behind the MLP", run.unnormed, row)
-        pre, pre_linear, post, _ = mlp.points(*_MLP_VALUES)
-        made = (
-            {"W_in": run.values[pre]}
-            if len(slopes) == 1
-            else {"W_gate": run.values[pre], "W_in": run.values[pre_linear]}
-        )
+        *inputs, post, _ = mlp.points(*_MLP_VALUES)
+        units = run.values[post].shape[-1]
+        read = [part for name in inputs if name in run.values for part in run.values[name].split(units, dim=-1)]
+        made = dict(zip(READS[len(slopes)], read, strict=True))
         self._require_applied(mlp, run, self.mlp_input[list(positions)], made, run.values[post])
-        return mlp_map(slopes, weights, before, behind, mlp.write_factor(run.values.get(mlp.gives), run.out))
+        return mlp_map(slopes, weights, before, behind, factor)
+
+    def _mixture(self, positions: tuple[int, ...]) -> Mixture:
+        """The mixture of experts at some positions; the last one is kept."""
+        if self._mixture_at is None or self._mixture_at[0] != positions:
+            mlp, stream = self.block.mlp, self.mlp_input[list(positions)]
+            norm = self._read_norm(mlp.before, _BEFORE_MLP, self.mlp_input)
+            with lifted(self.trace.model, mlp.module):
+                mixture = Mixture.read(mlp.module, stream if norm is None else norm(stream))
+            self._mixture_at = (positions, mixture)
+        return self._mixture_at[1]
 
     def mlp_run(self, pos: int) -> tuple[Run, tuple[int, ...]]:
         """Return a run of the MLP that includes a position, and the positions of its rows.
@@ -168,12 +200,21 @@ class AnalyticLayer:
     def _run(self, name: str, runner: Runner, stream: Float[Tensor, "1 row d_model"]) -> Run:
         sublayer = self.block.sublayers[name]
         points = sublayer.points(*(_ATTN_VALUES if sublayer.kind == "attn" else _MLP_VALUES))
-        return run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
+        tables: dict[str, Tensor] = {}
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tables.update(_rotation(args, kwargs))
+
+        attends = sublayer.kind == "attn"
+        with sublayer.module.register_forward_pre_hook(keep, with_kwargs=True) if attends else nullcontext():
+            run = run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
+        return replace(run, values={**tables, **run.values})
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""
         if sublayer.name not in self._lifted:
-            weights = sublayer.weights()
+            latent = self._latent if sublayer.kind == "attn" else None
+            weights = sublayer.weights() if latent is None else {"W_O": latent.write()}
             self._lifted[sublayer.name] = {name: weight.to(self.resid_pre) for name, weight in weights.items()}
         return self._lifted[sublayer.name]
 
@@ -205,7 +246,7 @@ class AnalyticLayer:
         weights = self._weights(sublayer)
         norm = self._read_norm(sublayer.before, f"the norm before the {_NAMES[sublayer.kind]}", stream)
         normed = stream if norm is None else norm(stream)
-        *_, write = weights if sublayer.kind == "attn" else ("W_out",)
+        write = "W_O" if sublayer.kind == "attn" else "W_out"
         products = {
             name: (normed, _columns(weights[name], given.shape[1:]), given.flatten(1)) for name, given in made.items()
         }
@@ -249,29 +290,62 @@ class AnalyticLayer:
         The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative.
 
         Returns:
-            One tensor of slopes for each input; an empty list where a hook point or a derivative is missing.
+            One tensor of slopes for each input, two for one that holds both (ModernBERT); an empty list where a hook
+            point or a derivative is missing.
         """
         *inputs, output, _ = self.block.mlp.points(*_MLP_VALUES)
         known = [name for name in inputs if name in run.values]
         if inputs[0] not in known or output not in run.values:
             return []
-        slopes = run.slopes(output, known)
-        return [slope for slope in slopes if slope is not None] if None not in slopes else []
+        slopes, units = run.slopes(output, known), run.values[output].shape[-1]
+        found = [slope for slope in slopes if slope is not None]
+        return [part for slope in found for part in slope.split(units, dim=-1)] if len(found) == len(slopes) else []
+
+    @cached_property
+    def _latent(self) -> Latent | None:
+        """The weights of latent attention; None where the attention is another."""
+        latent = Latent.of(self.block.attn.module)
+        return None if latent is None else latent.to(self.resid_pre)
 
     @cached_property
     def _core(self) -> AttentionCore:
-        attn, run = self.block.mixer, self.attn_run
-        self._weights(attn)  # without them, the values of an attention mean something else
-        core = AttentionCore.from_values(self.block, run.values)
-        z = einsum(core.pattern, core.values, "head dest src, src head e -> dest head e")
-        made = {name: run.values[f"attn.hook_{point}"] for name, point in (("W_Q", "q"), ("W_K", "k"), ("W_V", "v"))}
-        self._require_applied(attn, run, self.resid_pre, made, z)
+        attn, run = self.block.attn, self.attn_run
+        values, weights = dict(run.values), self._weights(attn)
+        norm = self._read_norm(attn.before, _BEFORE_ATTN, self.resid_pre)
+        normed = self.resid_pre if norm is None else norm(self.resid_pre)
+        gates, made = None, {}
+        if self._latent is None:
+            if "W_GATE" in weights and values["attn.hook_q"].shape[1] > weights["W_Q"].shape[0]:
+                values["attn.hook_q"] = values["attn.hook_q"][:, ::2]  # gates stand behind the queries
+            made = {f"W_{name.upper()}": values[f"attn.hook_{name}"] for name in ("q", "k", "v")}
+            readings = head_readings(weights, {name: given.shape[1] for name, given in made.items()})
+            if "gate" in readings:
+                gates = rearrange(readings["gate"](normed), "pos (head e) -> pos head e", head=len(weights["W_O"]))
+        else:
+            readings = self._latent.readings(lambda name, down: HeadNorm.of_latent(self.block, name, down(normed)))
+            values = {name: value for name, value in values.items() if "rot" not in name}
+            heads = self._latent.n_heads
+            values |= {f"attn.hook_{n}": rearrange(r(normed), "p (h e) -> p h e", h=heads) for n, r in readings.items()}
+        core = AttentionCore.from_values(self.block, values, readings, gates)
+        self._require_applied(attn, run, self.resid_pre, made, core.z)
         return core
 
     @cached_property
     def _attn_factor(self) -> float:
         attn = self.block.mixer
         return attn.write_factor(self.attn_run.values.get(attn.gives), self.attn_run.out)
+
+
+def _rotation(args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The cosines and sines that an attention is called with, which only some bridges show at hook points."""
+    for given in (*args, *kwargs.values()):
+        pair = given if isinstance(given, (tuple, list)) else (given,)
+        if len(pair) == 1 and isinstance(given, Tensor) and given.is_complex():
+            pair = (given.real, given.imag)
+        if len(pair) == 2 and all(isinstance(table, Tensor) and table.is_floating_point() for table in pair):
+            names = ("attn.hook_cos", "attn.hook_sin")
+            return {name: table.detach().flatten(0, -3)[0] for name, table in zip(names, pair, strict=True)}
+    return {}
 
 
 def _columns(weight: Float[Tensor, "..."], axes: torch.Size) -> Float[Tensor, "d_model n"]:

@@ -3,14 +3,14 @@ r"""The attention core in closed form: from queries, keys and values to z, for o
 Head h at dest, with pattern p, values v, z = sum_s p_s v_s, and scores f(q . k_s) of slopes f'_s:
 dz = sum_s p_s dv_s + sum_s f'_s p_s (v_s - z) (k_s . dq + q . dk_s). Without a soft-cap f'_s = c, the scale of the
 scores; with f(x) = a tanh(c x / a), f'_s = c (1 - tanh^2(c q . k_s / a)). A bias of the positions alone (ALiBi) has no
-derivative. Between projection and core, queries and keys may be normalised (QK-norm) and rotated.
+derivative, and an attention sink (gpt-oss) only makes the rows of p sum to less than 1. Between projection and core,
+queries and keys may be normalised (QK-norm) and rotated. Behind it, z may be multiplied by the sigmoid of a gate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.forward.block import Block, Uncovered, close
-from tlcoupling.forward.lifting import lifted
-from tlcoupling.jacobian.norms import Norm
-from tlcoupling.jacobian.parts import HeadMap
+from tlcoupling.jacobian.readings import HeadNorm, Reading
 from tlcoupling.jacobian.scores import Scores
-from tlcoupling.linalg.operator import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -32,36 +29,45 @@ class AttentionCore:
 
     Attributes:
         pattern: ``[head, dest, src]``.
-        values: v, one per head (groups expanded), ``[src, head, e]``.
+        values: v, one per head (groups expanded), ``[src, head, f]``.
         queries, keys: as the scores see them, one per head, ``[pos, head, e]``.
         scores: f, from q . k to the scores.
         rotary: the rotation of queries and keys; None without rotary positions.
-        q_norm, k_norm: the norms of queries and keys; None without QK-norm.
-        n_groups: number of key and value heads.
+        gates: g, where a head's z is multiplied by sigmoid(g); None without gates.
+        readings: what ``q``, ``k``, ``v`` and ``gate`` are made of, by these names.
     """
 
     pattern: Float[Tensor, "head dest src"]
-    values: Float[Tensor, "src head e"]
+    values: Float[Tensor, "src head f"]
     queries: Float[Tensor, "pos head e"]
     keys: Float[Tensor, "pos head e"]
     scores: Scores
     rotary: Rotary | None
-    q_norm: HeadNorm | None
-    k_norm: HeadNorm | None
-    n_groups: int
+    gates: Float[Tensor, "pos head f"] | None
+    readings: Mapping[str, Reading]
 
     @property
     def n_heads(self) -> int:
         """Number of query heads."""
         return self.pattern.shape[0]
 
+    @property
+    def z(self) -> Float[Tensor, "pos head f"]:
+        """What the output projection reads."""
+        z = einsum(self.pattern, self.values, "head dest src, src head f -> dest head f")
+        return z if self.gates is None else z * self.gates.sigmoid()
+
     @classmethod
-    def from_values(cls, block: Block, values: Mapping[str, Tensor]) -> AttentionCore:
+    def from_values(
+        cls, block: Block, values: Mapping[str, Tensor], readings: Mapping[str, Reading], gates: Tensor | None = None
+    ) -> AttentionCore:
         """Read the core of a block's attention off its activations, and check that they fit it.
 
         Args:
             block: the block.
             values: activations by short hook name, without batch axis.
+            readings: what queries, keys, values and gates are made of, but for a QK-norm.
+            gates: g; None without gates.
 
         Raises:
             Uncovered: a hook point is missing, or the pattern is not a softmax of a known function of q . k.
@@ -71,16 +77,20 @@ class AttentionCore:
                 raise Uncovered(f"the attention has no hook_{name}")
         q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
         _require_fit(values["attn.hook_pattern"], q, k, v)
-        q_norm, k_norm = (HeadNorm.read(block, f"{name}_norm", x) for name, x in (("q", q), ("k", k)))
+        # Llama 4 has one norm for both, behind the rotation: without gains, the two can be exchanged
+        names = ("qk_norm", "qk_norm") if block.attn.part("qk_norm") is not None else ("q_norm", "k_norm")
+        q_norm, k_norm = (HeadNorm.read(block, name, x) for name, x in zip(names, (q, k), strict=True))
         attn = block.attn.module
         q, k = (x if norm is None else norm(x) for norm, x in ((q_norm, q), (k_norm, k)))
+        normed = {name: norm for name, norm in (("q", q_norm), ("k", k_norm)) if norm is not None}
+        readings = {**readings, **{name: replace(readings[name], norm=norm) for name, norm in normed.items()}}
         reason = Uncovered("the attention encodes positions in an unknown form")
         for rotary in Rotary.candidates(attn, values):
             queries, keys = (q, k) if rotary is None else (rotary.apply(q), rotary.apply(k))
             try:
                 for name, ours in (("rot_q", queries), ("rot_k", keys)):
                     theirs = values.get(f"attn.hook_{name}")
-                    if theirs is not None and not close(ours, theirs):
+                    if theirs is not None and not _multiples(ours, theirs):
                         raise Uncovered(f"hook_{name} is not the rotation of the query or key before it")
                 pattern = values["attn.hook_pattern"].to(q)
                 heads = pattern.shape[0]
@@ -91,90 +101,31 @@ class AttentionCore:
                 reason = error
                 continue
             expanded = v.repeat_interleave(heads // v.shape[1], dim=1)
-            return cls(pattern, expanded, queries, keys, scores, rotary, q_norm, k_norm, k.shape[1])
+            return cls(pattern, expanded, queries, keys, scores, rotary, gates, readings)
         raise reason
 
-    def blocks(self, src: int, dest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d z_dest by q at dest, by k at src and by v at src for each head, each ``[head, e, e]``.
+    def blocks(self, src: int, dest: int) -> dict[str, Float[Tensor, "head f e"]]:
+        """Return d z_dest by k and v at src, and by q and gate at dest where src = dest, for each head.
 
         q and k are taken before the rotation and after a QK-norm.
         """
         p, v = self.pattern[:, dest], self.values
-        z = einsum(p, v, "head src, src head e -> head e")
+        z = einsum(p, v, "head src, src head f -> head f")
         products = einsum(self.queries[dest], self.keys, "head e, src head e -> head src")
-        weighted = einsum(p * self.scores.slope(products), v - z, "head src, src head e -> src head e")
-        by_q = einsum(weighted, self.keys, "src head e, src head f -> head e f")
-        by_k = einsum(weighted[src], self.queries[dest], "head e, head f -> head e f")
+        weighted = einsum(p * self.scores.at(dest).slope(products), v - z, "head src, src head f -> src head f")
+        blocks = {"k": einsum(weighted[src], self.queries[dest], "head f, head e -> head f e")}
+        if src == dest:
+            blocks["q"] = einsum(weighted, self.keys, "src head f, src head e -> head f e")
         if self.rotary is not None:
-            by_q, by_k = by_q @ self.rotary.matrix(dest), by_k @ self.rotary.matrix(src)
+            blocks = {name: block @ self.rotary.matrix(src) for name, block in blocks.items()}
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-        by_v = self.pattern[:, dest, src, None, None] * eye
-        return by_q, by_k, by_v
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """A norm of queries or keys.
-
-    It norms each head by itself, with one gain for all heads (Qwen 3, Gemma 3) or with a gain for each (Cohere,
-    StableLM), or it norms all heads together (OLMo 2).
-
-    Attributes:
-        norms: the norm of each head, or the one norm of all heads together.
-        inputs: what it norms, ``[pos, group, e]``.
-        together: whether it norms all heads at once.
-    """
-
-    norms: tuple[Norm, ...]
-    inputs: Float[Tensor, "pos group e"]
-    together: bool = False
-
-    @classmethod
-    def read(cls, block: Block, name: str, inputs: Float[Tensor, "pos group e"]) -> HeadNorm | None:
-        """Read the norm off the module of that name in the attention; None where there is none.
-
-        Each kind of norm is tried in turn. A module that is of another kind fails, or gives another output.
-
-        Raises:
-            Uncovered: the module is of no kind that is known.
-        """
-        module, groups = block.attn.part(name), range(inputs.shape[1])
-        if module is None:
-            return None
-
-        def of_head(group: int, axis: int) -> Callable[[Tensor], Tensor]:
-            """The norm of one head, where the module takes all heads, along an axis of ``[1, ., ., e]``."""
-            return lambda rows: module(torch.stack([rows] * len(groups), axis)).select(axis, group)
-
-        kinds: tuple[Callable[[], HeadNorm], ...] = (
-            lambda: cls((Norm.read(module, inputs[:, 0], name),) * len(groups), inputs),
-            lambda: cls((Norm.read(module, inputs.flatten(-2), name),), inputs, together=True),
-            *(
-                lambda axis=axis: cls(
-                    tuple(Norm.read(of_head(group, axis), inputs[:, group], name) for group in groups), inputs
-                )
-                for axis in (2, 1)
-            ),
-        )
-        with lifted(block.model, module):
-            for kind in kinds:
-                with suppress(RuntimeError, IndexError, Uncovered):
-                    return kind()
-        raise Uncovered(f"{name} norms neither each head nor all of them together")
-
-    def __call__(self, x: Float[Tensor, "pos group e"]) -> Float[Tensor, "pos group e"]:
-        """Return the normed queries or keys."""
-        if self.together:
-            return self.norms[0](x.flatten(-2)).view_as(x)
-        return torch.stack([norm(x[:, group]) for group, norm in enumerate(self.norms)], dim=1)
-
-    def derivative(self, pos: int) -> JacobianOperator:
-        """Return the Jacobian at one position, from all heads' coordinates to all heads' coordinates."""
-        x = self.inputs[pos]
-        if self.together:
-            return self.norms[0].derivative(x.flatten())
-        blocks = torch.stack([norm.derivative(row).dense() for norm, row in zip(self.norms, x, strict=True)])
-        return HeadMap(blocks, torch.arange(len(x), device=x.device), len(x))
+        blocks["v"] = self.pattern[:, dest, src, None, None] * eye
+        if self.gates is not None:
+            opened = self.gates[dest].sigmoid()
+            blocks = {name: opened[..., None] * block for name, block in blocks.items()}
+            if src == dest:
+                blocks["gate"] = (z * opened * (1 - opened)).diag_embed()
+        return blocks
 
 
 @dataclass(frozen=True)
@@ -212,8 +163,14 @@ class Rotary:
             halves, adjacent = _quarter_turns(cos)
             yield cls._padded(cos, sin, halves, size)
             yield cls._padded(cos, sin, adjacent, size)
-            cos, sin = (table[:, : cos.shape[-1] // 2].repeat_interleave(2, -1) for table in (cos, sin))
-            yield cls._padded(cos, sin, adjacent, size)
+            first = cos.shape[-1] // 2
+            cos_of_pair, sin_of_pair = (table[:, :first].repeat_interleave(2, -1) for table in (cos, sin))
+            yield cls._padded(cos_of_pair, sin_of_pair, adjacent, size)
+            if 2 * cos.shape[-1] <= size:  # one angle for each plane (gpt-oss, DeepSeek V2)
+                halves, adjacent = _quarter_turns(cos.repeat(1, 2))
+                yield cls._padded(cos.repeat(1, 2), sin.repeat(1, 2), halves, size)
+                yield cls._padded(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), adjacent, size)
+            yield None  # some layers are given a rotation that they do not use (Llama 4, Afmoe)
         elif hasattr(attn, "rotary_cos"):
             cos, sin = attn.rotary_cos[:length].to(q), attn.rotary_sin[:length].to(q)
             eye = torch.eye(cos.shape[-1], dtype=q.dtype, device=q.device)
@@ -255,6 +212,14 @@ def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         if fits and heads % groups == 0 and q.shape[2] == k.shape[2]:
             return
     raise Uncovered(f"hook_pattern, hook_q, hook_k and hook_v have shapes {shapes}, which do not fit each other")
+
+
+def _multiples(ours: Float[Tensor, "pos head e"], theirs: Float[Tensor, "pos head e"]) -> bool:
+    """Whether the vectors of each position are those of ours times a number, which the scores then hold (Ministral)."""
+    if ours.shape != theirs.shape:
+        return False
+    factors = (ours * theirs.to(ours)).sum((1, 2)) / ours.square().sum((1, 2))
+    return close(factors[:, None, None] * ours, theirs)
 
 
 def _quarter_turns(like: Float[Tensor, "pos n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:

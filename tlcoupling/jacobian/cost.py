@@ -8,22 +8,25 @@ only the certificate decides.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.block import Block, Sublayer, Uncovered
 from tlcoupling.forward.split import Split
-from tlcoupling.jacobian.attention import AttentionCore, HeadNorm
+from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops, n_heads_of
-from tlcoupling.jacobian.formula import attention_map, block_map, mlp_map
+from tlcoupling.jacobian.formula import READS, Mixing, attention_map, block_map, mlp_map
+from tlcoupling.jacobian.mixture import Experts
 from tlcoupling.jacobian.norms import Norm
+from tlcoupling.jacobian.readings import HeadNorm, Latent, head_readings
 from tlcoupling.jacobian.scores import Scores
 from tlcoupling.linalg.maps import Identity
 from tlcoupling.linalg.operator import JacobianOperator
+
+_CHOSEN = ("experts_per_token", "num_experts_per_tok")  # names of the number of chosen experts in a configuration
 
 
 @dataclass(frozen=True)
@@ -133,34 +136,60 @@ def _widest(module: nn.Module | None) -> int:
 
 
 def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianOperator | None:
-    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing or of another shape."""
-    try:
-        return _map_of_shapes(block, sublayer, head)
-    except (Uncovered, ArgumentError):
-        return None
-
-
-def _map_of_shapes(block: Block, sublayer: Sublayer, head: int | None) -> JacobianOperator:
-    weights = {name: weight.to("meta") for name, weight in sublayer.weights().items()}
+    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
+    d_model = block.model.cfg.d_model
     behind = sublayer.behind if head is None else None  # a head is measured before it
-    before, behind = (_derivative(norm, block.model.cfg.d_model) for norm in (sublayer.before, behind))
+    before, behind = (_derivative(norm, d_model) for norm in (sublayer.before, behind))
+    try:
+        if sublayer.kind == "mlp" and sublayer.has_experts:
+            slopes, weights, mixing = _mixture(sublayer, block.model.cfg)
+            return mlp_map(slopes, weights, before, behind, mixing=mixing)
+        latent = Latent.of(sublayer.module) if sublayer.kind == "attn" else None
+        weights = {} if latent is not None else {name: w.to("meta") for name, w in sublayer.weights().items()}
+    except Uncovered:
+        return None
     if sublayer.kind == "mlp":
         return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
-    heads, _, size = weights["W_Q"].shape
-    n_groups = block.n_groups or weights["W_K"].shape[0]
-    queries, keys = _empty(1, heads, size), _empty(1, n_groups, size)
+    if latent is not None:
+        latent = latent.to(_empty())
+        readings = latent.readings(lambda name, down: _head_norm(_empty(1, 1, len(down.weight)), together=True))
+        write, size = latent.write(), latent.rope + latent.nope
+    else:
+        n_groups = block.n_groups or weights["W_K"].shape[0]
+        readings = head_readings(weights, {"W_K": n_groups, "W_V": n_groups})
+        write, size = weights["W_O"], weights["W_Q"].shape[2]
+        for name, module in (("q", sublayer.part("q_norm")), ("k", sublayer.part("k_norm"))):
+            if module is not None:
+                inputs = _empty(1, len(readings[name].weight) // size, size)
+                together = any(p.shape == (inputs[0].numel(),) for p in module.parameters()) and inputs.shape[1] > 1
+                readings[name] = replace(readings[name], norm=_head_norm(inputs, together))
+    heads = len(write)
     core = AttentionCore(
         pattern=_empty(heads, 1, 1),
-        values=_empty(1, heads, weights["W_V"].shape[2]),
-        queries=queries,
-        keys=queries,
+        values=_empty(1, heads, write.shape[1]),
+        queries=_empty(1, heads, size),
+        keys=_empty(1, heads, size),
         scores=Scores(1.0),
         rotary=None,
-        q_norm=_head_norm(sublayer.part("q_norm"), queries),
-        k_norm=_head_norm(sublayer.part("k_norm"), keys),
-        n_groups=n_groups,
+        gates=_empty(1, heads, write.shape[1]) if "gate" in readings else None,
+        readings=readings,
     )
-    return attention_map(core, weights, 0, 0, before, behind, head=head)
+    return attention_map(core, write, 0, 0, before, behind, head=head)
+
+
+def _mixture(sublayer: Sublayer, cfg: Any) -> tuple[list[Tensor], dict[str, Tensor], Mixing]:
+    """The slopes and weights of the chosen experts side by side, and the router's term.
+
+    Raises:
+        Uncovered: the experts are held in an unknown form.
+    """
+    experts, shared = Experts.stacked(sublayer.module), Experts.of_shared(sublayer.module)
+    chosen = next((k for name in _CHOSEN if isinstance(k := getattr(cfg, name, None), int)), 1)
+    units, reads = chosen * experts.write.shape[1], READS[experts.read.shape[2] // experts.write.shape[1]]
+    if shared is not None:
+        chosen, units = chosen + 1, units + shared.write.shape[1]
+    weights = {**{name: _empty(cfg.d_model, units) for name in reads}, "W_out": _empty(units, cfg.d_model)}
+    return [_empty(units)] * len(reads), weights, Mixing(_empty(cfg.d_model, chosen), _empty(chosen, cfg.d_model))
 
 
 def _empty(*shape: int) -> Tensor:
@@ -176,11 +205,7 @@ def _derivative(norm: nn.Module | None, size: int) -> JacobianOperator:
     return Identity(size, _empty()) if norm is None else _norm(size).derivative(_empty(size))
 
 
-def _head_norm(module: nn.Module | None, inputs: Tensor) -> HeadNorm | None:
-    """A QK-norm, of all heads together where it has a gain of that length."""
-    if module is None:
-        return None
+def _head_norm(inputs: Tensor, together: bool) -> HeadNorm:
+    """A norm of each head, or of all heads together."""
     count, size = inputs.shape[1:]
-    if count > 1 and any(parameter.shape == (count * size,) for parameter in module.parameters()):
-        return HeadNorm((_norm(count * size),), inputs, together=True)
-    return HeadNorm((_norm(size),) * count, inputs)
+    return HeadNorm((_norm(count * size),) if together else (_norm(size),) * count, inputs, together)

@@ -8,8 +8,8 @@ Where a first difference disagrees, ``Function.verdict`` takes more of them: in 
 a ladder of steps. It tells four things apart:
 
 - rounding: the gap stays within the function's own rounding, which is measured;
-- curvature: the gap falls with the square of the step;
-- a kink or a jump close by (ReLU, a router's tie): most directions agree, on one side at least;
+- curvature and kinks (ReLU): the gap shrinks with the step, on one side at least, until nothing is left of it;
+- a jump close by (a router's tie): most directions agree, on one side at least;
 - a false derivative: none of these. Differences then settle elsewhere, or, on a staircase, nowhere.
 """
 
@@ -35,6 +35,11 @@ STEP = 1.6e-2
 _LADDER = (4 * STEP, STEP, STEP / 4, STEP / 16, STEP / 64)
 _TINY = 1e-6  # a move that shows rounding: its true effect is far below the tolerance at each step of the ladder
 _DIRECTIONS = 4
+# A step four times smaller has at most 1 / this of the gap: kinks and curves leave less, but for noise. On a staircase
+# the gap grows until the step is shorter than a tread, in n coordinates by sqrt(n) at once.
+_SHRINKS = 0.8
+# Halvings of the interval in which the gap begins: its ends then differ by 0.03 %, and so does the gap but for a jump.
+_HALVINGS = 12
 # How far a Jacobian's product may lie from a difference, relative to the larger of the two.
 TOLERANCE = 0.02
 # Rounding of a sublayer's write, relative to its length: what is assumed at first, and at most once it is measured.
@@ -88,38 +93,30 @@ class Function:
             DerivativeError: the product is not the derivative of the model's own function.
         """
         steps = self.size * torch.tensor(_LADDER, dtype=self.lengths.dtype, device=self.lengths.device)
-        product = torch.stack([self.product(one) for one in directions])  # [direction, row, d]
-        both = torch.stack([directions, -directions])
-
-        def change(step: float) -> Float[Tensor, "side direction row d"]:
-            return self.moved((step * both).flatten(0, 1)).unflatten(0, both.shape[:2])
-
-        rounding = change(_TINY * self.size).norm(dim=-1).flatten(0, 1).median(dim=0).values
-        rounding = 3 * rounding.clamp(max=_MOST_ROUNDING * self.lengths) / steps[:, None]
-        ahead, back = torch.stack([change(float(step)) / step for step in steps], dim=2)
-        central = (ahead - back) / 2  # [direction, step, row, d]
-        product = product[:, None].expand_as(central)
-        close = agree(product, central, rounding)
-        aside = close | agree(product, ahead, 2 * rounding) | agree(product, -back, 2 * rounding)
-        share = aside.float().mean(0)  # [step, row]
-        right = (share[1] >= 0.5) & (share[2] >= 0.75)  # a kink or a jump close by, or rounding alone
+        tiny = self._quotients(directions, steps.new_full((len(directions),), _TINY * self.size))
+        rounding = _TINY * self.size * tiny[1:].norm(dim=-1).flatten(0, 1).median(dim=0).values
+        # of runs, by side: a central quotient has half of their difference
+        rounding = 3 * rounding.clamp(max=_MOST_ROUNDING * self.lengths) * steps.new_tensor([[1.0], [2.0], [2.0]])
+        sides = torch.stack([self._quotients(directions, step.expand(len(directions))) for step in steps], dim=2)
+        product = torch.stack([self.product(one) for one in directions])[:, None].expand_as(sides)
+        unsure = rounding[:, None, None] / steps[:, None]  # [side, 1, step, row]
+        close, gap = agree(product, sides, unsure), (sides - product).norm(dim=-1)
+        share = close.any(0).float().mean(0)  # [step, row]
+        right = (share[1] >= 0.5) & (share[2] >= 0.75)  # a jump close by, or rounding alone
         # nothing is relative to a product of zero: the function has to be constant, over longer moves too
-        constant = product[:, 0].norm(dim=-1).amax(0) == 0
-        right &= ~constant | close[0].all(0)
-        gap = central - product
-        for wide, narrow in ((0, 1), (1, 2), (2, 3)):  # curvature: 16 times the gap at 4 times the step
-            excess = (gap[:, wide] - 16 * gap[:, narrow]).norm(dim=-1)
-            falls = excess <= 0.5 * gap[:, wide].norm(dim=-1) + 16 * rounding[narrow]
-            right |= ~constant & ((falls & close[:, narrow]).float().mean(0) >= 0.75)
+        constant = product[0, :, 0].norm(dim=-1).amax(0) == 0
+        right &= ~constant | close[0, :, 0].all(0)
+        for row in (~right & ~constant).nonzero().flatten().tolist():
+            right[row] = self._approached(directions, row, steps, close[..., row], gap[..., row], rounding[:, row])
         if right.all():
             return None
-        settled = agree(central[:, 1], central[:, 2], rounding[2]).float().mean(0) >= 0.5
+        settled = agree(sides[0, :, 1], sides[0, :, 2], unsure[0, :, 2]).float().mean(0) >= 0.5
         wrong = ~right & settled if (~right & settled).any() else ~right
         row = int(wrong.nonzero()[0])
         where = self.where.replace("{row}", str(row))
         lengths = (
-            f"autograd's product with a direction has length {float(product[0, 0, row].norm()):.3g}, and lies "
-            f"{float(gap[0, 1, row].norm()):.3g} from central differences"
+            f"autograd's product with a direction has length {float(product[0, 0, 0, row].norm()):.3g}, and lies "
+            f"{float(gap[0, 0, 1, row]):.3g} from central differences"
         )
         if self.hooked and settled[row]:
             raise HookError(
@@ -138,6 +135,53 @@ class Function:
             "ternary weights with straight-through derivatives)"
         )
 
+    def _approached(
+        self,
+        directions: Tensor,
+        row: int,
+        steps: Float[Tensor, " step"],
+        close: Bool[Tensor, "side direction step"],
+        gap: Float[Tensor, "side direction step"],
+        rounding: Float[Tensor, " side"],
+    ) -> bool:
+        """Return whether quotients approach a row of the product as the step shrinks, as on a curve and behind kinks.
+
+        On one side of most directions the gap shrinks with the step, without a jump, until nothing is left of it.
+        """
+        product = torch.stack([self.product(one)[row] for one in directions])
+        # down to the smallest step that rounding leaves sharp
+        sharp = (rounding.amax() / steps <= TOLERANCE * product.norm(dim=-1)[:, None])[None]
+        shrinks = ((_SHRINKS * gap[..., 1:] <= gap[..., :-1]) | close[..., 1:] | ~sharp[..., 1:]).all(-1)
+        last = sharp.sum(-1).expand(len(gap), -1) - 1
+        good = shrinks & (last >= 2) & close.gather(-1, last.clamp_min(0)[..., None])[..., 0]
+        if good.any(0).float().mean() < 0.75:
+            return False
+        # the first step that is too long, if any, and the one before it: where between them does the gap begin?
+        apart = (~close & sharp).long().cumsum(-1).argmax(-1)
+        apart = torch.where((~close & sharp).any(-1), apart, last)
+        high, low = steps[apart], steps[torch.minimum(apart + 1, last.clamp_min(0))]
+        several = directions.repeat(len(gap), *[1] * (directions.ndim - 1))
+
+        def quotients(at: Float[Tensor, "side direction"]) -> Float[Tensor, "side direction d"]:
+            every = self._quotients(several, at.flatten())[:, :, row].unflatten(1, at.shape)
+            return torch.stack([every[side, side] for side in range(len(every))])
+
+        product = product.expand(len(gap), *product.shape)
+        for _ in range(_HALVINGS):
+            middle = (low * high).sqrt()
+            near = agree(product, quotients(middle), rounding[:, None] / middle)
+            low, high = torch.where(near, middle, low), torch.where(near, high, middle)
+        good &= agree(quotients(low), quotients(high), rounding[:, None] / low)
+        return bool(good.any(0).float().mean() >= 0.75)
+
+    def _quotients(
+        self, directions: Tensor, steps: Float[Tensor, " direction"]
+    ) -> Float[Tensor, "side direction row d"]:
+        """Return central quotients, those ahead and those back, of a step of its own along each direction."""
+        moves = steps.view(-1, *[1] * (directions.ndim - 1)) * directions
+        up, down = self.moved(torch.cat([moves, -moves])).unflatten(0, (2, -1)) / steps[:, None, None]
+        return torch.stack([(up - down) / 2, up, -down])
+
 
 def agree(
     product: Float[Tensor, "*batch d"], quotient: Float[Tensor, "*batch d"], rounding: Float[Tensor, "*#batch"]
@@ -145,6 +189,18 @@ def agree(
     """Return where products with a Jacobian lie within ``TOLERANCE`` and rounding of difference quotients."""
     size = torch.maximum(product.norm(dim=-1), quotient.norm(dim=-1))
     return (product - quotient).norm(dim=-1) <= TOLERANCE * size + rounding
+
+
+def leaning(stream: Float[Tensor, "*rows d"]) -> Float[Tensor, "direction *rows d"]:
+    """Draw directions of length 1 that lean as much on a stream, which norms read, as on chance.
+
+    A norm whose scale is off the graph errs along its input alone, a small share of a random direction.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn((_DIRECTIONS, *stream.shape), generator=generator, dtype=stream.dtype).to(stream.device)
+    length = stream.norm(dim=-1, keepdim=True)
+    mixed = random / random.norm(dim=-1, keepdim=True) + stream / torch.where(length > 0, length, 1.0)
+    return mixed / mixed.norm(dim=-1, keepdim=True)
 
 
 def require_step_followed(

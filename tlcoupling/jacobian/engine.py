@@ -15,6 +15,7 @@ from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.certificate import Pair
 from tlcoupling.jacobian.evidence import Evidence
+from tlcoupling.jacobian.held import HeldJacobian
 from tlcoupling.linalg.operator import JacobianOperator
 
 EngineName = Literal["auto", "analytic", "autograd"]
@@ -167,7 +168,8 @@ def residual_jacobian(
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``; see ``JacobianEngine``.
 
     Returns:
-        An operator of shape ``(d_model, d_model)`` with ``mv``, ``rmv``, ``mm``, ``rmm`` and ``dense``.
+        An operator of shape ``(d_model, d_model)`` with ``mv``, ``rmv``, ``mm``, ``rmm`` and ``dense``. A product after
+        the block's weights have changed raises ``StaleTraceError``.
 
     Raises:
         ArgumentError: an index out of range, an unknown sublayer or engine.
@@ -190,4 +192,5 @@ def residual_jacobian(
         if sublayer == "block" or trace.block(layer).sublayers[sublayer].kind != "attn":
             raise ArgumentError("head", head, "None unless the sublayer is an attention")
         head = check_index("head", head, trace.model.cfg.n_heads)
-    return JacobianEngine(trace, engine).operator(layer, sublayer, src, dest, head)
+    made = JacobianEngine(trace, engine).operator(layer, sublayer, src, dest, head)
+    return HeldJacobian(made, trace.model.blocks[layer], layer)

@@ -1,8 +1,10 @@
 r"""The formula of a block: its Jacobians as compositions of norms, projections, activation and attention core.
 
 - attention: J = N' W_O (A_q W_Q + A_k W_K + A_v W_V) N, with the blocks A of the core, and N and N' the derivatives of
-  the norms before and behind; a QK-norm stands between W_Q and A_q, W_K and A_k;
+  the norms before and behind; a QK-norm stands between W_Q and A_q, W_K and A_k, a latent's norm between two weights
+  (``readings``); a gate adds A_g W_g;
 - MLP: J = N' W_out diag(act'(pre)) W_in N; gated: N' W_out (diag(act'(pre) pre_linear) W_gate + diag(act(pre)) W_in) N;
+  a mixture of experts has the units of the chosen ones side by side, and + N' sum_e E_e dw_e^T N for its router;
 - block: J_attn + J_mlp (delta I + J_attn) where it is sequential, J_attn + J_mlp where it is parallel.
 
 The parts are tensors with numbers (``analytic``), or shapes alone on torch's meta device (``cost``), so that the work
@@ -12,6 +14,7 @@ is counted by the composition that does it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -24,10 +27,26 @@ from tlcoupling.jacobian.parts import BlockMap, HeadMap
 from tlcoupling.linalg.maps import Diagonal, Projection
 from tlcoupling.linalg.operator import JacobianOperator, Sum
 
+# The weights that an MLP reads with, by their number.
+READS = {1: ("W_in",), 2: ("W_gate", "W_in")}
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The router's term of a mixture of experts, sum_e E_e dw_e^T.
+
+    Attributes:
+        columns: the derivative of what the mixture gives by the weight of each expert: E_e.
+        rows: the derivative of the weights by what the mixture reads: dw_e.
+    """
+
+    columns: Float[Tensor, "d_model expert"]
+    rows: Float[Tensor, "expert d_model"]
+
 
 def attention_map(
     core: AttentionCore,
-    weights: Mapping[str, Tensor],
+    write: Float[Tensor, "head e d_model"],
     src: int,
     dest: int,
     before: JacobianOperator,
@@ -39,7 +58,7 @@ def attention_map(
 
     Args:
         core: the attention core.
-        weights: W_Q, W_K, W_V and W_O, as ``Sublayer.weights`` gives them.
+        write: W_O.
         src: input position.
         dest: output position.
         before: the derivative of the norm that the attention reads through, at src.
@@ -47,22 +66,15 @@ def attention_map(
         factor: the block's factor on what the attention gives.
         head: only this head's share.
     """
-    q_blocks, k_blocks, v_blocks = core.blocks(src, dest)
-    terms = [(k_blocks, "W_K", core.n_groups, core.k_norm, src), (v_blocks, "W_V", core.n_groups, None, src)]
-    if src == dest:
-        terms.append((q_blocks, "W_Q", core.n_heads, core.q_norm, dest))
+    heads = slice(None) if head is None else slice(head, head + 1)
     branches = []
-    for blocks, name, n_groups, norm, pos in terms:
-        weight = weights[name]
-        # HookedTransformer repeats a group's weights for each of its heads
-        weight = rearrange(weight[:: weight.shape[0] // n_groups], "group d e -> (group e) d")
-        groups = torch.arange(core.n_heads, device=weight.device) // (core.n_heads // n_groups)
-        if head is not None:
-            blocks, groups = blocks[head : head + 1], groups[head : head + 1]
-        heads = HeadMap(blocks, groups, n_groups)
-        branches.append((heads if norm is None else heads @ norm.derivative(pos)) @ Projection(weight))
-    write = weights["W_O"] if head is None else weights["W_O"][head : head + 1]
-    return behind @ (_scaled(factor, rearrange(write, "head e d -> d (head e)")) @ Sum(branches) @ before)
+    for name, blocks in core.blocks(src, dest).items():
+        reading = core.readings[name].derivative(src)
+        n_groups = reading.shape[0] // blocks.shape[2]
+        groups = torch.arange(core.n_heads, device=blocks.device) // (core.n_heads // n_groups)
+        branches.append(HeadMap(blocks[heads], groups[heads], n_groups) @ reading)
+    weight = rearrange(write[heads], "head e d -> d (head e)")
+    return behind @ (_scaled(factor, weight) @ Sum(branches) @ before)
 
 
 def mlp_map(
@@ -71,6 +83,7 @@ def mlp_map(
     before: JacobianOperator,
     behind: JacobianOperator,
     factor: float = 1.0,
+    mixing: Mixing | None = None,
 ) -> JacobianOperator:
     """Compose J_mlp at one position.
 
@@ -80,11 +93,15 @@ def mlp_map(
         before: the derivative of the norm that the MLP reads through.
         behind: that of the norm behind it.
         factor: the block's factor on what the MLP gives.
+        mixing: the router's term of a mixture of experts.
     """
-    names = ["W_in"] if len(slopes) == 1 else ["W_gate", "W_in"]
+    names = READS[len(slopes)]
     branches = [Diagonal(slope) @ Projection(weights[name].mT) for slope, name in zip(slopes, names, strict=True)]
     inner = branches[0] if len(branches) == 1 else Sum(branches)
-    return behind @ (_scaled(factor, weights["W_out"].mT) @ inner @ before)
+    given = _scaled(factor, weights["W_out"].mT) @ inner
+    if mixing is not None:
+        given = given + _scaled(factor, mixing.columns) @ Projection(mixing.rows)
+    return behind @ (given @ before)
 
 
 def block_map(topology: Topology, attn: JacobianOperator, mlp: JacobianOperator | None, same: bool) -> JacobianOperator:

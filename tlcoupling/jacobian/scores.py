@@ -1,7 +1,9 @@
 r"""Attention scores: f with pattern = softmax(f(q . k) + b), fitted to the pattern.
 
-f(x) = c x, or a tanh(c x / a) with a soft-cap a; b = 0, or a bias of head and source position alone, which is what
-ALiBi's m_h (s - t) amounts to under a softmax over s. Only f has a derivative, so b is eliminated and never kept.
+f(x) = c x, or a tanh(c x / a) with a soft-cap a; c may differ between positions of the query (Llama 4, Ministral).
+b = 0, or a bias of head and source position alone, which is what ALiBi's m_h (s - t) amounts to under a softmax over s.
+A head may also attend to a sink, a number beside the scores whose share of the pattern goes nowhere (gpt-oss). Only f
+has a derivative, so bias and sink are eliminated and never kept.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from tlcoupling.forward.block import Uncovered, close
 
 _STEPS = 30  # of Gauss-Newton on c with a soft-cap; it converges in a few
+_SHARE_OF_SINK = 1e-3  # rows of a pattern without a sink sum to 1 but for rounding, 4e-3 / n in half precision
 _NEAR = 1e-2  # a fitted c within this of one that the model declares is replaced by it: it has no rounding error
 
 
@@ -26,12 +29,16 @@ class Scores:
     """f(x) = c x, or a tanh(c x / a).
 
     Attributes:
-        scale: c.
+        scale: c, for all positions of the query or for each.
         cap: a; None without a soft-cap.
     """
 
-    scale: float
+    scale: float | Float[Tensor, "dest 1"]
     cap: float | None = None
+
+    def at(self, dest: int) -> Scores:
+        """Return f for the query of one position."""
+        return Scores(float(self.scale[dest]), self.cap) if isinstance(self.scale, Tensor) else self
 
     def __call__(self, products: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """f(x)."""
@@ -41,7 +48,7 @@ class Scores:
     def slope(self, products: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """f'(x)."""
         if self.cap is None:
-            return torch.full_like(products, self.scale)
+            return torch.ones_like(products) * self.scale
         return self.scale * (1 - (self.scale * products / self.cap).tanh().square())
 
     @classmethod
@@ -59,7 +66,8 @@ class Scores:
             Uncovered: no such f fits.
         """
         declared = list(_declared_scales(attn, cfg, d_head))
-        for biased in (False, True):
+        sink = bool((1 - pattern.sum(-1)).max() > _SHARE_OF_SINK)
+        for biased in (False, True)[: 1 if sink else 2]:
             rows = _Rows(products, pattern, biased)
             for cap in (None, *_declared_caps(attn, cfg)):
                 usual = cls(declared[0], cap)
@@ -70,6 +78,8 @@ class Scores:
                 for scores in (*(cls(c, cap) for c in near[:1]), fitted):
                     if rows.match(scores):
                         return scores
+            if not biased and rows.match(scores := rows.fit_each(declared[0])):
+                return scores
         raise Uncovered("the attention pattern is not a softmax of a function of q . k and a source bias")
 
 
@@ -109,6 +119,12 @@ class _Rows:
                 break
         return scores
 
+    def fit_each(self, declared: float) -> Scores:
+        """Fit c by least squares for each position of the query; the declared one where a single key is attended to."""
+        products = self._open(self.products)
+        scale = (products * self.logs).sum((0, 2)) / products.square().sum((0, 2))
+        return Scores(scale.nan_to_num(declared)[:, None])
+
     def match(self, scores: Scores) -> bool:
         """Whether the scores reproduce the pattern: each row, or each row's change from the previous one."""
         logits = scores(self.products)
@@ -117,8 +133,18 @@ class _Rows:
             logits = logits.diff(dim=1) + truth[:, :-1].clamp(min=torch.finfo(truth.dtype).tiny).log()
             truth = truth[:, 1:].where(self.seen, 0.0)
             truth = truth / truth.sum(-1, keepdim=True).clamp(min=torch.finfo(truth.dtype).tiny)
-        ours = logits.where(self.seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        logits = logits.where(self.seen, -torch.inf)
+        if not self.biased:
+            logits = torch.cat([logits, self._sinks(logits)], -1)
+        ours = logits.softmax(-1).nan_to_num(0.0)[..., : truth.shape[-1]]
         return truth.numel() == 0 or close(ours, truth)
+
+    def _sinks(self, logits: Float[Tensor, "head dest src"]) -> Float[Tensor, "head dest 1"]:
+        """The sink of each head, from the row of the pattern that lacks most; near -inf where rows sum to 1."""
+        share = 1 - self.pattern.sum(-1).clamp(0, 1)
+        sinks = logits.logsumexp(-1) + share.logit()
+        row = share.argmax(-1, keepdim=True)
+        return sinks.gather(-1, row)[..., None].expand(-1, logits.shape[1], -1)
 
 
 def _declared_scales(attn: Any, cfg: Any, d_head: int) -> Iterator[float]:

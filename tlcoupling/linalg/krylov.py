@@ -99,8 +99,7 @@ def _ritz(
 ) -> tuple[list[Triplets], float]:
     """Return the best triplets within the spans of U and V, from B = U^T J V; also the worst of residual / asked."""
     inner = jtu.mT @ v
-    # on the host: a GPU's library takes such small matrices one after the other
-    left, spectrum, right = (part.to(inner.device) for part in torch.linalg.svd(inner.cpu()))
+    left, spectrum, right = _small_svd(inner)
     s, next_s = spectrum[..., :k], spectrum.new_zeros(len(spectrum))
     if k < spectrum.shape[-1]:  # a Ritz value lies below its singular value, by no more than its residual
         after = jtu @ left[..., k, None] - v @ (spectrum[..., k, None] * right[..., k, :])[..., None]
@@ -115,6 +114,17 @@ def _ritz(
     excess = torch.where(residual > 0, residual / asked, 0.0)  # J may be zero
     columns = zip(top_u, s, top_v, next_s, residual / s, residual <= asked, strict=True)
     return [Triplets(*one, solver="krylov") for one in columns], float(excess.max())
+
+
+def _small_svd(matrices: Float[Tensor, "stack p q"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, V^T of small matrices.
+
+    A GPU's other drivers take a stack one by one. gesvda takes it at once, to half the digits of its dtype.
+    """
+    if matrices.is_cuda and matrices.dtype == torch.float32:
+        u, s, vh = torch.linalg.svd(matrices.double(), driver="gesvda")
+        return u.to(matrices), s.to(matrices), vh.to(matrices)
+    return torch.linalg.svd(matrices)
 
 
 def _skew(basis: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack k"]:

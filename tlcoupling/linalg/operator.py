@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,7 @@ class JacobianOperator(ABC):
     defaults, those of a dense matrix, are wrong.
 
     Products are taken in full precision, whatever autocast, inference mode or precision of float32 products is in force
-    where they are asked for.
+    where they are asked for, and in the operator's own dtype and on its device, whatever those of the vectors are.
 
     Attributes:
         shape: ``(rows, columns)``: rows are output coordinates, columns input coordinates.
@@ -48,9 +49,8 @@ class JacobianOperator(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Take the products of every kind of operator in full precision: users keep operators and use them anywhere."""
         super().__init_subclass__(**kwargs)
-        for name in ("mm", "rmm", "dense"):
-            if name in vars(cls):
-                setattr(cls, name, full_precision()(vars(cls)[name]))
+        for name in {"mm", "rmm", "dense"} & vars(cls).keys():
+            setattr(cls, name, full_precision()(_converting(vars(cls)[name])))
 
     @abstractmethod
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
@@ -65,12 +65,12 @@ class JacobianOperator(ABC):
         return self.mm(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
 
     def mv(self, x: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-        """J x, in the operator's own dtype and on its device."""
-        return self.mm(x.to(self.device, self.dtype)[:, None])[:, 0]
+        """J x."""
+        return self.mm(x[:, None])[:, 0]
 
     def rmv(self, y: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
-        """J^T y, in the operator's own dtype and on its device."""
-        return self.rmm(y.to(self.device, self.dtype)[:, None])[:, 0]
+        """J^T y."""
+        return self.rmm(y[:, None])[:, 0]
 
     def __matmul__(self, other: JacobianOperator) -> JacobianOperator:
         """A @ B: first B, then A.
@@ -96,6 +96,16 @@ class JacobianOperator(ABC):
     def __repr__(self) -> str:
         """One line."""
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
+
+def _converting(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Bring what a product is taken with to the operator's dtype and device."""
+
+    @functools.wraps(product)
+    def converted(self: JacobianOperator, *vectors: Tensor) -> Tensor:
+        return product(self, *(each.to(self.device, self.dtype) for each in vectors))
+
+    return converted
 
 
 class Composition(JacobianOperator):

@@ -48,7 +48,8 @@ class Provenance:
         weight_processing: how the weights were processed before the measurement; folding norms and centring writing
             weights change the Jacobians.
         tokens: token ids of the prompt.
-        str_tokens: the same as text.
+        str_tokens: the same as text, one by one: bytes of a character that several tokens share become U+FFFD.
+        text: the prompt as text, decoded whole; empty if unknown.
         settings: the arguments of the call. If user hooks acted, also ``fwd_hooks`` (their names, as given to
             ``trace``) and ``hooked_layers`` (the blocks whose Jacobians they changed).
         engine: the engine of each sublayer, ``{"block": "analytic", ...}``; empty if no Jacobian was needed.
@@ -62,6 +63,7 @@ class Provenance:
     weight_processing: Mapping[str, Any] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     str_tokens: tuple[str, ...] = ()
+    text: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -117,7 +119,10 @@ class Result:
         return {name: (axes, value) for name, axes in declared.items() if (value := getattr(self, name)) is not None}
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return a long-form table: one row per number, with columns ``quantity``, one per axis, and ``value``."""
+        """Return a long-form table: one row per number, with columns ``quantity``, one per axis, and ``value``.
+
+        The text of the tokens stands beside their positions: ``token`` beside ``pos``.
+        """
         import pandas as pd
 
         coords, frames = self._coords(), []
@@ -131,8 +136,17 @@ class Result:
         for axis in table.columns.intersection(list(coords)):
             if all(isinstance(label, int) for label in coords[axis]):
                 table[axis] = table[axis].astype("Int64")  # nullable: NaN of quantities without the axis stays missing
+        for axis, texts in self._texts().items():
+            if axis in table:
+                names = table[axis].map(dict(zip(coords[axis], texts, strict=True)))
+                table.insert(list(table.columns).index(axis) + 1, axis.replace("pos", "token"), names)
         table["value"] = table.pop("value")  # concat may have put later axes behind it
         return table
+
+    def _texts(self) -> dict[str, Sequence[str]]:
+        """Return the tokens' text for each axis of positions, ``pos`` and ``basis_pos``."""
+        tokens: Sequence[str] | None = getattr(self, "tokens", None)
+        return {axis: tokens for axis in self._coords() if axis.endswith("pos") and tokens is not None}
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the same numbers as an ``xarray.Dataset`` with labelled axes.
@@ -146,7 +160,9 @@ class Result:
             raise ImportError("to_xarray needs xarray: pip install 'tlcoupling[xarray]'") from error
         arrays = {name: (axes, array.detach().cpu().numpy()) for name, (axes, array) in self._arrays().items()}
         used = {axis for axes, _ in arrays.values() for axis in axes}
-        coords = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}
+        coords: dict[str, Any] = {axis: list(labels) for axis, labels in self._coords().items() if axis in used}
+        texts = {axis: list(texts) for axis, texts in self._texts().items() if axis in used}
+        coords |= {axis.replace("pos", "token"): (axis, names) for axis, names in texts.items()}
         return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
 
     def save(self, path: str | Path) -> Path:

@@ -15,12 +15,13 @@ from tlcoupling.analysis.analyze import analyze
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.models.baseline import random_baseline
+from tlcoupling.progress import watched
 from tlcoupling.sweeps.cells import Cell, ModelFacts
 from tlcoupling.sweeps.executors import Requeued, process_pool
 from tlcoupling.sweeps.plan import Plan
 from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore, as_store, describe
-from tlcoupling.text import visible
+from tlcoupling.text import counted, visible
 
 _POLL_SECONDS = 2.0
 OnCell = Callable[[Cell, str | None], None]
@@ -56,7 +57,7 @@ class SweepReport:
     def __repr__(self) -> str:
         """One line."""
         return (
-            f"SweepReport({self.n_cells} cells: {self.n_kept} measured before, {self.n_measured} now, "
+            f"SweepReport({counted(self.n_cells, 'cell')}: {self.n_kept} measured before, {self.n_measured} now, "
             f"{len(self.failed)} failed, {len(self.unfinished)} unfinished; {self.seconds:.1f} s, "
             f"{str(self.store.folder)!r})"
         )
@@ -74,7 +75,7 @@ def sweep(
     executor: Executor | None = None,
     workers: int | None = None,
     cells_per_job: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> SweepReport:
     """Measure the cells of a plan that a store lacks.
 
@@ -91,7 +92,7 @@ def sweep(
         workers: number of processes on this machine, instead of an executor; they share torch's threads.
         cells_per_job: the most cells in one unit of work; by default as in the plan. Otherwise a model's cells are
             split if there are more processes than models. Each unit loads its model once.
-        progress: show a progress bar with the number of failures.
+        progress: show a progress bar with the number of failures; by default on a terminal or in a notebook.
 
     Returns:
         ``SweepReport``.
@@ -248,9 +249,9 @@ def _elsewhere(groups: Sequence[CellGroup], store: SweepStore, executor: Executo
 
 
 @contextmanager
-def _meter(total: int, kept: int, progress: bool) -> Iterator[_Meter]:
+def _meter(total: int, kept: int, progress: bool | None) -> Iterator[_Meter]:
     """Yield a meter, shown as a progress bar if wanted."""
-    if not progress:
+    if not (watched() if progress is None else progress):
         yield _Meter(None, None, kept)
         return
     from rich.console import Console

@@ -127,7 +127,8 @@ def _of_config(folder: Path) -> Shape | None:
         model = AutoModelForCausalLM.from_config(config)
     config = config.get_text_config()
     d, heads, n_layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-    block = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers)[0]
+    blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers)
+    block = blocks[-1]  # the first one may lack a norm (ModernBERT)
     matrices = [parameter for parameter in block.parameters() if parameter.ndim == 2]
     groups = getattr(config, "num_key_value_heads", None) or (1 if getattr(config, "multi_query", False) else heads)
     if getattr(config, "new_decoder_architecture", False):  # of Falcon
@@ -147,7 +148,7 @@ def _of_config(folder: Path) -> Shape | None:
         parallel=len(norms) == 1
         or any(getattr(config, name, False) for name in ("use_parallel_residual", "parallel_attn")),
     )
-    expected = n_layers * sum(parameter.numel() for parameter in block.parameters() if parameter.ndim > 1)
+    expected = sum(parameter.numel() for parameter in blocks.parameters() if parameter.ndim > 1)
     return shape if math.isclose(shape.weights, expected, rel_tol=0.05) else None  # such as experts
 
 

@@ -34,6 +34,7 @@ from tlcoupling.sweeps.table import (
     rows_of_cell,
     write_parquet,
 )
+from tlcoupling.text import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +79,9 @@ class SweepStore:
 
     def __repr__(self) -> str:
         """One line."""
-        return f"SweepStore({str(self.folder)!r}: {len(self.keys())} cells, {len(self.failed_keys())} failed)"
+        return (
+            f"SweepStore({str(self.folder)!r}: {counted(len(self.keys()), 'cell')}, {len(self.failed_keys())} failed)"
+        )
 
     def path(self, key: str) -> Path:
         """Return the path of a cell's result file, existing or not."""

@@ -19,9 +19,11 @@ from torch import Tensor
 from tlcoupling.forward.stream import stream_of
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
+from tlcoupling.text import counted
 from tlcoupling.trajectory.line import fit_line
 from tlcoupling.trajectory.linearity import length, provenance_of, tokens_of
 
+SINK = 10.0  # times the median norm
 NOISE = 4.0  # a norm and its logarithm are off by up to two eps each
 
 
@@ -65,12 +67,12 @@ class Growth(Result):
         "slope": ("pos",),
         "r_squared": ("pos",),
     }
-    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"cv": ("pos",)}
+    _derived: ClassVar[Mapping[str, tuple[str, ...]]] = {"cv": ("pos",), "sinks": ("pos",)}
 
     def __repr__(self) -> str:
         """One line."""
         return (
-            f"Growth({len(self.tokens)} tokens, {len(self.alpha)} layers: median ED "
+            f"Growth({counted(len(self.tokens), 'token')}, {counted(len(self.alpha), 'layer')}: median ED "
             f"{self.expodistance.nanquantile(0.5):.3f}, mean rate {self.rate.mean():.4f} per layer)"
         )
 
@@ -79,12 +81,27 @@ class Growth(Result):
         """Return the coefficient of variation of alpha, CV = sqrt(ED)."""
         return self.expodistance.sqrt()
 
+    @property
+    def sinks(self) -> Bool[Tensor, " pos"]:
+        """Return which tokens are sinks, as ``find_sinks``."""
+        return find_sinks(self.norms)
+
     def _coords(self) -> dict[str, Sequence[Any]]:
         return {
             "depth": range(len(self.norms)),
             "layer": range(len(self.alpha)),
             "pos": range(len(self.tokens)),
         }
+
+
+def find_sinks(norms: Float[Tensor, "depth pos"]) -> Bool[Tensor, " pos"]:
+    """Return which tokens are sinks: at some depth the norm is more than ten times the median over tokens.
+
+    A few tokens of a prompt, mostly the first, carry massive activations (Sun et al. 2024, arXiv 2402.17762): in
+    SmolLM2-135M up to 158 times the median, while no other token of the prompt ``landmarks`` exceeds 9 times. The lower
+    of two medians counts, so that one of two tokens can be a sink.
+    """
+    return (norms > SINK * norms.median(1, keepdim=True).values).any(0)
 
 
 def expodistance(alpha: Float[Tensor, "layer *rest"]) -> Float[Tensor, "*rest"]:

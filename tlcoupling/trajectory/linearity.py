@@ -22,6 +22,7 @@ from tlcoupling.forward.stream import Stream, stream_of
 from tlcoupling.forward.trace import Trace
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Provenance, Result
+from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -54,7 +55,8 @@ class Linearity(Result):
     def __repr__(self) -> str:
         """One line."""
         mean = self.lss[0].nanmean()
-        return f"Linearity({len(self.tokens)} tokens, paths {', '.join(self.paths)}: mean LSS of blocks {mean:.3f})"
+        paths = ", ".join(self.paths)
+        return f"Linearity({counted(len(self.tokens), 'token')}, paths {paths}: mean LSS of blocks {mean:.3f})"
 
     def _coords(self) -> dict[str, Sequence[Any]]:
         return {"path": self.paths, "pos": range(len(self.tokens))}

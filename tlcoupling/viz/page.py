@@ -50,13 +50,13 @@ def render(title: str, sections: Mapping[str, Any]) -> str:
             omitted.
     """
     sections = {name: data for name, data in sections.items() if data is not None}
-    script = "\n".join(_asset(f"scripts/{name}.js") for name in _SCRIPTS)
+    script = "\n".join(asset(f"scripts/{name}.js") for name in _SCRIPTS)
     bundle = _circuitsvis() if (sections.get("pairs") or {}).get("attention") else ""
-    return Template(_asset("page.html")).substitute(
+    return Template(asset("page.html")).substitute(
         title=html.escape(title),
         policy=_policy([script, bundle] if bundle else [script]),
-        style=_asset("page.css"),
-        body="\n".join(_asset(f"sections/{name}.html") for name in sections),
+        style=asset("page.css"),
+        body="\n".join(asset(f"sections/{name}.html") for name in sections),
         data=_json(sections),
         bundle=_compressed(bundle) if bundle else "",
         script=script,
@@ -64,7 +64,8 @@ def render(title: str, sections: Mapping[str, Any]) -> str:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a file in ``assets``."""
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.summary import (
-    by_straightness,
     coupling_rows,
     growth_summary,
     linearity_rows,
+    straightest,
 )
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
@@ -38,7 +38,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     }
     return {
         "model": provenance.model_name,
-        "prompt": "".join(analysis.tokens),
+        "prompt": analysis.prompt,
         "facts": [[name, text] for name, text in facts.items() if text],
         "versions": _versions(provenance),
     }
@@ -114,7 +114,7 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
         "rate": rounded(growth.rate),
         **{name: rounded(share.mean(0)) for name, share in shares.items() if share is not None},
         "r_squared": rounded(growth.r_squared),
-        "order": by_straightness(lss),
+        **dict(zip(("most", "least"), straightest(lss), strict=True)),
     }
 
 

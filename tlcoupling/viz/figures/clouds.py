@@ -15,9 +15,22 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from tlcoupling.dynamics.components import TrajectoryComponents
 from tlcoupling.errors import ArgumentError
+from tlcoupling.text import counted
+from tlcoupling.trajectory.growth import SINK
 from tlcoupling.viz.figures.point_labels import label_points
 from tlcoupling.viz.figures.select import measured_on
-from tlcoupling.viz.figures.style import FAINT, NULL, WIDTH, depth_colors, heading, label, new_figure, settle, style
+from tlcoupling.viz.figures.style import (
+    FAINT,
+    NULL,
+    TRAINED,
+    WIDTH,
+    depth_colors,
+    heading,
+    label,
+    new_figure,
+    settle,
+    style,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -66,7 +79,7 @@ def trajectories(result: TrajectoryComponents) -> Figure:
         heading(
             figure,
             "Token trajectories in their principal components",
-            f"{measured_on(result)} · {count} tokens, depth 0 (○) to {depth - 1} (●)",
+            f"{measured_on(result)} · {counted(count, 'token')}, depth 0 (○) to {depth - 1} (●)" + _left_out(result),
         )
         settle(figure)
         for axes, paths in drawn:
@@ -126,7 +139,7 @@ def coupling_against_score(
             axes.hlines(y, chance, x, color=FAINT, linewidth=0.6, zorder=1)
             axes.scatter(chance, y, s=16, facecolors="none", edgecolors=NULL, linewidths=0.8, zorder=2, label="null")
             axes.legend(loc="upper left")
-        marks: dict[str, Any] = {"color": "#0072B2"}
+        marks: dict[str, Any] = {"color": TRAINED}
         if sizes is not None:
             marks = {"c": sizes, "norm": LogNorm(sizes.min(), sizes.max()), "cmap": depth_colors()}
         points = axes.scatter(x, y, s=26, edgecolors="white", linewidths=0.5, zorder=3, **marks)
@@ -145,6 +158,14 @@ def coupling_against_score(
         marked = np.stack([x, y], axis=1)
         label_points(figure, axes, marked, texts)
     return figure
+
+
+def _left_out(result: TrajectoryComponents) -> str:
+    """Name the sinks that are not drawn."""
+    if not result.left_out:
+        return ""
+    names = ", ".join(f"token {pos}" for pos in result.left_out)
+    return f" · left out: {names} (norm more than {SINK:g} times the median)"
 
 
 def _component(index: int, shares: Sequence[float]) -> str:

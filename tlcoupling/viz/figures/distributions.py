@@ -14,10 +14,12 @@ from matplotlib.ticker import PercentFormatter
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.many import ManyAnalyses
 from tlcoupling.errors import ArgumentError
+from tlcoupling.text import counted
 from tlcoupling.viz.figures.select import index_of, measured_on
 from tlcoupling.viz.figures.style import (
     NULL,
     RANDOM,
+    SUBLAYER_COLORS,
     TRAINED,
     WIDTH,
     heading,
@@ -30,7 +32,7 @@ from tlcoupling.viz.figures.style import (
 
 Runs: TypeAlias = ManyAnalyses | Mapping[str, Analysis | Sequence[Analysis]]
 _BINS = 24
-_OTHERS = (TRAINED, RANDOM, "#009E73", "#CC79A7", "#000000")  # Okabe and Ito's
+_OTHERS = (TRAINED, RANDOM, *SUBLAYER_COLORS.values())
 
 
 def distributions(result: Runs, *, path: str = "block") -> Figure:
@@ -115,7 +117,7 @@ def _histogram(axes: Axes, values: Mapping[str, np.ndarray], logarithmic: bool) 
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
     for (name, each), color in zip(finite.items(), _OTHERS, strict=False):
         missing = len(values[name]) - len(each)
-        text = f"{label(name)}, {len(each)} tokens" + (f" ({missing} undefined)" if missing else "")
+        text = f"{label(name)}, {counted(len(each), 'token')}" + (f" ({missing} undefined)" if missing else "")
         weights = np.full(len(each), 1 / max(len(each), 1))
         axes.hist(each, list(edges), weights=weights, color=color, alpha=0.45, label=text)
         axes.hist(each, list(edges), weights=weights, color=color, histtype="step", linewidth=1.0)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from torch import Tensor
 
 from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.arguments import as_list, check_name
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.projected import ProjectedJacobians
 from tlcoupling.errors import ArgumentError
 from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on, named
 from tlcoupling.viz.figures.style import (
-    EXCESS,
+    DIVERGING,
+    FIT,
+    SEQUENTIAL,
     WIDTH,
     heading,
     label,
@@ -33,6 +36,7 @@ from tlcoupling.viz.plain import formula
 
 MOST_LAYERS = 12  # more panels are too small to read
 _TICKS = 7
+_FIELDS = {"coupling": "values", "null": "null", "excess": "excess"}
 
 
 def depth_coupling(
@@ -40,6 +44,7 @@ def depth_coupling(
     *,
     token: int | None = None,
     k: int | None = None,
+    quantities: str | Sequence[str] | None = None,
 ) -> Figure:
     """Draw coupling, null and excess of all pairs of layers, one row per sublayer, on shared scales.
 
@@ -48,13 +53,15 @@ def depth_coupling(
     the scales. An undefined pair (NaN) is grey too.
 
     Args:
-        result: a depth coupling, or several by name (such as trained and random), drawn in rows on the same scales.
+        result: a depth coupling, or several by name (such as trained and random), side by side on the same scales.
         token: a measured position; by default the mean over all of them.
         k: a measured K; by default the first.
+        quantities: what is drawn of ``"coupling"``, ``"null"`` and ``"excess"``; by default all of one result, and the
+            excess of several.
 
     Raises:
-        ArgumentError: a token or K was not measured, there are fewer than two layers, or the results differ in
-            sublayers or metric.
+        ArgumentError: a token, K or quantity was not measured, there are fewer than two layers, or the results differ
+            in sublayers or metric.
     """
     results = {
         name: one.coupling if isinstance(one, Analysis) else one for name, one in named("result", result).items()
@@ -70,34 +77,44 @@ def depth_coupling(
             first.normalizer,
         ):
             raise ArgumentError("result", one, f"the sublayers and the metric of {first!r}")
-    rows = [
-        (f"{sublayer} · {label(name)}" if name else sublayer, one, _panes(one, index, token, chosen_k(one, k)))
-        for index, sublayer in enumerate(first.sublayers)
+    shown: Sequence[Any] = as_list(quantities or (tuple(_FIELDS) if len(results) == 1 else "excess"))
+    for what in shown:
+        check_name("quantities", what, tuple(_FIELDS))
+    columns = [(what, name) for what in shown for name in results]
+    panes = {
+        (row, what, name): _pane(one, _FIELDS[what], row, token, chosen_k(one, k))
+        for row in range(len(first.sublayers))
+        for what in shown
         for name, one in results.items()
-    ]
-    shared = np.concatenate([pane.compressed() for _, _, panes in rows for pane in panes[:2]])
-    most = max([abs(panes[2]).max() for _, _, panes in rows if panes[2].count()], default=0.0)
-    norm = Normalize(*(shared.min(), shared.max()) if len(shared) else (0, 1))
-    around = Normalize(-(most or 1), most or 1)
+    }
+    above = np.concatenate([pane.compressed() for (_, what, _), pane in panes.items() if what != "excess"] or [[]])
+    around = np.concatenate([pane.compressed() for (_, what, _), pane in panes.items() if what == "excess"] or [[]])
+    most = np.abs(around).max(initial=0) or 1
+    scales = {
+        False: (Normalize(above.min(), above.max()) if len(above) else None, SEQUENTIAL, "coupling c and null"),
+        True: (Normalize(-most, most), DIVERGING, "excess, c − null"),
+    }
     with style():
-        figure = new_figure(WIDTH, 1.05 + 2.22 * len(rows))
-        grid: Any = figure.subplots(len(rows), 3, squeeze=False)
-        images: list[AxesImage] = []
-        for axes, (name, one, panes) in zip(grid, rows, strict=True):
-            means = [pane.mean() for pane in panes]
-            for pane, each, mean, what in zip(axes, panes, means, ("coupling", "null", "excess"), strict=True):
-                colors = EXCESS if what == "excess" else "viridis"
-                images.append(_show(pane, each, around if what == "excess" else norm, colors))
-                pane.set_title(f"{what}, mean {round(float(mean), 4) + 0.0:.4f}" if each.count() else what)
-                _layer_ticks(pane, one.layers)
-            axes[0].set_ylabel(f"{name}\nlayer of the Jacobian")
-        for pane in grid[-1]:
-            pane.set_xlabel("layer of the bases")
-        symbol = f"coupling c and null, K = {chosen_k(first, k)[1]}"
-        figure.colorbar(images[0], ax=grid[:, :2], location="bottom", shrink=0.6, aspect=40, pad=0.02, label=symbol)
-        figure.colorbar(
-            images[2], ax=grid[:, 2], location="bottom", shrink=0.9, aspect=28, pad=0.02, label="excess, c − null"
-        )
+        side = WIDTH / max(len(columns), 3)
+        figure = new_figure(side * max(len(columns), 2), 1.05 + (side - 0.11) * len(first.sublayers))
+        grid: Any = figure.subplots(len(first.sublayers), len(columns), squeeze=False)
+        images: dict[bool, AxesImage] = {}
+        for (row, sublayer), (column, (what, name)) in product(enumerate(first.sublayers), enumerate(columns)):
+            axes, pane, is_excess = grid[row, column], panes[row, what, name], what == "excess"
+            norm, colors, _ = scales[is_excess]
+            images[is_excess] = _show(axes, pane, norm, colors)
+            title = f"{label(name, 20)}: {what}" if name else what
+            axes.set_title(f"{title}, mean {round(float(pane.mean()), 4) + 0.0:.4f}" if pane.count() else title)
+            _layer_ticks(axes, results[name].layers)
+            if column == 0:
+                axes.set_ylabel(f"{sublayer}\nlayer of the Jacobian")
+            if row == len(first.sublayers) - 1:
+                axes.set_xlabel("layer of the bases")
+        for is_excess, image in images.items():
+            under = [index for index, (what, _) in enumerate(columns) if (what == "excess") == is_excess]
+            symbol = f"{scales[is_excess][2]}, K = {chosen_k(first, k)[1]}"
+            shape = {"location": "bottom", "shrink": 0.8, "aspect": 22 * len(under), "pad": 0.02}
+            figure.colorbar(image, ax=grid[:, under], label=symbol, **shape)
         heading(figure, "Coupling of residual Jacobians across depth", _described(results, token))
         settle(figure)
     return figure
@@ -133,7 +150,7 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
         for row, layer in enumerate(result.layers):
             for column, other in enumerate(result.layers):
                 pane = grid[row, column]
-                image = _show(pane, np.ma.masked_invalid(shown[row, column]), norm, "magma")
+                image = _show(pane, np.ma.masked_invalid(shown[row, column]), norm, SEQUENTIAL)
                 pane.set_xticks([])
                 pane.set_yticks([])
                 text = f"{couplings[row, column]:.2f} ({null[row]:.2f})"
@@ -149,7 +166,7 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
         bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])
         bar.ax.minorticks_off()
         mean = float(np.exp(np.log(chance).mean()))
-        bar.ax.axhline(mean, color="white", linewidth=1.5)
+        bar.ax.axhline(mean, color=FIT, linewidth=1.5)
         bar.ax.annotate(
             "chance",
             (0, mean),
@@ -170,19 +187,15 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
     return figure
 
 
-def _panes(
-    result: DepthCoupling, sublayer: int, token: int | None, k: tuple[int, int]
-) -> tuple[np.ma.MaskedArray, np.ma.MaskedArray, np.ma.MaskedArray]:
-    """Return coupling, null and excess; undefined cells, and a diagonal of 1 by definition, are masked."""
+def _pane(
+    result: DepthCoupling, quantity: str, sublayer: int, token: int | None, k: tuple[int, int]
+) -> np.ma.MaskedArray:
+    """Return a matrix of layers; undefined cells, and a diagonal of 1 by definition, are masked."""
     chosen = slice(None) if token is None else index_of("token", token, result.positions)
-
-    def pane(matrix: Tensor) -> np.ma.MaskedArray:
-        cells = matrix[sublayer, :, k[0]][chosen].double().numpy()
-        mean = cells.mean(0) if cells.ndim == 3 else cells
-        hidden = np.eye(len(mean), dtype=bool) if result.bases == "uv" else np.zeros(mean.shape, dtype=bool)
-        return np.ma.masked_array(mean, hidden | ~np.isfinite(mean))
-
-    return pane(result.values), pane(result.null), pane(result.excess)
+    cells = getattr(result, quantity)[sublayer, :, k[0]][chosen].double().numpy()
+    mean = cells.mean(0) if cells.ndim == 3 else cells
+    hidden = np.eye(len(mean), dtype=bool) if result.bases == "uv" else np.zeros(mean.shape, dtype=bool)
+    return np.ma.masked_array(mean, hidden | ~np.isfinite(mean))
 
 
 def _described(results: Mapping[str, DepthCoupling], token: int | None) -> str:
@@ -196,7 +209,7 @@ def _described(results: Mapping[str, DepthCoupling], token: int | None) -> str:
     return f"{models} · {where} · {formula(first)}" + (" · diagonal: 1" if first.bases == "uv" else "")
 
 
-def _show(axes: Axes, matrix: np.ndarray, norm: Normalize, colors: str) -> AxesImage:
+def _show(axes: Axes, matrix: np.ndarray, norm: Normalize | None, colors: Colormap) -> AxesImage:
     axes.spines[:].set_visible(False)
     return axes.imshow(matrix, norm=norm, cmap=matrix_colors(colors), interpolation="nearest", aspect="equal")
 

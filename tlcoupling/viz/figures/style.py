@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,24 +16,27 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
-from matplotlib import colormaps
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.text import visible
+from tlcoupling.viz.page import asset
 
 WIDTH = 7.0  # inches: the text width of a page
 FORMATS = ("png", "svg", "pdf")
-# Okabe and Ito's colours can be told apart with any colour vision. The null is grey and dashed everywhere.
-SUBLAYER_COLORS = {"block": "#000000", "attn": "#0072B2", "mlp": "#D55E00"}
-TRAINED, RANDOM, NULL, FAINT = "#0072B2", "#E69F00", "#707070", "#B0B0B0"
-FIT = SUBLAYER_COLORS["mlp"]
-EXCESS = "RdBu_r"
+# The page's light colours: orange, blue and violet can be told apart with any colour vision. The null is grey, dashed.
+_PAGE: dict[str, str] = dict(re.findall(r"--([\w-]+): ([^;]+);", asset("page.css").partition("}")[0]))
+_RAMP, _NEGATIVE = _PAGE["ramp"].split(), _PAGE["ramp-negative"].split()
+SUBLAYER_COLORS = {"block": _PAGE["ink"], "attn": _PAGE["attn"], "mlp": _PAGE["mlp"]}
+TRAINED, RANDOM, NULL, FAINT = _PAGE["accent"], _PAGE["fresh"], "#707070", "#B0B0B0"
+FIT = SUBLAYER_COLORS["attn"]
+SEQUENTIAL = LinearSegmentedColormap.from_list("sequential", _RAMP)
+DIVERGING = LinearSegmentedColormap.from_list("diverging", [*reversed(_NEGATIVE), *_RAMP[1:]])
 NO_VALUE = "#DCDCDC"
 _FONT = "DejaVu Sans"  # comes with matplotlib, so a figure looks the same everywhere
 _GENERIC = {"serif", "sans-serif", "sans", "monospace", "cursive", "fantasy"}
@@ -143,13 +147,13 @@ def token_label(pos: int, text: str, longest: int = 24) -> str:
 
 
 def depth_colors() -> Colormap:
-    """Return a perceptually uniform colour map without its light end, which is invisible as lines on white."""
-    return ListedColormap(colormaps["viridis"](range(236)), "viridis, dark part")
+    """Return the sequential colour map without its light end, which is invisible as lines on white."""
+    return LinearSegmentedColormap.from_list("depth", _RAMP[2:])
 
 
-def matrix_colors(name: str) -> Colormap:
+def matrix_colors(colors: Colormap) -> Colormap:
     """Return a colour map that draws cells without a value in grey."""
-    return colormaps[name].with_extremes(bad=NO_VALUE)
+    return colors.with_extremes(bad=NO_VALUE)
 
 
 def plain_log(axis: Axis) -> None:

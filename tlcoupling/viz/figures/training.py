@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tlcoupling.errors import ArgumentError
 from tlcoupling.sweeps.table import require_one_kind
+from tlcoupling.text import counted
 from tlcoupling.viz.figures.select import index_of
 from tlcoupling.viz.figures.style import NULL, SUBLAYER_COLORS, WIDTH, heading, label, new_figure, settle, style
 
@@ -85,8 +86,8 @@ def training(
         heading(
             figure,
             "Coupling, linearity and growth along training",
-            f"{label(names[0].rpartition('/')[2])} · mean over {int(prompts.max())} prompts · band: their middle half"
-            + (" · dotted: random weights" if len(fresh) else ""),
+            f"{label(names[0].rpartition('/')[2])} · mean over {counted(int(prompts.max()), 'prompt')} · band: their "
+            "middle half" + (" · dotted: random weights" if len(fresh) else ""),
         )
         settle(figure)
     return figure

@@ -100,7 +100,7 @@ tlc.sections.tokens = (section, data) => {
         value("norm", i),
       ]),
     );
-  tlc.part(section, "most").append(rows(data.order.slice(0, 5)));
-  tlc.part(section, "least").append(rows(data.order.slice(-5).reverse()));
+  tlc.part(section, "most").append(rows(data.most));
+  tlc.part(section, "least").append(rows(data.least));
   tlc.inScheme(draw);
 };
