@@ -310,7 +310,7 @@ class Row:
     def __str__(self) -> str:
         """One line of the table."""
         engines = dict(self.engines)
-        cells = [engines.get(name, "") for name in ("block", "attn", "mixer", "mlp", "heads")]
+        cells = ["yes" if name in engines else "" for name in ("block", "attn", "mixer", "mlp", "heads")]
         return "| " + " | ".join((f"`{self.name}`", self.blocks, *cells, self.note)) + " |"
 
 
@@ -424,7 +424,8 @@ def main(arguments: list[str]) -> None:
     rows = []
     for name in names:
         rows.append(measure_apart(name))
-        print(rows[-1], f"{rows[-1].gap:.2f}", flush=True)
+        engines = ", ".join(f"{name}: {engine}" for name, engine in rows[-1].engines)
+        print(rows[-1], f"{rows[-1].gap:.2f} of what is allowed from differences; {engines}", flush=True)
     print(f"{sum(row.measured for row in rows)} of {len(rows)} measured at block level")
     if "--write" in arguments:
         write(rows)
