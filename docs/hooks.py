@@ -1,13 +1,15 @@
-"""Extend the site build: demos as pages, formulas as MathML, tables from the code."""
+"""Extend the site build: demos as pages, formulas as MathML with their font, tables from the code, versions."""
 
 from __future__ import annotations
 
 import html
-import importlib
+import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from fontTools.ttLib import TTFont
 from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -19,6 +21,13 @@ _TABLE = re.compile(r"<!-- table of (\S+)\.(\w+) -->")
 _REMOTE_IMAGE = re.compile(r'<img [^>]*?src="https?://[^>]*?>')
 
 
+def on_config(config: Any) -> Any:
+    """Show the list of versions where ``mike`` builds one of them. A page from disk has no list to load."""
+    if os.environ.get("MIKE_DOCS_VERSION"):
+        config.extra["version"] = {"provider": "mike"}
+    return config
+
+
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: Any) -> Files:
     """Add the notebooks, which are outside ``docs/``."""
@@ -27,6 +36,14 @@ def on_files(files: Files, config: Any) -> Files:
         path = notebook.relative_to(root).as_posix()
         files.append(File(path, str(root), config.site_dir, config.use_directory_urls))
     return files
+
+
+def on_post_build(config: Any) -> None:
+    """Write the font of the formulas, STIX Two Math (SIL Open Font License), from the package ``ziamath``."""
+    package = importlib.util.find_spec("ziamath").origin  # found and not imported: only its file is needed
+    font = TTFont(Path(package).parent / "fonts" / "STIXTwoMath-Regular.ttf")
+    font.flavor = "woff"
+    font.save(Path(config.site_dir) / "STIXTwoMath.woff")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from families import CONTEXT, D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCABULARY, WINDOW, families
+from tlcoupling.models.offline import answered_locally, offline
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -94,7 +95,9 @@ def huggingface(config: transformers.PretrainedConfig, name: str, architecture: 
         config.architectures = [architecture]
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         model = randomise(model).to(dtype).eval()
-        return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tiny_tokenizer(), dtype=dtype)
+        tokenizer = tiny_tokenizer()
+        with offline(), answered_locally(model, tokenizer):  # transformer-lens 3.0 asks a hub for the config
+            return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=dtype).eval()
 
     return build
 

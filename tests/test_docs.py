@@ -1,4 +1,4 @@
-"""The documentation site: it names all that is public, and asks no other server for anything."""
+"""The documentation site: it names all that is public, asks no other server for anything, and opens from disk."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chromium import browser, opened  # noqa: F401
 
 import tlcoupling as tlc
 from tlcoupling.sweeps import plan_file as reading
@@ -20,7 +22,7 @@ from tlcoupling.sweeps.table import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-_TOOLS = ("material", "mkdocstrings", "mkdocs_jupyter", "latex2mathml")
+_TOOLS = ("material", "mkdocstrings", "mkdocs_jupyter", "latex2mathml", "ziamath")
 
 
 def test_the_reference_covers_every_public_name():
@@ -55,22 +57,56 @@ def test_the_page_on_sweeps_has_every_key_of_a_plan():
     assert beside == {kind: list(keys) for kind, keys in prompts._BESIDE.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, _TOOLS)), reason="needs the extra 'docs'")
-def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path: Path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a warning."""
+    if not all(map(importlib.util.find_spec, _TOOLS)):
+        pytest.skip("needs the extra 'docs'")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
-    assert {page.parent.name for page in pages} >= {"coupling", "jacobians", "01_quickstart", "migration"}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_asks_nobody(site: Path):
+    pages = list(site.rglob("*.html"))
+    assert {page.stem for page in pages} >= {"coupling", "jacobians", "01_quickstart", "migration"}
     loaded = re.compile(r"""<(?:script|link|img|iframe|source)[^>]*?\s(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert loaded.findall(text) == [], page
         assert 'class="arithmatex"' not in text, f"a formula of {page} was not drawn"
-    columns = (tmp_path / "site" / "howto" / "sweeps" / "index.html").read_text(encoding="utf-8")
+    columns = (site / "howto" / "sweeps.html").read_text(encoding="utf-8")
     assert all(f"<td><code>{name}</code></td>" in columns for name in COLUMNS)
-    formulas = (tmp_path / "site" / "concepts" / "coupling" / "index.html").read_text(encoding="utf-8")
+    formulas = (site / "concepts" / "coupling.html").read_text(encoding="utf-8")
     assert formulas.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"') >= 4
-    for sheet in (tmp_path / "site").rglob("*.css"):
+    for sheet in site.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+@pytest.mark.slow
+def test_the_site_opens_from_disk(site: Path, browser: Any):  # noqa: F811
+    """Links lead to files, the search finds, formulas have their own font, and no signature is wider than its page."""
+    with opened(browser, site / "index.html", strict=False) as page:
+        page.get_by_role("link", name="Coupling and its null", exact=True).click()
+        page.wait_for_url("**/concepts/coupling.html")
+        page.evaluate("document.fonts.ready")
+        fonts = page.evaluate("[...document.fonts].filter(font => font.status === 'loaded').map(font => font.family)")
+        assert [font.strip('"') for font in fonts] == ["STIX Two Math"]
+        page.locator(".md-search__input").click(force=True)
+        page.locator(".md-search__input").press_sequentially("expodistance")
+        page.wait_for_function("document.querySelectorAll('.md-search-result__link').length > 0")
+        first = page.locator(".md-search-result__link").first
+        address = first.get_attribute("href")
+        first.click()
+        page.wait_for_url(address)
+        assert "expodistance" in page.content().lower()
+        for reference in sorted((site / "api").glob("*.html")):
+            page.goto(reference.as_uri())
+            signatures = page.evaluate(
+                "[...document.querySelectorAll('.doc-signature code')]"
+                ".filter(code => code.scrollWidth > code.clientWidth).map(code => code.textContent)"
+            )
+            assert signatures == [], reference

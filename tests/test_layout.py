@@ -10,10 +10,10 @@ PACKAGE = TESTS.parent / "tlcoupling"
 # Modules that are tested through a caller, whose tests fail when they are wrong.
 TESTED_IN = {
     "analysis/summary": "viz/test_page",
+    "cli/environment": "cli/test_app",
     "cli/terminal": "cli/test_report",
     "coupling/options": "coupling/test_depth",
     "coupling/context": "coupling/test_token",
-    "coupling/pairs": "coupling/test_depth",
     "forward/bare": "training/test_monitor",
     "forward/cache": "forward/test_trace",
     "forward/inputs": "forward/test_split",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 from command_line import Report
 from typer.testing import CliRunner
 
@@ -28,6 +30,19 @@ def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, "tlcoupling 1.2.3\n")
+
+
+@pytest.mark.parametrize("options", [["--version", "--verbose"], ["--verbose", "--version"]])
+def test_the_verbose_version_has_what_a_report_of_a_bug_needs(options: list[str]) -> None:
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("tlcoupling ")
+    assert lines[1].startswith(f"Python {platform.python_version()}, ")
+    assert lines[2].startswith(f"torch {torch.__version__}, ")
+    for package in ("transformer-lens", "transformers", "numpy", "circuitsvis", "gguf"):
+        assert f"{package} {importlib.metadata.version(package)}" in lines
+    assert not [line for line in lines if line.startswith("pytest")]  # of the development alone
 
 
 def test_importing_the_library_leaves_viewers_alone() -> None:

@@ -3,13 +3,23 @@
 import importlib.metadata
 import importlib.util
 import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformer_lens
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ModelLoadError
@@ -128,6 +138,29 @@ def gpt2_folder(tmp_path) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@needs_bridge
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_an_image_model_loads_and_nothing_is_installed(monkeypatch, gpt2_folder, tmp_path):
+    """TransformerLens's own loader runs pip here; load_model does not let it, and measures the model on text."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64, bos_token_id=2, eos_token_id=2)
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
+    folder = tmp_path / "llava"
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(folder)
+    commands = []
+    monkeypatch.setattr(subprocess, "check_call", lambda command, **_: commands.append(command))
+    tlc_models._transformer_bridge().boot_transformers(str(folder))
+    assert [command[-3:] for command in commands] == [["install", "torchvision", "-q"]]
+    with pytest.warns(UserWarning, match="would run .*install torchvision.* does not let it"):
+        model = tlc.load_model(folder)
+    assert len(commands) == 1
+    assert tlc.depth_coupling(tlc.trace(model, "w5 w6 w7"), k=2).values.isfinite().all()
+    subprocess.check_call(["true"])  # other commands run again, and installations too
+    assert commands[1:] == [["true"]]
 
 
 @needs_bridge

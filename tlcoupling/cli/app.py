@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.models import OptionInfo
 
+from tlcoupling.cli import environment
 from tlcoupling.errors import ArgumentError, TLCouplingError
 from tlcoupling.text import visible
 
@@ -29,21 +29,20 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> bool:
+def _version(context: Any, wanted: bool) -> bool:
     if wanted:
-        try:
-            version = importlib.metadata.version("tlcoupling")
-        except importlib.metadata.PackageNotFoundError:
-            version = "(not installed)"
-        typer.echo(f"tlcoupling {version}")
+        typer.echo(f"tlcoupling {environment.installed('tlcoupling')}")
+        for line in environment.lines() if context.params["verbose"] else ():
+            typer.echo(line)
         raise typer.Exit
     return wanted
 
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Show the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", is_eager=True, help="With --version, also those of Python, torch and others.")
     ] = False,
 ) -> None:
     """Measure transformers as dynamical systems: coupling, linearity and growth."""

@@ -20,7 +20,7 @@ from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
 Positions = SupportsIndex | Iterable[SupportsIndex] | None
-Intervention = tuple[str, Callable[..., Tensor]]
+Intervention = tuple[str, Callable[..., Any]]  # hook point and hook, as TransformerLens takes them
 
 
 def project_out(

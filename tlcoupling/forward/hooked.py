@@ -78,7 +78,7 @@ def model_name_of(model: Any) -> str:
     return str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
 
 
-Hook = Callable[[Tensor], Tensor | None]
+Hook = Callable[[Any], Any]  # takes a tensor; may return one to put in its place
 
 
 @contextmanager
@@ -107,16 +107,19 @@ def _with_hook_argument(function: Hook) -> Callable[..., Tensor | None]:
 class BlockCall:
     """The arguments that the model passes to one of its blocks, without the residual stream.
 
-    Key-value caches are left out: a block that is run again would append to them.
+    Key-value caches are put aside: a block that is run again would append to them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     stream: str | None  # the keyword of the residual stream, None where it is the first positional argument
+    caches: Mapping[int | str, Any]  # key-value caches, by where they are in ``args`` or ``kwargs``
 
     @classmethod
     def capture(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
         """Keep a call's arguments."""
+        places = [*enumerate(args, start=-1), *kwargs.items()]  # the stream is taken off the positional ones
+        caches = {place: value for place, value in places if _is_kv_cache(value)}
         args = tuple(None if _is_kv_cache(value) else value for value in args)
         kept = {name: None if _is_kv_cache(value) else value for name, value in kwargs.items()}
         if "use_cache" in kept:
@@ -124,7 +127,7 @@ class BlockCall:
         stream = None if args else next(name for name in ("hidden_states", "resid_pre") if name in kept)
         if stream is not None:
             del kept[stream]
-        return cls(args[1:], kept, stream)
+        return cls(args[1:], kept, stream, caches)
 
     def run(self, block: nn.Module, resid_pre: Tensor) -> Tensor:
         """Run the block on another residual stream, ``[1, pos, d_model]`` to ``[1, pos, d_model]``."""

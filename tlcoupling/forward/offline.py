@@ -1,8 +1,10 @@
-"""Boot a model that is already in memory without requests to a model hub."""
+"""Boot a model without requests to a model hub, and without installing a package."""
 
 from __future__ import annotations
 
 import copy
+import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -47,4 +49,28 @@ def offline() -> Iterator[None]:
         stack.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
         if hasattr(transformers.utils.hub, "_is_offline_mode"):
             stack.enter_context(patch.object(transformers.utils.hub, "_is_offline_mode", True))
+        yield
+
+
+@contextmanager
+def nothing_installed() -> Iterator[None]:
+    """Refuse the ``pip install torchvision`` that TransformerLens runs if an image model's processor does not load.
+
+    That command can replace torch by another build. TransformerLens takes the refusal for an installation that failed,
+    and boots the model without its processor.
+    """
+    run = subprocess.check_call
+
+    def refusing(command: Any, *args: Any, **kwargs: Any) -> int:
+        if "install" not in command:
+            return run(command, *args, **kwargs)
+        warnings.warn(
+            f"the model's image processor did not load. TransformerLens would run {' '.join(command)!r}, which can "
+            "replace torch; tlcoupling does not let it. Text prompts need no processor; for images, install "
+            "torchvision yourself",
+            stacklevel=2,
+        )
+        raise subprocess.CalledProcessError(1, command)
+
+    with patch.object(subprocess, "check_call", refusing):
         yield

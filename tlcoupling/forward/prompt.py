@@ -250,7 +250,9 @@ def to_str_tokens(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     """Return tokens as text; ids as text where there is no tokenizer."""
     if getattr(model, "tokenizer", None) is None:
         return tuple(str(token) for token in tokens.tolist())
-    return tuple(model.to_str_tokens(tokens))
+    # one token at a time: transformers 5 joins a list of ids, as transformer-lens 2 passes them, into one text
+    ids = [[token] for token in tokens.tolist()]
+    return tuple(model.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
 
 
 def to_text(model: Any, tokens: Int[Tensor, " pos"]) -> str:

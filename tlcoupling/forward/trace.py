@@ -10,7 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,7 @@ from tlcoupling.forward.prompt import to_text
 from tlcoupling.forward.split import Split, block_hook, splits_of_model
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
+from tlcoupling.forward.window import Past, windowed
 from tlcoupling.results.base import Provenance
 
 # How far the stream of a cache may lie from that of a pass in float32 or better, relative to its norm: at the median
@@ -205,13 +206,41 @@ class Trace(Stream):
         """What a block is made of now."""
         return Block.read(self.model, layer, self.splits[layer])
 
+    def window(self, first: int, last: int) -> Trace | None:
+        """Return this trace at consecutive positions, whose blocks run without the others.
+
+        Positions before the window count through their keys and values alone, as the model cached them. Whether a
+        block gives the same then shows in ``check_current``.
+
+        Args:
+            first: the first position.
+            last: the last position.
+
+        Returns:
+            A trace whose position 0 is ``first``. None where the model cached no keys and values.
+        """
+        rows = slice(first, last + 1)
+        calls = [windowed(call, layer, rows, self.n_tokens) for layer, call in enumerate(self._calls)]
+        made = [call for call in calls if call is not None]
+        if len(made) < len(calls):
+            return None
+        writes = {name: write[:, rows] for name, write in self.writes.items()}
+        tokens, names = self.tokens[rows], self.str_tokens[rows]
+        resid = self.resid[:, rows]
+        return replace(self, resid=resid, writes=writes, edits=None, tokens=tokens, str_tokens=names, _calls=made)
+
+    def past(self, layer: int) -> Past | None:
+        """Return the keys and values of the positions before a window; None in a trace of all positions."""
+        call = self._calls[layer]
+        return next((each for each in (*call.args, *call.kwargs.values()) if isinstance(each, Past)), None)
+
     @measured
     def run_block(
         self,
         layer: int,
-        resid_pre: Float[Tensor, "1 pos d_model"],
+        resid_pre: Float[Tensor, "batch pos d_model"],
         hooks: Mapping[str, Hook],
-    ) -> Float[Tensor, "1 pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_model"]:
         """Run one block again from x^l to x^{l+1}, with hooks of ours (by short name) behind those of the user.
 
         x^l is what the block reads after the user's hooks on its ``hook_resid_pre``, so what these give back is put

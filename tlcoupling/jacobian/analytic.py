@@ -326,7 +326,7 @@ class AnalyticLayer:
             values = {name: value for name, value in values.items() if "rot" not in name}
             heads = self._latent.n_heads
             values |= {f"attn.hook_{n}": rearrange(r(normed), "p (h e) -> p h e", h=heads) for n, r in readings.items()}
-        core = AttentionCore.from_values(self.block, values, readings, gates)
+        core = AttentionCore.from_values(self.block, values, readings, gates, self.trace.past(self.layer))
         self._require_applied(attn, run, self.resid_pre, made, core.z)
         return core
 

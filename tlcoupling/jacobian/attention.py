@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.forward.block import Block, Uncovered, close
+from tlcoupling.forward.window import Past
 from tlcoupling.jacobian.readings import HeadNorm, Reading
 from tlcoupling.jacobian.scores import Scores
 
@@ -27,24 +28,29 @@ from tlcoupling.jacobian.scores import Scores
 class AttentionCore:
     """The attention core of a block.
 
+    Positions count from the first one that the block ran on; ``past`` more lie before it.
+
     Attributes:
-        pattern: ``[head, dest, src]``.
-        values: v, one per head (groups expanded), ``[src, head, f]``.
-        queries, keys: as the scores see them, one per head, ``[pos, head, e]``.
+        pattern: ``[head, dest, src]``, with all positions as src.
+        values: v, one per head (groups expanded), at all positions, ``[src, head, f]``.
+        queries: as the scores see them, ``[pos, head, e]``.
+        keys: as the scores see them, one per head, at all positions, ``[src, head, e]``.
         scores: f, from q . k to the scores.
         rotary: the rotation of queries and keys; None without rotary positions.
         gates: g, where a head's z is multiplied by sigmoid(g); None without gates.
         readings: what ``q``, ``k``, ``v`` and ``gate`` are made of, by these names.
+        past: number of positions before the first one.
     """
 
     pattern: Float[Tensor, "head dest src"]
     values: Float[Tensor, "src head f"]
     queries: Float[Tensor, "pos head e"]
-    keys: Float[Tensor, "pos head e"]
+    keys: Float[Tensor, "src head e"]
     scores: Scores
     rotary: Rotary | None
     gates: Float[Tensor, "pos head f"] | None
     readings: Mapping[str, Reading]
+    past: int = 0
 
     @property
     def n_heads(self) -> int:
@@ -59,7 +65,12 @@ class AttentionCore:
 
     @classmethod
     def from_values(
-        cls, block: Block, values: Mapping[str, Tensor], readings: Mapping[str, Reading], gates: Tensor | None = None
+        cls,
+        block: Block,
+        values: Mapping[str, Tensor],
+        readings: Mapping[str, Reading],
+        gates: Tensor | None = None,
+        past: Past | None = None,
     ) -> AttentionCore:
         """Read the core of a block's attention off its activations, and check that they fit it.
 
@@ -68,6 +79,7 @@ class AttentionCore:
             values: activations by short hook name, without batch axis.
             readings: what queries, keys, values and gates are made of, but for a QK-norm.
             gates: g; None without gates.
+            past: keys and values of the positions before the first one.
 
         Raises:
             Uncovered: a hook point is missing, or the pattern is not a softmax of a known function of q . k.
@@ -76,7 +88,9 @@ class AttentionCore:
             if f"attn.hook_{name}" not in values:
                 raise Uncovered(f"the attention has no hook_{name}")
         q, k, v = (values[f"attn.hook_{name}"] for name in ("q", "k", "v"))
-        _require_fit(values["attn.hook_pattern"], q, k, v)
+        earlier = [rearrange(x, "1 group pos e -> pos group e") for x in (past.keys, past.values)] if past else []
+        count = len(earlier[0]) if earlier else 0
+        _require_fit(values["attn.hook_pattern"], q, k, v, count)
         # Llama 4 has one norm for both, behind the rotation: without gains, the two can be exchanged
         names = ("qk_norm", "qk_norm") if block.attn.part("qk_norm") is not None else ("q_norm", "k_norm")
         q_norm, k_norm = (HeadNorm.read(block, name, x) for name, x in zip(names, (q, k), strict=True))
@@ -94,14 +108,14 @@ class AttentionCore:
                         raise Uncovered(f"hook_{name} is not the rotation of the query or key before it")
                 pattern = values["attn.hook_pattern"].to(q)
                 heads = pattern.shape[0]
-                keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+                keys = torch.cat([*earlier[:1], keys]).repeat_interleave(heads // keys.shape[1], dim=1)
                 products = einsum(queries, keys, "dest head e, src head e -> head dest src")
                 scores = Scores.fit(products, pattern, attn, block.model.cfg, q.shape[-1])
             except Uncovered as error:
                 reason = error
                 continue
-            expanded = v.repeat_interleave(heads // v.shape[1], dim=1)
-            return cls(pattern, expanded, queries, keys, scores, rotary, gates, readings)
+            expanded = torch.cat([*earlier[1:], v]).repeat_interleave(heads // v.shape[1], dim=1)
+            return cls(pattern, expanded, queries, keys, scores, rotary, gates, readings, count)
         raise reason
 
     def blocks(self, src: int, dest: int) -> dict[str, Float[Tensor, "head f e"]]:
@@ -109,17 +123,18 @@ class AttentionCore:
 
         q and k are taken before the rotation and after a QK-norm.
         """
+        at = self.past + src
         p, v = self.pattern[:, dest], self.values
         z = einsum(p, v, "head src, src head f -> head f")
         products = einsum(self.queries[dest], self.keys, "head e, src head e -> head src")
         weighted = einsum(p * self.scores.at(dest).slope(products), v - z, "head src, src head f -> src head f")
-        blocks = {"k": einsum(weighted[src], self.queries[dest], "head f, head e -> head f e")}
+        blocks = {"k": einsum(weighted[at], self.queries[dest], "head f, head e -> head f e")}
         if src == dest:
             blocks["q"] = einsum(weighted, self.keys, "src head f, src head e -> head f e")
         if self.rotary is not None:
             blocks = {name: block @ self.rotary.matrix(src) for name, block in blocks.items()}
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-        blocks["v"] = self.pattern[:, dest, src, None, None] * eye
+        blocks["v"] = self.pattern[:, dest, at, None, None] * eye
         if self.gates is not None:
             opened = self.gates[dest].sigmoid()
             blocks = {name: opened[..., None] * block for name, block in blocks.items()}
@@ -198,8 +213,10 @@ class Rotary:
         return cls(all_cos, all_sin, quarter_turn)
 
 
-def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor, past: int) -> None:
     """Check the shapes of a pattern ``[head, dest, src]`` and of queries, keys and values ``[pos, head, e]``.
+
+    The pattern has ``past`` more positions as src.
 
     Raises:
         Uncovered: a shape does not fit, such as one with heads before positions.
@@ -208,7 +225,7 @@ def _require_fit(pattern: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     if [len(shape) for shape in shapes] == [3, 3, 3, 3]:
         heads, n_dest, n_src = pattern.shape
         groups = k.shape[1]
-        fits = q.shape[:2] == (n_dest, heads) and k.shape[0] == v.shape[0] == n_src and groups == v.shape[1]
+        fits = q.shape[:2] == (n_dest, heads) and k.shape[:2] == v.shape[:2] == (n_src - past, groups)
         if fits and heads % groups == 0 and q.shape[2] == k.shape[2]:
             return
     raise Uncovered(f"hook_pattern, hook_q, hook_k and hook_v have shapes {shapes}, which do not fit each other")

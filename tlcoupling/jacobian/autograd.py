@@ -88,8 +88,8 @@ class GraphJacobian(JacobianOperator):
                 output, leaf, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
             )
             self._pulled = part(pulled)
-        self.shape, self.dtype, self.device = (len(output), len(self._pulled)), leaf.dtype, leaf.device
-        self.product_flops, self.dense_flops = flops, len(output) * flops
+        self._describe((len(output), len(self._pulled)), leaf)
+        self._cost(flops, len(output) * flops)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """J X."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from functools import cached_property
 from typing import Literal, get_args
 
 from tlcoupling.arguments import check_index, check_name, check_sublayer
@@ -21,6 +22,31 @@ from tlcoupling.linalg.operator import JacobianOperator
 EngineName = Literal["auto", "analytic", "autograd"]
 
 
+class _Layer:
+    """One layer of a trace: its closed forms, and what the model itself says of them."""
+
+    def __init__(self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair]) -> None:
+        self.trace, self.layer, self._hooked, self._pairs = trace, layer, hooked, frozenset(pairs)
+
+    @cached_property
+    def closed(self) -> AnalyticLayer:
+        return AnalyticLayer(self.trace, self.layer, {dest for _, dest in self._pairs})
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        return Evidence(self.trace, self.layer, self._hooked, self._pairs)
+
+    def refusal(self, sublayer: str, src: int, dest: int) -> str | None:
+        return self.evidence.refusal(self.closed, sublayer, src, dest)
+
+    def holds(self, sublayer: str, src: int, dest: int) -> bool:
+        """Whether the closed form of a pair agrees with modules and differences."""
+        if self.refusal(sublayer, src, dest) is not None:
+            return False
+        made = self.closed.sublayer(sublayer, src, dest)
+        return self.evidence.contradiction(made, sublayer, src, dest) is None
+
+
 class JacobianEngine:
     """Makes the Jacobians of one trace, holds each against the model, and remembers what made them.
 
@@ -28,6 +54,10 @@ class JacobianEngine:
     the derivative of the real modules (``certificate``). Where it misses that, or where hooks of the user's act in the
     block, ``auto`` takes autograd and a warning says so once, and ``analytic`` raises. What comes out of either is held
     against central differences of what is run (``differences``): a graph that is cut is an error.
+
+    Where the pairs are announced, the block runs on the positions from the first src to the last dest alone
+    (``Trace.window``), as long as a closed form passes all of this there. The first one that does not sends this layer
+    and all others to runs of all positions.
 
     Attributes:
         hooked: the blocks in whose Jacobians hooks of the user's act.
@@ -53,8 +83,9 @@ class JacobianEngine:
         self._pairs = frozenset(pairs)
         self.hooked = trace.hooked_layers | trace.layers_hooked_now()
         self.difference_gap = 0.0
-        self._evidence: Evidence | None = None
-        self._closed: AnalyticLayer | None = None
+        self._whole: _Layer | None = None
+        self._part: _Layer | None = None
+        self._first, self._window = self._narrowed()
         self._refusals: dict[tuple[int, str, int, int], str | None] = {}  # by layer, sublayer, src, dest
         self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._warned: set[Hashable] = set()
@@ -82,9 +113,11 @@ class JacobianEngine:
             StaleTraceError: the model has changed since the trace was taken.
         """
         key = (layer, sublayer, src, dest)
-        made = whole = None
+        if (made := self._in_window(*key, head)) is not None:
+            return made
+        whole = None
         if self.engine != "autograd" and self._certified(*key):
-            closed = self._closed_form(layer)
+            closed = self._layer(layer).closed
             made, whole = closed.sublayer(sublayer, src, dest, head), closed.sublayer(sublayer, src, dest)
         self._used[sublayer]["autograd" if made is None else "analytic"].add(layer)
         if made is None:
@@ -92,10 +125,9 @@ class JacobianEngine:
         if key not in self._confirmed:
             if whole is None:
                 whole = made if head is None else AutogradJacobian(self.trace, *key, None)
-            evidence = self._evidence_of(layer)
+            evidence = self._layer(layer).evidence
             self.warn_once((layer, sublayer), evidence.contradiction(whole, sublayer, src, dest))
-            self.difference_gap = max(self.difference_gap, evidence.gap)
-            self._confirmed.add(key)
+            self._confirm(key, evidence)
         return made
 
     def warn_once(self, subject: Hashable, reason: str | None) -> None:
@@ -111,23 +143,49 @@ class JacobianEngine:
             return self._refuse("hooks", f"hooks are attached to block {where}, and only autograd sees them act")
         key = (layer, sublayer, src, dest)
         if key not in self._refusals:
-            self._refusals[key] = self._evidence_of(layer).refusal(self._closed_form(layer), sublayer, src, dest)
+            self._refusals[key] = self._layer(layer).refusal(sublayer, src, dest)
         if (refusal := self._refusals[key]) is None:
             return True
         reason = f"{sublayer}: {refusal}"
         return self._refuse(reason.partition(" by ")[0], reason)
 
-    def _closed_form(self, layer: int) -> AnalyticLayer:
-        """The closed forms of a layer; those of one layer are held at a time."""
-        if self._closed is None or self._closed.layer != layer:
-            self._closed = AnalyticLayer(self.trace, layer, {dest for _, dest in self._pairs})
-        return self._closed
+    def _layer(self, layer: int) -> _Layer:
+        """A layer on all positions; one is held at a time."""
+        if self._whole is None or self._whole.layer != layer:
+            self._whole = _Layer(self.trace, layer, layer in self.hooked, self._pairs)
+        return self._whole
 
-    def _evidence_of(self, layer: int) -> Evidence:
-        """What the model itself says of a layer; that of one layer is held at a time."""
-        if self._evidence is None or self._evidence.layer != layer:
-            self._evidence = Evidence(self.trace, layer, layer in self.hooked, self._pairs)
-        return self._evidence
+    def _narrowed(self) -> tuple[int, Trace | None]:
+        """The trace at the positions of the announced pairs, and the first of these; None where all are to be run."""
+        if not self._pairs or self.engine == "autograd" or self.hooked:  # a hook expects all positions
+            return 0, None
+        # two positions at least: activations of one cannot tell a weight from a bias
+        first, last = max(0, min(src for src, _ in self._pairs) - 1), max(dest for _, dest in self._pairs)
+        return first, self.trace.window(first, last) if last - first + 1 < self.trace.n_tokens else None
+
+    def _in_window(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator | None:
+        """The closed form of a pair if it holds on the window; None where all positions have to be run."""
+        if self._window is None or (src, dest) not in self._pairs:
+            return None
+        if self._part is None or self._part.layer != layer:
+            pairs = [(start - self._first, end - self._first) for start, end in self._pairs]
+            self._part = _Layer(self._window, layer, False, pairs)
+        part, key = self._part, (layer, sublayer, src, dest)
+        there = (sublayer, src - self._first, dest - self._first)
+        try:
+            if key in self._confirmed or part.holds(*there):
+                made = part.closed.sublayer(*there, head)
+                self._used[sublayer]["analytic"].add(layer)
+                self._confirm(key, part.evidence)
+                return made
+        except Exception:  # whatever a block raises that takes no window; on all positions it shows what it is
+            pass
+        self._window = self._part = None
+        return None
+
+    def _confirm(self, key: tuple[int, str, int, int], evidence: Evidence) -> None:
+        self.difference_gap = max(self.difference_gap, evidence.gap)
+        self._confirmed.add(key)
 
     def _refuse(self, subject: str, reason: str) -> bool:
         if self.engine == "analytic":
@@ -192,5 +250,5 @@ def residual_jacobian(
         if sublayer == "block" or trace.block(layer).sublayers[sublayer].kind != "attn":
             raise ArgumentError("head", head, "None unless the sublayer is an attention")
         head = check_index("head", head, trace.model.cfg.n_heads)
-    made = JacobianEngine(trace, engine).operator(layer, sublayer, src, dest, head)
+    made = JacobianEngine(trace, engine, {(src, dest)}).operator(layer, sublayer, src, dest, head)
     return HeldJacobian(made, trace.model.blocks[layer], layer)

@@ -26,9 +26,9 @@ class NormMap(JacobianOperator):
     ) -> None:
         """Take x_hat, r, g, and whether the norm subtracts the mean."""
         size = normalized.shape[0]
-        self.shape, self.dtype, self.device = (size, size), normalized.dtype, normalized.device
+        self._describe((size, size), normalized)
         self.normalized, self.scale, self.gain, self.centered = normalized, scale, gain, centered
-        self.product_flops, self.dense_flops = 8.0 * size, 8.0 * size * size
+        self._cost(8.0 * size, 8.0 * size * size)
 
     def _inner_(self, x: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """C - x_hat x_hat^T / d of X, in its place; symmetric, since C x_hat = x_hat."""
@@ -55,11 +55,10 @@ class HeadMap(JacobianOperator):
     def __init__(self, blocks: Float[Tensor, "head d_out d_in"], groups: Int[Tensor, " head"], n_groups: int) -> None:
         """Take each head's block and the group that it reads."""
         heads, d_out, d_in = blocks.shape
-        self.shape, self.dtype, self.device = (heads * d_out, n_groups * d_in), blocks.dtype, blocks.device
+        self._describe((heads * d_out, n_groups * d_in), blocks)
         self.blocks, self.groups, self.n_groups = blocks, groups, n_groups
         self._members = (groups == torch.arange(n_groups, device=groups.device)[:, None]).to(blocks)
-        self.product_flops = 2.0 * blocks.numel()
-        self.dense_flops = 0.0
+        self._cost(2.0 * blocks.numel(), 0.0)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """Each block times its group's rows."""
@@ -78,10 +77,10 @@ class BlockMap(JacobianOperator):
 
     def __init__(self, attn: JacobianOperator, mlp: JacobianOperator, skip: bool) -> None:
         """Take both sublayers' Jacobians, and whether src = dest (delta = 1)."""
-        self.shape, self.dtype, self.device = attn.shape, attn.dtype, attn.device
+        self._describe(attn.shape, attn)
         self.attn, self.mlp, self.skip = attn, mlp, skip
-        self.product_flops = attn.product_flops + mlp.product_flops
-        self.dense_flops = attn.dense_flops + mlp.dense_flops + 2.0 * attn.shape[0] ** 3
+        dense = attn.dense_flops + mlp.dense_flops + 2.0 * attn.shape[0] ** 3
+        self._cost(attn.product_flops + mlp.product_flops, dense)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """J X."""

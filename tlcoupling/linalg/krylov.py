@@ -18,7 +18,7 @@ from tlcoupling.linalg.stack import Stack
 from tlcoupling.linalg.triplets import DETERMINED, Triplets, distances, residuals
 
 OVERSAMPLING = 6  # extra columns of a block beyond k
-FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 4, 40
+FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 5, 40
 FIRST_CHECK_OF_PRODUCTS = 3  # matrix-free steps cost far more than a convergence check, so then every step is checked
 USUAL_STEPS = 10  # for a top-10 spectrum; storage for the bases starts at this size
 DECAY = 5.0  # usual reduction of the residual per step, at least; predicts when to check again

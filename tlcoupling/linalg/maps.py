@@ -18,8 +18,8 @@ class Identity(JacobianOperator):
 
     def __init__(self, size: int, like: Tensor) -> None:
         """The identity of R^size."""
-        self.shape, self.dtype, self.device = (size, size), like.dtype, like.device
-        self.product_flops, self.dense_flops = 0.0, 0.0
+        self._describe((size, size), like)
+        self._cost(0.0, 0.0)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """X."""
@@ -41,8 +41,8 @@ class Zero(JacobianOperator):
 
     def __init__(self, size: int, like: Tensor) -> None:
         """The zero map of R^size."""
-        self.shape, self.dtype, self.device = (size, size), like.dtype, like.device
-        self.product_flops, self.dense_flops = 0.0, 0.0
+        self._describe((size, size), like)
+        self._cost(0.0, 0.0)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Zeros."""
@@ -62,9 +62,9 @@ class Projection(JacobianOperator):
 
     def __init__(self, weight: Float[Tensor, "m n"]) -> None:
         """Take the matrix, output coordinates in rows."""
-        self.shape, self.dtype, self.device = (weight.shape[0], weight.shape[1]), weight.dtype, weight.device
+        self._describe((weight.shape[0], weight.shape[1]), weight)
         self.weight = weight
-        self.product_flops, self.dense_flops = 2.0 * weight.numel(), 0.0
+        self._cost(2.0 * weight.numel(), 0.0)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """W X."""
@@ -86,9 +86,9 @@ class Diagonal(JacobianOperator):
 
     def __init__(self, diagonal: Float[Tensor, " n"]) -> None:
         """Take the diagonal a."""
-        self.shape, self.dtype, self.device = (diagonal.shape[0], diagonal.shape[0]), diagonal.dtype, diagonal.device
+        self._describe((diagonal.shape[0], diagonal.shape[0]), diagonal)
         self.diagonal = diagonal
-        self.product_flops, self.dense_flops = 1.0 * diagonal.numel(), 1.0 * diagonal.numel()
+        self._cost(1.0 * diagonal.numel(), 1.0 * diagonal.numel())
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """A X."""
@@ -108,9 +108,9 @@ class Shared(JacobianOperator):
 
     def __init__(self, inner: JacobianOperator) -> None:
         """Wrap a map."""
-        self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
+        self._describe(inner.shape, inner)
         self.inner = inner
-        self.product_flops, self.dense_flops = inner.product_flops, inner.dense_flops
+        self._cost(inner.product_flops, inner.dense_flops)
         self._matrix: Tensor | None = None
         self._forming = Lock()
 

@@ -46,6 +46,14 @@ class JacobianOperator(ABC):
     dense_flops: float = cached_property(lambda self: self.shape[1] * self.product_flops)  # pyright: ignore[reportAssignmentType]
     _light = False  # one product costs O(n): a composition applies it to the matrix of its neighbour
 
+    def _describe(self, shape: tuple[int, int], like: Any) -> None:
+        """Set the shape, and the dtype and device of a tensor or an operator."""
+        self.shape, self.dtype, self.device = shape, like.dtype, like.device
+
+    def _cost(self, product: float, dense: float) -> None:
+        """Set the two costs."""
+        self.product_flops, self.dense_flops = product, dense
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Take the products of every kind of operator in full precision: users keep operators and use them anywhere."""
         super().__init_subclass__(**kwargs)
@@ -119,17 +127,17 @@ class Composition(JacobianOperator):
         """
         if left.shape[1] != right.shape[0]:
             raise ArgumentError("right", right, f"an operator of {left.shape[1]} rows, to follow by {left}")
-        self.shape, self.dtype, self.device = (left.shape[0], right.shape[1]), left.dtype, left.device
+        self._describe((left.shape[0], right.shape[1]), left)
         self.left, self.right = left, right
         self._light = left._light and right._light
-        self.product_flops = left.product_flops + right.product_flops
         if left._light:
-            self.dense_flops = right.dense_flops + left.product_flops * right.shape[1]
+            dense = right.dense_flops + left.product_flops * right.shape[1]
         elif right._light:
-            self.dense_flops = left.dense_flops + right.product_flops * left.shape[0]
+            dense = left.dense_flops + right.product_flops * left.shape[0]
         else:
             product = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-            self.dense_flops = left.dense_flops + right.dense_flops + product
+            dense = left.dense_flops + right.dense_flops + product
+        self._cost(left.product_flops + right.product_flops, dense)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """A (B X)."""
@@ -161,11 +169,11 @@ class Sum(JacobianOperator):
         for other in others:
             if other.shape != first.shape:
                 raise ArgumentError("terms", other, f"operators of one shape, here {first.shape}")
-        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+        self._describe(first.shape, first)
         self.terms = tuple(terms)
         self._light = all(term._light for term in terms)
-        self.product_flops = sum(term.product_flops for term in terms)
-        self.dense_flops = sum(term.dense_flops for term in terms) + first.shape[0] * first.shape[1]
+        added = first.shape[0] * first.shape[1]
+        self._cost(sum(term.product_flops for term in terms), sum(term.dense_flops for term in terms) + added)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """A X + B X + ..."""
@@ -185,9 +193,9 @@ class Transpose(JacobianOperator):
 
     def __init__(self, inner: JacobianOperator) -> None:
         """Transpose an operator."""
-        self.shape, self.dtype, self.device = (inner.shape[1], inner.shape[0]), inner.dtype, inner.device
+        self._describe((inner.shape[1], inner.shape[0]), inner)
         self.inner, self._light = inner, inner._light
-        self.product_flops, self.dense_flops = inner.product_flops, inner.dense_flops
+        self._cost(inner.product_flops, inner.dense_flops)
 
     @property
     def T(self) -> JacobianOperator:

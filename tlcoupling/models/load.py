@@ -17,6 +17,7 @@ from torch import nn
 
 from tlcoupling.errors import ArgumentError, ModelLoadError
 from tlcoupling.models import smollm2
+from tlcoupling.models.offline import nothing_installed
 from tlcoupling.precision import full_precision
 
 _ALLOWED = (
@@ -26,7 +27,7 @@ _ALLOWED = (
 
 
 @full_precision()
-def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs: Any) -> nn.Module:
+def load_model(name: str | os.PathLike[str], *, hooked: bool | None = None, **kwargs: Any) -> nn.Module:
     """Load a model with TransformerLens, in eval mode.
 
     ``"smollm2-135m"`` is SmolLM2-135M-Instruct (Apache-2.0; 30 layers, d_model 576), dequantised from the 4-bit GGUF
@@ -73,7 +74,8 @@ def load_model(name: str | os.PathLike, *, hooked: bool | None = None, **kwargs:
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(model_class, **kwargs)
     load = model_class.from_pretrained if hooked else model_class.boot_transformers
     try:
-        return load(folder or name, **kwargs).eval()
+        with nothing_installed():
+            return load(folder or name, **kwargs).eval()
     except (OSError, ValueError, KeyError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ModelLoadError(

@@ -152,9 +152,9 @@ class SlurmExecutor(Executor):
             raise ArgumentError("resources", dict(resources), f"resources that submitit accepts ({error})") from error
         return executor
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Queue a call. It is submitted together with calls that follow within a moment."""
-        future: Future = Future()
+        future: Future[Any] = Future()
         resources = {**self._resources, **(getattr(args[0], "resources", {}) if args else {})}
         with self._lock:
             if self._closed:

@@ -59,7 +59,7 @@ class SweepStore:
     """
 
     def __init__(self, folder: str | Path, create: bool = False) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._cells, self._failed = self.folder / "cells", self.folder / "failed"
         if create:
             self._prepare()

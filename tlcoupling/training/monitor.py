@@ -98,11 +98,14 @@ class TrainingMonitor:
     ) -> None:
         every = check_int("every", every, 1)
         check_loggers(loggers)
-        self.model, self.every, self.verbose = model, every, verbose
-        self.calls, self.seconds = 0, 0.0
+        self.model: Any = model
+        self.every: int = every
+        self.verbose: bool = verbose
+        self.calls: int = 0
+        self.seconds: float = 0.0
         self._loggers, self._settings = tuple(loggers), _settings(settings)
         with evaluated(model) as measured:
-            self.name = model_name_of(measured) if name is None else name
+            self.name: str = model_name_of(measured) if name is None else name
             self._facts = ModelFacts.of(measured)
             encoded = {key: _encoded(prompt, tokenizer) for key, prompt in named_prompts(prompts).items()}
             self._prompts = {

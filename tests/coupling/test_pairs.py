@@ -1,0 +1,94 @@
+"""What a measurement runs, counted instead of timed: blocks, backward passes, floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from broken import LLAMA, needs_llama
+from cases import VOCABULARY
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import tlcoupling as tlc
+from tlcoupling.forward.hooked import BlockCall
+from tlcoupling.jacobian.engine import JacobianEngine
+
+
+@dataclass
+class Count:
+    """What was run.
+
+    Attributes:
+        blocks: calls of blocks.
+        rows: positions that these ran on, those of all streams of a batch together.
+        backward: backward passes.
+        flops: floating-point operations of products.
+    """
+
+    blocks: int = 0
+    rows: int = 0
+    backward: int = 0
+    flops: float = 0.0
+
+
+class Flops(TorchDispatchMode):
+    """Adds up the operations of products. ``FlopCounterMode`` sets hooks on all modules, which count as the user's."""
+
+    total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
+    """Count what is run again meanwhile. Hooks on the blocks would count as the user's."""
+    count, run, grad = Count(), BlockCall.run, torch.autograd.grad
+
+    def block(call: BlockCall, module: Any, stream: torch.Tensor) -> torch.Tensor:
+        count.blocks += 1
+        count.rows += stream.shape[0] * stream.shape[1]
+        return run(call, module, stream)
+
+    def pulled(*args: Any, **kwargs: Any) -> Any:
+        count.backward += 1
+        return grad(*args, **kwargs)
+
+    with monkeypatch.context() as patch, Flops() as flops:
+        patch.setattr(BlockCall, "run", block)
+        patch.setattr(torch.autograd, "grad", pulled)
+        yield count
+    count.flops = flops.total
+
+
+@needs_llama
+def test_one_destination_is_measured_without_the_rest_of_the_prompt(monkeypatch: pytest.MonkeyPatch):
+    """Beyond the traced pass, a layer is run twice, on two positions, whatever the length of the prompt."""
+    model = LLAMA.model(torch.float32)
+    counts = []
+    for length in (8, 16, 24):
+        tokens = torch.arange(length) % (VOCABULARY - 2)
+        trace = tlc.trace(model, tokens)
+        engine = JacobianEngine(trace, "analytic", {(length - 1, length - 1)})
+        with counted(monkeypatch) as count:
+            for layer in range(trace.n_layers):
+                engine.operator(layer, "block", length - 1, length - 1)
+        counts.append(count)
+    for count in counts:
+        # once with a graph, and once moved ahead and back for the differences
+        assert (count.blocks, count.rows) == (2 * 3, 3 * (2 + 2 * 2))
+        # of attention, MLP and activation
+        assert count.backward == 3 * 3
+    # more keys before the window cost a step's share each, and nothing grows with the square of their number
+    short, middle, long = (count.flops for count in counts)
+    assert long - middle == middle - short > 0
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    assert short <= 24 * weights  # each weight takes part in twelve products with a vector
