@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import transformers
 from families import CONTEXT, D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCABULARY, WINDOW, families
-from tlcoupling.models.offline import answered_locally, offline
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from tlcoupling.forward.offline import answered_locally, offline
 
 ALL = ("block", "attn", "mlp")
 
