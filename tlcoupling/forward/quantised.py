@@ -66,7 +66,7 @@ def quantisation_of(blocks: nn.Module) -> str | None:
         if getattr(state, "packing_format_for_cpu", False):
             raise UnsupportedModelError(
                 f"quantised weights: blocks.{name} was repacked for this CPU by a forward pass not ours: its "
-                "weights are rounded again then, and their derivative is lost. Load the model again, and trace it before "
+                "weights are rounded again, and their derivative is lost. Load the model again, and trace it before "
                 "anything else runs it; or set support_avx512bf16_for_cpu = False on its 4-bit layers first"
             )
         kinds.add(f"bitsandbytes {state.quant_type}")
