@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from tlcoupling.models.offline import answered_locally, offline
+from tlcoupling.forward.offline import answered_locally, offline
 
 # By width: the size of the MLP, the query heads and the key heads of SmolLM2-135M, Llama-3.2-1B, Llama-3-8B and -70B.
 SHAPES = {576: (1536, 9, 3), 2048: (8192, 32, 8), 4096: (14336, 32, 8), 8192: (28672, 64, 8)}

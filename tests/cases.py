@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from tlcoupling.models.offline import answered_locally, offline
+from tlcoupling.forward.offline import answered_locally, offline
 
 ALL = ("block", "attn", "mlp")
 
@@ -166,14 +166,14 @@ _ROTARY: dict[str, Any] = dict(positional_embedding_type="rotary", rotary_dim=D_
 _NATIVE = [
     Case("native-layernorm", _native()),
     Case("native-gated", _native(**_GATED), exact=False),
-    Case("native-attention-only", _native(attn_only=True), topology="attn_only"),
+    Case("native-attention-only", _native(attn_only=True), topology="single"),
 ]
 _HOOKED = [
     Case("hooked-layernorm", _hooked()),
     Case("hooked-folded", _hooked(normalization_type="LNPre")),
     Case("hooked-no-norm", _hooked(normalization_type=None)),
     Case("hooked-gated", _hooked(**_GATED)),
-    Case("hooked-attention-only", _hooked(attn_only=True), topology="attn_only"),
+    Case("hooked-attention-only", _hooked(attn_only=True), topology="single"),
     Case(
         "hooked-parallel",
         _hooked(parallel_attn_mlp=True, positional_embedding_type="rotary", rotary_dim=D_HEAD // 2),

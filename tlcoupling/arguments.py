@@ -88,22 +88,26 @@ def check_name(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ArgumentError(name, value, f"one of {', '.join(allowed)}")
 
 
-def check_sublayer(name: str, value: Any, available: Sequence[str]) -> None:
+def check_sublayer(name: str, value: Any, available: Sequence[str], refusal: str | None = None) -> None:
     """Check that the model has a sublayer.
 
     Args:
         name: the argument's name, for the error.
         value: the sublayer.
         available: the sublayers of the model, as ``Trace.sublayers`` lists them.
+        refusal: why there are no more of them, as ``Trace.refusal`` says.
 
     Raises:
         ArgumentError: the model does not have it.
     """
     if value not in available:
-        raise ArgumentError(name, value, f"{', '.join(available)} in this model")
+        reason = f", which is not split into sublayers: {refusal}" if refusal else ""
+        raise ArgumentError(name, value, f"{', '.join(available)} in this model{reason}")
 
 
-def resolve_sublayers(value: str | Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
+def resolve_sublayers(
+    value: str | Sequence[str] | None, available: Sequence[str], refusal: str | None = None
+) -> tuple[str, ...]:
     """Return the sublayers to measure: one, several, or all that the model has for None.
 
     Raises:
@@ -111,7 +115,7 @@ def resolve_sublayers(value: str | Sequence[str] | None, available: Sequence[str
     """
     names = tuple(available if value is None else as_list(value))
     for item in names or (value,):
-        check_sublayer("sublayers", item, available)
+        check_sublayer("sublayers", item, available, refusal)
     return names
 
 

@@ -37,8 +37,31 @@ class ModelLoadError(TLCouplingError):
     """A model could not be loaded: unknown name, missing file or missing package."""
 
 
+# Why a model has no residual Jacobian here; docs/models.md explains each. The message begins with it.
+REASONS = (
+    "not a hooked model",
+    "encoder-decoder",
+    "looped depth",
+    "no blocks",
+    "several streams",
+    "changed between blocks",
+    "quantised weights",
+    "sharded weights",
+    "weights not in memory",
+    "inference tensors",
+    "training mode",
+    "forward pass fails",
+)
+
+
 class UnsupportedModelError(TLCouplingError):
     """The model is of an unsupported kind, or in a state that cannot be measured."""
+
+    @property
+    def reason(self) -> str | None:
+        """Which of ``REASONS`` it is; None where a single measurement is refused, and not the model."""
+        reason = str(self).partition(":")[0]
+        return reason if reason in REASONS else None
 
 
 class ResidualIdentityError(TLCouplingError):

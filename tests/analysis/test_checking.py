@@ -47,7 +47,7 @@ def test_layers_are_resolved():
 def test_what_cannot_be_measured_is_refused_with_the_reason():
     found = tlc.check(torch.nn.Linear(2, 2))
     assert not found.passed
-    assert "no TransformerLens model" in found.findings[0].detail
+    assert "not a hooked model" in found.findings[0].detail
 
 
 @pytest.mark.parametrize("context", [1, 3, 32])

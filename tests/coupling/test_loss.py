@@ -47,7 +47,7 @@ def test_its_value_is_that_of_depth_coupling(case: Case, sublayer: str, normaliz
 def test_its_gradient_is_that_of_finite_differences(case: Case, sublayer: str, settings: dict):
     """Along a random direction of all parameters at once; central differences, good to the square of their step."""
     model = case.build(torch.float64)
-    if sublayer == "mlp" and case.topology == "attn_only":
+    if sublayer == "mlp" and case.topology == "single":
         pytest.skip("no MLP")
     for module in (*model.modules(), *getattr(model, "original_model", torch.nn.Module()).modules()):
         if isinstance(module, torch.nn.Dropout):

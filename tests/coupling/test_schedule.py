@@ -20,6 +20,7 @@ from tlcoupling.coupling.method import methods
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
+from tlcoupling.forward.split import splits_of_model
 from tlcoupling.jacobian.autograd import CHUNK, vectors_at_once
 from tlcoupling.jacobian.cost import layer_costs
 from tlcoupling.memory import free_memory, left_in_control_group
@@ -34,7 +35,7 @@ def no_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shapes_tell_the_work_of_the_operators(case: Case):
     trace = tlc.trace(case.model(), TOKENS)
-    costs = layer_costs(trace.model, range(trace.n_layers), trace.topology, trace.n_tokens)
+    costs = layer_costs(trace.model, range(trace.n_layers), trace.splits, trace.n_tokens)
     assert set(costs) == set(range(trace.n_layers))
     for name, cost in costs[1].items():
         sublayer, head = ("attn", 0) if name == "head" else (name, None)
@@ -54,7 +55,7 @@ def comparison_of(case: Case, k: int = 4, positions: tuple[int, ...] = (6,), eng
     outline = tlc.trace(model, TOKENS)
     options = Options.resolve(outline.d_model, k, "frobenius", "uv", True, engine, "auto")
     groups = depth_groups(range(outline.n_layers), positions)
-    return Comparison(model, case.topology, len(TOKENS), torch.float64, outline.sublayers, groups, options)
+    return Comparison(model, splits_of_model(model), len(TOKENS), torch.float64, outline.sublayers, groups, options)
 
 
 @pytest.mark.usefixtures("no_buffers")

@@ -27,7 +27,7 @@ def test_the_hooks_project(case: Case, site: str, positions: Any):
     """Against the projector D (D^T D)^-1 D^T, at the positions named and nowhere else."""
     model, directions = case.model(), random(WIDTH, 3)
     name = f"blocks.1.hook_{site}"
-    if case.topology == "attn_only" and site == "mlp_out":
+    if case.topology == "single" and site == "mlp_out":
         pytest.skip("no MLP")
     projector = directions @ torch.linalg.inv(directions.mT @ directions) @ directions.mT
     before = model.run_with_cache(TOKENS[None])[1][name][0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from cases import FEW, TOKENS, Case
@@ -44,8 +42,8 @@ def test_components_follow_a_rotation_and_ignore_a_shift(seed: int):
     shift = torch.randn(trace.d_model, generator=generator, dtype=torch.float64)
     found = tlc.trajectory_components(trace, n=3)
     turned_stream = trace.resid @ rotation.mT + shift
-    writes = (trace.attn_out @ rotation.mT, None if trace.mlp_out is None else trace.mlp_out @ rotation.mT)
-    turned = tlc.trajectory_components(Stream(turned_stream, *writes, trace.topology, None), n=3)
+    writes = {name: write @ rotation.mT for name, write in trace.writes.items()}
+    turned = tlc.trajectory_components(Stream(turned_stream, writes, trace.splits, None), n=3)
     torch.testing.assert_close(turned.explained, found.explained)
     torch.testing.assert_close(turned.coordinates.abs(), found.coordinates.abs())  # up to each component's sign
     torch.testing.assert_close(turned.components.abs(), (rotation @ found.components).abs())
@@ -63,7 +61,7 @@ def test_components_of_chosen_tokens_and_bad_input():
             tlc.trajectory_components(trace, n=n)
     with pytest.raises(ArgumentError, match="tokens="):
         tlc.trajectory_components(trace, tokens=7)
-    still = SimpleNamespace(**vars(trace))
-    stream = Stream(torch.ones(4, 7, 32).double() / 3, *[still.attn_out * 0] * 2, trace.topology, None)
+    writes = {name: write * 0 for name, write in trace.writes.items()}
+    stream = Stream(torch.ones(4, 7, 32).double() / 3, writes, trace.splits, None)
     with pytest.raises(ArgumentError, match="all its points coincide"):
         tlc.trajectory_components(stream)

@@ -11,8 +11,11 @@ from einops import einsum, rearrange
 from torch import nn
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.block import Block, Sublayer, Uncovered, block_hook, topology_of_model, weight_of
+from tlcoupling.forward.block import Block, Sublayer, Uncovered, weight_of
 from tlcoupling.forward.hooked import attached
+from tlcoupling.forward.split import ATTENTION, SEQUENTIAL, block_hook, splits_of_model
+
+ATTN, MLP = SEQUENTIAL.parts
 
 LAYER = 1
 FACTORS = {"bridge-granite": 0.5}  # its residual_multiplier
@@ -83,10 +86,10 @@ def test_norms_stand_where_the_description_says(case: Case, block: Block, seen: 
 def test_the_topology_of_each_block_is_how_its_sublayers_are_arranged(case: Case, block: Block, seen: Seen):
     """An MLP sees a change of what the attention writes where the block is sequential, and nowhere else."""
     model = case.model()
-    assert {topology_of_model(model, layer) for layer in range(len(model.blocks))} == {case.topology}
+    assert {split.topology for split in splits_of_model(model)} == {case.topology}
     assert block.topology == case.topology
-    assert tuple(block.sublayers) == (("attn",) if case.topology == "attn_only" else ("attn", "mlp"))
-    if case.topology != "attn_only":
+    assert tuple(block.sublayers) == (("attn",) if case.topology == "single" else ("attn", "mlp"))
+    if case.topology != "single":
         edited = Seen(model, block, edit=block.attn.write).values[block.mlp.write]
         moved = relative_error(edited, seen.values[block.mlp.write]) > 1e-3
         assert moved == (case.topology == "sequential") == (block.mlp.reads == "hook_resid_mid")
@@ -162,8 +165,8 @@ def test_what_the_norm_behind_reads_is_kept_while_the_block_runs(case: Case, blo
 
 def test_a_factor_is_found_where_there_is_one_and_only_there():
     given = torch.randn(5, 8, dtype=torch.float64)
-    plain = Sublayer("attn", nn.Identity(), None, None, "hook_resid_pre")
-    normed = Sublayer("attn", nn.Identity(), None, nn.LayerNorm(8), "hook_resid_pre")
+    plain = Sublayer(ATTN, nn.Identity(), None, None, "hook_resid_pre")
+    normed = Sublayer(ATTN, nn.Identity(), None, nn.LayerNorm(8), "hook_resid_pre")
     assert plain.write_factor(given, 0.22 * given) == pytest.approx(0.22, rel=1e-12)
     assert normed.write_factor(given, 0.22 * given) == 1.0
     assert plain.write_factor(None, given) == 1.0
@@ -187,16 +190,16 @@ def test_a_weight_that_a_module_refuses_is_none():
     assert weight_of(module, "W_V") is None
     assert weight_of(module, "W_K") is module.W_K
     assert weight_of(nn.Linear(2, 2), "training") is None  # not a tensor
-    attn = Sublayer("attn", module, None, None, "hook_resid_pre")
+    attn = Sublayer(ATTN, module, None, None, "hook_resid_pre")
     with pytest.raises(UnsupportedModelError, match=r"layer 3 \(Compressed\) has no W_O to split it"):
-        Block(None, 3, "attn_only", {"attn": attn}).output_of_heads(torch.ones(1, 5, 2, 4))
+        Block(None, 3, ATTENTION, {"attn": attn}).output_of_heads(torch.ones(1, 5, 2, 4))
 
 
 def test_experts_have_weights_with_another_number_of_axes():
     module = nn.Module()
     module.W_in, module.W_out = torch.ones(4, 6, 8), torch.ones(4, 8, 6)
     with pytest.raises(Uncovered, match="W_in of Module has 3 axes, not 2"):
-        Sublayer("mlp", module, None, None, "hook_resid_mid").weights()
+        Sublayer(MLP, module, None, None, "hook_resid_mid").weights()
 
 
 def test_a_part_under_another_name_has_no_closed_form():
@@ -209,6 +212,6 @@ def test_a_part_under_another_name_has_no_closed_form():
 
     model = nn.Module()
     model.blocks = nn.ModuleList([Named()])
-    block = Block.read(model, 0, "sequential")
+    block = Block.read(model, 0, SEQUENTIAL)
     with pytest.raises(Uncovered):
         block.mlp.weights()

@@ -7,8 +7,7 @@ import warnings
 
 import pytest
 import torch
-import transformers
-from cases import CASES, OF_EACH_CLASS, TOKENS, Case, tiny_tokenizer
+from cases import CASES, OF_EACH_CLASS, TOKENS, Case
 
 import tlcoupling as tlc
 from tlcoupling.errors import (
@@ -217,7 +216,7 @@ def test_training_mode_is_refused_and_not_switched_off(model: torch.nn.Module):
 
 
 def test_what_is_no_hooked_model_is_refused():
-    with pytest.raises(UnsupportedModelError, match="Linear is no TransformerLens model"):
+    with pytest.raises(UnsupportedModelError, match="not a hooked model: Linear"):
         tlc.trace(torch.nn.Linear(2, 2), TOKENS)
 
 
@@ -229,38 +228,6 @@ def test_quantised_weights_are_refused(model: torch.nn.Module):
     fake.hook_dict = {"blocks.0.hook_attn_out": None}
     with pytest.raises(UnsupportedModelError, match=r"blocks.0.weight is quantised \(torch.uint8, in a format"):
         tlc.trace(fake, TOKENS)
-
-
-def test_a_state_space_model_is_refused():
-    bridge = pytest.importorskip("transformer_lens.model_bridge")
-    config = transformers.MambaConfig(
-        hidden_size=16, num_hidden_layers=2, vocab_size=50, state_size=4, architectures=["MambaForCausalLM"]
-    )
-    hf_model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    mamba = bridge.TransformerBridge.boot_transformers(
-        "state-spaces/mamba-130m-hf", hf_model=hf_model, tokenizer=tiny_tokenizer()
-    )
-    with pytest.raises(UnsupportedModelError, match="state-space"):
-        tlc.trace(mamba, TOKENS)
-
-
-def test_an_encoder_is_refused():
-    bridge = pytest.importorskip("transformer_lens.model_bridge")
-    config = transformers.BertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=50,
-        architectures=["BertForMaskedLM"],
-    )
-    hf_model = transformers.AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
-    bert = bridge.TransformerBridge.boot_transformers("bert-base-cased", hf_model=hf_model, tokenizer=tiny_tokenizer())
-    with pytest.raises(UnsupportedModelError, match="encoder"):
-        tlc.trace(bert, TOKENS)
-    bert.cfg.attention_dir = "causal"  # the pattern says otherwise, of two tokens too
-    with pytest.raises(UnsupportedModelError, match="looks ahead"):
-        tlc.trace(bert, TOKENS[:2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -314,7 +281,7 @@ def test_writes_may_miss_the_stream_by_its_rounding(dtype: torch.dtype, allowed:
         ({"layer": 0, "dest": -8}, "dest=-8"),
         ({"layer": 0, "src": 5, "dest": 2}, "src=5 .*not after dest=2"),
         ({"layer": 0, "sublayer": "mlps"}, "^sublayer='mlps'"),
-        ({"layer": 0, "sublayer": "block", "head": 0}, "head=0 .*sublayer='attn'"),
+        ({"layer": 0, "sublayer": "block", "head": 0}, "head=0 .*an attention"),
         ({"layer": 0, "sublayer": "attn", "head": 4}, "head=4 .*from -4 to 3"),
     ],
 )
@@ -328,16 +295,6 @@ def test_a_cache_of_some_layers_is_refused(model: torch.nn.Module):
     for measure in (tlc.growth, tlc.linearity):
         with pytest.raises(MissingHookError, match="ends with block 1, and its model has 3 blocks"):
             measure(cache)
-
-
-def test_a_model_that_is_not_hooked_completely_is_refused():
-    bridge = pytest.importorskip("transformer_lens.model_bridge")
-    config = transformers.OpenAIGPTConfig(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
-    config.architectures = ["OpenAIGPTLMHeadModel"]
-    hf_model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    gpt1 = bridge.TransformerBridge.boot_transformers("openai-gpt", hf_model=hf_model, tokenizer=tiny_tokenizer())
-    with pytest.raises(UnsupportedModelError, match="does not call 'blocks.1.hook_resid_post'"):
-        tlc.trace(gpt1, TOKENS)
 
 
 def test_a_short_row_counts_as_long_as_the_shortest_that_is_allowed():

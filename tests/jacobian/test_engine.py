@@ -11,8 +11,9 @@ from cases import CASES, TOKENS, Case, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import CertificateError, StaleTraceError, UnsupportedModelError
-from tlcoupling.forward.block import Block, Uncovered
+from tlcoupling.forward.block import Block, Sublayer, Uncovered
 from tlcoupling.forward.hooked import attached
+from tlcoupling.forward.split import ATTENTION, SEQUENTIAL
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.jacobian.norms import Norm
@@ -121,7 +122,7 @@ def test_the_real_model_moves_as_the_jacobian_says(case: Case, case_trace: tlc.T
 @each_case
 def test_sublayers_compose_to_the_block(case: Case, case_trace: tlc.Trace):
     """J_block = J_attn + J_mlp (delta I + J_attn) in sequential blocks, J_attn + J_mlp in parallel ones."""
-    if case_trace.topology == "attn_only":
+    if case_trace.topology == "single":
         pytest.skip("no MLP to compose with")
     for src, dest in ((6, 6), (2, 5)):
         block, attn = (
@@ -304,8 +305,9 @@ def test_a_trace_of_changed_weights_is_refused(engine: str):
 def test_values_that_do_not_fit_each_other_go_to_autograd(q: Any, k: Any, v: Any, pattern: Any):
     shapes = {"q": q, "k": k, "v": v, "pattern": pattern}
     values = {f"attn.hook_{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    attn = Sublayer(SEQUENTIAL.parts[0], torch.nn.Identity(), None, None, "hook_resid_pre")
     with pytest.raises(Uncovered, match="have shapes"):
-        AttentionCore.from_values(Block(None, 0, "attn_only", {}), values, {})
+        AttentionCore.from_values(Block(None, 0, ATTENTION, {"attn": attn}), values, {})
 
 
 def test_a_failure_of_reading_an_architecture_goes_to_autograd(monkeypatch: pytest.MonkeyPatch):

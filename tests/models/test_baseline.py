@@ -14,8 +14,8 @@ from cases import CASES, FEW, TOKENS, Case, tiny_tokenizer
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.block import norms_are_folded, weight_of
+from tlcoupling.forward.offline import answered_locally, offline
 from tlcoupling.models.baseline import _is_centered, _writing_weights
-from tlcoupling.models.offline import answered_locally, offline
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -23,9 +23,9 @@ from transformers import (
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ModelLoadError
+from tlcoupling.forward.offline import offline
 from tlcoupling.models import load as tlc_models
 from tlcoupling.models import smollm2 as tlc_smollm2
-from tlcoupling.models.offline import offline
 
 needs_bridge = pytest.mark.skipif(
     tlc_models._transformer_bridge() is None, reason="transformer-lens below 3 has no TransformerBridge"

@@ -18,11 +18,10 @@ from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
-from tlcoupling.forward.block import topology_of_model
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.prompt import to_tokens
-from tlcoupling.forward.stream import sublayers_of
+from tlcoupling.forward.split import splits_of_model, sublayers_of
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.linalg.work import Rates, Work, measured_rates
@@ -155,8 +154,8 @@ def estimate(
     """
     require_supported(model)
     n_tokens = to_tokens(model, prompt, prepend_bos, attention_mask).shape[1]
-    topology = topology_of_model(model)
-    names, n_layers = resolve_sublayers(sublayers, sublayers_of(topology)), len(model.blocks)
+    splits = splits_of_model(model)
+    names, n_layers = resolve_sublayers(sublayers, sublayers_of(splits)), len(model.blocks)
     options = Options.resolve(model.cfg.d_model, k, "frobenius", "uv", True, engine, solver)
     positions = resolve_indices("tokens", tokens, n_tokens)
     chosen = resolve_indices("layers", layers, n_layers)
@@ -165,7 +164,7 @@ def estimate(
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, n_layers)
     jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, n_tokens, names)
     schedules = {
-        kind: make_schedule(Comparison(model, topology, n_tokens, dtype, parts, groups, options))
+        kind: make_schedule(Comparison(model, splits, n_tokens, dtype, parts, groups, options))
         for kind, (parts, groups) in jobs.items()
     }
     rates = measured_rates(first.device, dtype)

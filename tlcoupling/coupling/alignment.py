@@ -119,20 +119,21 @@ def head_alignment(
     """
     require_trace(trace)
     started = time.perf_counter()
-    check_sublayer("of", of, trace.sublayers)
+    check_sublayer("of", of, trace.sublayers, trace.refusal)
     options = Options.resolve(trace.d_model, k, "frobenius", "uv", True, engine, solver)
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = [Group.of([Place(layer, pos, pos)]) for layer in chosen]
     schedule = make_schedule(
-        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, (of,), groups, options)
+        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, (of,), groups, options)
     )
     jacobians, cfg = JacobianEngine(trace, engine, {(pos, pos)}), trace.model.cfg
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
+    attn = trace.attention(chosen)
     for layer in chosen:
         top = decompose(jacobians, schedule, of, Place(layer, pos, pos)).triplets
         heads = [
-            _aligned(jacobians.operator(layer, "attn", pos, pos, head).dense(), top.u, top.v, options.k, cfg.d_head)
+            _aligned(jacobians.operator(layer, attn, pos, pos, head).dense(), top.u, top.v, options.k, cfg.d_head)
             for head in range(cfg.n_heads)
         ]
         for name, values in fields.items():

@@ -22,7 +22,7 @@ Fixed = Literal["src", "dest"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class ContextCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
-    """Coupling of the Jacobians from one token to all later ones, or from all earlier tokens to one, in each layer.
+    """Coupling of the Jacobians from one token to others, or from others to one, in each layer.
 
     ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are
     ``[sublayer, layer, k, pos, basis_pos]``, where pos is the end that varies. ``Coupling`` explains them.
@@ -69,6 +69,7 @@ def context_coupling(
     r"""Measure how far the top singular vectors of a layer's Jacobians agree across the context of a token.
 
     Fixed src s: c_K(J[l, s->t], J[l, s->t']) for t, t' >= s. Fixed dest t: c_K(J[l, s->t], J[l, s'->t]) for s, s' <= t.
+    In a bidirectional model the other end may be any position.
     J[l, s->s] leaves out the identity of the skip connection. J[l, s->t] with s < t has none to leave out. Source:
     arXiv 2407.07810, section 3.
 
@@ -80,7 +81,7 @@ def context_coupling(
         fixed: the fixed end, ``"src"`` or ``"dest"``.
         position: the fixed position; by default the first token for ``"src"`` and the last for ``"dest"``.
         k: as in ``depth_coupling``. Attention between two tokens has a rank of at most heads times head width.
-        sublayers: ``"block"``, ``"attn"`` or both (the default). An MLP does not reach another position.
+        sublayers: ``"block"``, ``"attn"`` (or ``"mixer"``) or both (the default). An MLP reaches no other position.
         tokens: positions at the other end: several, or ``"all"`` within reach of attention.
         layers: block indices; by default all.
         normalizer: as in ``depth_coupling``.
@@ -103,9 +104,9 @@ def context_coupling(
     """
     require_trace(trace)
     check_name("fixed", fixed, get_args(Fixed))
-    names = ("block", "attn") if sublayers is None else resolve_sublayers(sublayers, trace.sublayers)
-    if "mlp" in names:
-        raise ArgumentError("sublayers", "mlp", "block, attn: an MLP does not reach another position")
+    reaching = tuple(name for name in trace.sublayers if name != "mlp")
+    if "mlp" in (names := resolve_sublayers(sublayers or reaching, trace.sublayers, trace.refusal)):
+        raise ArgumentError("sublayers", "mlp", f"{', '.join(reaching)}: an MLP does not reach another position")
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     default = 0 if fixed == "src" else -1
     held = check_index("position", default if position is None else position, trace.n_tokens)
@@ -141,7 +142,9 @@ def _reached(trace: Trace, fixed: Fixed, held: int, tokens: Indices) -> tuple[in
     Raises:
         ArgumentError: one is out of reach of the fixed position, or there are fewer than two.
     """
-    reach = range(held, trace.n_tokens) if fixed == "src" else range(held + 1)
+    reach = range(trace.n_tokens)
+    if trace.causal:
+        reach = reach[held:] if fixed == "src" else reach[: held + 1]
     if len(reach) < 2:
         allowed = f"a {fixed} with two or more tokens in reach; this one of {trace.n_tokens} reaches only itself"
         raise ArgumentError("position", held, allowed)

@@ -86,7 +86,7 @@ def depth_coupling(
         >>> coupling.mean("excess")  # doctest: +SKIP
     """
     require_trace(trace)
-    names = resolve_sublayers(sublayers, trace.sublayers)
+    names = resolve_sublayers(sublayers, trace.sublayers, trace.refusal)
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)

@@ -92,6 +92,7 @@ def head_coupling(
 
     Raises:
         ArgumentError: an argument out of range (K above the rank of a head's Jacobian, an unknown token).
+        UnsupportedModelError: a layer has no attention, or one that cannot be split into heads.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
@@ -106,7 +107,7 @@ def head_coupling(
     return measure(
         HeadCoupling,
         trace,
-        ("attn",),
+        (trace.attention(chosen),),
         [Group.of([Place(layer, pos, pos, head) for head in heads]) for layer in chosen],
         options,
         {"token": pos, "layers": list(chosen)},

@@ -6,7 +6,7 @@ It is the coupling of ``metric``, on Jacobians that keep their graph and with di
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, get_args
@@ -20,12 +20,13 @@ from tlcoupling.arguments import Indices, check_index, check_name, check_sublaye
 from tlcoupling.coupling.metric import Normalizer, coupling, off_diagonal_mean
 from tlcoupling.coupling.null import null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
-from tlcoupling.forward.block import block_hook, topology_of_model
+from tlcoupling.forward.block import Block
 from tlcoupling.forward.context import in_training_mode, measured
 from tlcoupling.forward.hooked import Done, Hook, attached, require_supported
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
-from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap, sublayers_of
+from tlcoupling.forward.split import block_hook, splits_of_model, sublayers_of
+from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap
 from tlcoupling.forward.user_hooks import hooked_layers
 from tlcoupling.jacobian.differences import Function, leaning
 
@@ -93,8 +94,8 @@ def coupling_loss(
             f"the weights are {dtype}, too coarse for derivatives of singular vectors; allowed: float32, float64"
         )
     ids = to_tokens(model, tokens, None)
-    topology = topology_of_model(model)
-    check_sublayer("sublayer", sublayer, sublayers_of(topology))
+    splits = splits_of_model(model)
+    check_sublayer("sublayer", sublayer, sublayers_of(splits))
     check_name("quantity", quantity, get_args(Quantity))
     check_name("normalizer", normalizer, get_args(Normalizer))
     chosen = resolve_indices("layers", layers, len(model.blocks))
@@ -102,11 +103,10 @@ def coupling_loss(
         raise ArgumentError("layers", layers, "at least two layers to compare")
     pos = check_index("token", token, ids.shape[1])
     size = resolve_one_k("k", k, model.cfg.d_model)
-    reads = "hook_resid_mid" if sublayer == "mlp" and topology == "sequential" else "hook_resid_pre"
-    writes = "hook_resid_post" if sublayer == "block" else f"hook_{sublayer}_out"
     if in_training_mode(model):
         _require_repeatable(model, ids)
-    jacobians = _jacobians(model, ids, chosen, reads, writes, pos)
+    ends = {layer: _ends(Block.read(model, layer, splits[layer]), sublayer) for layer in chosen}
+    jacobians = _jacobians(model, ids, ends, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]
     home = jacobians[0].device  # device of the loss; a device map may have put other layers elsewhere
     u, s, v = (torch.stack([part.to(home) for part in each]) for each in zip(*parts, strict=True))
@@ -154,10 +154,21 @@ def differentiable_triplets(
     return u @ (eye + left), products.diagonal()[:k], vh.mT @ (eye + right)
 
 
-def _jacobians(
-    model: Any, ids: Tensor, layers: Sequence[int], reads: str, writes: str, pos: int
-) -> list[Float[Tensor, "d d"]]:
+def _ends(block: Block, sublayer: str) -> tuple[str, str]:
+    """The hook points of a block between which a Jacobian lies."""
+    if sublayer == "block":
+        return "hook_resid_pre", "hook_resid_post"
+    return block.sublayers[sublayer].reads, block.sublayers[sublayer].write
+
+
+def _jacobians(model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], pos: int) -> list[Float[Tensor, "d d"]]:
     """Return the Jacobians at one position with their graph, all from one forward pass.
+
+    Args:
+        model: the model.
+        ids: token ids.
+        ends: by layer, the hook points that it reads and writes at.
+        pos: the position.
 
     Raises:
         HookError, DerivativeError: one is not the derivative of what is run, by central differences.
@@ -165,6 +176,7 @@ def _jacobians(
     Warns:
         UserWarning: a hook is not smooth, so that this could not be checked.
     """
+    layers = list(ends)
     inputs: dict[int, Tensor] = {}
 
     def begin(layer: int, tensor: Tensor) -> Tensor:
@@ -172,10 +184,10 @@ def _jacobians(
         return inputs[layer]
 
     def written(outputs: Mapping[int, Tensor], layer: int, read: Tensor) -> Float[Tensor, " d"]:
-        return outputs[layer][0, pos] - (read[0, pos] if writes == "hook_resid_post" else 0.0)
+        return outputs[layer][0, pos] - (read[0, pos] if ends[layer][1] == "hook_resid_post" else 0.0)
 
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        outputs = _written(model, ids, layers, reads, writes, begin)
+        outputs = _written(model, ids, ends, begin)
         out = {layer: written(outputs, layer, inputs[layer]) for layer in layers}
         jacobians = [_dense(out[layer], inputs[layer], pos) for layer in layers]
     home = jacobians[0].device
@@ -187,7 +199,7 @@ def _jacobians(
             streams = {layer: inputs[layer].detach().clone() for layer in layers}
             for layer, step in zip(layers, move, strict=True):
                 streams[layer][0, pos] += step.to(streams[layer])
-            ran = _written(model, ids, layers, reads, writes, lambda layer, tensor, streams=streams: streams[layer])
+            ran = _written(model, ids, ends, lambda layer, tensor, streams=streams: streams[layer])
             changes.append([(written(ran, layer, streams[layer]) - out[layer]).to(home) for layer in layers])
         return torch.stack([torch.stack(change) for change in changes])
 
@@ -209,10 +221,10 @@ def _jacobians(
 
 
 def _written(
-    model: Any, ids: Tensor, layers: Sequence[int], reads: str, writes: str, read: Callable[[int, Tensor], Tensor]
+    model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], read: Callable[[int, Tensor], Tensor]
 ) -> dict[int, Tensor]:
     """Run the model as far as the last of some layers, and return what each wrote when it read ``read(layer, x)``."""
-    points, last = hook_points(model), block_hook(max(layers), "hook_resid_post")
+    points, last = hook_points(model), block_hook(max(ends), "hook_resid_post")
     outputs: dict[int, Tensor] = {}
 
     def end(layer: int, tensor: Tensor) -> None:
@@ -221,8 +233,11 @@ def _written(
     def stop(tensor: Tensor) -> None:
         raise Done
 
-    hooks: list[tuple[Any, Hook]] = [(points[block_hook(layer, reads)], partial(read, layer)) for layer in layers]
-    hooks += [(points[block_hook(layer, writes)], partial(end, layer)) for layer in layers]
+    hooks: list[tuple[Any, Hook]] = []
+    for layer, (reads, _) in ends.items():
+        hooks.append((points[block_hook(layer, reads)], partial(read, layer)))
+    for layer, (_, writes) in ends.items():
+        hooks.append((points[block_hook(layer, writes)], partial(end, layer)))
     with suppress(Done), attached([*hooks, (points[last], stop)]):
         model(ids, return_type=None)
     return outputs

@@ -132,14 +132,14 @@ def projected_jacobians(
     """
     require_trace(trace)
     started = time.perf_counter()
-    names = resolve_sublayers(sublayers, trace.sublayers)
+    names = resolve_sublayers(sublayers, trace.sublayers, trace.refusal)
     size = resolve_one_k("k", k, trace.d_model)
     options = Options.resolve(trace.d_model, size, "frobenius", bases, True, engine, solver)
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])
     schedule = make_schedule(
-        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, names, groups, options)
+        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, names, groups, options)
     )
     jacobians = JacobianEngine(trace, engine, {(position, position)})
     spectra = {

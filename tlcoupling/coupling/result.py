@@ -367,7 +367,7 @@ def measure(
     """
     started = time.perf_counter()
     schedule = make_schedule(
-        Comparison(trace.model, trace.topology, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
+        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
     )
     jacobians = JacobianEngine(
         trace, options.engine, {(place.src, place.dest) for group in groups for place in group.places}

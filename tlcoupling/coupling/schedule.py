@@ -18,7 +18,7 @@ from tlcoupling.coupling.method import PROBES, THIN, THIN_ON_DEVICE, Method, che
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
-from tlcoupling.forward.block import Topology
+from tlcoupling.forward.split import Split
 from tlcoupling.jacobian.autograd import vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.linalg.operator import JacobianOperator
@@ -37,7 +37,7 @@ class Comparison:
 
     Attributes:
         model: the model.
-        topology: topology of its blocks.
+        splits: how each of its blocks is split.
         n_tokens: length of the prompt.
         dtype: dtype of the linear algebra.
         sublayers: what is measured of each layer.
@@ -46,7 +46,7 @@ class Comparison:
     """
 
     model: Any
-    topology: Topology
+    splits: Sequence[Split]
     n_tokens: int
     dtype: torch.dtype
     sublayers: tuple[str, ...]
@@ -144,7 +144,7 @@ def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule
 def _costs(comparison: Comparison) -> dict[tuple[int, str], Cost]:
     """Return what a Jacobian of each layer and sublayer costs."""
     model, options = comparison.model, comparison.options
-    costs = layer_costs(model, comparison.layers, comparison.topology, comparison.n_tokens, options.engine)
+    costs = layer_costs(model, comparison.layers, comparison.splits, comparison.n_tokens, options.engine)
     of_heads = any(place.head is not None for group in comparison.groups for place in group.places)
     return {
         (layer, name): by_name["head" if of_heads else name]

@@ -104,7 +104,7 @@ def token_coupling(
         >>> coupling.z[0, 3, 0]  # all pairs of tokens, block of layer 3 # doctest: +SKIP
     """
     require_trace(trace)
-    names = resolve_sublayers(sublayers, trace.sublayers)
+    names = resolve_sublayers(sublayers, trace.sublayers, trace.refusal)
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)

@@ -147,8 +147,8 @@ def causal_effect(
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
             raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
-        if sublayer not in traced.sublayers or sublayer == "block":
-            raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.sublayers[1:])}")
+        if sublayer not in traced.writes:
+            raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.writes)}")
         chosen = resolve_indices("layers", layers, traced.n_layers)
         given = (
             directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
@@ -210,9 +210,7 @@ class _Measured:
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Return effect, control and their shares in one layer."""
-        writes = self.traced.attn_out if self.sublayer == "attn" else self.traced.mlp_out
-        assert writes is not None
-        activations = writes[layer, :-1]
+        activations = self.traced.writes[self.sublayer][layer, :-1]
         bases = torch.stack([self._directions(layer, pos) for pos in self.positions]).to(activations)
         effect, share = self._without(layer, bases, activations)
         drawn = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tlcoupling.arguments import as_list, check_int, check_name, resolve_indices
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.block import block_hook
+from tlcoupling.forward.split import block_hook
 from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]

@@ -148,7 +148,7 @@ def read_directions(
     require_trace(trace)
     started = time.perf_counter()
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
-    check_sublayer("sublayer", sublayer, trace.sublayers)
+    check_sublayer("sublayer", sublayer, trace.sublayers, trace.refusal)
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])

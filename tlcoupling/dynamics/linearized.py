@@ -99,7 +99,8 @@ def linearized(
     - ``tokens="same"``: lin^{l+1} = (I + J[l, t->t]) lin^l, at the perturbed token alone. Exact to first order there,
       because attention is causal.
     - ``tokens="all"``: lin^{l+1}_s = lin^l_s + sum_{r <= s} J[l, r->s] lin^l_r, for the perturbed token and all later
-      ones. Exact to first order everywhere. Takes one run of each block and two backward passes through it.
+      ones (for all in a bidirectional model). Exact to first order everywhere. Takes one run of each block and two
+      backward passes through it.
 
     Args:
         trace: a trace of the model.
@@ -122,6 +123,7 @@ def linearized(
     require_trace(trace)
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
     check_name("tokens", tokens, get_args(Tokens))
+    _require_followed(trace, tokens)
     if tuple(perturbation.shape) != (trace.d_model,):
         raise ArgumentError("perturbation", tuple(perturbation.shape), f"a vector of d_model = {trace.d_model} numbers")
     jacobians = JacobianEngine(trace, engine)
@@ -147,7 +149,23 @@ def _linearized(
         reason = require_step_followed(trace, step, index, carried[-1], index in jacobians.hooked)
         jacobians.warn_once(index, reason)
         carried.append(moved)
-    return torch.stack(carried)[:, pos:]
+    return torch.stack(carried)[:, _first(trace, pos) :]
+
+
+def _require_followed(trace: Trace, tokens: Tokens) -> None:
+    """Check that no perturbation comes back to its token by way of others.
+
+    Raises:
+        ArgumentError: it does, and the token alone is followed.
+    """
+    if tokens == "same" and not trace.causal:
+        allowed = "'all': the model is bidirectional, so a perturbation comes back to its token by way of others"
+        raise ArgumentError("tokens", tokens, allowed)
+
+
+def _first(trace: Trace, pos: int) -> int:
+    """The first token that a perturbation at ``pos`` reaches."""
+    return pos if trace.causal else 0
 
 
 @measured
@@ -190,6 +208,7 @@ def linearization_gap(
     require_trace(trace)
     layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
     check_name("tokens", tokens, get_args(Tokens))
+    _require_followed(trace, tokens)
     sizes = tuple(float(size) for size in sizes)
     if not sizes or not all(0 < size < float("inf") for size in sizes):
         raise ArgumentError("sizes", sizes, "one or more numbers above 0")
@@ -203,7 +222,7 @@ def linearization_gap(
     unit = (direction / length).to(trace.resid) * trace.resid[layer, pos].norm()
     jacobians = JacobianEngine(trace, engine)
     carried = _linearized(trace, unit, layer, pos, tokens, jacobians)
-    followed = slice(pos, pos + 1 if tokens == "same" else None)
+    followed = slice(pos, pos + 1) if tokens == "same" else slice(_first(trace, pos), None)
     base = _real(trace, trace.resid[layer], layer)[:, followed]
     rows = []
     for size in sizes:

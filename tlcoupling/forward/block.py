@@ -1,26 +1,24 @@
-"""Block: what one transformer block is made of, read once from its modules.
+"""Block: what one block is made of, read once from its modules.
 
 A sublayer adds ``c * behind(module(before(x)))`` to the residual stream: a norm before its module and one behind it,
 where it has them, and a constant factor (Granite). ``Block`` says which modules these are, how the sublayers are
-arranged (``topology``), and which weights they hold. The forward pass, both Jacobian engines, their costs and the split
+arranged (``split``), and which weights they hold. The forward pass, both Jacobian engines, their costs and the split
 into heads read it, and nothing else looks into a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.points import hook_points
-
-Topology = Literal["sequential", "parallel", "attn_only"]
+from tlcoupling.forward.split import Kind, Part, Split, Topology, splits_of_model
 
 # TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
 _WEIGHTS = {"attn": (("W_Q", "W_K", "W_V", "W_O"), 3), "mlp": (("W_in", "W_out"), 2)}
@@ -40,56 +38,43 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs.to(ours)).abs().max() <= _FIT * scale)
 
 
-def block_hook(layer: int, name: str) -> str:
-    """The full name of a hook point in a block, ``blocks.{layer}.{name}``."""
-    return f"blocks.{layer}.{name}"
-
-
-def topology_of(hook_names: Container[str], attn_only: bool = False, layer: int = 0) -> Topology:
-    """Read a block's topology off the names of its hook points (design, section 2).
-
-    Args:
-        hook_names: names of hook points, of a model or in a cache.
-        attn_only: what the model's configuration says; a ``HookedTransformer`` without MLPs has their hook points.
-        layer: block index.
-    """
-    if attn_only or block_hook(layer, "hook_mlp_out") not in hook_names:
-        return "attn_only"
-    return "sequential" if block_hook(layer, "hook_resid_mid") in hook_names else "parallel"
-
-
-def topology_of_model(model: Any, layer: int = 0) -> Topology:
-    """The topology of one of a model's blocks."""
-    return topology_of(hook_points(model), bool(getattr(model.cfg, "attn_only", False)), layer)
-
-
 @dataclass(frozen=True, eq=False)
 class Sublayer:
     """One sublayer of a block, which adds ``c * behind(module(before(x)))`` to the residual stream.
 
     Attributes:
-        name: ``"attn"`` or ``"mlp"``; the hook points of its module begin with it.
-        module: the attention or the MLP; None where the block names it otherwise than ``attn`` and ``mlp``.
+        part_of: its name, its kind, and where its module and its write are found.
+        module: the attention, the mixer or the MLP; None where the block has no module of the slot's name.
         before: the norm that the module reads through; None where it reads the stream itself.
         behind: the norm between the module and the stream; None where there is none. Where it is, c is 1.
         reads: the hook point of x, the stream that it reads.
     """
 
-    name: str
+    part_of: Part
     module: Any
     before: nn.Module | None
     behind: nn.Module | None
     reads: str
 
     @property
+    def name(self) -> str:
+        """``"attn"``, ``"mixer"`` or ``"mlp"``, as the whole model calls it."""
+        return self.part_of.name
+
+    @property
+    def kind(self) -> Kind:
+        """What it is in this block."""
+        return self.part_of.kind
+
+    @property
     def write(self) -> str:
         """The hook point of what it adds to the stream."""
-        return f"hook_{self.name}_out"
+        return self.part_of.write
 
     @property
     def gives(self) -> str:
         """The hook point of what its module gives."""
-        return f"{self.name}.hook_out"
+        return f"{self.part_of.slot}.hook_out"
 
     @property
     def has_experts(self) -> bool:
@@ -100,7 +85,7 @@ class Sublayer:
 
     def points(self, *names: str) -> tuple[str, ...]:
         """Short names of hook points of its module: ``attn.hook_q`` for ``q``."""
-        return tuple(f"{self.name}.hook_{name}" for name in names)
+        return tuple(f"{self.part_of.slot}.hook_{name}" for name in names)
 
     def part(self, name: str) -> nn.Module | None:
         """A module inside, such as the ``q_norm`` of an attention; None where there is none."""
@@ -116,9 +101,12 @@ class Sublayer:
             ``[d_mlp, d_model]`` of an MLP.
 
         Raises:
-            Uncovered: a weight is missing, or has another number of axes, as those of experts have.
+            Uncovered: it is a recurrent mixer; a weight is missing, or has another number of axes, as those of experts
+                have.
         """
-        names, axes = _WEIGHTS[self.name]
+        if self.kind not in _WEIGHTS:
+            raise Uncovered(f"{type(self.module).__name__} is neither an attention nor an MLP")
+        names, axes = _WEIGHTS[self.kind]
         weights: dict[str, Tensor] = {}
         for name in names:
             if (weight := weight_of(self.module, name)) is None:
@@ -126,7 +114,7 @@ class Sublayer:
             if weight.ndim != axes:
                 raise Uncovered(f"{name} of {type(self.module).__name__} has {weight.ndim} axes, not {axes}")
             weights[name] = weight
-        if self.name == "mlp":
+        if self.kind == "mlp":
             units, gate = weights["W_out"].shape[0], weight_of(self.module, _GATE)
             if weights["W_in"].shape[1] == 2 * units:  # ModernBERT reads its gate and what it gates with one weight
                 gate, weights["W_in"] = weights["W_in"].split(units, dim=1)
@@ -145,7 +133,7 @@ class Sublayer:
 
     def write_weight(self) -> Tensor | None:
         """The weight that it writes with, ``[..., d_model]``; None where it has none of TransformerLens's name."""
-        return weight_of(self.module, _WEIGHTS[self.name][0][-1])
+        return weight_of(self.module, _WEIGHTS[self.kind][0][-1]) if self.kind in _WEIGHTS else None
 
     def write_factor(self, given: Float[Tensor, "pos d"] | None, written: Float[Tensor, "pos d"]) -> float:
         """Return c, the number by which the block multiplies what the module gives.
@@ -176,40 +164,38 @@ class Block:
     Attributes:
         model: the model.
         layer: block index.
-        topology: ``"sequential"``, ``"parallel"`` or ``"attn_only"``.
-        sublayers: by name, in the order in which they run.
+        split: how its sublayers are arranged.
+        sublayers: by name, in the order in which they run; empty where the block is not split.
     """
 
     model: Any
     layer: int
-    topology: Topology
+    split: Split
     sublayers: Mapping[str, Sublayer]
 
     @classmethod
-    def read(cls, model: Any, layer: int, topology: Topology | None = None) -> Block:
+    def read(cls, model: Any, layer: int, split: Split | None = None) -> Block:
         """Describe a block as it is now.
 
         Args:
             model: the model.
             layer: block index.
-            topology: where it is known; read off the names of the block's hook points otherwise.
+            split: where it is known; read off the names of the model's hook points otherwise.
         """
-        topology = topology or topology_of_model(model, layer)
+        split = split or splits_of_model(model)[layer]
         module = model.blocks[layer]
-        one_norm = topology == "parallel" and getattr(module, "ln2", None) is None  # it feeds both sublayers
-        norms = {"attn": "ln1", "mlp": "ln1" if one_norm else "ln2"}
-        sublayers = {
-            name: Sublayer(
-                name,
-                getattr(module, name, None),
-                _norm(module, norms[name]),
-                _norm(module, behind),
-                "hook_resid_mid" if name == "mlp" and topology == "sequential" else "hook_resid_pre",
+        one_norm = split.topology == "parallel" and getattr(module, "ln2", None) is None  # it feeds both sublayers
+        sublayers = {}
+        for index, part in enumerate(split.parts):
+            second = index > 0
+            sublayers[part.name] = Sublayer(
+                part,
+                getattr(module, part.slot, None),
+                _norm(module, "ln2" if second and not one_norm else "ln1"),
+                _norm(module, "ln2_post" if second else "ln1_post"),
+                "hook_resid_mid" if second and split.topology == "sequential" else "hook_resid_pre",
             )
-            for name, behind in (("attn", "ln1_post"), ("mlp", "ln2_post"))
-            if name == "attn" or topology != "attn_only"
-        }
-        return cls(model, layer, topology, sublayers)
+        return cls(model, layer, split, sublayers)
 
     @property
     def module(self) -> nn.Module:
@@ -217,13 +203,37 @@ class Block:
         return self.model.blocks[self.layer]
 
     @property
+    def topology(self) -> Topology:
+        """How its sublayers are arranged."""
+        return self.split.topology
+
+    @property
+    def mixer(self) -> Sublayer:
+        """The sublayer that reads other positions: attention, or what stands in its place.
+
+        Raises:
+            UnsupportedModelError: the block is not split.
+        """
+        if not self.sublayers:
+            raise UnsupportedModelError(f"block {self.layer} is not split into sublayers")
+        return next(iter(self.sublayers.values()))
+
+    @property
     def attn(self) -> Sublayer:
-        """The attention."""
-        return self.sublayers["attn"]
+        """The attention.
+
+        Raises:
+            UnsupportedModelError: the block has none that is split off.
+        """
+        if self.mixer.kind != "attn":
+            raise UnsupportedModelError(
+                f"block {self.layer} has no attention: {type(self.mixer.module).__name__} stands in its place"
+            )
+        return self.mixer
 
     @property
     def mlp(self) -> Sublayer:
-        """The MLP; a KeyError in an attention-only block."""
+        """The MLP; a KeyError in a block without one."""
         return self.sublayers["mlp"]
 
     @property
@@ -281,7 +291,7 @@ def norms_are_folded(model: Any) -> bool:
         return True
     if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
         return False
-    blocks = [Block.read(model, layer) for layer in range(len(model.blocks))]
+    blocks = [Block.read(model, layer, split) for layer, split in enumerate(splits_of_model(model))]
     norms = [sublayer.before for block in blocks for sublayer in block.sublayers.values()]
     parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
     return bool(parameters) and all(

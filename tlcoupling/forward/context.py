@@ -107,19 +107,26 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
         if module.training and not in_training and not where.rpartition(".")[2].startswith("hook_"):
             also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
             raise UnsupportedModelError(
-                f"{where or 'the model'} is in training mode, where dropout makes every forward pass another function: "
-                f"call model.eval(){also} first"
+                f"training mode: {where or 'the model'} is in training mode, where dropout makes every forward pass "
+                f"another function: call model.eval(){also} first"
             )
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
-            if tensor is None or not (tensor.is_meta or tensor.is_inference()):
+            if tensor is None:
+                continue
+            if hasattr(tensor, "device_mesh"):
+                raise UnsupportedModelError(
+                    f"sharded weights: {where}.{name} is a DTensor, of which this process holds a part. Load the whole "
+                    "model in one process"
+                )
+            if not (tensor.is_meta or tensor.is_inference()):
                 continue
             if tensor.is_meta:
                 raise UnsupportedModelError(
-                    f"{where}.{name} lies on the device 'meta', so its numbers are not in memory: accelerate offloads "
-                    "it (device_map= with 'cpu' or 'disk'), or it was never loaded. Load the whole model onto devices, "
-                    "in bfloat16 where memory is short"
+                    f"weights not in memory: {where}.{name} lies on the device 'meta', so its numbers are not in "
+                    "memory: accelerate offloads it (device_map= with 'cpu' or 'disk'), or it was never loaded. Load "
+                    "the whole model onto devices, in bfloat16 where memory is short"
                 )
             raise UnsupportedModelError(
-                f"{where}.{name} was made under torch.inference_mode(), so nothing can be differentiated through it. "
-                "Load the model outside of it, or take copy.deepcopy(model) there"
+                f"inference tensors: {where}.{name} was made under torch.inference_mode(), so nothing can be "
+                "differentiated through it. Load the model outside of it, or take copy.deepcopy(model) there"
             )

@@ -8,7 +8,7 @@ gradients, hooks, dtype. It relies only on what both generations of TransformerL
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.forward.block import block_hook
+from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
 from tlcoupling.forward.context import require_own_state
+from tlcoupling.forward.inputs import Inputs
 from tlcoupling.forward.lifting import lifted_model
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.quantised import quantisation_of
+from tlcoupling.forward.split import block_hook
 
 _LEVEL = 0x71C0  # the hook-context level of our hooks; TransformerLens counts its own up from 0
+_BETWEEN = 1e-6  # how far a block may read from what the last one gave, relative to its norm
 
 
 def require_supported(model: Any, in_training: bool = False) -> None:
@@ -35,29 +37,34 @@ def require_supported(model: Any, in_training: bool = False) -> None:
 
     Raises:
         ArgumentError: the name of a model, or a trace.
-        UnsupportedModelError: not a hooked model, no decoder blocks, an encoder or a state-space model, quantised
-            weights, a module in training mode, or weights that cannot be differentiated through (see
-            ``require_own_state``).
+        UnsupportedModelError: not a hooked model, an encoder-decoder, several parallel streams, quantised weights, a
+            module in training mode, or weights that cannot be differentiated through (see ``require_own_state``). The
+            message begins with one of the reasons that docs/models.md lists.
     """
     if isinstance(model, str):
-        raise ArgumentError("model", model, "a model, such as tlc.load_model returns by name")
+        raise ArgumentError("model", model, f"a model; tlc.load_model({model!r}) loads one by name")
     if hasattr(model, "run_block"):
         raise ArgumentError("model", model, "a model: this is a trace, whose model is trace.model")
-    missing = [n for n in ("cfg", "blocks", "hook_dict", "run_with_cache") if not hasattr(model, n)]
-    if missing:
+    if not all(hasattr(model, name) for name in ("cfg", "hook_dict", "run_with_cache")):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no TransformerLens model with decoder blocks (it lacks "
-            f"{', '.join(missing)}); a HookedTransformer or a TransformerBridge of a decoder is needed. Encoders, "
-            "encoder-decoders and models without a `blocks` list are not supported"
+            f"not a hooked model: {type(model).__name__} is neither a HookedTransformer nor a TransformerBridge"
         )
-    points = hook_points(model)
-    for layer in range(len(model.blocks)):
-        if block_hook(layer, "hook_attn_out") not in points:
-            raise UnsupportedModelError(
-                f"block {layer} has no hook_attn_out, so it has no attention sublayer to split off: "
-                "state-space, recurrent and hybrid models are not supported"
-            )
+    if not hasattr(model, "blocks"):
+        lists = [name for name, _ in model.named_children() if name.endswith("blocks")]
+        reason = "encoder-decoder" if "decoder_blocks" in lists else "looped depth" if lists else "no blocks"
+        raise UnsupportedModelError(
+            f"{reason}: {model_name_of(model)} has no one list of blocks that a residual stream passes once, in order"
+            + (f"; its lists are {', '.join(lists)}" if lists else "")
+        )
     quantisation_of(model.blocks)
+    points = hook_points(model)
+    for layer, block in enumerate(model.blocks):
+        for name in ("hook_resid_pre", "hook_resid_post"):
+            if block_hook(layer, name) not in points:
+                raise UnsupportedModelError(
+                    f"several streams: block {layer} ({type(block).__name__}) has no {name}, so it does not take one "
+                    "residual stream to one (hyper-connections)"
+                )
     require_own_state(model, in_training)
 
 
@@ -123,7 +130,12 @@ class BlockCall:
             out = block(resid_pre, *self.args, **self.kwargs)
         else:
             out = block(*self.args, **{self.stream: resid_pre}, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return stream_in(out)
+
+
+def stream_in(output: Any) -> Tensor:
+    """The residual stream in what a block gives: itself, or the first of several tensors."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _is_kv_cache(value: Any) -> bool:
@@ -150,7 +162,7 @@ class ForwardRecord:
 
 
 def record_forward(
-    model: Any, tokens: Tensor, hook_names: Iterable[str], names_before: Iterable[str] = ()
+    model: Any, inputs: Inputs, hook_names: Iterable[str], names_before: Iterable[str] = (), wrap: bool = True
 ) -> ForwardRecord:
     """Run the model through all its blocks and record hook points and block calls.
 
@@ -159,26 +171,52 @@ def record_forward(
 
     Args:
         model: the model.
-        tokens: token ids.
+        inputs: what it is run on.
         hook_names: hook points to record behind the hooks that are attached to them.
         names_before: hook points to record before these.
+        wrap: name the block where the model's own code fails; not where hooks of the user's may have failed.
 
     Raises:
-        UnsupportedModelError: the pass does not run each block once, in order.
+        UnsupportedModelError: the pass does not run each block once, in order, or changes the stream between them; it
+            fails.
     """
-    points, calls = hook_points(model), []
+    points, calls, last = hook_points(model), [], len(model.blocks) - 1
     activations: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
 
     def record(name: str, kept: dict[str, Tensor]) -> tuple[Any, Hook]:
         return points[name], lambda tensor: kept.__setitem__(name, tensor.detach().clone())
 
+    left: dict[int, Tensor] = {}  # what the last block gave
+
+    def leave(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        left.clear()
+        left[layer] = stream_in(output).detach()
+        if layer == last:  # GPT-1's blocks give a list, in which TransformerLens does not find the stream
+            activations.setdefault(block_hook(layer, "hook_resid_post"), left[layer].clone())
+
+    def enter(layer: int, tensor: Tensor) -> None:
+        given = left.get(layer - 1)
+        if given is None or not given.isfinite().all():
+            return
+        if tensor.ndim != 3 or given.shape != tensor.shape:
+            raise UnsupportedModelError(
+                f"several streams: block {layer} reads a tensor of shape {tuple(tensor.shape)}, which is no residual "
+                "stream [batch, pos, d_model]"
+            )
+        gap = (given.to(tensor) - tensor).norm() / tensor.norm()
+        if not gap <= _BETWEEN:
+            raise UnsupportedModelError(
+                f"changed between blocks: block {layer} reads another stream than block {layer - 1} gives "
+                f"({float(gap):.2e} of its norm off), which would count as growth. RWKV halves it there in eval mode: "
+                "set rescale_every=0 in its configuration"
+            )
+
     def capture(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer != len(calls):
             raise UnsupportedModelError(
-                f"the forward pass calls block {layer} as number {len(calls) + 1} of its block calls; each of the "
-                f"{len(model.blocks)} blocks has to be called once, in order. Looped decoders, which run their blocks "
-                "several times, and models that skip or share blocks are not supported"
+                f"looped depth: the forward pass calls block {layer} as number {len(calls) + 1} of its block calls; "
+                f"each of the {len(model.blocks)} blocks has to be called once, in order"
             )
         calls.append(BlockCall.capture(args, kwargs))
 
@@ -189,14 +227,25 @@ def record_forward(
         stack.enter_context(torch.no_grad())
         stack.enter_context(attached([record(name, activations) for name in hook_names]))
         stack.enter_context(attached([record(name, before) for name in names_before], first=True))
+        reads = [points[block_hook(layer, "hook_resid_pre")] for layer in range(last + 1)]
+        stack.enter_context(attached([(reads[layer], partial(enter, layer)) for layer in range(last + 1)], True))
         stack.enter_context(lifted_model(model))
         for layer, block in enumerate(model.blocks):
-            handle = block.register_forward_pre_hook(partial(capture, layer), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(block.register_forward_pre_hook(partial(capture, layer), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(partial(leave, layer)).remove)
         if isinstance(unembed := getattr(model, "unembed", None), nn.Module):
             stack.callback(unembed.register_forward_pre_hook(stop, prepend=True).remove)
-        with suppress(Done):
-            model(tokens, return_type=None)
+        try:
+            model(inputs.tensor, return_type=None, **inputs.options)
+        except Done:
+            pass
+        except Exception as error:
+            if isinstance(error, (TLCouplingError, torch.OutOfMemoryError)) or not wrap or "Inference" in str(error):
+                raise
+            where = f"in block {len(calls) - 1}" if calls else "before the first block"
+            raise UnsupportedModelError(
+                f"forward pass fails: the model's own code fails {where} ({type(error).__name__}: {error})"
+            ) from error
     if len(calls) < len(model.blocks):
-        raise UnsupportedModelError(f"the forward pass runs {len(calls)} of {len(model.blocks)} blocks")
+        raise UnsupportedModelError(f"looped depth: the forward pass runs {len(calls)} of {len(model.blocks)} blocks")
     return ForwardRecord(activations, before, calls)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
 
-_IDS, _MASK = "input_ids", "attention_mask"
+_IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
 # What else a tokenizer's output may hold: it describes the text and changes nothing about it.
 _DESCRIBES = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping"}
 # How HuggingFace configurations name the token ids that images, sound and video are put in place of.
@@ -73,7 +73,16 @@ def _unpack(argument: str, prompt: Any, attention_mask: Any) -> tuple[Any, Any]:
 def to_tokens(
     model: Any, prompt: Any, prepend_bos: bool | None, attention_mask: Any | None = None
 ) -> Int[Tensor, "1 pos"]:
-    """Return the token ids of a prompt, without pads, on the model's first device.
+    """Return the token ids of a prompt; see ``text_tokens``."""
+    return text_tokens(model, prompt, prepend_bos, attention_mask)[0]
+
+
+def text_tokens(
+    model: Any, prompt: Any, prepend_bos: bool | None, attention_mask: Any | None = None
+) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"] | None]:
+    """Return the token ids of a prompt, without pads, on the model's first device, and their types.
+
+    The types tell the two texts of a pair apart. They are None where all tokens are of the first, or have none.
 
     Args:
         model: the model.
@@ -88,6 +97,7 @@ def to_tokens(
     Warns:
         UserWarning: pads were removed without a mask, or the prompt begins with the BOS token twice.
     """
+    types = prompt.get(_TYPES) if isinstance(prompt, Mapping) else None
     prompt, attention_mask = _unpack("prompt", prompt, attention_mask)
     if isinstance(prompt, str):
         tokens = _encode(model, prompt, prepend_bos)[None]
@@ -97,6 +107,7 @@ def to_tokens(
         tokens = _one_row(prompt)
         real = _pads_excluded(model, tokens[0]) if attention_mask is None else _unmasked(attention_mask, tokens)
         tokens = tokens[:, real]
+        types = None if types is None else _one_row(types)[:, real]
     if tokens.shape[1] == 0:
         raise ArgumentError("prompt", prompt, "at least one token; it is empty")
     vocabulary = getattr(model.cfg, "d_vocab", None)
@@ -108,7 +119,10 @@ def to_tokens(
     _require_text(model, tokens)
     _warn_of_two_bos(model, tokens[0])
     # a copy: ids made under torch.inference_mode cannot be looked up where gradients are on
-    return tokens.long().to(next(model.parameters()).device, copy=True)
+    device = next(model.parameters()).device
+    if types is not None and types.any() and hasattr(model, "token_type_embed"):
+        return tokens.long().to(device, copy=True), types.long().to(device, copy=True)
+    return tokens.long().to(device, copy=True), None
 
 
 def _encode(model: Any, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
@@ -200,7 +214,7 @@ def _pads_excluded(model: Any, tokens: Int[Tensor, " pos"]) -> slice:
         warnings.warn(
             f"pads (token {shown}) were removed from a prompt: positions count from the first token of its text. To "
             f"say which tokens are pads, pass {_MASK}=",
-            stacklevel=5,
+            stacklevel=6,
         )
     return slice(start, stop)
 
@@ -228,7 +242,7 @@ def _warn_of_two_bos(model: Any, tokens: Int[Tensor, " pos"]) -> None:
             f"the prompt begins with the BOS token {getattr(tokenizer, 'bos_token', None)!r} twice. A text that holds "
             "one already, such as a chat template's, gets another: pass prepend_bos=False with the text, or token ids "
             "with one BOS token",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

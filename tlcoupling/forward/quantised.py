@@ -65,9 +65,9 @@ def quantisation_of(blocks: nn.Module) -> str | None:
             continue
         if getattr(state, "packing_format_for_cpu", False):
             raise UnsupportedModelError(
-                f"blocks.{name} was repacked for this CPU by a forward pass that was not ours: its weights are "
-                "rounded again then, and their derivative is lost. Load the model again, and trace it before anything "
-                "else runs it; or set support_avx512bf16_for_cpu = False on its 4-bit layers first"
+                f"quantised weights: blocks.{name} was repacked for this CPU by a forward pass not ours: its "
+                "weights are rounded again, and their derivative is lost. Load the model again, and trace it before "
+                "anything else runs it; or set support_avx512bf16_for_cpu = False on its 4-bit layers first"
             )
         kinds.add(f"bitsandbytes {state.quant_type}")
         read.add(f"{name}.weight")
@@ -86,7 +86,7 @@ def quantisation_of(blocks: nn.Module) -> str | None:
         else:
             continue
         raise UnsupportedModelError(
-            f"blocks.{name} is quantised ({reason}). Load the model in bfloat16, float16, float32 or float64, or in "
-            "4 bits by bitsandbytes"
+            f"quantised weights: blocks.{name} is quantised ({reason}). Load the model in bfloat16, float16, float32 "
+            "or float64, or in 4 bits by bitsandbytes"
         )
     return ", ".join(sorted(kinds)) or None

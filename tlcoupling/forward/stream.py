@@ -5,8 +5,9 @@ It comes from the activations of a trace or of a cache; nothing here runs a mode
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,9 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.errors import ArgumentError, MissingHookError, NonFiniteActivationError, ResidualIdentityError
-from tlcoupling.forward.block import Topology, block_hook, topology_of, topology_of_model
+from tlcoupling.errors import (
+    ArgumentError,
+    MissingHookError,
+    NonFiniteActivationError,
+    ResidualIdentityError,
+    UnsupportedModelError,
+)
 from tlcoupling.forward.cache import fetch, how_to_cache, plain
+from tlcoupling.forward.split import Split, Topology, block_hook, splits_of, splits_of_model, sublayers_of, topology_of
 
 # Rounding of x + a + m against what the model itself added up, relative to the norm of the sum.
 IDENTITY_TOLERANCE = {
@@ -28,11 +35,6 @@ IDENTITY_TOLERANCE = {
 }
 
 
-def sublayers_of(topology: Topology) -> tuple[str, ...]:
-    """What can be measured on blocks of a topology."""
-    return ("block", "attn") if topology == "attn_only" else ("block", "attn", "mlp")
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Stream:
     """A residual stream and the sublayers' writes, checked to add up: x^l + a^l + m^l + edits = x^{l+1}.
@@ -40,23 +42,49 @@ class Stream:
     Attributes:
         resid: x^0 .. x^L, the last one before the final norm, ``[layer + 1, pos, d_model]``. Each is what a block
             reads, after all hooks on ``hook_resid_pre``; x^L after those on the last ``hook_resid_post``.
-        attn_out: a^l, what each attention sublayer wrote, ``[layer, pos, d_model]``.
-        mlp_out: m^l, what each MLP wrote, ``[layer, pos, d_model]``; None in an attention-only model.
-        topology: ``"sequential"``, ``"parallel"`` or ``"attn_only"``.
+        writes: by the sublayer's name, what it wrote in each layer, ``[layer, pos, d_model]``, in the order in which
+            they run; empty where the blocks are not split.
+        splits: how each block is split into sublayers.
         edits: what hooks of the user's added to the stream behind a block's writes, at ``hook_resid_post`` and the
             next ``hook_resid_pre``; None where no hook is there. ``[layer, pos, d_model]``.
     """
 
     resid: Float[Tensor, "layer_plus_1 pos d_model"]
-    attn_out: Float[Tensor, "layer pos d_model"]
-    mlp_out: Float[Tensor, "layer pos d_model"] | None
-    topology: Topology
+    writes: Mapping[str, Float[Tensor, "layer pos d_model"]]
+    splits: tuple[Split, ...]
     edits: Float[Tensor, "layer pos d_model"] | None
 
     @property
     def n_layers(self) -> int:
         """Number of blocks, L."""
-        return self.attn_out.shape[0]
+        return self.resid.shape[0] - 1
+
+    @property
+    def topology(self) -> Topology:
+        """How the sublayers are arranged: ``"sequential"``, ``"parallel"``, ``"single"``; ``"opaque"`` without."""
+        return topology_of(self.splits)
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """What each block is made of, such as ``"attn+mlp"`` or ``"mixer+mlp"``."""
+        return tuple(split.kind for split in self.splits)
+
+    @property
+    def attn_out(self) -> Float[Tensor, "layer pos d_model"]:
+        """a^l, what each attention wrote.
+
+        Raises:
+            UnsupportedModelError: not every block has attention that is split off.
+        """
+        if "attn" not in self.writes:
+            allowed = ", ".join(self.sublayers)
+            raise UnsupportedModelError(f"not every block has an attention that is split off; there is: {allowed}")
+        return self.writes["attn"]
+
+    @property
+    def mlp_out(self) -> Float[Tensor, "layer pos d_model"] | None:
+        """m^l, what each MLP wrote; None in a model without MLPs that are split off."""
+        return self.writes.get("mlp")
 
     @property
     def n_tokens(self) -> int:
@@ -70,13 +98,13 @@ class Stream:
 
     @property
     def sublayers(self) -> tuple[str, ...]:
-        """What can be measured: ``block`` and ``attn``, and ``mlp`` where the model has MLPs."""
-        return sublayers_of(self.topology)
+        """What can be measured: ``block``, and the sublayers whose writes add up in every block."""
+        return sublayers_of(self.splits)
 
     @cached_property
     def resid_mid(self) -> Float[Tensor, "layer pos d_model"]:
         """x^l + a^l, what the MLP of a sequential block reads."""
-        return self.resid[:-1] + self.attn_out
+        return self.resid[:-1] + next(iter(self.writes.values()))
 
     @property
     def after_writes(self) -> Float[Tensor, "layer pos d_model"]:
@@ -87,8 +115,7 @@ class Stream:
     def from_activations(
         cls,
         activations: Mapping[str, Tensor],
-        n_layers: int,
-        topology: Topology,
+        splits: Sequence[Split],
         before: Mapping[str, Tensor] | None = None,
     ) -> Stream:
         """Build the stream from recorded hook points and check it.
@@ -97,8 +124,7 @@ class Stream:
 
         Args:
             activations: by full hook name, as the model went on with them.
-            n_layers: L.
-            topology: of the blocks.
+            splits: how each block is split.
             before: ``hook_resid_post`` of each block as it was before hooks of the user's; None where no hook edits
                 the stream between blocks, or where it is not known (in a cache).
 
@@ -117,21 +143,23 @@ class Stream:
                     raise ArgumentError(name, f"activations of shape {tuple(row.shape)}", allowed)
             return torch.stack([row.to(first.device, dtype) for _, row in rows])
 
+        n_layers = len(splits)
         layers = range(n_layers)
         resid = stack(
             [block_hook(layer, "hook_resid_pre") for layer in layers] + [block_hook(n_layers - 1, "hook_resid_post")]
         )
-        attn_out = stack(block_hook(layer, "hook_attn_out") for layer in layers)
-        mlp_out = edits = None
-        if topology != "attn_only":
-            mlp_out = stack(block_hook(layer, "hook_mlp_out") for layer in layers)
+        writes = {
+            name: stack(block_hook(layer, split.parts[index].write) for layer, split in enumerate(splits))
+            for index, name in enumerate(splits[0].names)
+        }
+        edits = None
         if before is not None:
             edits = resid[1:] - stack((block_hook(layer, "hook_resid_post") for layer in layers), before)
-        stream = cls(resid, attn_out, mlp_out, topology, edits)
+        stream = cls(resid, writes, tuple(splits), edits)
         stream._check_finite()
         stream._check_identity(IDENTITY_TOLERANCE[first.dtype])
         mids = [block_hook(layer, "hook_resid_mid") for layer in layers]
-        if topology == "sequential" and all(name in activations for name in mids):
+        if stream.topology == "sequential" and all(name in activations for name in mids):
             stream._check_resid_mid(stack(mids), IDENTITY_TOLERANCE[first.dtype])
         return stream
 
@@ -144,26 +172,31 @@ class Stream:
 
     @property
     def identity_gap(self) -> float:
-        """The largest gap in x^l + a^l + m^l + edits = x^{l+1}, relative to the norm before the edits."""
-        return float(self._identity_gaps().max())
+        """The largest gap in x^l + a^l + m^l + edits = x^{l+1}, relative to the norm before the edits.
+
+        NaN where the blocks are not split.
+        """
+        return float(self._identity_gaps().max()) if self.writes else math.nan
 
     def _identity_gaps(self) -> Float[Tensor, " layer"]:
-        total = self.resid_mid if self.mlp_out is None else self.resid_mid + self.mlp_out
+        total = self.resid[:-1] + sum(self.writes.values())
         return relative_gap(total, self.after_writes).amax(-1)
 
     def _check_identity(self, tolerance: float) -> None:
+        if not self.writes:
+            return
         worst = self._identity_gaps()
         if (worst <= tolerance).all():
             return
         layer = int((~(worst <= tolerance)).nonzero()[0])
-        raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.mlp_out is not None)
+        raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.splits[layer])
 
     def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
         gap = relative_gap(self.resid_mid, hooked).amax(-1)
         if (gap <= tolerance).all():
             return
         layer = int((~(gap <= tolerance)).nonzero()[0])
-        raise mid_is_another(layer, float(gap[layer]), tolerance)
+        raise mid_is_another(layer, float(gap[layer]), tolerance, self.splits[layer])
 
 
 def relative_gap(
@@ -186,9 +219,9 @@ def not_finite(layer: int, n_layers: int, pos: int) -> NonFiniteActivationError:
     )
 
 
-def writes_do_not_add_up(layer: int, gap: float, tolerance: float, has_mlp: bool) -> ResidualIdentityError:
+def writes_do_not_add_up(layer: int, gap: float, tolerance: float, split: Split) -> ResidualIdentityError:
     """The error of a block whose writes do not add up to the stream."""
-    writes = "hook_attn_out and hook_mlp_out" if has_mlp else "hook_attn_out"
+    writes = " and ".join(part.write for part in split.parts)
     return ResidualIdentityError(
         f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
@@ -200,10 +233,10 @@ def writes_do_not_add_up(layer: int, gap: float, tolerance: float, has_mlp: bool
     )
 
 
-def mid_is_another(layer: int, gap: float, tolerance: float) -> ResidualIdentityError:
+def mid_is_another(layer: int, gap: float, tolerance: float, split: Split) -> ResidualIdentityError:
     """The error of a block whose MLP does not read x^l + a^l."""
     return ResidualIdentityError(
-        f"block {layer}: resid_pre plus hook_attn_out misses {block_hook(layer, 'hook_resid_mid')} by "
+        f"block {layer}: resid_pre plus {split.parts[0].write} misses {block_hook(layer, 'hook_resid_mid')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the MLP does not read the stream after "
         "attention, and its Jacobian would be that of another input. Hooks that edit hook_resid_mid do this, and so do "
         "autoencoders in its place: edit hook_attn_out instead"
@@ -240,12 +273,14 @@ def stream_of(source: Any) -> Stream:
             "with stop_at_layer= or a names_filter leaves out the others. "
             + how_to_cache(block_hook(max(layers) + 1, "hook_resid_pre"))
         )
-    topology = topology_of(activations) if model is None else topology_of_model(model)
-    if model is None and topology == "parallel":
+    splits = splits_of(activations, 1) * (max(layers) + 1) if model is None else splits_of_model(model)
+    if model is None and topology_of(splits) == "opaque":
+        fetch(activations, block_hook(0, "hook_attn_out"))  # a cache without any write was cut short
+    if model is None and topology_of(splits) == "parallel":
         warnings.warn(
             "the activations hold no hook_resid_mid and name no model, so that their blocks are taken as parallel: no "
             "sublayer path, no shares of growth. Where the blocks are sequential, cache hook_resid_mid too; an "
             "ActivationCache settles it by its model",
             stacklevel=4,
         )
-    return Stream.from_activations(activations, max(layers) + 1, topology)
+    return Stream.from_activations(activations, splits)

@@ -7,7 +7,8 @@ A trace holds the residual stream and what each sublayer wrote to it, and can ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -17,28 +18,44 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
-from tlcoupling.forward.block import Block, block_hook, norms_are_folded, topology_of_model
+from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError
+from tlcoupling.forward.bare import hooked_model
+from tlcoupling.forward.block import Block, norms_are_folded
 from tlcoupling.forward.cache import plain
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.hooked import BlockCall, Done, Hook, attached, model_name_of, record_forward, require_supported
+from tlcoupling.forward.hooked import (
+    BlockCall,
+    Done,
+    ForwardRecord,
+    Hook,
+    attached,
+    model_name_of,
+    record_forward,
+    require_supported,
+)
+from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.lifting import lifted_parts
 from tlcoupling.forward.points import hook_points, in_place
-from tlcoupling.forward.prompt import to_str_tokens, to_text, to_tokens
+from tlcoupling.forward.prompt import to_text
 from tlcoupling.forward.quantised import dtype_of, quantisation_of
+from tlcoupling.forward.split import Split, block_hook, splits_of_model
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 from tlcoupling.forward.window import Past, windowed
 from tlcoupling.results.base import Provenance
 
-PATTERN = "attn.hook_pattern"
 # How far the stream of a cache may lie from that of a pass in float32 or better, relative to its norm: at the median
 # over depths and positions; ten times as far at any. Rounding grows on its way: SmolLM2-135M in bfloat16 is 1.2e-2 off
 # at the median and up to 0.24 at single positions (in float16 1.5e-3 and 0.018), another token 0.6 to 1.6.
 _CACHE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How far earlier positions may move with the last one, relative to their norm: rounding of products of other shapes.
+_CAUSAL = 1e-6
 # Rounding belongs to the terms that make up a write: one of less than this share of the layer's median length counts as
 # that long.
 _SHORT = 1e-2
+
+
+PATTERN = "attn.hook_pattern"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -52,6 +69,7 @@ class Trace(Stream):
         text: the prompt as text, decoded whole; empty if the model has no tokenizer.
         hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``,
             those attached by ``model.hooks(...)`` and those registered on modules.
+        refusal: why the blocks are not split into sublayers, though they have some; None otherwise.
     """
 
     model: Any
@@ -59,6 +77,7 @@ class Trace(Stream):
     str_tokens: tuple[str, ...]
     text: str
     hooked_layers: frozenset[int]
+    refusal: str | None
     _hooks: UserHooks = field(repr=False)
     _calls: list[BlockCall] = field(repr=False)
     _points: dict[str, Any] = field(repr=False)
@@ -90,8 +109,9 @@ class Trace(Stream):
             ResidualIdentityError: the sublayers' writes do not add up to the stream.
             StaleTraceError: the model, run on the tokens, does not give the cached stream.
         """
+        model = hooked_model(model)
         require_supported(model)
-        given = Stream.from_activations(plain(cache), len(model.blocks), topology_of_model(model))
+        given = Stream.from_activations(plain(cache), splits_of_model(model))
         own = trace(model, tokens, fwd_hooks=fwd_hooks)
         if own.resid.shape != given.resid.shape:
             raise ArgumentError("tokens", f"{own.n_tokens} tokens", f"the {given.n_tokens} tokens of the cache")
@@ -122,10 +142,15 @@ class Trace(Stream):
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
             text=self.text,
-            settings={**settings, **self.hook_settings},
+            settings={**settings, **self._kind_settings, **self.hook_settings},
             engine=engine or {},
             seconds=seconds,
         )
+
+    @property
+    def _kind_settings(self) -> dict[str, Any]:
+        """What a provenance says of the kinds of layers; empty where all are of one."""
+        return {"layer_kinds": list(self.layer_kinds)} if len(set(self.layer_kinds)) > 1 else {}
 
     @property
     def hook_settings(self) -> dict[str, Any]:
@@ -137,7 +162,7 @@ class Trace(Stream):
     def weight_processing(self) -> dict[str, Any]:
         """What was done to the weights, as far as the model tells and the activations show."""
         cfg = self.model.cfg
-        writes = self.attn_out if self.mlp_out is None else torch.cat([self.attn_out, self.mlp_out])
+        writes = torch.cat([*self.writes.values()]) if self.writes else self.resid.diff(dim=0)
         share_of_mean = writes.mean(-1).abs().max() / writes.std(-1).max()
         return {
             "normalization_type": getattr(cfg, "normalization_type", None),
@@ -181,7 +206,7 @@ class Trace(Stream):
 
     def block(self, layer: int) -> Block:
         """What a block is made of now."""
-        return Block.read(self.model, layer, self.topology)
+        return Block.read(self.model, layer, self.splits[layer])
 
     def window(self, first: int, last: int) -> Trace | None:
         """Return this trace at consecutive positions, whose blocks run without the others.
@@ -201,10 +226,10 @@ class Trace(Stream):
         made = [call for call in calls if call is not None]
         if len(made) < len(calls):
             return None
-        streams = {name: getattr(self, name)[:, rows] for name in ("resid", "attn_out")}
-        mlp_out = None if self.mlp_out is None else self.mlp_out[:, rows]
+        writes = {name: write[:, rows] for name, write in self.writes.items()}
         tokens, names = self.tokens[rows], self.str_tokens[rows]
-        return replace(self, **streams, mlp_out=mlp_out, edits=None, tokens=tokens, str_tokens=names, _calls=made)
+        resid = self.resid[:, rows]
+        return replace(self, resid=resid, writes=writes, edits=None, tokens=tokens, str_tokens=names, _calls=made)
 
     def past(self, layer: int) -> Past | None:
         """Return the keys and values of the positions before a window; None in a trace of all positions."""
@@ -238,12 +263,42 @@ class Trace(Stream):
             out = self._calls[layer].run(block, given)
             return out if after is None else after(out)
 
+    @cached_property
+    @measured
+    def causal(self) -> bool:
+        """Whether no position reads a later one, which is tested in each block by moving its input at the last one."""
+        if getattr(self.model.cfg, "attention_dir", "causal") == "bidirectional":
+            return False
+        if self.n_tokens == 1:
+            return True
+        for layer in range(self.n_layers):
+            stream = self.block_input(layer)
+            moved = stream.clone()
+            moved[:, -1] = -moved[:, -1] + moved[:, 0]
+            with torch.no_grad():
+                here, there = (self.run_block(layer, each, {})[0, :-1] for each in (stream, moved))
+            if (relative_gap(there, here) > _CAUSAL).any():
+                return False
+        return True
+
     def block_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """x^l on the device of its block, with a batch axis."""
         return self.resid[layer].to(next(self.model.blocks[layer].parameters()).device)[None]
 
+    def attention(self, layers: Iterable[int]) -> str:
+        """Return what the attention of some layers is called.
+
+        Raises:
+            UnsupportedModelError: one of them has none that is split off.
+        """
+        return {self.block(layer).attn.name for layer in layers}.pop()
+
+    def reads_mid(self, layer: int, sublayer: str) -> bool:
+        """Whether a sublayer reads what another one has written to."""
+        return sublayer != "block" and self.block(layer).sublayers[sublayer].reads == "hook_resid_mid"
+
     def mlp_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
-        """What the MLP reads: x_mid in a sequential block, x^l in a parallel one; placed as ``block_input``."""
+        """What the MLP reads: x_mid in a sequential block, x^l in another one; placed as ``block_input``."""
         stream = self.resid_mid if self.topology == "sequential" else self.resid
         return stream[layer].to(next(self.model.blocks[layer].parameters()).device)[None]
 
@@ -268,10 +323,11 @@ class Trace(Stream):
             if left:
                 raise Done
 
-        handle = self.block(layer).attn.module.register_forward_hook(leave)
+        attn = self.block(layer).attn
+        handle = attn.module.register_forward_hook(leave)
         try:
             with contextlib.suppress(Done):
-                self.run_block(layer, resid_pre, {**hooks, "hook_attn_out": write})
+                self.run_block(layer, resid_pre, {**hooks, attn.write: write})
         finally:
             handle.remove()
         return written[0]
@@ -288,7 +344,7 @@ class Trace(Stream):
             raise Done
 
         resid_pre = stream
-        hooks = {**hooks, "hook_mlp_out": stop}
+        hooks = {**hooks, self.block(layer).mlp.write: stop}
         if self.topology == "sequential":
             resid_pre = self.block_input(layer)
             hooks["hook_resid_mid"] = lambda tensor: stream
@@ -316,7 +372,7 @@ class Trace(Stream):
         """Check that a sublayer (or the block) run again gives what it gave when the trace was taken, at each position.
 
         Args:
-            sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+            sublayer: one of ``sublayers``.
             layer: block index.
             now: what it gives now, at all positions or at ``rows``.
             rows: those positions, or None for all.
@@ -324,7 +380,7 @@ class Trace(Stream):
         Raises:
             StaleTraceError: it gives something else.
         """
-        wrote = {"block": self.resid[1:], "attn": self.attn_out, "mlp": self.mlp_out}[sublayer][layer]
+        wrote = (self.resid[1:] if sublayer == "block" else self.writes[sublayer])[layer]
         positions = range(self.n_tokens) if rows is None else rows
         then = wrote[list(positions)]
         gaps = relative_gap(now.detach().to(then), then, shortest=_SHORT * float(wrote.norm(dim=-1).median()))
@@ -346,6 +402,7 @@ def trace(
     fwd_hooks: FwdHooks = (),
     prepend_bos: bool | None = None,
     attention_mask: Any | None = None,
+    tokenizer: Any | None = None,
 ) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 
@@ -362,63 +419,93 @@ def trace(
     (they wait). Hooks run in that state too: one that makes a tensor should give it the activation's dtype and device.
 
     Args:
-        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode. It is left as it was.
-        prompt: a string, token ids ``[pos]``, a batch of one ``[1, pos]``, or what a tokenizer returns for one text. It
-            is never truncated, and pads are removed: positions count from its first token.
+        model: a ``HookedTransformer``, a ``TransformerBridge``, or a bare HuggingFace (or PEFT) model, in eval mode. It
+            is left as it was. ``trace.model`` of a bare model is a bridge around a copy of its modules that shares its
+            weights: hooks that are registered on the bare model later do not act.
+        prompt: a string, token ids ``[pos]``, a batch of one ``[1, pos]``, or what the tokenizer or the processor
+            returns for one input (``pixel_values``, ``input_values``). Text is never truncated, and pads are removed:
+            positions count from its first token.
         fwd_hooks: hooks as in ``model.run_with_hooks``: pairs (hook name or filter of names, function).
         prepend_bos: whether a string gets a BOS token in front; the default is the model's own
             (``cfg.default_prepend_bos``), as everywhere in TransformerLens.
         attention_mask: for token ids: 1 for each token of the prompt and 0 for each pad before or behind it. Without
             it, pads are told by the tokenizer's pad token, where that cannot be text.
+        tokenizer: of a bare model, for prompts that are text.
 
     Raises:
-        UnsupportedModelError: an encoder, a state-space model, a looped decoder, quantised or offloaded weights, or a
-            module in training mode.
+        UnsupportedModelError: an encoder-decoder, several parallel streams, a looped decoder, quantised or offloaded
+            weights, or a module in training mode. docs/models.md lists the reasons.
         ArgumentError: an empty prompt, a batch larger than one, token ids out of range or more than the context holds,
             ids that may be pads or text, a mask with zeros between ones, placeholders of images; hooks on points that
             do not exist or are not called.
         HookError: a hook gives back no tensor, or one of another shape.
         NonFiniteActivationError: NaN or infinite activations; the message names the first layer.
-        ResidualIdentityError: the sublayers' writes do not add up to the stream, as where a hook edits
+        ResidualIdentityError: the sublayers' writes do not add up to the stream where hooks act, as where one edits
             ``hook_resid_mid``.
+
+    Warns:
+        UserWarning: the sublayers' writes do not add up to the stream by the model's own code: its blocks are measured
+            whole.
 
     Example:
         >>> trace = tlc.trace(model, "When Mary and John went to the store")  # doctest: +SKIP
     """
+    model = hooked_model(model, tokenizer)
     require_supported(model)
-    tokens = to_tokens(model, prompt, prepend_bos, attention_mask)
-    points, n_layers = hook_points(model), len(model.blocks)
-    topology = topology_of_model(model)
+    inputs = read_inputs(model, prompt, prepend_bos, attention_mask)
+    points, splits = hook_points(model), splits_of_model(model)
     user_hooks = UserHooks.of(model, points, fwd_hooks)
     with user_hooks.attached():
         hooked = hooked_layers(points, model.blocks)
-        outputs = [block_hook(layer, "hook_resid_post") for layer in range(n_layers)]
-        names = _recorded(points, n_layers, topology)
-        _require_called([*names, *outputs], points)
-        between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, n_layers)]
+        outputs = [block_hook(layer, "hook_resid_post") for layer in range(len(splits))]
+        between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, len(splits))]
         edited = has_user_hooks([*between, *(points[name] for name in outputs)])
-        record = record_forward(model, tokens, names, outputs if edited else ())
+        names = _recorded(splits)
+        known = [name for name in names if name in points]
+        record = record_forward(model, inputs, known, outputs if edited else (), wrap=not (hooked or fwd_hooks))
     user_hooks.require_fired()
-    _require_called((name for name in names if not name.endswith(PATTERN)), record.activations)
-    pattern = record.activations.pop(block_hook(0, PATTERN), None)
-    declared = getattr(model.cfg, "attention_dir", "causal")
-    if declared == "bidirectional" or (pattern is not None and 0 not in hooked and (pattern.triu(1) != 0).any()):
-        raise UnsupportedModelError(
-            "attention in block 0 looks ahead, so this is an encoder or another bidirectional model; "
-            "only causal decoders are supported"
-        )
-    stream = Stream.from_activations(record.activations, n_layers, topology, record.before if edited else None)
+    stream, refusal = _split_stream(record, splits, edited, bool(hooked))
     return Trace(
         **{each.name: getattr(stream, each.name) for each in fields(stream)},
         model=model,
-        tokens=tokens[0].cpu(),
-        str_tokens=to_str_tokens(model, tokens[0]),
-        text=to_text(model, tokens[0]),
+        tokens=inputs.tokens(stream.n_tokens),
+        str_tokens=inputs.labels(model, stream.n_tokens),
+        text=to_text(model, inputs.tensor[0]) if inputs.is_text else "",
         hooked_layers=hooked,
+        refusal=refusal,
         _hooks=user_hooks,
         _calls=record.calls,
         _points=points,
     )
+
+
+def _split_stream(
+    record: ForwardRecord, splits: Sequence[Split], edited: bool, hooked: bool
+) -> tuple[Stream, str | None]:
+    """Split the recorded stream into the sublayers' writes where they add up.
+
+    Where they do not, it is the architecture that writes otherwise, unless hooks of the user's act: the blocks are then
+    measured whole.
+
+    Returns:
+        The stream, and why it is not split; None where it is.
+
+    Raises:
+        ResidualIdentityError: the writes do not add up, and hooks act.
+    """
+    before, whole = record.before if edited else None, [split.opaque for split in splits]
+    missing = next((name for name in _recorded(splits) if name not in record.activations), None)
+    try:
+        if missing is None:
+            return Stream.from_activations(record.activations, splits, before), None
+        refusal = f"the forward pass does not call {missing!r}, so what is written there is not known"
+    except ResidualIdentityError as error:
+        if hooked:
+            raise
+        refusal = str(error)
+    stream = Stream.from_activations(record.activations, whole, before)
+    warnings.warn(f"the blocks are measured whole, and not split into sublayers: {refusal}", stacklevel=5)
+    return stream, refusal
 
 
 def require_trace(value: Any) -> None:
@@ -432,27 +519,10 @@ def require_trace(value: Any) -> None:
         raise ArgumentError("trace", shown, "a trace, which tlc.trace(model, prompt) returns")
 
 
-def _require_called(names: Iterable[str], called: Container[str]) -> None:
-    """Check that a model has, or has called, the hook points that a trace records.
-
-    Raises:
-        UnsupportedModelError: one is missing.
-    """
-    for name in names:
-        if name not in called:
-            raise UnsupportedModelError(
-                f"the model's forward pass does not call {name!r}, so the stream cannot be read there: TransformerLens "
-                "does not hook this architecture completely"
-            )
-
-
-def _recorded(points: Mapping[str, Any], n_layers: int, topology: str) -> list[str]:
+def _recorded(splits: Sequence[Split]) -> list[str]:
     """The hook points that a trace records."""
-    short = ["hook_resid_pre", "hook_attn_out"]
-    if topology != "attn_only":
-        short.append("hook_mlp_out")
-    if topology == "sequential":
-        short.append("hook_resid_mid")
-    names = [block_hook(layer, name) for name in short for layer in range(n_layers)]
-    names.append(block_hook(n_layers - 1, "hook_resid_post"))
-    return [*names, *([block_hook(0, PATTERN)] if block_hook(0, PATTERN) in points else [])]
+    names = [block_hook(len(splits) - 1, "hook_resid_post")]
+    for layer, split in enumerate(splits):
+        mid = ["hook_resid_mid"] if split.topology == "sequential" else []
+        names += [block_hook(layer, name) for name in ("hook_resid_pre", *(p.write for p in split.parts), *mid)]
+    return names

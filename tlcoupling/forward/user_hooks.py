@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, HookError
-from tlcoupling.forward.block import block_hook
 from tlcoupling.forward.points import Splice
+from tlcoupling.forward.split import block_hook
 
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 

@@ -50,28 +50,21 @@ class AnalyticLayer:
     Attributes:
         trace: the trace of the model.
         layer: block index.
-        attn_run: the run of the attention.
     """
 
     def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
-        """Run the attention once, for its activations.
+        """Take a layer. Its attention is run once, for its activations, when they are first needed.
 
         Args:
             trace: a trace of the model.
             layer: block index.
             dests: positions whose MLP will be requested, to be run together; others are run one at a time.
-
-        Raises:
-            StaleTraceError: the block's output differs from that of the trace.
         """
         self.trace, self.layer = trace, layer
         self.block = trace.block(layer)
         self.d_model = trace.d_model
-        stream = trace.block_input(layer)
-        self.resid_pre = stream[0]
+        self.resid_pre = trace.block_input(layer)[0]
         self.mlp_input = trace.mlp_input(layer)[0]
-        self.attn_run = self._run("attn", trace.run_attn, stream)
-        trace.check_current("attn", layer, self.attn_run.out)
         self._dests = tuple(sorted(set(dests)))
         self._mlp_run: tuple[tuple[int, ...], Run] | None = None  # the last one, with its positions
         self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they are unknown
@@ -82,8 +75,23 @@ class AnalyticLayer:
         self._norms: dict[nn.Module, Norm] = {}
         self._shared: dict[str, tuple[tuple[int, ...], JacobianOperator]] = {}
 
+    @cached_property
+    def attn_run(self) -> Run:
+        """The run of the attention.
+
+        Raises:
+            Uncovered: the block has another mixer in its place.
+            StaleTraceError: its output differs from that of the trace.
+        """
+        attn = self.block.mixer
+        if attn.kind != "attn":
+            raise Uncovered(f"{type(attn.module).__name__} is no attention, and has no closed form")
+        run = self._run(attn.name, self.trace.run_attn, self.trace.block_input(self.layer))
+        self.trace.check_current(attn.name, self.layer, run.out)
+        return run
+
     def sublayer(self, name: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
-        """Return the Jacobian of ``block``, ``attn`` or ``mlp`` (or of one head's share of ``attn``).
+        """Return the Jacobian of ``block``, of the attention or of ``mlp`` (or of one head's share of the attention).
 
         Raises:
             Uncovered: there is no closed form, or reading the sublayer failed.
@@ -103,11 +111,11 @@ class AnalyticLayer:
             return self._attn(src, dest, head)
         if name == "mlp" and src != dest:
             return Zero(self.d_model, self.resid_pre)
-        if name == "attn":
-            return self._share("attn", (src, dest), self._attn)
         if name == "mlp":
             return self._share("mlp", (dest,), self._mlp)
-        attn = self.sublayer("attn", src, dest)
+        if name != "block":
+            return self._share("attn", (src, dest), self._attn)
+        attn = self.sublayer(self.block.mixer.name, src, dest)
         topology = self.block.topology
         reached = topology == "sequential" or (topology == "parallel" and src == dest)
         return block_map(topology, attn, self.sublayer("mlp", dest, dest) if reached else None, src == dest)
@@ -123,7 +131,7 @@ class AnalyticLayer:
 
     def _attn(self, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """J_attn; a head's share of the write is taken before the norm behind the attention, which mixes the heads."""
-        attn, run = self.block.attn, self.attn_run
+        attn, run = self.block.mixer, self.attn_run
         core = self._core
         if head is not None:
             self.block.output_of_heads(run.values.get("attn.hook_z"))  # refuses what cannot be split
@@ -191,20 +199,21 @@ class AnalyticLayer:
 
     def _run(self, name: str, runner: Runner, stream: Float[Tensor, "1 row d_model"]) -> Run:
         sublayer = self.block.sublayers[name]
-        points = sublayer.points(*(_ATTN_VALUES if name == "attn" else _MLP_VALUES))
+        points = sublayer.points(*(_ATTN_VALUES if sublayer.kind == "attn" else _MLP_VALUES))
         tables: dict[str, Tensor] = {}
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tables.update(_rotation(args, kwargs))
 
-        with sublayer.module.register_forward_pre_hook(keep, with_kwargs=True) if name == "attn" else nullcontext():
+        attends = sublayer.kind == "attn"
+        with sublayer.module.register_forward_pre_hook(keep, with_kwargs=True) if attends else nullcontext():
             run = run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
         return replace(run, values={**tables, **run.values})
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""
         if sublayer.name not in self._lifted:
-            latent = self._latent if sublayer.name == "attn" else None
+            latent = self._latent if sublayer.kind == "attn" else None
             with lifted(self.trace.model, sublayer.module):
                 weights = sublayer.weights() if latent is None else {"W_O": latent.write()}
             self._lifted[sublayer.name] = {name: weight.to(self.resid_pre) for name, weight in weights.items()}
@@ -236,9 +245,9 @@ class AnalyticLayer:
         if run in self._applied:
             return
         weights = self._weights(sublayer)
-        norm = self._read_norm(sublayer.before, f"the norm before the {_NAMES[sublayer.name]}", stream)
+        norm = self._read_norm(sublayer.before, f"the norm before the {_NAMES[sublayer.kind]}", stream)
         normed = stream if norm is None else norm(stream)
-        write = "W_O" if sublayer.name == "attn" else "W_out"
+        write = "W_O" if sublayer.kind == "attn" else "W_out"
         products = {
             name: (normed, _columns(weights[name], given.shape[1:]), given.flatten(1)) for name, given in made.items()
         }
@@ -251,7 +260,7 @@ class AnalyticLayer:
             if not close(ours + (theirs - ours).mean(), theirs):
                 part = sublayer.part(_PARTS[name])
                 part = getattr(part, "original_component", part)
-                where = sublayer.name if part is None else f"{sublayer.name}.{_PARTS[name]}"
+                where = sublayer.part_of.slot if part is None else f"{sublayer.part_of.slot}.{_PARTS[name]}"
                 kind = type(sublayer.module if part is None else part).__name__
                 raise Uncovered(f"{where} of type {kind} does not apply {name}: its output is not x {name} + b")
         self._applied.add(run)
@@ -325,7 +334,7 @@ class AnalyticLayer:
 
     @cached_property
     def _attn_factor(self) -> float:
-        attn = self.block.attn
+        attn = self.block.mixer
         return attn.write_factor(self.attn_run.values.get(attn.gives), self.attn_run.out)
 
 

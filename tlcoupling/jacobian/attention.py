@@ -123,14 +123,14 @@ class AttentionCore:
 
         q and k are taken before the rotation and after a QK-norm.
         """
-        at, seen = self.past + src, slice(self.past + dest + 1)
-        p, v = self.pattern[:, dest, seen], self.values[seen]
+        at = self.past + src
+        p, v = self.pattern[:, dest], self.values
         z = einsum(p, v, "head src, src head f -> head f")
-        products = einsum(self.queries[dest], self.keys[seen], "head e, src head e -> head src")
+        products = einsum(self.queries[dest], self.keys, "head e, src head e -> head src")
         weighted = einsum(p * self.scores.at(dest).slope(products), v - z, "head src, src head f -> src head f")
         blocks = {"k": einsum(weighted[at], self.queries[dest], "head f, head e -> head f e")}
         if src == dest:
-            blocks["q"] = einsum(weighted, self.keys[seen], "src head f, src head e -> head f e")
+            blocks["q"] = einsum(weighted, self.keys, "src head f, src head e -> head f e")
         if self.rotary is not None:
             blocks = {name: block @ self.rotary.matrix(src) for name, block in blocks.items()}
         eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)

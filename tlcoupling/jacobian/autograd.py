@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from einops import einsum
@@ -37,6 +38,11 @@ def autograd_column_bytes(block: nn.Module, n_heads: int, n_tokens: int, item: i
     return 2.0 * item * n_tokens * widths
 
 
+def n_heads_of(cfg: Any) -> int:
+    """The number of attention heads that a configuration names, 0 where it names none."""
+    return max(0, int(getattr(cfg, "n_heads", 0) or 0))
+
+
 def vectors_at_once(column_bytes: float, free: float) -> int:
     """How many vectors go back through a block together."""
     return max(1, min(CHUNK, int(CHUNK_SHARE * free / column_bytes)))
@@ -45,7 +51,7 @@ def vectors_at_once(column_bytes: float, free: float) -> int:
 def at_once(trace: Trace, layer: int) -> int:
     """Return how many vectors, or moved streams, go through a block together within a quarter of the free memory."""
     column = autograd_column_bytes(
-        trace.model.blocks[layer], trace.model.cfg.n_heads, trace.n_tokens, trace.resid.dtype.itemsize
+        trace.model.blocks[layer], n_heads_of(trace.model.cfg), trace.n_tokens, trace.resid.dtype.itemsize
     )
     return vectors_at_once(column, free_memory(trace.block_input(layer).device))
 
@@ -202,7 +208,7 @@ def _linearize(
 
 def input_of(trace: Trace, layer: int, sublayer: str) -> Float[Tensor, "1 pos d"]:
     """What a sublayer reads."""
-    return trace.mlp_input(layer) if sublayer == "mlp" else trace.block_input(layer)
+    return trace.mlp_input(layer) if trace.reads_mid(layer, sublayer) else trace.block_input(layer)
 
 
 def output_at(
@@ -217,7 +223,7 @@ def output_at(
 ) -> Float[Tensor, " d"]:
     """What a sublayer puts out at dest when it reads ``stream``; a block's own x^l is taken off it for src = dest."""
     resid_pre, block = trace.block_input(layer), trace.block(layer)
-    reads_mid = sublayer != "block" and block.sublayers[sublayer].reads == "hook_resid_mid"
+    reads_mid = trace.reads_mid(layer, sublayer)
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
@@ -226,7 +232,9 @@ def output_at(
     hooks = {}
     if reads_mid:
         hooks["hook_resid_mid"] = lambda tensor: stream
-    source = "attn.hook_z" if head is not None else f"hook_{sublayer}_out"
+    source = "" if sublayer == "block" else block.sublayers[sublayer].write  # "" is no point
+    if head is not None:
+        (source,) = block.attn.points("z")
     for name in (source, *((block.attn.gives, block.attn.write) if head is not None else ())):
         if trace.point(layer, name) is not None:
             hooks[name] = keep(name)

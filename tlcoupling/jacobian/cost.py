@@ -7,18 +7,19 @@ only the certificate decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tlcoupling.forward.block import Block, Sublayer, Topology, Uncovered
+from tlcoupling.forward.block import Block, Sublayer, Uncovered
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.quantised import dtype_of, numel_of, quantisation_of
+from tlcoupling.forward.split import Split
 from tlcoupling.jacobian.attention import AttentionCore
-from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops
+from tlcoupling.jacobian.autograd import autograd_column_bytes, autograd_flops, n_heads_of
 from tlcoupling.jacobian.formula import READS, Mixing, attention_map, block_map, mlp_map
 from tlcoupling.jacobian.mixture import Experts
 from tlcoupling.jacobian.norms import Norm
@@ -53,24 +54,23 @@ class Cost:
     dense_bytes: float
 
 
-def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engine: str = "auto") -> dict[str, Cost]:
+def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str = "auto") -> dict[str, Cost]:
     """Return the cost of one position's Jacobians of a layer, by sublayer; ``"head"`` is that of one attention head.
 
     Args:
         model: the model.
         layer: block index.
-        topology: of its blocks.
+        split: how the block is split.
         n_tokens: length of the prompt.
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
     """
-    block, cfg = Block.read(model, layer, topology), model.cfg
+    block, cfg = Block.read(model, layer, split), model.cfg
     weights = _numel(block.module)
     dtype = dtype_of(block.module)
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
     in_float32 = weights * size if dtype.itemsize < size or quantisation_of(block.module) else 0
     maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
-    attn, mlp = maps["attn"], maps.get("mlp")
-    heads = int(cfg.n_heads)
+    heads = n_heads_of(cfg)
     column_bytes = autograd_column_bytes(block.module, heads, n_tokens, size)
     by_autograd = Cost(
         engine="autograd",
@@ -83,7 +83,11 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
     )
 
     modules = {name: sublayer.module for name, sublayer in block.sublayers.items()}
-    width = {"attn": 4 * heads * int(cfg.d_head), "mlp": 3 * _widest(modules.get("mlp"))}
+    widest = {name: 3 * _widest(module) for name, module in modules.items()}
+    width = {
+        name: 4 * heads * int(cfg.d_head) if block.sublayers[name].kind == "attn" else wide
+        for name, wide in widest.items()
+    }
 
     def closed(made: JacobianOperator | None, widest: int) -> Cost:
         if made is None or engine == "autograd":
@@ -99,15 +103,17 @@ def block_costs(model: Any, layer: int, topology: Topology, n_tokens: int, engin
         )
 
     costs = {name: closed(maps[name], width[name]) for name in modules}
-    costs["head"] = closed(_map(block, block.sublayers["attn"], head=0), width["attn"])
-    whole = attn
-    if "mlp" in maps:
-        whole = None if attn is None or mlp is None else block_map(block.topology, attn, mlp, same=True)
-    return {"block": closed(whole, max(width[name] for name in modules)), **costs}
+    if block.sublayers and block.mixer.kind == "attn":
+        costs["head"] = closed(_map(block, block.mixer, head=0), width[block.mixer.name])
+    parts = [each for each in maps.values() if each is not None]
+    whole = None
+    if parts and len(parts) == len(maps):
+        whole = block_map(split.topology, parts[0], *parts[1:] or [None], same=True)
+    return {"block": closed(whole, max(width.values(), default=0)), **costs}
 
 
 def layer_costs(
-    model: Any, layers: Iterable[int], topology: Topology, n_tokens: int, engine: str = "auto"
+    model: Any, layers: Iterable[int], splits: Sequence[Split], n_tokens: int, engine: str = "auto"
 ) -> dict[int, dict[str, Cost]]:
     """Return ``block_costs`` of several layers; layers whose weights have the same shapes are counted once."""
     known: dict[Any, dict[str, Cost]] = {}
@@ -116,7 +122,7 @@ def layer_costs(
         block = model.blocks[layer]
         key = tuple((name, tuple(p.shape), p.dtype, str(p.device)) for name, p in block.named_parameters())
         if key not in known:
-            known[key] = block_costs(model, layer, topology, n_tokens, engine)
+            known[key] = block_costs(model, layer, splits[layer], n_tokens, engine)
         costs[layer] = known[key]
     return costs
 
@@ -137,15 +143,15 @@ def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianO
     behind = sublayer.behind if head is None else None  # a head is measured before it
     before, behind = (_derivative(norm, d_model) for norm in (sublayer.before, behind))
     try:
-        if sublayer.name == "mlp" and sublayer.has_experts:
+        if sublayer.kind == "mlp" and sublayer.has_experts:
             slopes, weights, mixing = _mixture(sublayer, block.model.cfg)
             return mlp_map(slopes, weights, before, behind, mixing=mixing)
         with lifted(block.model, sublayer.module):
-            latent = Latent.of(sublayer.module) if sublayer.name == "attn" else None
+            latent = Latent.of(sublayer.module) if sublayer.kind == "attn" else None
             weights = {} if latent is not None else {name: w.to("meta") for name, w in sublayer.weights().items()}
     except Uncovered:
         return None
-    if sublayer.name == "mlp":
+    if sublayer.kind == "mlp":
         return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
     if latent is not None:
         latent = latent.to(_empty())

@@ -308,7 +308,7 @@ class BlockDifferences:
 
         Args:
             operator: the Jacobian.
-            sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+            sublayer: one of ``trace.sublayers``.
             src: input position.
             dest: output position.
             product: of the Jacobian with the direction of ``quotient``.
@@ -328,7 +328,7 @@ class BlockDifferences:
         stream = self._input(inside)[0]
         seeds = (_seed(layer, src) + 1 + index for index in range(_DIRECTIONS))
         directions = torch.stack([self._direction(stream, src, seed) for seed in seeds])
-        wrote = {"attn": trace.attn_out, "mlp": trace.mlp_out, "block": trace.resid[1:] - trace.resid[:-1]}[sublayer]
+        wrote = trace.resid.diff(dim=0) if sublayer == "block" else trace.writes[sublayer]
         batched = self._batched
 
         def moved(moves: Float[Tensor, "move d"]) -> Float[Tensor, "move 1 d"]:
@@ -423,10 +423,10 @@ class BlockDifferences:
         self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, inside: bool
     ) -> None:
         trace = self._trace
-        if name == "mlp" and trace.topology == "sequential" and not inside:
+        if self._inside(name) and not inside:
             if src != dest:
                 return
-            direction = direction + self._known["attn", src, dest].value
+            direction = direction + self._known[next(iter(trace.writes)), src, dest].value
         rounding = _ROUNDING * self._written(name, dest).to(step) / step
         self._known[name, src, dest] = Quotient(direction, value.clone(), rounding)
 
@@ -444,8 +444,10 @@ class BlockDifferences:
         """
         if name != "block":
             return (up[name] - down[name])[:, dests]
-        writes = sum((up[part] - down[part])[:, dests] for part in ("attn", "mlp") if part in up)
         rest = (up["rest"] - down["rest"])[:, dests]
+        if not self._trace.writes:
+            return rest
+        writes = sum((up[part] - down[part])[:, dests] for part in self._trace.writes)
         lengths = self._trace.resid[self.layer + 1].norm(dim=-1).to(rest)[dests]
         return writes + rest * (rest.norm(dim=-1) > _ROUNDING * lengths)[..., None]
 
@@ -464,9 +466,8 @@ class BlockDifferences:
         trace, layer = self._trace, self.layer
         kept: dict[str, Tensor] = {}
         hooks: dict[str, Hook] = {
-            f"hook_{name}_out": lambda tensor, name=name: kept.__setitem__(name, tensor.clone())
-            for name in trace.sublayers
-            if name != "block"
+            sublayer.write: lambda tensor, name=name: kept.__setitem__(name, tensor.clone())
+            for name, sublayer in trace.block(layer).sublayers.items()
         }
         read = resid_pre = trace.block_input(layer)
         if inside:
@@ -481,7 +482,7 @@ class BlockDifferences:
 
     def _inside(self, sublayer: str) -> bool:
         """Return whether a sublayer reads the stream behind another one."""
-        return sublayer == "mlp" and self._trace.topology == "sequential"
+        return self._trace.reads_mid(self.layer, sublayer)
 
     def _input(self, inside: bool) -> Float[Tensor, "1 pos d"]:
         return self._trace.mlp_input(self.layer) if inside else self._trace.block_input(self.layer)
@@ -489,8 +490,8 @@ class BlockDifferences:
 
 def _writes(trace: Trace, name: str) -> list[Tensor]:
     """The recorded writes of a sublayer, or of all of a block."""
-    every = {"attn": trace.attn_out, "mlp": trace.mlp_out}
-    return [write for part, write in every.items() if write is not None and name in (part, "block")]
+    every = trace.writes or {"block": trace.resid.diff(dim=0)}
+    return [write for part, write in every.items() if name in (part, "block")]
 
 
 def _seed(layer: int, src: int) -> int:

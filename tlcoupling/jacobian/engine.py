@@ -243,12 +243,12 @@ def residual_jacobian(
     require_trace(trace)
     layer = check_index("layer", layer, trace.n_layers)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
-    check_sublayer("sublayer", sublayer, trace.sublayers)
-    if src > dest:
-        raise ArgumentError("src", src, f"a position not after dest={dest}: attention is causal")
+    check_sublayer("sublayer", sublayer, trace.sublayers, trace.refusal)
+    if src > dest and trace.causal:
+        raise ArgumentError("src", src, f"a position not after dest={dest}: the model is causal")
     if head is not None:
-        if sublayer != "attn":
-            raise ArgumentError("head", head, "None unless sublayer='attn'")
+        if sublayer == "block" or trace.block(layer).sublayers[sublayer].kind != "attn":
+            raise ArgumentError("head", head, "None unless the sublayer is an attention")
         head = check_index("head", head, trace.model.cfg.n_heads)
     made = JacobianEngine(trace, engine, {(src, dest)}).operator(layer, sublayer, src, dest, head)
     return HeldJacobian(made, trace.model.blocks[layer], layer)

@@ -33,6 +33,7 @@ class Evidence:
         """
         pairs = frozenset(pairs)
         self.layer, self._topology = layer, trace.topology
+        self._names = tuple(trace.writes)
         self._has_mlp = trace.mlp_out is not None
         self._pairs = pairs
         self._modules: ModuleProducts | None = None
@@ -74,14 +75,16 @@ class Evidence:
         sequential = self._topology == "sequential"
         modules = self._modules = self._modules or ModuleProducts(closed, self._pairs)
         if sublayer == "block":
-            refused = self.refusal(closed, "attn", src, dest)
+            if not self._names:
+                raise Uncovered("the block is not split into sublayers, of which a closed form is made")
+            refused = self.refusal(closed, self._names[0], src, dest)
             if self._has_mlp and (sequential or src == dest):
                 refused = refused or self.refusal(closed, "mlp", dest, dest)
             return refused or self._mixing(modules, dest)
         if sublayer == "mlp" and src != dest:
             return self._mixing(modules, dest)
         operator = closed.sublayer(sublayer, src, dest)
-        truth = modules.attn(src, dest) if sublayer == "attn" else modules.mlp(dest)
+        truth = modules.mlp(dest) if sublayer == "mlp" else modules.attn(src, dest)
         gap = misses(
             operator,
             modules.cotangent,

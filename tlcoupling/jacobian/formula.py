@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.forward.block import Topology
+from tlcoupling.forward.split import Topology
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.parts import BlockMap, HeadMap
 from tlcoupling.linalg.maps import Diagonal, Projection

@@ -18,8 +18,8 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import require_supported
+from tlcoupling.forward.offline import answered_locally, offline
 from tlcoupling.models.generators import generators_kept
-from tlcoupling.models.offline import answered_locally, offline
 
 _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; random weights have 1 / sqrt(d)
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from tlcoupling.errors import ArgumentError, ModelLoadError
+from tlcoupling.forward.offline import nothing_installed
 from tlcoupling.models import smollm2
-from tlcoupling.models.offline import nothing_installed
 from tlcoupling.precision import full_precision
 
 _ALLOWED = (

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from tlcoupling.errors import ModelLoadError
-from tlcoupling.models.offline import answered_locally, offline
+from tlcoupling.forward.offline import answered_locally, offline
 
 NAME = "smollm2-135m"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcoupling.errors import PlanError
-from tlcoupling.models.offline import offline
+from tlcoupling.forward.offline import offline
 
 # The keys allowed with each source of prompts.
 _BESIDE = {"text": ("limit",), "file": ("field", "limit"), "dataset": ("config", "split", "field", "limit")}

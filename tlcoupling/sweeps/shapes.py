@@ -22,8 +22,7 @@ from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.block import Topology
-from tlcoupling.forward.stream import sublayers_of
+from tlcoupling.forward.split import PARALLEL, SEQUENTIAL, Split, sublayers_of
 from tlcoupling.linalg.work import Rates
 from tlcoupling.models.smollm2 import NAME as SMOLLM2
 from tlcoupling.sweeps.cells import Cell
@@ -74,14 +73,14 @@ class Shape:
             object.__setattr__(self, name, getattr(self, name) or value)
 
     @property
-    def topology(self) -> Topology:
-        """Of its blocks."""
-        return "parallel" if self.parallel else "sequential"
+    def splits(self) -> tuple[Split, ...]:
+        """How its blocks are split."""
+        return (PARALLEL if self.parallel else SEQUENTIAL,) * self.n_layers
 
     @property
     def sublayers(self) -> tuple[str, ...]:
         """What can be measured of it."""
-        return sublayers_of(self.topology)
+        return sublayers_of(self.splits)
 
     @property
     def weights(self) -> int:
@@ -208,7 +207,7 @@ def cell_cost(shape: Shape, cell: Cell, rates: Rates) -> CellCost:
     except ArgumentError:
         positions = tuple(range(len(settings.tokens)))  # the length is a guess: the run will tell
     groups = depth_groups(range(shape.n_layers), positions)
-    comparison = Comparison(model, shape.topology, n_tokens, torch.float32, names, groups, options)
+    comparison = Comparison(model, shape.splits, n_tokens, torch.float32, names, groups, options)
     schedule = make_schedule(comparison, free=_UNBOUNDED)
     stages = stages_of(model, n_tokens, {"": schedule}, rates)
     pairs = len(names) * len(positions) * len(options.k) * shape.n_layers**2

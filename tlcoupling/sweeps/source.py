@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcoupling.errors import ModelLoadError
-from tlcoupling.models.offline import offline
+from tlcoupling.forward.offline import offline
 from tlcoupling.sweeps.cells import Cell
 from tlcoupling.sweeps.shapes import Shape
 

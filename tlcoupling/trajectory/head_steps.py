@@ -112,7 +112,8 @@ def head_steps(trace: Trace) -> HeadSteps:
 
         writes = head_writes(trace, layer).to(step)
         fields["share"].append(share(writes))
-        fields["bias_share"].append(share(trace.attn_out[layer] - writes.sum(0)))
+        written = trace.writes[trace.block(layer).attn.name][layer]
+        fields["bias_share"].append(share(written - writes.sum(0)))
         fields["length"].append(writes.norm(dim=-1) / size)
         if trace.mlp_out is not None:
             fields["mlp_share"].append(share(trace.mlp_out[layer]))
@@ -140,7 +141,7 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     hooks = {name: keep(name) for name in (hook_z, attn.gives) if trace.point(layer, name) is not None}
     with torch.no_grad(), attn.keep_unnormed(keep("unnormed")):
         written = trace.run_attn(layer, trace.block_input(layer), hooks)[0]
-    trace.check_current("attn", layer, written)
+    trace.check_current(attn.name, layer, written)
     weight = block.output_of_heads(kept.get(hook_z)).to(written)
     before = kept.get("unnormed", written)
     factor = attn.write_factor(kept.get(attn.gives), written)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.block import Topology
+from tlcoupling.forward.split import Split, sublayers_of, topology_of
 from tlcoupling.forward.stream import Stream, stream_of
 from tlcoupling.forward.trace import Trace
 from tlcoupling.precision import full_precision
@@ -168,38 +168,33 @@ def linearity(source: Any) -> Linearity:
     """
     started = time.perf_counter()
     stream = stream_of(source)
-    paths = make_paths(stream.topology)
+    paths = make_paths(stream.splits)
     for layer in range(stream.n_layers):
-        mlp_out = None if stream.mlp_out is None else stream.mlp_out[layer]
-        walk(paths, stream.resid[layer], stream.resid[layer + 1], stream.attn_out[layer], mlp_out)
+        writes = {name: write[layer] for name, write in stream.writes.items()}
+        walk(paths, stream.resid[layer], stream.resid[layer + 1], writes)
     return linearity_of_paths(paths, provenance_of(source, started), tokens_of(stream))
 
 
-def make_paths(topology: Topology) -> dict[str, Path]:
-    """Return the paths of a topology, without steps."""
-    paths = {"block": Path("block")}
-    if topology == "sequential":
+def make_paths(splits: Sequence[Split]) -> dict[str, Path]:
+    """Return the paths of a model, without steps."""
+    block, *sublayers = sublayers_of(splits)
+    paths = {block: Path(block)}
+    if topology_of(splits) == "sequential":
         paths["sublayer"] = Path("sublayer", 2)
-    paths["attn"] = Path("attn")
-    if topology != "attn_only":
-        paths["mlp"] = Path("mlp")
-    return paths
+    return paths | {name: Path(name) for name in sublayers}
 
 
 def walk(
     paths: Mapping[str, Path],
     before: Float[Tensor, "pos d"],
     after: Float[Tensor, "pos d"],
-    attn_out: Float[Tensor, "pos d"],
-    mlp_out: Float[Tensor, "pos d"] | None,
+    writes: Mapping[str, Float[Tensor, "pos d"]],
 ) -> None:
-    """Add one layer's steps to each path: x^{l+1} - x^l, and the sublayers' writes."""
+    """Add one layer's steps to each path: x^{l+1} - x^l, and the sublayers' writes by name."""
     paths["block"].add(after - before, torch.finfo(after.dtype).eps * length(after))
-    writes = {"sublayer": [attn_out, mlp_out], "attn": [attn_out], "mlp": [mlp_out]}
     for name, path in paths.items():
-        for step in writes.get(name, []):
-            if step is not None:
-                path.add(step)
+        for step in writes.values() if name == "sublayer" else [writes[name]] if name in writes else []:
+            path.add(step)
 
 
 def linearity_of_paths(paths: Mapping[str, Path], provenance: Provenance, tokens: tuple[str, ...]) -> Linearity:

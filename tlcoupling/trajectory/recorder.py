@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import MissingHookError, TLCouplingError, UnsupportedModelError
-from tlcoupling.forward.block import Topology, block_hook, topology_of_model
 from tlcoupling.forward.cache import without_batch
 from tlcoupling.forward.hooked import model_name_of, require_supported
+from tlcoupling.forward.split import block_hook, splits_of_model, topology_of
 from tlcoupling.forward.stream import (
     IDENTITY_TOLERANCE,
     mid_is_another,
@@ -55,8 +55,8 @@ class TrajectoryRecorder:
     def __init__(self, model: Any) -> None:
         """Prepare for a run; no hook is attached."""
         require_supported(model)
-        self._n_layers = len(model.blocks)
-        self._topology: Topology = topology_of_model(model)
+        self._splits = splits_of_model(model)
+        self._n_layers, self._topology = len(self._splits), topology_of(self._splits)
         self._model_name = model_name_of(model)
         self._start()
         self._problem = MissingHookError(
@@ -71,15 +71,18 @@ class TrajectoryRecorder:
     @property
     def fwd_hooks(self) -> list[tuple[str, Callable[..., None]]]:
         """Return pairs (hook name, function) for ``model.run_with_hooks`` or ``model.hooks``, to put after your own."""
-        names = ["hook_resid_pre", "hook_attn_out"]
-        if self._topology == "sequential":
-            names.append("hook_resid_mid")
-        if self._topology != "attn_only":
-            names.append("hook_mlp_out")
-        names.append("hook_resid_post")
         return [
-            (block_hook(layer, name), self._reader(layer, name)) for layer in range(self._n_layers) for name in names
+            (block_hook(layer, name), self._reader(layer, name))
+            for layer in range(self._n_layers)
+            for name in self._names(layer)
         ]
+
+    def _names(self, layer: int) -> list[str]:
+        """The hook points of a layer that are read, in the order in which they are called."""
+        writes = [part.write for part in self._splits[layer].parts]
+        if self._topology == "sequential":
+            writes.insert(1, "hook_resid_mid")
+        return ["hook_resid_pre", *writes, "hook_resid_post"]
 
     @full_precision()
     def linearity(self) -> Linearity:
@@ -151,7 +154,7 @@ class TrajectoryRecorder:
         self._done, self._layer, self._seconds, self._tolerance = False, 0, 0.0, 0.0
         self._device: torch.device | None = None
         self._started = time.perf_counter()
-        self._paths = make_paths(self._topology)
+        self._paths = make_paths(self._splits)
         self._norms: list[Tensor] = []
         self._mid_norms: list[Tensor] = []
         self._written_norms: list[Tensor] = []
@@ -164,20 +167,20 @@ class TrajectoryRecorder:
             self._step(layer, row)
             self._held = {}
         elif name == "hook_resid_mid":
-            mid = self._held["hook_resid_pre"] + self._held["hook_attn_out"]
+            split = self._splits[layer]
+            mid = self._held["hook_resid_pre"] + self._held[split.parts[0].write]
             gap = float(relative_gap(mid, row).max())
             if not gap <= self._tolerance:
-                raise mid_is_another(layer, gap, self._tolerance)
+                raise mid_is_another(layer, gap, self._tolerance, split)
             self._mid_norms.append(length(mid))
         self._held[name] = row
         if name == "hook_resid_post":
             self._require_finite(layer + 1, row)
-            total = sum(
-                self._held[each] for each in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out") if each in self._held
-            )
-            gap = float(relative_gap(torch.as_tensor(total), row).max())
-            if not gap <= self._tolerance:
-                raise writes_do_not_add_up(layer, gap, self._tolerance, "hook_mlp_out" in self._held)
+            split = self._splits[layer]
+            total = self._held["hook_resid_pre"] + sum(self._held[part.write] for part in split.parts)
+            gap = float(relative_gap(total, row).max())
+            if split.parts and not gap <= self._tolerance:
+                raise writes_do_not_add_up(layer, gap, self._tolerance, split)
             self._written_norms.append(length(row))
             if layer == self._n_layers - 1:
                 self._step(self._n_layers, row)
@@ -189,8 +192,8 @@ class TrajectoryRecorder:
         self._require_finite(depth, stream)
         self._norms.append(length(stream))
         if depth > 0:
-            before, attn_out = self._held["hook_resid_pre"], self._held["hook_attn_out"]
-            walk(self._paths, before, stream, attn_out, self._held.get("hook_mlp_out"))
+            writes = {part.name: self._held[part.write] for part in self._splits[depth - 1].parts}
+            walk(self._paths, self._held["hook_resid_pre"], stream, writes)
 
     def _require_finite(self, depth: int, stream: Float[Tensor, "pos d"]) -> None:
         finite = stream.isfinite().all(-1)

@@ -1,0 +1,163 @@
+"""What is split into sublayers, in models of every kind; what is not is measured whole, and held against the model."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import TOKENS, relative_error
+
+import tlcoupling as tlc
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.forward.split import splits_of
+from tlcoupling.models.load import _transformer_bridge
+
+transformer_lens = pytest.importorskip("transformer_lens")
+if not hasattr(_transformer_bridge(), "boot_native"):
+    pytest.skip("these architectures need transformer-lens 4", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import architectures  # noqa: E402
+
+# name: sublayers, kinds of the layers, whether causal
+KINDS = {
+    "MambaForCausalLM": (("block", "mixer"), ["mixer"] * 4, True),
+    "JambaForCausalLM": (("block", "mixer", "mlp"), ["mixer+mlp", "mixer+mlp", "attn+mlp", "mixer+mlp"], True),
+    "Lfm2ForCausalLM": (("block", "mixer", "mlp"), ["mixer+mlp", "mixer+mlp", "attn+mlp", "mixer+mlp"], True),
+    "NemotronHForCausalLM": (("block",), ["mixer", "mlp", "attn", "mlp"], True),
+    "RecurrentGemmaForCausalLM": (("block",), ["mixer", "mixer", "attn", "mixer"], True),
+    "Zamba2ForCausalLM": (("block",), ["mixer", "mixer", "attn+mixer", "mixer"], True),
+    "RwkvForCausalLM": (("block",), ["mixer+mlp"] * 4, True),
+    "OpenAIGPTLMHeadModel": (("block",), ["attn+mlp"] * 4, True),
+    "BertForMaskedLM": (("block",), ["attn+mlp"] * 4, False),
+    "ViTModel": (("block", "attn", "mlp"), ["attn+mlp"] * 4, False),
+}
+
+
+def traced(name: str, **options: Any) -> tuple[Any, tlc.Trace]:
+    """A small random model of an architecture, and its trace, without the warnings of how it is split."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = architectures.boot(name)
+        return model, tlc.trace(model, architectures.prompt(model), **options)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_slot_holds_is_told_by_its_module(name: str):
+    _, trace = traced(name)
+    sublayers, kinds, causal = KINDS[name]
+    assert (trace.sublayers, list(trace.layer_kinds), trace.causal) == (sublayers, kinds, causal)
+    coupling = tlc.depth_coupling(trace, k=4)
+    assert coupling.sublayers == sublayers and coupling.values.isfinite().all()
+    assert coupling.provenance.settings.get("layer_kinds", kinds) == kinds
+    assert set(tlc.linearity(trace).paths) - {"sublayer"} == set(sublayers)
+    assert tlc.growth(trace).alpha.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["JambaForCausalLM", "NemotronHForCausalLM", "OpenAIGPTLMHeadModel", "BertForMaskedLM"]
+)
+def test_blocks_are_the_models_own_derivatives(name: str):
+    """Against central differences of the whole model, which run through nothing of the library."""
+    model, trace = traced(name)
+    inputs = architectures.TOKENS[None]
+    for layer in range(trace.n_layers):
+        for src, dest in architectures.PAIRS if trace.causal else architectures.PAIRS + architectures.BACKWARDS:
+            jacobian = tlc.residual_jacobian(trace, layer, src=src, dest=dest)
+            assert architectures.gap(model, inputs, trace, jacobian, layer, src, dest) < 1
+
+
+def test_attention_and_recurrence_are_compared_in_one_matrix():
+    _, trace = traced("JambaForCausalLM")
+    coupling = tlc.depth_coupling(trace, k=4, sublayers="mixer")
+    assert coupling.values.shape[-2:] == (4, 4)
+    attention, mixer = (trace.block(layer).mixer for layer in (2, 0))
+    assert (attention.name, attention.kind) == ("mixer", "attn") and (mixer.name, mixer.kind) == ("mixer", "mixer")
+    # the head of an attention layer, and of no other
+    assert tlc.residual_jacobian(trace, 2, "mixer", head=0).shape == (32, 32)
+    with pytest.raises(ArgumentError, match="head=0"):
+        tlc.residual_jacobian(trace, 0, "mixer", head=0)
+    with pytest.raises(UnsupportedModelError, match="block 0 has no attention"):
+        tlc.head_coupling(trace, k=2)
+    assert tlc.head_coupling(trace, k=2, layers=[2]).layers == (2,)
+
+
+def test_a_recurrence_reaches_later_tokens():
+    """Context coupling of a state-space model, and the Jacobian from a token to a later one, are not zero."""
+    _, trace = traced("MambaForCausalLM")
+    assert tlc.residual_jacobian(trace, 1, "mixer", src=2, dest=6).dense().norm() > 1e-4
+    coupling = tlc.context_coupling(trace, "src", 0, k=2)
+    assert coupling.sublayers == ("block", "mixer") and coupling.values.isfinite().all()
+
+
+def test_a_split_that_fails_is_refused_with_layer_and_gap():
+    with pytest.warns(UserWarning, match=r"measured whole.*block 0: resid_pre plus hook_attn_out and hook_mlp_out"):
+        trace = tlc.trace(architectures.boot("BertForMaskedLM"), TOKENS)
+    assert trace.topology == "opaque" and trace.writes == {}
+    with pytest.raises(ArgumentError, match=r"sublayer='attn'.*block in this model.*block 0: resid_pre plus.*e"):
+        tlc.residual_jacobian(trace, 0, "attn")
+    with pytest.raises(ArgumentError, match="block 0: resid_pre plus"):
+        tlc.depth_coupling(trace, k=2, sublayers=["block", "mlp"])
+    with pytest.raises(UnsupportedModelError, match="no attention|not split"):
+        tlc.head_steps(trace)
+
+
+def test_any_pair_of_a_bidirectional_model_has_a_jacobian():
+    _, trace = traced("ViTModel")
+    backwards = tlc.residual_jacobian(trace, 1, "attn", src=6, dest=2)
+    truth = tlc.residual_jacobian(trace, 1, "attn", src=6, dest=2, engine="autograd")
+    assert backwards.dense().norm() > 1e-3 and relative_error(backwards.dense(), truth.dense()) < 1e-4
+    assert tlc.context_coupling(trace, "src", 4, k=2).positions == tuple(range(trace.n_tokens))
+    with pytest.raises(ArgumentError, match="tokens='same'.*bidirectional"):
+        tlc.linearized(trace, torch.randn(trace.d_model))
+    assert tlc.linearized(trace, torch.randn(trace.d_model), pos=3, tokens="all").shape[1] == trace.n_tokens
+
+
+def test_a_causal_model_refuses_what_lies_behind():
+    _, trace = traced("MambaForCausalLM")
+    with pytest.raises(ArgumentError, match="src=6.*the model is causal"):
+        tlc.residual_jacobian(trace, 1, src=6, dest=2)
+
+
+def test_blocks_that_differ_in_their_arrangement_are_not_split():
+    names = {f"blocks.0.{name}" for name in ("hook_attn_out", "hook_mlp_out", "hook_resid_mid")}
+    assert splits_of(names | {"blocks.1.hook_attn_out"}, 2)[0].topology == "opaque"
+    assert splits_of(names, 1)[0].topology == "sequential"
+    assert splits_of(names - {"blocks.0.hook_resid_mid"}, 1)[0].topology == "parallel"
+    assert splits_of(names, 1, attn_only=True)[0].topology == "single"
+
+
+def test_a_stream_that_changes_between_blocks_is_refused():
+    """RWKV halves it every so many layers, which would count as growth."""
+    architectures._SPECIAL["RwkvForCausalLM"] = {"rescale_every": 2}
+    try:
+        model = architectures.boot("RwkvForCausalLM")
+    finally:
+        del architectures._SPECIAL["RwkvForCausalLM"]
+    with pytest.raises(UnsupportedModelError, match="changed between blocks: block 2 reads") as raised:
+        tlc.trace(model, TOKENS)
+    assert raised.value.reason == "changed between blocks"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("T5ForConditionalGeneration", "encoder-decoder"),
+        ("HrmTextForCausalLM", "looped depth"),
+        ("DeepseekV4ForCausalLM", "several streams"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(name: str, reason: str):
+    with pytest.raises(UnsupportedModelError, match=f"^{reason}: ") as raised:
+        tlc.trace(architectures.boot(name), TOKENS)
+    assert raised.value.reason == reason
+
+
+def test_a_forward_pass_that_fails_names_the_block():
+    model = architectures.boot("LlamaForCausalLM")
+    model.blocks[2].mlp.original_component.act_fn = torch.nn.Linear(3, 3).eval()
+    with pytest.raises(UnsupportedModelError, match=r"forward pass fails: .* in block 2 \(RuntimeError"):
+        tlc.trace(model, TOKENS)
