@@ -132,11 +132,12 @@ def test_an_ablated_head_changes_exactly_the_jacobians_that_it_should(case: Case
     clean = tlc.trace(model, TOKENS)
     hooks = [(f"blocks.{layer}.attn.hook_z", ablate(head))]
     ablated = tlc.trace(model, TOKENS, fwd_hooks=hooks)
-    # before it: the same stream, the same Jacobians, to the last bit
+    # before it: the same stream, to the last bit, and the same Jacobians. Without hooks, the last position is run alone,
+    # and HuggingFace's modules cast to float32 inside: rounding differs.
     assert torch.equal(ablated.resid[: layer + 1], clean.resid[: layer + 1])
     for sublayer in clean.sublayers:
         before = [tlc.residual_jacobian(trace, 0, sublayer).dense() for trace in (clean, ablated)]
-        assert torch.equal(*before)
+        torch.testing.assert_close(*before, rtol=1e-5, atol=1e-5)
     # its own layer: the attention's Jacobian is that of the other heads
     for src, dest in ((6, 6), (2, 5)) if adds_up else ():
         others = sum(
