@@ -132,7 +132,7 @@ def test_an_ablated_head_changes_exactly_the_jacobians_that_it_should(case: Case
     clean = tlc.trace(model, TOKENS)
     hooks = [(f"blocks.{layer}.attn.hook_z", ablate(head))]
     ablated = tlc.trace(model, TOKENS, fwd_hooks=hooks)
-    # before it: the same stream, to the last bit, and the same Jacobians. Without hooks, the last position is run alone,
+    # before it: the same stream, to the last bit, and the same Jacobians. Without hooks, the last row is run alone,
     # and HuggingFace's modules cast to float32 inside: rounding differs.
     assert torch.equal(ablated.resid[: layer + 1], clean.resid[: layer + 1])
     for sublayer in clean.sublayers:
