@@ -146,7 +146,7 @@ def solvers(device: torch.device, sizes: Sizes) -> None:
             x = torch.randn(shape, device=device)
             u, s, vh = _small_svd(x)
             error = (u[..., :10] * s[..., None, :10] - x @ vh[..., :10, :].mT).norm(dim=-2).max() / s.max()
-            print(f"{shape}: {timed(lambda x=x: _small_svd(x)):.3g} ms by gesvda in float64, error {error:.1e}")
+            print(f"{shape}: {timed(lambda x=x: _small_svd(x)):.3g} ms by eigenvectors in float64, error {error:.1e}")
     print_table("milliseconds of an orthonormal basis", rows_of_qr())
 
 

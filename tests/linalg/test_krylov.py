@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tlcoupling as tlc
-from tlcoupling.linalg import svd
+from tlcoupling.linalg import krylov, svd
 from tlcoupling.linalg.krylov import ROUNDING
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.linalg.svd import TOLERANCE
@@ -35,6 +35,22 @@ def test_small_singular_values_behind_a_large_one_are_as_exact(cliff: float, dty
         # an angle moves the overlap by its square over 6; float32 products round it to 1e-6
         assert abs(1 - overlap) < max(float(found.subspace_uncertainty[-1]) ** 2, 2e-6)
         assert float(found.subspace_uncertainty[-1]) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["decaying", "of rank 8", "pairs of equal values", "behind a cliff"])
+def test_small_problems_by_eigenvectors_are_as_exact(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """A GPU solves the small problems so, which is tried here on the CPU."""
+    monkeypatch.setattr(krylov, "_small_svd", krylov._svd_by_eigenvectors)
+    s = 0.8 ** torch.arange(96, dtype=torch.float64)
+    if kind == "of rank 8":
+        s *= torch.arange(96) < 8
+    elif kind == "pairs of equal values":
+        s = 0.8 ** (torch.arange(96) // 2)
+    elif kind == "behind a cliff":
+        s[1:] *= 1e-4
+    found = tlc.truncated_svd(Projection(with_spectrum(s, 96).float()), 8, "krylov")
+    assert found.converged.all()
+    torch.testing.assert_close(found.s.double(), s[:8].double(), rtol=0, atol=1e-5)
 
 
 def test_triplets_that_have_not_converged_are_named():

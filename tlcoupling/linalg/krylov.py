@@ -119,16 +119,20 @@ def _ritz(
 def _small_svd(matrices: Float[Tensor, "stack p q"]) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V^T of small matrices.
 
-    A GPU's other drivers take a stack one by one. gesvda takes it at once, to half the digits of its dtype, and fails
-    where many singular values are nearly zero.
+    A GPU's SVD takes a stack one by one; its eigenvalues of symmetric matrices take it at once.
     """
-    if matrices.is_cuda and matrices.dtype == torch.float32:
-        try:
-            u, s, vh = torch.linalg.svd(matrices.double(), driver="gesvda")
-            return u.to(matrices), s.to(matrices), vh.to(matrices)
-        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-            pass
-    return torch.linalg.svd(matrices)
+    by_eigenvectors = matrices.is_cuda and matrices.dtype == torch.float32
+    return _svd_by_eigenvectors(matrices) if by_eigenvectors else torch.linalg.svd(matrices)
+
+
+def _svd_by_eigenvectors(matrices: Float[Tensor, "stack p q"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, V^T from the eigenvectors of B^T B in float64: right to float32's rounding down to s_1 / 10^4."""
+    exact = matrices.double()
+    right = torch.linalg.eigh(exact.mT @ exact).eigenvectors.flip(-1)
+    left = exact @ right
+    s = left.norm(dim=-2)
+    left = torch.nn.functional.normalize(left, dim=-2)
+    return left.to(matrices), s.to(matrices), right.mT.to(matrices)
 
 
 def _skew(basis: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack k"]:
