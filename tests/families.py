@@ -55,8 +55,7 @@ _LLAMA3 = dict(
 
 def families() -> dict[str, tuple[str, str, Any]]:
     """Name of the test case: name on the hub, architecture, configuration."""
-    recent = _recent() if hasattr(hf, "AfmoeConfig") else {}  # not in the transformers beside transformer-lens 2
-    return recent | {
+    known = {
         "gpt2": (
             "gpt2",
             "GPT2LMHeadModel",
@@ -235,6 +234,8 @@ def families() -> dict[str, tuple[str, str, Any]]:
             ),
         ),
     }
+    recent = _recent() if hasattr(hf, "AfmoeConfig") else {}  # not in the transformers beside transformer-lens 2
+    return known | recent
 
 
 def _recent() -> dict[str, tuple[str, str, Any]]:

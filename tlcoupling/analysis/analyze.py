@@ -150,7 +150,7 @@ class Analysis(Result):
             datasets["baseline"] = self.baseline.to_xarray()
         from xarray import DataTree
 
-        return DataTree.from_dict(datasets, name=self.provenance.model_name)
+        return DataTree.from_dict(datasets, name=self.provenance.model_name.rpartition("/")[2])
 
 
 @measured

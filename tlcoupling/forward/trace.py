@@ -70,6 +70,7 @@ class Trace(Stream):
         hooked_layers: the blocks in whose Jacobians hooks of the user's acted during the pass, those of ``fwd_hooks``,
             those attached by ``model.hooks(...)`` and those registered on modules.
         refusal: why the blocks are not split into sublayers, though they have some; None otherwise.
+        first: the position in the prompt of position 0: 0, but in a window.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class Trace(Stream):
     _hooks: UserHooks = field(repr=False)
     _calls: list[BlockCall] = field(repr=False)
     _points: dict[str, Any] = field(repr=False)
+    first: int = 0
 
     def __repr__(self) -> str:
         """One line."""
@@ -229,7 +231,8 @@ class Trace(Stream):
         writes = {name: write[:, rows] for name, write in self.writes.items()}
         tokens, names = self.tokens[rows], self.str_tokens[rows]
         resid = self.resid[:, rows]
-        return replace(self, resid=resid, writes=writes, edits=None, tokens=tokens, str_tokens=names, _calls=made)
+        cut = replace(self, resid=resid, writes=writes, edits=None, tokens=tokens, str_tokens=names, first=first)
+        return replace(cut, _calls=made)
 
     def past(self, layer: int) -> Past | None:
         """Return the keys and values of the positions before a window; None in a trace of all positions."""

@@ -147,7 +147,8 @@ class AnalyticLayer:
         behind = self._norm(mlp.behind, "the norm behind the MLP", run.unnormed, row)
         factor = mlp.write_factor(run.values.get(mlp.gives), run.out)
         if mlp.has_experts:
-            slopes, weights, mixing = self._mixture(positions).at(row, f"of layer {self.layer} at position {pos}")
+            where = f"of layer {self.layer} at position {self.trace.first + pos}"
+            slopes, weights, mixing = self._mixture(positions).at(row, where)
             return mlp_map(slopes, weights, before, behind, factor, mixing)
         if not self._mlp_slopes:
             raise Uncovered("hook_post of the MLP is not a function of hook_pre (and hook_pre_linear)")
