@@ -93,7 +93,7 @@ def test_heads_agree_and_sum_to_the_attention(case: Case, case_trace: tlc.Trace)
 def test_the_real_model_moves_as_the_jacobian_says(case: Case, case_trace: tlc.Trace):
     """Central differences of the whole model, run with a hook that moves the stream where a block reads it."""
     model, layer = case.model(), 1
-    step = 1e-4 if case.exact else 3e-3  # above float32 rounding, where modules cast to it
+    step = 1e-4 if case.exact else 1e-2  # above float32 rounding, where modules cast to it
     direction = torch.randn(case_trace.d_model, dtype=torch.float64)
     for src, dest in ((6, 6), (2, 5)):
         ends = []
