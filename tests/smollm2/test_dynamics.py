@@ -51,9 +51,8 @@ def test_the_readout_is_the_models_own(trace: tlc.Trace):
 
 def test_intervals_over_the_shared_prompts(smollm2: torch.nn.Module, prompts: dict[str, str]):
     """The trained model's excess lies above 0 over prompts, the random one's about 0; last tokens."""
-    few = {name: prompts[name] for name in ("capital", "ioi", "induction", "code")}
-    many = tlc.analyze_many(smollm2, few, sublayers=("attn", "mlp"), baseline=tlc.random_baseline(smollm2))
-    assert many.names == tuple(few) and many.errors == (None,) * 4 and many.baseline is not None
+    many = tlc.analyze_many(smollm2, prompts, sublayers=("attn", "mlp"), baseline=tlc.random_baseline(smollm2))
+    assert many.names == tuple(prompts) and many.errors == (None,) * 6 and many.baseline is not None
     trained, random = many.interval("excess"), many.baseline.interval("excess")
     assert (trained.low > 0.01).all()
     assert (random.estimate.abs() < 1e-3).all() and (random.high < trained.low).all()

@@ -27,7 +27,7 @@ _ALLOWED = (
 
 
 @full_precision()
-def load_model(name: str | os.PathLike[str], *, hooked: bool | None = None, **kwargs: Any) -> nn.Module:
+def load_model(name: str | Path, *, hooked: bool | None = None, **kwargs: Any) -> nn.Module:
     """Load a model with TransformerLens, in eval mode.
 
     ``"smollm2-135m"`` is SmolLM2-135M-Instruct (Apache-2.0; 30 layers, d_model 576), dequantised from the 4-bit GGUF

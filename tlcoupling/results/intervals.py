@@ -107,7 +107,7 @@ def mean_interval(
     s = (second * n / (n - 1)).sqrt()
     equal = second.sqrt() <= EQUAL * values.where(present, 0.0).abs().amax(0)
     skewness = third / second.pow(1.5) * (n * (n - 1.0)).sqrt() / (n - 2)
-    quantile = torch.as_tensor(t.ppf((1 + confidence) / 2, (n - 1).clamp(min=1).numpy()), dtype=values.dtype)
+    quantile = torch.from_numpy(t.ppf((1 + confidence) / 2, (n - 1).clamp(min=1).cpu().numpy())).to(values)
     low, high = (mean - s * _untransformed(sign * quantile / n.sqrt(), skewness, n) for sign in (1, -1))
     known = (n >= LEAST) & ~equal
     for reason in sorted(_reasons(n, len(values), equal, unit)):

@@ -152,7 +152,7 @@ class SlurmExecutor(Executor):
             raise ArgumentError("resources", dict(resources), f"resources that submitit accepts ({error})") from error
         return executor
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Queue a call. It is submitted together with calls that follow within a moment."""
         future: Future[Any] = Future()
         resources = {**self._resources, **(getattr(args[0], "resources", {}) if args else {})}
