@@ -446,7 +446,7 @@ def stream_hook(rng: random.Random) -> Edit:
 
 
 def beside_the_writes(rng: random.Random) -> Edit:
-    """A block that adds something to the stream which neither sublayer wrote."""
+    """A block that adds what neither sublayer wrote: it is measured whole, and its sublayers are refused."""
     case, layer = _draw(rng, ("bridge-llama", "bridge-qwen3", "bridge-mistral"))
     seed = rng.randrange(1000)
     name, edit = rng.choice(
@@ -463,7 +463,7 @@ def beside_the_writes(rng: random.Random) -> Edit:
             yield
 
     measure = rng.choice(["jacobians", "whole"])
-    return Edit("beside the writes", name, "refused", case, layer, change, measure=measure)
+    return Edit("beside the writes", name, "measured", case, layer, change, measure=measure)
 
 
 def hook_between(rng: random.Random) -> Edit:

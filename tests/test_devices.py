@@ -65,7 +65,8 @@ def test_a_simulated_device_refuses_what_a_real_one_refuses(devices: Ledger):
 def test_measurements_are_those_of_one_device(traces: tuple[tlc.Trace, tlc.Trace], name: str):
     one, two = traces
     measure = MEASUREMENTS[name]
-    require_same(measure(two), measure(one))
+    # Krylov takes the layers of a device in one stack, and products of stacks round as their size has it
+    require_same(measure(two), measure(one), 1e-9 if "krylov" in name else 1e-12)
 
 
 @pytest.mark.parametrize("case", SPREAD[1:], ids=str)

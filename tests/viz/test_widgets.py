@@ -280,7 +280,7 @@ def test_512_hostile_tokens_through_a_model(browser: Any, tmp_path: Path, monkey
     config.n_positions = 512
     model = bridge(config, hub_name, architecture)(torch.float32)
     tokens = [*(f" t{i}" for i in range(512 - len(HOSTILE_TOKENS))), *HOSTILE_TOKENS]
-    monkeypatch.setattr("tlcoupling.forward.trace.to_str_tokens", lambda model, ids: tuple(tokens))
+    monkeypatch.setattr("tlcoupling.forward.inputs.to_str_tokens", lambda model, ids: tuple(tokens))
     analysis = analyze(model, torch.arange(512) % 40, k=4)
     assert analysis.tokens == tuple(tokens)
     window = math.isqrt(ATTENTION_CELLS // (analysis.attention.shape[1] + 1))
