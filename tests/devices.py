@@ -269,4 +269,6 @@ def require_same(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
     for name in names:
         truth, ours = getattr(expected, name), getattr(found, name)
         assert ours.device == HOST and not isinstance(ours, Placed), f"{name} lies on {ours.device}"
-        torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours, truth, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
