@@ -160,7 +160,7 @@ class ManyAnalyses(Result):
     def _has_prompts_of(self, other: ManyAnalyses) -> bool:
         """Return whether two results can be compared prompt by prompt.
 
-        The prompts themselves are not part of a result: by default their names are numbers, so the measured tokens tell.
+        A result does not hold the prompts, and by default their names are numbers: the measured tokens tell.
         """
         if (self.names, self.sublayers, self.ks, self.paths) != (other.names, other.sublayers, other.ks, other.paths):
             return False
