@@ -110,6 +110,62 @@ def test_a_run_comes_before_a_family_before_a_model():
         assert np.isnan(found.of("coupling")["p"]) == (clusters == 2) == np.isnan(found.of("coupling")["low"])
 
 
+def test_no_spread_between_clusters_is_no_certainty():
+    """A rank correlation of 1 stays 1 without any run: its standard error is 0, and 4 runs in order are not p = 0."""
+    table = checkpoints(4, 3, 0)
+    with pytest.warns(UserWarning, match="12 rows are of 4 clusters"):
+        of = tlc.correlate(table.assign(score=np.exp(table["coupling"]))).of("coupling")
+    assert of["rho"] == pytest.approx(1) and np.isnan(of["rho_p"]) and 0 < of["p"] < 1
+    with pytest.warns(UserWarning, match="12 rows are of 4 clusters"):
+        of = tlc.correlate(table.assign(score=2 * table["coupling"])).of("coupling")
+    assert of["r"] == pytest.approx(1) and np.isnan([of["p"], of["low"], of["high"]]).all()
+
+
+def test_the_rank_correlation_of_few_models_counts_their_orders():
+    """Student's t gives 0 for a perfect order; scipy's permutation test counts, with ties too."""
+    for n, score in ((3, [1, 2, 3]), (4, [1, 4, 9, 16]), (6, [2, 1, 3, 3, 5, 4]), (8, [8, 1, 7, 2, 6, 3, 5, 4])):
+        table = pd.DataFrame({"model": list("abcdefgh")[:n], "coupling": np.arange(n) ** 3, "score": score})
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            of = tlc.correlate(table).of("coupling")
+        if n < 8:
+            counted = scipy.stats.permutation_test(
+                (table["score"].to_numpy(float),),
+                lambda y, x=table["coupling"]: scipy.stats.spearmanr(x, y)[0],
+                permutation_type="pairings",
+                n_resamples=1000,
+                vectorized=False,
+            )
+            assert of["rho_p"] == pytest.approx(counted.pvalue, abs=1e-12)
+        else:  # 40,320 orders take the permutation test a minute; Student's t is close by then
+            assert of["rho_p"] == pytest.approx(scipy.stats.spearmanr(table["coupling"], score)[1], abs=0.02)
+        said = [str(one.message) for one in raised]
+        assert any("too few for intervals, which are NaN" in one for one in said) == (n == 3)
+        assert not np.isnan(of["p"]) and np.isnan(of["low"]) == (n == 3)
+
+
+def test_a_column_with_some_runs_alone_names_no_clusters_and_says_so():
+    table = checkpoints(5, 2, 0).assign(family=["a", "b"] * 5)
+    table["run"] = [None, *map(str, table["run"][1:])]
+    with pytest.warns(UserWarning, match="'run' has no value for 1 of 10 models.* may count as independent"):
+        assert tlc.correlate(table).cluster_by == "family"
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        assert tlc.correlate(table.assign(run=None, family=None)).cluster_by == "model"
+    assert not [one for one in raised if "no value for" in str(one.message)]  # empty columns are as no columns
+
+
+def test_a_condition_holds_on_the_nullable_integers_of_a_stores_table():
+    """And a missing number meets no condition, as in a column of floats."""
+    table = models(20)
+    width = table["d_model"].astype("Int64")
+    found = tlc.correlate(table.assign(d_model=width), where="d_model >= 128")
+    assert found.models == tuple(table["model"][table["d_model"] >= 128])
+    width[table["d_model"] == 256] = pd.NA
+    found = tlc.correlate(table.assign(d_model=width), where="d_model >= 128")
+    assert found.models == tuple(table["model"][table["d_model"] == 128])
+
+
 def test_a_condition_leaves_models_out():
     table = models(20)
     found = tlc.correlate(table, where="score > 0 and d_model != 64")
