@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path, options: list
     result = sweep(str(plan), *options)
     assert result.exit_code == 2
     assert f"Invalid value for {refused}: {allowed}" in " ".join(result.stderr.replace("│", " ").split())
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+def test_a_table_that_nothing_can_write_is_refused_before_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    plan = tmp_path / "plan.toml"
+    plan.write_text('models = ["gpt2"]\nprompts = { text = "a" }\n')
+    result = sweep(str(plan), "--table", str(tmp_path / "all.parquet"))
+    assert result.exit_code == 1 and "the table needs pyarrow: pip install pyarrow" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
 
 

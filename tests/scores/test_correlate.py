@@ -110,6 +110,39 @@ def test_a_run_comes_before_a_family_before_a_model():
         assert np.isnan(found.of("coupling")["p"]) == (clusters == 2) == np.isnan(found.of("coupling")["low"])
 
 
+def test_no_spread_between_clusters_is_no_certainty():
+    """A rank correlation of 1 stays 1 without any run: its standard error is 0, and 4 runs in order are not p = 0."""
+    table = checkpoints(4, 3, 0)
+    with pytest.warns(UserWarning, match="12 rows are of 4 clusters"):
+        of = tlc.correlate(table.assign(score=np.exp(table["coupling"]))).of("coupling")
+    assert of["rho"] == pytest.approx(1) and np.isnan(of["rho_p"]) and 0 < of["p"] < 1
+    with pytest.warns(UserWarning, match="12 rows are of 4 clusters"):
+        of = tlc.correlate(table.assign(score=2 * table["coupling"])).of("coupling")
+    assert of["r"] == pytest.approx(1) and np.isnan([of["p"], of["low"], of["high"]]).all()
+
+
+def test_a_column_with_some_runs_alone_names_no_clusters_and_says_so():
+    table = checkpoints(5, 2, 0).assign(family=["a", "b"] * 5)
+    table["run"] = [None, *map(str, table["run"][1:])]
+    with pytest.warns(UserWarning, match="'run' has no value for 1 of 10 models.* may count as independent"):
+        assert tlc.correlate(table).cluster_by == "family"
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        assert tlc.correlate(table.assign(run=None, family=None)).cluster_by == "model"
+    assert not [one for one in raised if "no value for" in str(one.message)]  # empty columns are as no columns
+
+
+def test_a_condition_holds_on_the_nullable_integers_of_a_stores_table():
+    """And a missing number meets no condition, as in a column of floats."""
+    table = models(20)
+    width = table["d_model"].astype("Int64")
+    found = tlc.correlate(table.assign(d_model=width), where="d_model >= 128")
+    assert found.models == tuple(table["model"][table["d_model"] >= 128])
+    width[table["d_model"] == 256] = pd.NA
+    found = tlc.correlate(table.assign(d_model=width), where="d_model >= 128")
+    assert found.models == tuple(table["model"][table["d_model"] == 128])
+
+
 def test_a_condition_leaves_models_out():
     table = models(20)
     found = tlc.correlate(table, where="score > 0 and d_model != 64")

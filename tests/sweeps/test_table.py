@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from sweep_cells import cell_of, measured
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError
+from tlcoupling.errors import ArgumentError, StoreError
 from tlcoupling.sweeps import cells
 from tlcoupling.sweeps.table import COLUMNS, rows_of_cell, to_arrow
 
@@ -83,3 +84,16 @@ def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepSt
     outdated = store.table()
     assert set(outdated["status"]) == {"outdated"} and set(outdated["key"]) == store.keys()
     assert outdated["coupling"].isna().all() and set(outdated["weights"]) == {"a", "b"}
+
+
+def test_without_pyarrow_the_error_says_what_to_install(
+    store: tlc.SweepStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cell = cell_of()
+    store.save(cell, *measured(cell))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for use in (store.table, lambda: store.write_table(tmp_path / "table.parquet")):
+        with pytest.raises(StoreError, match="the table needs pyarrow: pip install pyarrow"):
+            use()
+    assert not (tmp_path / "table.parquet").exists() and store.keys() == {cell.key}

@@ -82,7 +82,10 @@ def sweep(
         from tlcoupling.cli.sweep_tables import print_report
         from tlcoupling.sweeps.run import sweep as run
         from tlcoupling.sweeps.store import SweepStore
+        from tlcoupling.sweeps.table import require_pyarrow
 
+        if table is not None:
+            require_pyarrow()
         kept = SweepStore(folder, create=True)
         with ExitStack() as stack:
             chosen: Executor | None = None

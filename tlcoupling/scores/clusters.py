@@ -8,12 +8,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tlcoupling.results.intervals import EQUAL
+
 LEAST = 4  # clusters with which p-values and intervals hold
 _ONE = 1 - 1e-12  # a larger |r| is rounding alone
 
 
 class Uncertainty(NamedTuple):
-    """The two-sided p-value of r and the ends of its interval; NaN where r is NaN, and with fewer than 4 clusters."""
+    """The two-sided p-value of r and the ends of its interval.
+
+    All are NaN with fewer than 4 clusters, where r is NaN with all clusters or without one of them, and where r is the
+    same without any of them, such as a rank correlation of 1: nothing then tells how far it varies.
+    """
 
     p: float
     low: float
@@ -49,7 +55,8 @@ def jackknife(
     without = np.array([correlation(of != name) for name in names])
     z, each = np.arctanh(np.clip(whole, -_ONE, _ONE)), np.arctanh(np.clip(without, -_ONE, _ONE))
     error = np.sqrt((count - 1) / count * np.square(each - each.mean()).sum())
+    if not error > EQUAL * np.abs(each).max():
+        return Uncertainty(np.nan, np.nan, np.nan)
     half = t.ppf((1 + confidence) / 2, count - 2) * error
-    with np.errstate(divide="ignore"):
-        p = float(2 * t.sf(abs(z) / error, count - 2))
+    p = float(2 * t.sf(abs(z) / error, count - 2))
     return Uncertainty(p, float(np.tanh(z - half)), float(np.tanh(z + half)))

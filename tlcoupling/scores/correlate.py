@@ -38,8 +38,9 @@ class Correlations(Result):
     Attributes:
         r: Pearson's correlation with the score, ``[predictor]``.
         p: its two-sided p-value: Student's t if each model is its own cluster, else the jackknife's over clusters
-            (``clusters.jackknife``); NaN with fewer than 4 clusters. Same axis.
-        low: lower end of r's interval, by the jackknife over clusters; NaN with fewer than 4. Same axis.
+            (``clusters.jackknife``); NaN with fewer than 4 clusters, or where r is the same without any of them. Same
+            axis.
+        low: lower end of r's interval, by the jackknife over clusters; NaN as ``p`` of the jackknife. Same axis.
         high: upper end. Same axis.
         rho: Spearman's rank correlation with the score. Same axis.
         rho_p: its two-sided p-value, as ``p``. Same axis.
@@ -183,7 +184,8 @@ def correlate(
             fewer than three models, scores that are all equal, a ``where`` that is not a condition on these columns.
 
     Warns:
-        UserWarning: several rows of a cluster; fewer than 4 clusters, which have no p-values and intervals.
+        UserWarning: several rows of a cluster; fewer than 4 clusters, which have no p-values and intervals; a column
+            ``run`` or ``family`` with values for some models alone, which names no clusters.
         UserWarning: scores that are not numbers, a measurement that is the same for all models, models measured on
             different prompts, models of unknown width, size or null.
 

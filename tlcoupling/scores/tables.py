@@ -124,7 +124,7 @@ def join(table: Frame, scores: Any | None, score: str | None, missing: Missing, 
     if "parameters" in shape:
         shape["parameters"] = np.log10(shape["parameters"].astype(float))
     families = matched["family"] if "family" in matched.columns else matched["model"].map(family_of)
-    cluster_by = next(name for name in CLUSTERS if name in matched.columns and matched[name].notna().all())
+    cluster_by = _cluster_column(matched)
     taken = {*which, "score", *CLUSTERS, *_SHAPE.values()}
     columns = {**{str(name): matched[name] for name in matched.columns if name not in taken}, **shape}
     predictors = {name: column.to_numpy(float, na_value=np.nan) for name, column in columns.items()}
@@ -138,6 +138,25 @@ def join(table: Frame, scores: Any | None, score: str | None, missing: Missing, 
         predictors={name: values for name, values in predictors.items() if np.isfinite(values).any()},
         nulls=nulls,
     )
+
+
+def _cluster_column(models: Frame) -> str:
+    """Return the column that names the clusters: the first of ``CLUSTERS`` that has a value for every model.
+
+    Warns:
+        UserWarning: an earlier one has values for some models alone.
+    """
+    for name in CLUSTERS[:-1]:
+        missing = int(models[name].isna().sum()) if name in models.columns else len(models)
+        if not missing:
+            return name
+        if missing < len(models):
+            warnings.warn(
+                f"column {name!r} has no value for {missing} of {len(models)} models, so it names no clusters: rows of "
+                f"one {name} may count as independent. Fill it, or leave it out",
+                stacklevel=4,
+            )
+    return CLUSTERS[-1]
 
 
 def family_of(model: str) -> str:
@@ -279,8 +298,9 @@ def _restricted(matched: Frame, where: str | None, which: list[str]) -> tuple[Fr
             met = matched.eval(where, engine="python", local_dict={}, global_dict={})
         except Exception as error:  # pandas raises many kinds, those of Python's parser among them
             raise ArgumentError("where", where, f"{allowed} ({error})") from error
-        if getattr(met, "dtype", None) != np.dtype(bool) or len(met) != len(matched):
+        if getattr(met, "dtype", None) not in (np.dtype(bool), _pandas().BooleanDtype()) or len(met) != len(matched):
             raise ArgumentError("where", where, allowed)
+        met = met.fillna(False).astype(bool)  # a missing number meets no condition
         kept, left_out = matched[met], tuple(_names(matched.loc[~met, which]))
     if len(kept) < 3:
         raise ArgumentError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.summary import coupling_rows
-from tlcoupling.errors import ArgumentError, ResultFileError
+from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.results.atomic import replacing
 from tlcoupling.sweeps.cells import Cell, ModelFacts
 
@@ -68,10 +68,22 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
+def require_pyarrow() -> Any:
+    """Import pyarrow on first use, and return it: it is in the extra ``sweeps``.
+
+    Raises:
+        StoreError: it is not installed, or cannot be imported.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise StoreError(f"the table needs pyarrow: pip install pyarrow ({error})") from error
+    return pyarrow
+
+
 def schema() -> pyarrow.Schema:
     """Return the parquet schema, with a description of each column."""
-    import pyarrow as pa
-
+    pa = require_pyarrow()
     kinds = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
     return pa.schema(
         [pa.field(name, kinds[kind], metadata={"description": text}) for name, (kind, text) in COLUMNS.items()]
@@ -80,11 +92,8 @@ def schema() -> pyarrow.Schema:
 
 def to_arrow(rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
     """Return rows as a pyarrow table. Half characters (lone surrogates), which UTF-8 lacks, are escaped."""
-    import pyarrow as pa
-
-    return pa.Table.from_pylist(
-        [{name: _encodable(value) for name, value in row.items()} for row in rows], schema=schema()
-    )
+    encoded = [{name: _encodable(value) for name, value in row.items()} for row in rows]
+    return require_pyarrow().Table.from_pylist(encoded, schema=schema())
 
 
 def _encodable(value: Any) -> Any:
@@ -94,8 +103,8 @@ def _encodable(value: Any) -> Any:
 def frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     """Return rows as a DataFrame; integers and booleans that may be missing are ``Int64`` and ``boolean``."""
     import pandas as pd
-    import pyarrow as pa
 
+    pa = require_pyarrow()
     return to_arrow(rows).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get)
 
 
@@ -104,14 +113,13 @@ def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
 
     Raises:
         ResultFileError: the file cannot be written.
+        StoreError: pyarrow is not installed.
     """
-    import pyarrow.parquet as pq
-
     table = to_arrow(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            pq.write_table(table, temporary)
+            require_pyarrow().parquet.write_table(table, temporary)
     except OSError as error:
         raise ResultFileError(f"cannot write the table to {str(path)!r}: {error}") from error
     return path
