@@ -145,7 +145,13 @@ def test_the_difference_of_two_models_is_taken_prompt_by_prompt(many: tlc.ManyAn
     with pytest.warns(UserWarning, match="1 of 6 prompts have no value"):
         fewer = replace(other, **{name: getattr(other, name)[4:] for name in (*other._axes, "prompt", "pos", "tokens")})
         assert many.interval("rate", minus=fewer).units.tolist() == [5]
-    for wrong in (replace(other, names=tuple("abcdef")), replace(other, pos=other.pos + 1)):
+    by_trace = replace(other.provenance, settings={**other.provenance.settings, "normalizer": "trace"})
+    for wrong in (
+        replace(other, names=tuple("abcdef")),
+        replace(other, pos=other.pos + 1),
+        replace(other, tokens=tuple(f"{token}s" for token in other.tokens)),  # other prompts, under the same names
+        replace(other, provenance=by_trace),
+    ):
         with pytest.raises(ArgumentError, match="minus=.*the prompts, tokens, sublayers and K of"):
             many.interval("rate", minus=wrong)
 

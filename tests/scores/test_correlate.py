@@ -121,6 +121,29 @@ def test_no_spread_between_clusters_is_no_certainty():
     assert of["r"] == pytest.approx(1) and np.isnan([of["p"], of["low"], of["high"]]).all()
 
 
+def test_the_rank_correlation_of_few_models_counts_their_orders():
+    """Student's t gives 0 for a perfect order; scipy's permutation test counts, with ties too."""
+    for n, score in ((3, [1, 2, 3]), (4, [1, 4, 9, 16]), (6, [2, 1, 3, 3, 5, 4]), (8, [8, 1, 7, 2, 6, 3, 5, 4])):
+        table = pd.DataFrame({"model": list("abcdefgh")[:n], "coupling": np.arange(n) ** 3, "score": score})
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            of = tlc.correlate(table).of("coupling")
+        if n < 8:
+            counted = scipy.stats.permutation_test(
+                (table["score"].to_numpy(float),),
+                lambda y, x=table["coupling"]: scipy.stats.spearmanr(x, y)[0],
+                permutation_type="pairings",
+                n_resamples=1000,
+                vectorized=False,
+            )
+            assert of["rho_p"] == pytest.approx(counted.pvalue, abs=1e-12)
+        else:  # 40,320 orders take the permutation test a minute; Student's t is close by then
+            assert of["rho_p"] == pytest.approx(scipy.stats.spearmanr(table["coupling"], score)[1], abs=0.02)
+        said = [str(one.message) for one in raised]
+        assert any("too few for intervals, which are NaN" in one for one in said) == (n == 3)
+        assert not np.isnan(of["p"]) and np.isnan(of["low"]) == (n == 3)
+
+
 def test_a_column_with_some_runs_alone_names_no_clusters_and_says_so():
     table = checkpoints(5, 2, 0).assign(family=["a", "b"] * 5)
     table["run"] = [None, *map(str, table["run"][1:])]

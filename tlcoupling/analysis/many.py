@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Quantity = Literal["coupling", "null", "excess", "lss", "expodistance", "rate"]
 
 _COUPLING = ("row", "sublayer", "k")
+_DEFINITION = ("normalizer", "bases", "absolute")  # settings that make coupling another number
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -115,7 +116,8 @@ class ManyAnalyses(Result):
             ``Interval``. Its ends are NaN with fewer than 6 prompts: no interval covers as often as it says then.
 
         Raises:
-            ArgumentError: an argument out of range, or a ``minus`` of other prompts, tokens, sublayers or K.
+            ArgumentError: an argument out of range, or a ``minus`` of other prompts, tokens, sublayers, K, normaliser,
+                bases or signs.
 
         Warns:
             UserWarning: the ends are NaN, because there are too few prompts or all are equal; or prompts without a
@@ -131,7 +133,11 @@ class ManyAnalyses(Result):
         values = self._by_prompt(quantity)
         if minus is not None:
             if not self._has_prompts_of(minus):
-                raise ArgumentError("minus", minus, f"the prompts, tokens, sublayers and K of {self!r}")
+                raise ArgumentError(
+                    "minus",
+                    minus,
+                    f"the prompts, tokens, sublayers and K of {self!r}, and its {', '.join(_DEFINITION)}",
+                )
             values, name = values - minus._by_prompt(quantity), f"difference in {quantity}"
         coords = {**self._coords(), "measure": (name,)}
         if not axes:
@@ -152,11 +158,20 @@ class ManyAnalyses(Result):
         return torch.stack([values[self.prompt == index].nanmean(0) for index in range(len(self.names))])
 
     def _has_prompts_of(self, other: ManyAnalyses) -> bool:
-        """Return whether two results can be compared prompt by prompt."""
+        """Return whether two results can be compared prompt by prompt.
+
+        A result does not hold the prompts, and by default their names are numbers: the measured tokens tell.
+        """
         if (self.names, self.sublayers, self.ks, self.paths) != (other.names, other.sublayers, other.ks, other.paths):
             return False
+        definitions = [[one.provenance.settings.get(name) for name in _DEFINITION] for one in (self, other)]
         both = set(self.prompt.tolist()) & set(other.prompt.tolist())
-        return all(torch.equal(self.pos[self.prompt == one], other.pos[other.prompt == one]) for one in both)
+        rows = [[row for row in one._rows() if row[0] in both] for one in (self, other)]
+        return definitions[0] == definitions[1] and rows[0] == rows[1]
+
+    def _rows(self) -> list[tuple[int, int, str]]:
+        """Return prompt, position and text of each measured token."""
+        return list(zip(self.prompt.tolist(), self.pos.tolist(), self.tokens, strict=True))
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return the long form with each row's prompt, position and token."""

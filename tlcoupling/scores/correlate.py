@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from tlcoupling.scores.tables import Joined, Missing, join, published_points, re
 if TYPE_CHECKING:
     import pandas
 
+_FEW = 8  # models, all of whose orders are tried
 GIVEN = ("null", "same width", "parameters", "depth")
 
 
@@ -38,12 +40,13 @@ class Correlations(Result):
     Attributes:
         r: Pearson's correlation with the score, ``[predictor]``.
         p: its two-sided p-value: Student's t if each model is its own cluster, else the jackknife's over clusters
-            (``clusters.jackknife``); NaN with fewer than 4 clusters, or where r is the same without any of them. Same
-            axis.
-        low: lower end of r's interval, by the jackknife over clusters; NaN as ``p`` of the jackknife. Same axis.
+            (``clusters.jackknife``), which is NaN with fewer than 4 clusters, or where r is the same without any of
+            them. Same axis.
+        low: lower end of r's interval, by the jackknife over clusters; NaN as the jackknife's p. Same axis.
         high: upper end. Same axis.
         rho: Spearman's rank correlation with the score. Same axis.
-        rho_p: its two-sided p-value, as ``p``. Same axis.
+        rho_p: its two-sided p-value, as ``p``; over all orders of the models where each is its own cluster and there
+            are 8 or fewer. Same axis.
         n: number of models with this measurement. Same axis.
         by_null: share of the measurement's variance explained by its null, which depends on width, K and spectrum
             alone; NaN if there is no null, or a model lacks it. Same axis.
@@ -184,8 +187,9 @@ def correlate(
             fewer than three models, scores that are all equal, a ``where`` that is not a condition on these columns.
 
     Warns:
-        UserWarning: several rows of a cluster; fewer than 4 clusters, which have no p-values and intervals; a column
-            ``run`` or ``family`` with values for some models alone, which names no clusters.
+        UserWarning: several rows of a cluster; fewer than 4 clusters, which have no intervals (nor p-values, where a
+            cluster has several rows); a column ``run`` or ``family`` with values for some models alone, which names no
+            clusters.
         UserWarning: scores that are not numbers, a measurement that is the same for all models, models measured on
             different prompts, models of unknown width, size or null.
 
@@ -234,9 +238,10 @@ def _warn_of_clusters(joined: Joined) -> None:
             stacklevel=4,
         )
     if count < LEAST:
+        lost = "intervals" if count == rows else "p-values and intervals"  # Student's p-values need three models
         warnings.warn(
-            f"{count} independent clusters (column {by!r}) are too few for p-values and intervals, which are NaN: "
-            f"{LEAST} or more are needed",
+            f"{count} independent clusters (column {by!r}) are too few for {lost}, which are NaN: {LEAST} or more are "
+            "needed",
             stacklevel=4,
         )
 
@@ -256,6 +261,8 @@ def _row(name: str, joined: Joined, families: Sequence[str], confidence: float) 
         over_clusters = jackknife(lambda rows: partial_correlation(x[rows], y[rows]).r, clusters, confidence)
         row |= over_clusters._asdict()
         row["rho"], row["rho_p"] = spearmanr(x, y)
+        if len(x) <= _FEW:
+            row["rho_p"] = _p_over_orders(x, y)
     else:
         warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=4)
     given = {held: _given(held, name, joined, present) for held in GIVEN}
@@ -275,6 +282,20 @@ def _row(name: str, joined: Joined, families: Sequence[str], confidence: float) 
     of = np.array(joined.families)[present]
     row["r_without"] = [partial_correlation(x[of != one], y[of != one]).r for one in families]
     return row
+
+
+def _p_over_orders(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Return the share of all orders of y whose rank correlation with x is as far from zero.
+
+    Student's t gives p = 0 for any perfect order: of four models, of which one order in twelve is perfect by chance.
+    """
+    from scipy.stats import rankdata
+
+    first, second = (rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
+    sums = np.abs(second[np.array(list(permutations(range(len(x)))))] @ first)
+    return float(
+        np.mean(sums >= abs(second @ first) - 1e-9)
+    )  # ranks are halves: their sums differ by 1/4 or not at all
 
 
 def _p_over_clusters(correlation: Callable[[NDArray[np.bool_]], float], clusters: Sequence[str]) -> float:
