@@ -113,8 +113,8 @@ class Trace(Stream):
         """
         model = hooked_model(model)
         require_supported(model)
-        given = Stream.from_activations(plain(cache), splits_of_model(model))
         own = trace(model, tokens, fwd_hooks=fwd_hooks)
+        given = Stream.from_activations(plain(cache), own.splits)
         if own.resid.shape != given.resid.shape:
             raise ArgumentError("tokens", f"{own.n_tokens} tokens", f"the {given.n_tokens} tokens of the cache")
         gaps = relative_gap(given.resid.to(own.resid), own.resid)
