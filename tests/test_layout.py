@@ -14,7 +14,6 @@ TESTED_IN = {
     "cli/terminal": "cli/test_report",
     "coupling/options": "coupling/test_depth",
     "coupling/context": "coupling/test_token",
-    "forward/bare": "training/test_monitor",
     "forward/cache": "forward/test_trace",
     "forward/inputs": "forward/test_split",
     "forward/hooked": "forward/test_user_hooks",

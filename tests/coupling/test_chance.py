@@ -107,3 +107,4 @@ def test_bad_arguments():
 
 def test_a_p_value_names_the_least_that_its_draws_can_show():
     assert p_value(0.002, 999) == "p ≤ 0.002" and p_value(0.0123, 999) == "p = 0.012"
+    assert p_value(2 / 1501, 1500) == "p ≤ 0.0013"

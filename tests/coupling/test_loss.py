@@ -149,6 +149,10 @@ def test_dropout_and_half_precision_are_refused():
     case = FEW[0]
     with pytest.raises(UnsupportedModelError, match="torch.bfloat16"):
         tlc.coupling_loss(case.model(torch.bfloat16), TOKENS, 2)
+    model = case.build(torch.float64)
+    model.blocks[2].mlp.bfloat16()
+    with pytest.raises(UnsupportedModelError, match="torch.bfloat16"):
+        tlc.coupling_loss(model, TOKENS, 2)
     model = case.build(torch.float64).train()
     drop = [("blocks.1.hook_attn_out", lambda tensor, hook: torch.nn.functional.dropout(tensor, 0.1))]
     with model.hooks(fwd_hooks=drop), pytest.raises(UnsupportedModelError, match="as dropout does"):

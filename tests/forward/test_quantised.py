@@ -70,6 +70,12 @@ def test_a_4_bit_model_is_its_dequantised_one(kind: str, on_avx512: bool):
         for engine in ("analytic", "autograd"):
             found = tlc.residual_jacobian(trace, 1, sublayer, engine=engine).dense()
             assert relative_error(found, exact) < 1e-5, (sublayer, engine)  # float32
+    of_head = tlc.residual_jacobian(truth, 1, "attn", head=2, engine="autograd").dense()
+    for engine in ("analytic", "autograd"):
+        found = tlc.residual_jacobian(trace, 1, "attn", head=2, engine=engine).dense()
+        assert relative_error(found, of_head) < 1e-5, engine
+    steps, exact = (tlc.head_steps(each) for each in (trace, truth))
+    assert relative_error(steps.share, exact.share) < 1e-5
     coupling, exact = (tlc.depth_coupling(each, 3).values for each in (trace, truth))
     assert (coupling - exact).abs().max() < 1e-4
 

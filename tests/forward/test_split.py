@@ -12,7 +12,7 @@ import torch
 from cases import TOKENS, relative_error
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.split import splits_of
 from tlcoupling.models.load import _transformer_bridge
 
@@ -85,6 +85,35 @@ def test_attention_and_recurrence_are_compared_in_one_matrix():
     assert tlc.head_coupling(trace, k=2, layers=[2]).layers == (2,)
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_causal_effect_of_a_mixer_is_that_of_its_own_write(layer: int):
+    """In a layer with a recurrence and in one with attention, whose writes have different hook points."""
+    model, trace = traced("JambaForCausalLM")
+    tokens = architectures.TOKENS
+    directions = torch.randn(trace.d_model, 3, generator=torch.Generator().manual_seed(0))
+    found = tlc.causal_effect(model, [tokens], directions, layers=[layer], sublayer="mixer", draws=1)
+    basis, write = torch.linalg.qr(directions).Q, trace.writes["mixer"][layer].clone()
+    write[:-1] -= write[:-1] @ basis @ basis.mT
+
+    @torch.no_grad()
+    def loss(hooks: list[Any]) -> float:
+        logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.double(), tokens[1:]))
+
+    name = f"blocks.{layer}.{trace.splits[layer].parts[0].write}"
+    change = loss([(name, lambda tensor, hook: write[None])]) - loss([])
+    assert abs(change) > 1e-3 and float(found.effect) == pytest.approx(change, abs=1e-5)
+
+
+def test_a_causal_effect_needs_a_next_token_and_a_sublayer():
+    vit, _ = traced("ViTModel")
+    with pytest.raises(UnsupportedModelError, match="ViTModel is bidirectional: it reads the tokens it would"):
+        tlc.causal_effect(vit, [architectures.prompt(vit)], 2)
+    gpt1, _ = traced("OpenAIGPTLMHeadModel")
+    with pytest.warns(UserWarning, match="whole"), pytest.raises(ArgumentError, match="'mlp'.*none in this.*block 0:"):
+        tlc.causal_effect(gpt1, [TOKENS], 2)
+
+
 def test_a_recurrence_reaches_later_tokens():
     """Context coupling of a state-space model, and the Jacobian from a token to a later one, are not zero."""
     _, trace = traced("MambaForCausalLM")
@@ -105,6 +134,17 @@ def test_a_split_that_fails_is_refused_with_layer_and_gap():
         tlc.head_steps(trace)
 
 
+def test_a_cache_of_blocks_that_are_not_split_is_measured_whole():
+    model, trace = traced("BertForMaskedLM")
+    _, cache = model.run_with_cache(architectures.TOKENS[None])
+    with pytest.warns(UserWarning, match="measured whole"):
+        found = tlc.Trace.from_cache(model, cache, architectures.TOKENS)
+    assert found.sublayers == ("block",) and torch.equal(found.resid, trace.resid)
+    cache["blocks.2.hook_resid_pre"][0, 3] *= 1.5
+    with pytest.warns(UserWarning), pytest.raises(StaleTraceError, match="depth 2, position 3"):
+        tlc.Trace.from_cache(model, cache, architectures.TOKENS)
+
+
 def test_any_pair_of_a_bidirectional_model_has_a_jacobian():
     _, trace = traced("ViTModel")
     backwards = tlc.residual_jacobian(trace, 1, "attn", src=6, dest=2)
@@ -114,6 +154,29 @@ def test_any_pair_of_a_bidirectional_model_has_a_jacobian():
     with pytest.raises(ArgumentError, match="tokens='same'.*bidirectional"):
         tlc.linearized(trace, torch.randn(trace.d_model))
     assert tlc.linearized(trace, torch.randn(trace.d_model), pos=3, tokens="all").shape[1] == trace.n_tokens
+
+
+def test_an_image_is_no_text_to_estimate_and_a_model_without_unembedding_has_a_baseline():
+    vit, trace = traced("ViTModel")
+    with pytest.raises(ArgumentError, match="prompt='no text'.*text or token ids"):
+        tlc.estimate(vit, architectures.prompt(vit), 2)
+    fresh = tlc.trace(tlc.random_baseline(vit), architectures.prompt(vit))
+    assert fresh.sublayers == trace.sublayers and not torch.allclose(fresh.resid[-1], trace.resid[-1], rtol=0.1)
+
+
+@pytest.mark.parametrize(("name", "before"), [("ViTModel", 1), ("DeiTModel", 2), ("ASTForAudioClassification", 2)])
+def test_a_position_is_labelled_by_the_patch_that_it_shows(name: str, before: int):
+    """Moving a patch of the input moves the position of its label at the first block, and no other."""
+    model, trace = traced(name)
+    ((key, signal),) = architectures.prompt(model).items()
+    moved = signal.clone()
+    if key == "pixel_values":  # [1, channel, height, width], patches of 4
+        moved[..., 4:8, 8:12] += 1
+    else:  # [1, time, frequency], patches of 8
+        moved[:, 16:24, 8:16] += 1
+    changed = (tlc.trace(model, {key: moved}).resid[0] - trace.resid[0]).norm(dim=-1) > 0
+    assert trace.str_tokens[:before] == ("[CLS]", "[DIST]")[:before]
+    assert [trace.str_tokens[pos] for pos in changed.nonzero().flatten()] == ["patch 1,2"]
 
 
 def test_a_causal_model_refuses_what_lies_behind():

@@ -18,9 +18,11 @@ from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
+from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
-from tlcoupling.forward.prompt import to_tokens
+from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.split import splits_of_model, sublayers_of
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -130,7 +132,7 @@ def estimate(
 
     Args:
         model: as in ``trace``.
-        prompt: as in ``trace``.
+        prompt: as in ``trace``; text or token ids alone, whose length is known without a run.
         k: as in ``depth_coupling``.
         sublayers: as in ``depth_coupling``.
         tokens: as in ``depth_coupling``.
@@ -152,8 +154,14 @@ def estimate(
     Example:
         >>> tlc.estimate(model, "When Mary and John went to the store", tokens="all")  # doctest: +SKIP
     """
+    model = hooked_model(model)
     require_supported(model)
-    n_tokens = to_tokens(model, prompt, prepend_bos, attention_mask).shape[1]
+    inputs = read_inputs(model, prompt, prepend_bos, attention_mask)
+    if not inputs.is_text:
+        raise ArgumentError(
+            "prompt", "no text", "text or token ids: only a run tells how many positions other inputs have"
+        )
+    n_tokens = inputs.tensor.shape[1]
     splits = splits_of_model(model)
     names, n_layers = resolve_sublayers(sublayers, sublayers_of(splits)), len(model.blocks)
     options = Options.resolve(model.cfg.d_model, k, "frobenius", "uv", True, engine, solver)

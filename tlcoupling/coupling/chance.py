@@ -14,7 +14,7 @@ its skewness by a few over d.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tlcoupling.coupling.metric import coupling
 from tlcoupling.linalg.work import Work
-from tlcoupling.results.base import Result
+from tlcoupling.results.base import LabelledResult
 
 SHOWN = 3  # labels of the first axis in the one line, at most
 NUMBER = 0.003  # small module calls that take as long as a random number, measured
@@ -33,7 +33,7 @@ BATCH = 2**22  # numbers in the drawn blocks at a time, at most
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CouplingTest(Result):
+class CouplingTest(LabelledResult):
     """Mean excess coupling over sets of pairs, and how often chance alone gives as much.
 
     Attributes:
@@ -59,8 +59,6 @@ class CouplingTest(Result):
     count: Float[Tensor, " pairs"]
     draws: int
     confidence: float
-    axes: tuple[str, ...]
-    labels: tuple[tuple[Any, ...], ...]
 
     _quantities: ClassVar[tuple[str, ...]] = ("excess", "p", "low", "high", "chance_std")
 
@@ -77,12 +75,6 @@ class CouplingTest(Result):
         ]
         shown = ", ".join(each if len(each) <= SHOWN else [*each[:SHOWN], f"... {len(each) - SHOWN} more"])
         return f"CouplingTest({self.draws} draws, {self.confidence:.0%}: mean excess {shown})"
-
-    def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-        return {name: (self.axes, getattr(self, name)) for name in self._quantities}
-
-    def _coords(self) -> dict[str, Sequence[Any]]:
-        return dict(zip(self.axes, self.labels, strict=True))
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ class Drawn:
 def p_value(p: float, draws: int) -> str:
     """Return a p-value as text, such as ``p = 0.012`` or ``p ≤ 0.002``, the least that so many draws can show."""
     least = 2 / (draws + 1)
-    return f"p ≤ {least:.1g}" if p <= least else f"p = {p:.2g}"
+    return f"p ≤ {least:.2g}" if p <= least else f"p = {p:.2g}"
 
 
 def rotation_test(

@@ -15,7 +15,6 @@ from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import Coupling, measure
-from tlcoupling.forward.block import Block
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -103,7 +102,7 @@ def head_coupling(
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     heads = range(trace.model.cfg.n_heads)
-    groups = Block.read(trace.model, chosen[0]).n_groups or len(heads)
+    groups = trace.block(chosen[0]).n_groups or len(heads)
     return measure(
         HeadCoupling,
         trace,

@@ -83,15 +83,15 @@ def coupling_loss(
 
     Raises:
         ArgumentError: an argument out of range.
-        UnsupportedModelError: as in ``trace``; dropout; half precision.
+        UnsupportedModelError: as in ``trace``; dropout; weights in half precision or 4 bits.
         DegenerateSpectrumError: singular values that coincide.
         HookError, DerivativeError: a hook, or the model itself, hides from autograd what it does.
     """
     require_supported(model, in_training=True)
-    dtype = next(model.blocks.parameters()).dtype
-    if dtype not in (torch.float32, torch.float64):
+    dtypes = [parameter.dtype for parameter in model.blocks.parameters()]  # norms may be finer than what they feed
+    if coarse := [dtype for dtype in dtypes if dtype not in (torch.float32, torch.float64)]:
         raise UnsupportedModelError(
-            f"the weights are {dtype}, too coarse for derivatives of singular vectors; allowed: float32, float64"
+            f"the weights are {coarse[0]}, too coarse for derivatives of singular vectors; allowed: float32, float64"
         )
     ids = to_tokens(model, tokens, None)
     splits = splits_of_model(model)

@@ -24,7 +24,7 @@ from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.autograd import GraphJacobian
+from tlcoupling.jacobian.autograd import GraphJacobian, input_of
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.memory import give_back_memory
@@ -167,9 +167,9 @@ def _overlap_nulls(
     missed: dict[str, dict[Place, Tensor]] = {"u": {}, "v": {}}
     for place in group.places:
         triplets = known[place].triplets
-        reads = trace.mlp_input(place.layer) if sublayer == "mlp" else trace.block_input(place.layer)
-        constant = torch.ones_like(reads[0, place.src])
-        directions = {"u": [constant], "v": [constant, reads[0, place.src]]}
+        reads = input_of(trace, place.layer, sublayer)[0, place.src]
+        constant = torch.ones_like(reads)
+        directions = {"u": [constant], "v": [constant, reads]}
         for side, vectors in (("u", triplets.u), ("v", triplets.v)):
             missed[side][place] = unreached(vectors, torch.stack(directions[side], dim=1)).to(device)
     return {

@@ -25,6 +25,7 @@ from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.triplets import DETERMINED
 from tlcoupling.results.base import Result
+from tlcoupling.results.intervals import check_confidence
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v", "overlap_null_u", "overlap_null_v"]
 FEW_TOKENS = 4  # that a warning names
@@ -207,9 +208,9 @@ class Coupling(Result):
         rotates each member's bases at random, one rotation for all pairs that share them. It holds for layers with
         fresh weights, and not for what shares weights: the tokens of a layer, the contexts of a token.
 
-        Tested are the means over all pairs, over the pairs at each distance (of layers or positions), and over blocks
-        of members. Choose blocks before you look at the numbers: the p-values are not corrected for their number. Each
-        group (sublayer, token) is tested by itself.
+        Tested are the means over all pairs, over the pairs at each distance (in the order of the layers or positions
+        measured, as in ``profile``), and over blocks of members. Choose blocks before you look at the numbers: the
+        p-values are not corrected for their number. Each group (sublayer, token) is tested by itself.
 
         Args:
             blocks: members by name, such as ``{"early": range(8), "late": range(22, 30)}``: the pairs within each
@@ -228,8 +229,7 @@ class Coupling(Result):
             >>> coupling.test().p  # doctest: +SKIP
         """
         check_int("draws", draws, 39, note="fewer cannot show p <= 0.05")
-        if not 0 < confidence < 1:
-            raise ArgumentError("confidence", confidence, "a number between 0 and 1")
+        check_confidence(confidence)
         axes = self._axes["values"][:-2]
         coords = self._coords()
         sets = {**self._sets(), **self._between(blocks or {})}

@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.arguments import Indices, check_int, resolve_indices, resolve_one_k
-from tlcoupling.directions.intervention import Site, orthonormal, project_out, random_directions
-from tlcoupling.errors import ArgumentError
+from tlcoupling.arguments import Indices, check_int, check_sublayer, resolve_indices, resolve_one_k
+from tlcoupling.directions.intervention import orthonormal, project_out, random_directions
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
 from tlcoupling.forward.prompt import named_prompts
+from tlcoupling.forward.split import block_hook
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
@@ -41,7 +42,7 @@ class CausalEffect(Result):
         control_share: the random directions' share. ``[prompt, layer, draw]``.
         prompts: the prompts' names, or their numbers.
         layers: the layers; each is intervened on alone.
-        sublayer: ``"attn"`` or ``"mlp"``.
+        sublayer: ``"attn"``, ``"mixer"`` or ``"mlp"``.
         k: number of directions.
     """
 
@@ -102,7 +103,7 @@ def causal_effect(
     directions: int | float | Float[Tensor, "d_model k"] = 10,
     *,
     layers: Indices | None = None,
-    sublayer: Literal["attn", "mlp"] = "mlp",
+    sublayer: Literal["attn", "mixer", "mlp"] = "mlp",
     draws: int = 10,
     seed: int = 0,
     prepend_bos: bool | None = None,
@@ -121,7 +122,7 @@ def causal_effect(
         prompts: prompts, or a mapping from names to prompts; each of at least two tokens.
         directions: K (an int, or a fraction of d_model), or directions ``[d_model, k]``.
         layers: block indices; by default all.
-        sublayer: ``"attn"`` or ``"mlp"``.
+        sublayer: ``"attn"``, ``"mlp"``, or ``"mixer"`` where the model has that instead of ``"attn"``.
         draws: number of random controls, at least 1.
         seed: seed of the random numbers.
         prepend_bos: as in ``trace``.
@@ -130,6 +131,7 @@ def causal_effect(
     Raises:
         ArgumentError: an argument out of range, a prompt of one token, linearly dependent directions, or a write of
             length zero.
+        UnsupportedModelError: the model is bidirectional, so that it reads the tokens it would have to predict.
         UnsupportedModelError, NonFiniteActivationError, ResidualIdentityError: see ``trace``.
 
     Example:
@@ -147,8 +149,12 @@ def causal_effect(
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
             raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
-        if sublayer not in traced.writes:
-            raise ArgumentError("sublayer", sublayer, f"one of {', '.join(traced.writes)}")
+        if not traced.causal:
+            raise UnsupportedModelError(
+                f"{traced.model_name} is bidirectional: it reads the tokens it would have to predict, so its "
+                "next-token loss says nothing"
+            )
+        check_sublayer("sublayer", sublayer, tuple(traced.writes) or ("none",), traced.refusal)
         chosen = resolve_indices("layers", layers, traced.n_layers)
         given = (
             directions if isinstance(directions, Tensor) else resolve_one_k("directions", directions, traced.d_model)
@@ -235,7 +241,8 @@ class _Measured:
         self, layer: int, bases: Float[Tensor, "pos d k"], activations: Float[Tensor, "pos d"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the change in loss without the directions, and their share of the write's norm."""
-        site: Site = "attn_out" if self.sublayer == "attn" else "mlp_out"
-        changed = self._loss([project_out(bases, layer, site, self.positions)]) - self.loss
+        _, remove = project_out(bases, layer, positions=self.positions)
+        write = block_hook(layer, self.traced.block(layer).sublayers[self.sublayer].write)
+        changed = self._loss([(write, remove)]) - self.loss
         taken = (bases.mT @ activations[..., None]).norm() / activations.norm()
         return changed, taken.double().cpu()

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.split import Kind, Part, Split, Topology, splits_of_model
 
 # TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
@@ -250,7 +251,9 @@ class Block:
         Raises:
             UnsupportedModelError: the attention's write cannot be split into heads.
         """
-        weight = self.attn.write_weight()
+        projection = self.attn.part("o")
+        with nullcontext() if projection is None else lifted(self.model, projection):
+            weight = self.attn.write_weight()
         of_layer = f"the attention of layer {self.layer} ({type(self.attn.module).__name__})"
         if z is None or weight is None:
             missing = " and ".join(name for name, value in (("hook_z", z), ("W_O", weight)) if value is None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, TLCouplingError, UnsupportedModelError
+from tlcoupling.forward.bare import is_bare
 from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.inputs import Inputs
 from tlcoupling.forward.lifting import lifted_model
@@ -46,8 +47,11 @@ def require_supported(model: Any, in_training: bool = False) -> None:
     if hasattr(model, "run_block"):
         raise ArgumentError("model", model, "a model: this is a trace, whose model is trace.model")
     if not all(hasattr(model, name) for name in ("cfg", "hook_dict", "run_with_cache")):
+        hint = (
+            "; tlc.trace takes it, and trace.model is a bridge around it, which is taken here" if is_bare(model) else ""
+        )
         raise UnsupportedModelError(
-            f"not a hooked model: {type(model).__name__} is neither a HookedTransformer nor a TransformerBridge"
+            f"not a hooked model: {type(model).__name__} is neither a HookedTransformer nor a TransformerBridge{hint}"
         )
     if not hasattr(model, "blocks"):
         lists = [name for name, _ in model.named_children() if name.endswith("blocks")]

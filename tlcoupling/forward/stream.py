@@ -226,8 +226,8 @@ def writes_do_not_add_up(layer: int, gap: float, tolerance: float, split: Split)
         f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, 'hook_resid_post')} by "
         f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the hooks do not hold what the sublayers "
         "add to the stream and a split by sublayer would be wrong. An architecture that rescales or reorders its "
-        "writes does this, and so do hooks that edit hook_resid_mid and autoencoders in its place (edit hook_attn_out "
-        "instead), hooks registered on "
+        "writes does this (tlc.trace measures its blocks whole), and so do hooks that edit hook_resid_mid and "
+        "autoencoders in its place (edit hook_attn_out instead), hooks registered on "
         "a module behind its hook point, or, in a cache, hooks that edit hook_resid_post or hook_resid_pre (a trace "
         "with fwd_hooks= tells their share apart)"
     )

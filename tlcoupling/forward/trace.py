@@ -113,8 +113,8 @@ class Trace(Stream):
         """
         model = hooked_model(model)
         require_supported(model)
-        given = Stream.from_activations(plain(cache), splits_of_model(model))
         own = trace(model, tokens, fwd_hooks=fwd_hooks)
+        given = Stream.from_activations(plain(cache), own.splits)
         if own.resid.shape != given.resid.shape:
             raise ArgumentError("tokens", f"{own.n_tokens} tokens", f"the {given.n_tokens} tokens of the cache")
         gaps = relative_gap(given.resid.to(own.resid), own.resid)
@@ -269,7 +269,10 @@ class Trace(Stream):
     @cached_property
     @measured
     def causal(self) -> bool:
-        """Whether no position reads a later one, which is tested in each block by moving its input at the last one."""
+        """Whether no position reads a later one, which is tested in each block by moving its input at the last one.
+
+        A model that reads ahead within a prefix, but nowhere as far as the last position, counts as causal.
+        """
         if getattr(self.model.cfg, "attention_dir", "causal") == "bidirectional":
             return False
         if self.n_tokens == 1:

@@ -52,7 +52,7 @@ def windowed(call: BlockCall, layer: int, window: slice, n_tokens: int) -> Block
 
     def cut(value: Any, name: str = "") -> Any:
         if isinstance(value, (tuple, list)):
-            return type(value)(cut(one, name) for one in value)
+            return tuple(cut(one, name) for one in value)
         if not isinstance(value, Tensor):
             return value
         if "mask" in name and value.shape[-2:] == (n_tokens, n_tokens):

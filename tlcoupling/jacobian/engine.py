@@ -160,7 +160,8 @@ class JacobianEngine:
         if not self._pairs or self.engine == "autograd" or self.hooked:  # a hook expects all positions
             return 0, None
         # two positions at least: activations of one cannot tell a weight from a bias
-        first, last = max(0, min(src for src, _ in self._pairs) - 1), max(dest for _, dest in self._pairs)
+        positions = {pos for pair in self._pairs for pos in pair}  # a bidirectional model has src behind dest too
+        first, last = max(0, min(positions) - 1), max(positions)
         return first, self.trace.window(first, last) if last - first + 1 < self.trace.n_tokens else None
 
     def _in_window(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator | None:

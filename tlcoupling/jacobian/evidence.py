@@ -38,7 +38,6 @@ class Evidence:
         self._pairs = pairs
         self._modules: ModuleProducts | None = None
         self._differences = BlockDifferences(trace, layer, hooked, pairs)
-        self._products: dict[tuple[str, int, int], Float[Tensor, " d_model"]] = {}
         self._refusals: dict[tuple[str, int, int], str | None] = {}
 
     def refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:

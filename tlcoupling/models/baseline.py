@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.block import Block, norms_are_folded
+from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.forward.offline import answered_locally, offline
@@ -38,7 +38,8 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
     folded norms, centred writing weights, centred unembedding. The model and the global random state stay unchanged.
 
     Args:
-        model: a ``HookedTransformer`` or ``TransformerBridge`` of a decoder, in eval mode.
+        model: a ``HookedTransformer`` or ``TransformerBridge``, in eval mode; of a bare HuggingFace model, the bridge
+            ``trace.model`` of a trace that was given its tokenizer.
         seed: seed of the weights.
 
     Returns:
@@ -134,7 +135,8 @@ def _process_alike(model: Any, fresh: Any) -> None:
     """Apply the model's weight processing to the new weights."""
     writes = _writing_weights(model)
     center = writes is not None and all(_is_centered(weight) for weight in writes)
-    center_unembed = _is_centered(model.W_U)
+    unembed = weight_of(model, "W_U")  # None where a model ends without one (ViT)
+    center_unembed = unembed is not None and _is_centered(unembed)
     if hasattr(fresh, "enable_compatibility_mode"):
         if not getattr(model, "compatibility_mode", False):
             return

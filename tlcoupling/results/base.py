@@ -180,6 +180,27 @@ class Result:
         return write_result(self, path)
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class LabelledResult(Result):
+    """A result that holds the names and labels of its axes itself, because they depend on what was measured.
+
+    Attributes:
+        axes: names of the axes of the tensors.
+        labels: labels of each axis.
+    """
+
+    axes: tuple[str, ...] = field(kw_only=True)
+    labels: tuple[tuple[Any, ...], ...] = field(kw_only=True)
+
+    _quantities: ClassVar[tuple[str, ...]] = ()
+
+    def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        return {name: (self.axes, getattr(self, name)) for name in self._quantities}
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        return dict(zip(self.axes, self.labels, strict=True))
+
+
 def write_result(result: Result, path: str | Path, note: Mapping[str, Any] | None = None) -> Path:
     """Save a result, with a note in the header that ``read_result`` returns.
 

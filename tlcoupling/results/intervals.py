@@ -15,23 +15,22 @@ tried reaches 93 %, so there is no interval.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.results.base import Result
+from tlcoupling.results.base import LabelledResult
 
 LEAST = 6  # units with which an interval covers as often as it says
 EQUAL = 1e-12  # relative spread below which numbers differ by rounding alone
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Interval(Result):
+class Interval(LabelledResult):
     """A mean over prompts and its confidence interval.
 
     Attributes:
@@ -55,8 +54,6 @@ class Interval(Result):
     quantity: str
     by: str
     confidence: float
-    axes: tuple[str, ...]
-    labels: tuple[tuple[Any, ...], ...]
 
     _quantities: ClassVar[tuple[str, ...]] = ("estimate", "low", "high", "standard_error", "units")
 
@@ -67,12 +64,6 @@ class Interval(Result):
         lines = zip(labels, *firsts, strict=True)
         shown = ", ".join(f"{label} {mean:.4f} [{low:.4f}, {high:.4f}]" for label, mean, low, high in lines)
         return f"Interval({self.quantity}, {self.confidence:.0%} over {self.by}s: {shown})"
-
-    def _arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-        return {name: (self.axes, getattr(self, name)) for name in self._quantities}
-
-    def _coords(self) -> dict[str, Sequence[Any]]:
-        return dict(zip(self.axes, self.labels, strict=True))
 
 
 def mean_interval(
