@@ -30,7 +30,7 @@ import smollm2
 import torch
 import wide_block
 from llamas import bridge, shaped
-from measure import Row, print_table
+from measure import Row, cells, print_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -247,16 +247,14 @@ PARTS = {part.__name__: part for part in (solvers, deep, widest, table, tests, w
 
 
 def _print_rows(device: torch.device, rows: Iterator[Row | str]) -> None:
-    """Print rows beside the published procedure as they come."""
+    """Print rows beside the published procedure, a line each, as they come."""
     peak = measured_rates(device).matmul
-    print(f"\n{'work':62} {'published s':>11} {'ours s':>8} {'ratio':>7} {'of peak':>7} {'GiB':>6}", flush=True)
     for row in rows:
         if isinstance(row, str):
             print(f"  {row}", flush=True)
             continue
-        share = "" if row.flops is None else f"{row.flops / row.ours_s / peak:.0%}"
-        numbers = f"{row.published_s:11.3g} {row.ours_s:8.3g} {row.published_s / row.ours_s:7.3g} {share:>7}"
-        print(f"{row.work:62} {numbers} {row.ours_bytes / 2**30:6.2f}", flush=True)
+        work, *numbers = cells(row, peak).items()
+        print(f"{work[1]}: {', '.join(f'{name} {value}' for name, value in numbers)}", flush=True)
 
 
 def _wait(device: torch.device) -> None:

@@ -106,22 +106,26 @@ class Row:
     flops: float | None = None
 
 
+def cells(row: Row, peak: float) -> dict[str, str]:
+    """Format a row, by the names of its columns; ``peak`` is in operations per second."""
+    return {
+        "work": row.work,
+        "published s": _number(row.published_s),
+        "ours s": _number(row.ours_s),
+        "ratio": _number(row.published_s / row.ours_s),
+        "share of peak": "–" if row.flops is None else f"{row.flops / row.ours_s / peak:.0%}",
+        "published GiB": "–" if row.published_bytes is None else f"{row.published_bytes / 2**30:.2f}",
+        "ours GiB": f"{row.ours_bytes / 2**30:.2f}",
+    }
+
+
 def table(title: str, rows: Sequence[Row], peak: float) -> Table:
     """Format rows as a table; ``peak`` is in operations per second."""
     shown = Table(title=title, title_justify="left")
-    columns = ("work", "published s", "ours s", "ratio", "share of peak", "published GiB", "ours GiB")
-    for index, name in enumerate(columns):
-        shown.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        shown.add_row(
-            row.work,
-            _number(row.published_s),
-            _number(row.ours_s),
-            _number(row.published_s / row.ours_s),
-            "–" if row.flops is None else f"{row.flops / row.ours_s / peak:.0%}",
-            "–" if row.published_bytes is None else f"{row.published_bytes / 2**30:.2f}",
-            f"{row.ours_bytes / 2**30:.2f}",
-        )
+    for index, row in enumerate(cells(row, peak) for row in rows):
+        for name in () if index else row:
+            shown.add_column(name, justify="left" if name == "work" else "right")
+        shown.add_row(*row.values())
     return shown
 
 

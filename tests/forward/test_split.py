@@ -164,6 +164,21 @@ def test_an_image_is_no_text_to_estimate_and_a_model_without_unembedding_has_a_b
     assert fresh.sublayers == trace.sublayers and not torch.allclose(fresh.resid[-1], trace.resid[-1], rtol=0.1)
 
 
+@pytest.mark.parametrize(("name", "before"), [("ViTModel", 1), ("DeiTModel", 2), ("ASTForAudioClassification", 2)])
+def test_a_position_is_labelled_by_the_patch_that_it_shows(name: str, before: int):
+    """Moving a patch of the input moves the position of its label at the first block, and no other."""
+    model, trace = traced(name)
+    ((key, signal),) = architectures.prompt(model).items()
+    moved = signal.clone()
+    if key == "pixel_values":  # [1, channel, height, width], patches of 4
+        moved[..., 4:8, 8:12] += 1
+    else:  # [1, time, frequency], patches of 8
+        moved[:, 16:24, 8:16] += 1
+    changed = (tlc.trace(model, {key: moved}).resid[0] - trace.resid[0]).norm(dim=-1) > 0
+    assert trace.str_tokens[:before] == ("[CLS]", "[DIST]")[:before]
+    assert [trace.str_tokens[pos] for pos in changed.nonzero().flatten()] == ["patch 1,2"]
+
+
 def test_a_causal_model_refuses_what_lies_behind():
     _, trace = traced("MambaForCausalLM")
     with pytest.raises(ArgumentError, match="src=6.*the model is causal"):

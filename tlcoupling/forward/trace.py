@@ -269,7 +269,10 @@ class Trace(Stream):
     @cached_property
     @measured
     def causal(self) -> bool:
-        """Whether no position reads a later one, which is tested in each block by moving its input at the last one."""
+        """Whether no position reads a later one, which is tested in each block by moving its input at the last one.
+
+        A model that reads ahead within a prefix, but nowhere as far as the last position, counts as causal.
+        """
         if getattr(self.model.cfg, "attention_dir", "causal") == "bidirectional":
             return False
         if self.n_tokens == 1:
