@@ -221,7 +221,7 @@ class Trace(Stream):
             last: the last position.
 
         Returns:
-            A trace whose position 0 is ``first``. None where the model cached no keys and values.
+            A trace whose position 0 is ``first``. None where the model cached no keys and values of earlier positions.
         """
         rows = slice(first, last + 1)
         calls = [windowed(call, layer, rows, self.n_tokens) for layer, call in enumerate(self._calls)]
@@ -418,7 +418,7 @@ def trace(
     block reads it: it sees hooks within the block, on its ``hook_resid_post`` and on the next ``hook_resid_pre``, while
     its own ``hook_resid_pre`` makes x^l. An activation that a hook replaces by constants passes no derivative on. A
     module whose ``forward`` was replaced counts as the model's own: ``engine="autograd"`` follows it wherever it goes,
-    while a closed form is held against it at the first position that is asked for.
+    while a closed form is held against it at each source and destination that is measured.
 
     What is in force around this call or any later use of the trace does not count: autocast, ``torch.inference_mode``,
     ``torch.no_grad``, a default dtype or device, the precision of float32 products, threads that measure the same model

@@ -55,7 +55,7 @@ class JacobianEngine:
     block, ``auto`` takes autograd and a warning says so once, and ``analytic`` raises. What comes out of either is held
     against central differences of what is run (``differences``): a graph that is cut is an error.
 
-    Where the pairs are announced, the block runs on the positions from the first src to the last dest alone
+    Where the pairs are announced, the block runs on the positions from one before the first of these to the last alone
     (``Trace.window``), as long as a closed form passes all of this there. The first one that does not sends this layer
     and all others to runs of all positions.
 
