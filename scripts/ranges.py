@@ -22,7 +22,10 @@ from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MINORS = ["2.16", "2.17", "2.18", *(f"3.{minor}" for minor in range(10)), *(f"4.{minor}" for minor in range(4))]
+# Those that pyproject.toml excludes cannot be installed beside it: to try one again, take its exclusion out there.
+DECLARED = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+KNOWN = ["2.16", "2.17", "2.18", *(f"3.{minor}" for minor in range(10)), *(f"4.{minor}" for minor in range(4))]
+MINORS = [minor for minor in KNOWN if f"!={minor}.*" not in DECLARED]
 FAMILIES = ("llama", "gpt2", "pythia", "qwen3", "gemma2", "mistral", "phi", "opt", "bloom", "falcon", "gemma3")
 # transformer-lens 2 asks for numpy below 2; later releases of pyarrow do not run on it, and do not say so to pip.
 BESIDE = {"2": ["pyarrow<20"]}

@@ -118,6 +118,40 @@ def test_sinks_are_left_out_named_and_brought_back() -> None:
     assert without["with_sinks"][block] == all_tokens["value"][block] > without["value"][block]
 
 
+def test_coupling_of_sinks_alone_is_called_so() -> None:
+    analysis = make_analysis(positions=(0,))
+    assert analysis.headline().startswith("Blocks couple ")
+    analysis.growth.norms[1, 0] = 1e4
+    assert analysis.headline().startswith("Blocks at sinks couple ")
+    assert analysis.headline(include_sinks=True).startswith("Blocks couple ")
+
+
+def test_nothing_is_left_out_where_all_tokens_are_sinks() -> None:
+    analysis = make_analysis()
+    analysis.growth.norms[:4] = 1 + 99 * torch.eye(4)  # each token at a depth of its own
+    assert analysis.growth.sinks.all()
+    assert "left out" not in analysis.headline() and " at sinks" not in analysis.headline()
+
+
+def test_coupling_that_is_undefined_in_some_layers_is_not_said_to_need_more_layers() -> None:
+    coupling = coupled(level=0.01)
+    coupling.values[:, :, :, 5] = float("nan")
+    assert said(coupling).startswith("Coupling of blocks is not defined for every pair of layers;")
+    assert said(coupled(n=1)).startswith("Coupling of blocks needs two layers;")
+
+
+def test_fresh_weights_have_their_own_chance_and_the_same_tokens() -> None:
+    baseline = make_analysis()
+    baseline = replace(baseline, coupling=replace(baseline.coupling, null=2 * baseline.coupling.null))
+    baseline.growth.rate[0] += 1
+    analysis = make_analysis(baseline=baseline)
+    analysis.growth.norms[1, 0] = 1e4
+    table = analysis.summary().set_index("finding")
+    coupling, rate = table.loc["coupling of blocks"], table.loc["growth rate per layer"]
+    assert coupling["fresh_chance"] == pytest.approx(2 * coupling["chance"], rel=1e-6)
+    assert rate["fresh"] == rate["chance"] == pytest.approx(float(baseline.growth.rate[1:].mean()))
+
+
 def test_no_clause_claims_a_finding_in_fresh_models() -> None:
     """A fast form of benchmarks/headline.py: three models, a prompt of two tokens and one of sixteen.
 
@@ -145,6 +179,7 @@ def test_nothing_is_found_in_fresh_weights() -> None:
     assert "most in" not in text and "neighbours" not in text and " more than attention" not in text
     table = analysis.summary()
     assert list(table)[:7] == ["finding", "value", "chance", "error", "found", "with_sinks", "fresh"]
+    assert list(table)[7:] == ["fresh_chance", "text"]
     assert not table[table["finding"].str.startswith(("coupling", "excess", "growth"))]["found"].any()
     assert table["fresh"].notna().all()
     assert text[:30] in repr(analysis) and "\n" not in repr(analysis)

@@ -135,4 +135,5 @@ def test_names_do_not_command_the_terminal(tmp_path: Path, monkeypatch: pytest.M
         assert "\x1b" not in one.output and "\u202e" not in one.output
         assert "[31m[bold]" in one.output, "shown, not obeyed"
     with errors_as_one_line(print):
-        assert "\x1b" not in warnings.formatwarning(f"{evil} is odd", UserWarning, "file.py", 1, "")
+        warning = warnings.formatwarning(f"{evil} is\nodd", UserWarning, "file.py", 1, "")
+    assert "\x1b" not in warning and warning.startswith("warning: a") and warning.endswith(" is odd\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from sweep_cells import cell_of, measured
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, StoreError
+from tlcoupling.models.load import _transformer_bridge
 from tlcoupling.sweeps import cells
+from tlcoupling.sweeps.cells import Cell, Settings
 from tlcoupling.sweeps.table import COLUMNS, rows_of_cell, to_arrow
 
 
@@ -84,6 +87,18 @@ def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepSt
     outdated = store.table()
     assert set(outdated["status"]) == {"outdated"} and set(outdated["key"]) == store.keys()
     assert outdated["coupling"].isna().all() and set(outdated["weights"]) == {"a", "b"}
+
+
+@pytest.mark.skipif(not hasattr(_transformer_bridge(), "boot_native"), reason="needs transformer-lens 4")
+def test_a_hybrids_mixer_has_a_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    model = importlib.import_module("architectures").boot("JambaForCausalLM")
+    cell = Cell(model="hybrid", prompt=(1, 2, 3, 4, 5), settings=Settings.of(k=2, sublayers=["mixer", "mlp"]))
+    analysis = tlc.analyze(model, list(cell.prompt), attention=False, **cell.settings.arguments())
+    rows = list(rows_of_cell(cell, analysis, cells.ModelFacts.of(model)))
+    assert [row["sublayer"] for row in rows] == ["mixer", "mlp"]
+    path = analysis.linearity.path("mixer")
+    assert rows[0]["lss"] == pytest.approx(float(path[-1])) and rows[0]["lss"] != rows[1]["lss"]
 
 
 def test_without_pyarrow_the_error_says_what_to_install(

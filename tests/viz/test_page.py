@@ -150,6 +150,13 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     assert data["summary"]["headline"] == analysis.headline()
 
 
+def test_sinks_are_no_straightest_tokens() -> None:
+    analysis = make_analysis()
+    analysis.growth.norms[1, 0] = 1e4
+    data = data_of(viz.render_html(analysis))
+    assert 0 not in data["tokens"]["most"] + data["tokens"]["least"] and len(data["tokens"]["most"]) == 1
+
+
 def test_fresh_weights_are_in_the_page_where_they_were_measured() -> None:
     fresh = make_analysis(token_layers=(0, 2))
     fresh = dataclasses.replace(fresh, coupling=dataclasses.replace(fresh.coupling, values=fresh.coupling.values / 2))
@@ -204,6 +211,7 @@ def test_summary_leaves_out_undefined_scores() -> None:
 
 def test_no_token_is_both_most_and_least_straight() -> None:
     assert straightest(torch.tensor([2.0])) == ([], [])
+    assert straightest(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([True, False, True])) == ([0], [2])
     assert straightest(torch.tensor([2.0, 1.0, NAN])) == ([1], [0])
     assert straightest(torch.arange(20.0)) == ([0, 1, 2, 3, 4], [19, 18, 17, 16, 15])
 

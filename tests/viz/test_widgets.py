@@ -392,6 +392,8 @@ def test_the_address_chooses_layer_and_token(browser: Any, tmp_path: Path, analy
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, width: int) -> None:
     fresh = make_analysis(token_layers=(1,))
+    null = torch.full_like(fresh.coupling.null, 0.0173)
+    fresh = dataclasses.replace(fresh, coupling=dataclasses.replace(fresh.coupling, null=null))
     analysis = make_analysis(token_layers=(1,), baseline=fresh)
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 800}) as page:
@@ -402,6 +404,9 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
             box = page.locator("#summary th", has_text=name).first.bounding_box()
             assert box["x"] + box["width"] <= width, name
         assert page.locator("#coupling .panes").count() == 3 and page.locator("#coupling .line.fresh").count() == 3
+        assert page.locator("#coupling .line.fresh-null").count() == 3, "fresh weights beside their own null"
+        row = page.locator("#coupling [data-part=table] tbody tr").first.locator("th, td").all_text_contents()
+        assert [row[column] for column in (4, 8, 12)] == ["0.0173"] * 3
         assert page.locator("#pairs figure").count() == 4  # attention, trained, fresh weights, difference
     with opened(browser, viz.write_html(fresh, tmp_path / "alone.html")) as page:
         page.wait_for_selector("html[data-drawn]")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.analysis.headline import Finding, chance_of_blocks, findings, sentence
+from tlcoupling.analysis.headline import Finding, chance_of_blocks, findings, sentence, without_sinks
 from tlcoupling.arguments import Indices, KSpec, resolve_indices
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
@@ -100,18 +100,22 @@ class Analysis(Result):
 
         The columns: ``finding``; ``value``, its ``chance`` level and ``error`` by the rules of
         ``tlcoupling.analysis.headline``; ``found``, whether it differs from chance; ``with_sinks``, the same number of
-        all tokens; ``fresh``, of fresh weights, NaN if they were not measured; ``text``, the clause of the headline.
+        all tokens; ``fresh``, of fresh weights and the tokens of ``value``, NaN if they were not measured;
+        ``fresh_chance``, the chance level of ``fresh``: each model has its own; ``text``, the clause of the headline.
 
         Args:
             include_sinks: whether sinks count in ``value`` too.
         """
         import pandas as pd
 
-        def values(analysis: Analysis | None, sinks: bool) -> dict[str, float]:
-            return {} if analysis is None else {one.name: one.value for one in analysis._findings(sinks)}
-
         rows = self._findings(include_sinks, chance_of_blocks(self.coupling))
-        others = {"with_sinks": values(self, True), "fresh": values(self.baseline, include_sinks)}
+        kept = self._kept(include_sinks)
+        fresh = [] if self.baseline is None else findings(*self.baseline._measured(), kept=kept)
+        others = {
+            "with_sinks": {one.name: one.value for one in self._findings(True)},
+            "fresh": {one.name: one.value for one in fresh},
+            "fresh_chance": {one.name: one.chance for one in fresh},
+        }
         table = pd.DataFrame([vars(one) for one in rows]).rename(columns={"name": "finding"})
         for at, (column, known) in enumerate(others.items(), 5):
             table.insert(at, column, [known.get(one.name, float("nan")) for one in rows])
@@ -119,7 +123,14 @@ class Analysis(Result):
 
     def _findings(self, include_sinks: bool, p: float = math.nan) -> list[Finding]:
         fresh = None if self.baseline is None else self.baseline.growth
-        return findings(self.coupling, self.linearity, self.growth, fresh=fresh, include_sinks=include_sinks, p=p)
+        return findings(*self._measured(), fresh=fresh, kept=self._kept(include_sinks), p=p)
+
+    def _measured(self) -> tuple[DepthCoupling, Linearity, Growth]:
+        return self.coupling, self.linearity, self.growth
+
+    def _kept(self, include_sinks: bool) -> Tensor:
+        """Return which tokens count in means."""
+        return torch.ones_like(self.growth.sinks) if include_sinks else without_sinks(self.growth)
 
     def _coords(self) -> dict[str, Sequence[Any]]:
         heads = 0 if self.attention is None else self.attention.shape[1]

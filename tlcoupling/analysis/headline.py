@@ -22,7 +22,8 @@ chance than ``MARGIN`` errors; otherwise it says that nothing was found. The rul
   than ``MARGIN`` errors, added in quadrature. A model's error joins the tokens' standard deviation and
   1 / (L sqrt(d)), what the norms of x^0 and x^L vary from one draw of weights to another; it holds for a single token
   too. Without a baseline the rate is described.
-- **Sinks** (``Growth.sinks``) are left out of all means over tokens unless no other token was measured.
+- **Sinks** (``Growth.sinks``) are left out of all means over tokens. Where coupling was measured at sinks alone, it is
+  their coupling, and the clause says "at sinks".
 
 ``benchmarks/headline.py`` counts how often each clause claims something of fresh weights.
 """
@@ -33,6 +34,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tlcoupling.coupling.chance import p_value
@@ -76,7 +78,7 @@ def findings(
     growth: Growth,
     *,
     fresh: Growth | None = None,
-    include_sinks: bool = False,
+    kept: Bool[Tensor, " pos"] | None = None,
     p: float = NAN,
 ) -> list[Finding]:
     """Return about a dozen findings, in the order of the sentence.
@@ -86,16 +88,21 @@ def findings(
         linearity: how straight the trajectories are.
         growth: how norms grow.
         fresh: growth in fresh weights, if they were measured.
-        include_sinks: whether sinks count.
+        kept: which tokens count in means; by default ``without_sinks(growth)``.
         p: the two-sided p-value of the first sublayer's coupling, from ``DRAWS`` draws; NaN if unknown.
     """
-    kept = torch.ones_like(growth.sinks) if include_sinks or growth.sinks.all() else ~growth.sinks
+    kept = without_sinks(growth) if kept is None else kept
     return [
         *_coupling(coupling, kept, p),
         _straightness(linearity, kept, coupling.d_model),
         *_growth(growth, fresh, kept, coupling.d_model),
-        _sinks(growth, include_sinks),
+        _sinks(growth, kept),
     ]
+
+
+def without_sinks(growth: Growth) -> Bool[Tensor, " pos"]:
+    """Return which tokens are not sinks; all tokens where all are sinks."""
+    return torch.ones_like(growth.sinks) if growth.sinks.all() else ~growth.sinks
 
 
 def sentence(found: list[Finding]) -> str:
@@ -114,7 +121,8 @@ def chance_of_blocks(coupling: DepthCoupling) -> float:
 def _coupling(coupling: DepthCoupling, kept: Tensor, p: float) -> list[Finding]:
     """Return each sublayer's coupling, and where it lies."""
     places = range(len(coupling.positions))
-    chosen = [place for place in places if kept[coupling.positions[place]]] or list(places)
+    chosen = [place for place in places if kept[coupling.positions[place]]]
+    at, chosen = ("", chosen) if chosen else (" at sinks", list(places))
     matrices = {
         name: getattr(coupling, name)[:, chosen, 0].double().nanmean(1) for name in ("values", "null", "null_std")
     }  # [sublayer, layer, layer] each
@@ -127,7 +135,7 @@ def _coupling(coupling: DepthCoupling, kept: Tensor, p: float) -> list[Finding]:
     excess = (matrices["values"] - matrices["null"])[0]
     coupled = rows[lead].found and rows[lead].value > rows[lead].chance
     return [
-        _with_text(rows[lead], lead, p),
+        _with_text(rows[lead], lead, at, p, len(coupling.layers)),
         *(row for name, row in rows.items() if name != lead),
         *(_where(excess, coupling.layers) if coupled else []),
         *_compared(rows),
@@ -135,13 +143,13 @@ def _coupling(coupling: DepthCoupling, kept: Tensor, p: float) -> list[Finding]:
     ]
 
 
-def _with_text(row: Finding, sublayer: str, p: float) -> Finding:
+def _with_text(row: Finding, sublayer: str, at: str, p: float, n_layers: int) -> Finding:
     """Say how far a sublayer's coupling is from chance."""
-    who = _NAMES.get(sublayer, sublayer)
+    who = _NAMES.get(sublayer, sublayer) + at
     numbers = f"{row.value:.4f} against {row.chance:.4f}" + ("" if math.isnan(p) else f", {p_value(p, DRAWS)}")
     verb = "couple" if sublayer == "block" else "couples"
     if math.isnan(row.value):
-        text = f"coupling of {who} needs two layers"
+        text = f"coupling of {who} {'needs two layers' if n_layers < 2 else 'is not defined for every pair of layers'}"
     elif row.value < row.chance and (row.found or p <= LEVEL):
         text = f"{who} {verb} below chance ({numbers})"
     elif not row.found and p <= LEVEL:
@@ -242,10 +250,11 @@ def _rate(growth: Growth, kept: Tensor, d_model: int) -> tuple[float, float]:
     return float(rates.mean()), math.hypot(float(rates.std(correction=0)), drawn) if len(rates) else NAN
 
 
-def _sinks(growth: Growth, include_sinks: bool) -> Finding:
-    """Name the sinks."""
-    where = growth.sinks.nonzero().flatten().tolist()
+def _sinks(growth: Growth, kept: Tensor) -> Finding:
+    """Count the sinks, and name those that are left out."""
+    where = (growth.sinks & ~kept).nonzero().flatten().tolist()
     names = ", ".join(f"{pos} “{visible(growth.tokens[pos])}”" for pos in where[:3])
     more = f" and {len(where) - 3} more" if len(where) > 3 else ""
-    text = f"{counted(len(where), 'sink')} left out: {names}{more}" if where and not include_sinks else ""
-    return Finding(f"sinks, norm more than {SINK:g} times the median", float(len(where)), NAN, NAN, bool(where), text)
+    text = f"{counted(len(where), 'sink')} left out: {names}{more}" if where else ""
+    count = int(growth.sinks.sum())
+    return Finding(f"sinks, norm more than {SINK:g} times the median", float(count), NAN, NAN, count > 0, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlcoupling.coupling.depth import DepthCoupling
@@ -114,11 +114,13 @@ def growth_summary(growth: Growth) -> GrowthSummary:
     )
 
 
-def straightest(scores: Float[Tensor, " pos"], most: int = 5) -> tuple[list[int], list[int]]:
-    """Return the positions of the most and of the least straight tokens, the extreme one first.
+def straightest(
+    scores: Float[Tensor, " pos"], kept: Bool[Tensor, " pos"] | None = None, most: int = 5
+) -> tuple[list[int], list[int]]:
+    """Return the positions of the most and of the least straight of the kept tokens, the extreme one first.
 
     No token is in both lists, so both are empty for a single token. Tokens whose score is NaN are left out.
     """
-    order = [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos])]
+    order = [pos for pos in scores.argsort().tolist() if math.isfinite(scores[pos]) and (kept is None or kept[pos])]
     count = min(most, len(order) // 2)
     return order[:count], order[len(order) - count :][::-1]

@@ -101,7 +101,7 @@ def _in_words_of_options(error: TLCouplingError, command: Callable[..., None]) -
 
 @contextmanager
 def errors_as_one_line(command: Callable[..., None]) -> Iterator[None]:
-    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1. Escape control characters in warnings.
+    """Turn a ``TLCouplingError`` into one line on stderr and exit code 1, and each warning into one line.
 
     Args:
         command: the command that runs. Its arguments are named as its options are typed.
@@ -109,7 +109,7 @@ def errors_as_one_line(command: Callable[..., None]) -> Iterator[None]:
     formatted = warnings.formatwarning
 
     def shown(message: Warning | str, *rest: Any, **more: Any) -> str:
-        return formatted(visible(str(message)), *rest, **more)
+        return f"warning: {visible(' '.join(str(message).split()))}\n"
 
     warnings.formatwarning = shown
     try:

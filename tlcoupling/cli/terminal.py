@@ -14,12 +14,8 @@ from rich.text import Text
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.checking import Check
 from tlcoupling.analysis.estimate import Estimate
-from tlcoupling.analysis.summary import (
-    coupling_rows,
-    growth_summary,
-    linearity_rows,
-    straightest,
-)
+from tlcoupling.analysis.headline import without_sinks
+from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
 from tlcoupling.text import counted, visible
 
 _LONGEST_TOKEN = 24
@@ -106,7 +102,7 @@ def _coupling(analysis: Analysis) -> Table:
 def _linearity(analysis: Analysis) -> Table:
     fresh = [] if analysis.baseline is None else linearity_rows(analysis.baseline.linearity)
     table = _table(
-        "Linearity: line-shape score of the tokens (1: a straight line)",
+        "Linearity: line-shape score, all tokens (1: a straight line)",
         ("path", "steps", "mean", "min", "max", "random", *(["fresh"] if fresh else [])),
     )
     for index, row in enumerate(linearity_rows(analysis.linearity)):
@@ -118,7 +114,7 @@ def _linearity(analysis: Analysis) -> Table:
 def _growth(analysis: Analysis) -> Table:
     weights = {"trained": analysis} if analysis.baseline is None else {"trained": analysis, "fresh": analysis.baseline}
     table = _table(
-        "Growth of the residual norm (ED 0: the same factor in every layer)",
+        "Growth of the residual norm, all tokens (ED 0: the same factor in every layer)",
         ("weights", "median ED", "mean rate", "= attn", "+ mlp", "mean slope", "mean R²"),
     )
     for name, one in weights.items():
@@ -130,8 +126,9 @@ def _growth(analysis: Analysis) -> Table:
 
 
 def _tokens(analysis: Analysis) -> list[Table]:
-    most, least = straightest(analysis.linearity.path("block"))
-    ends = {"Most straight tokens": most, "Least straight tokens": least} if most else {}
+    most, least = straightest(analysis.linearity.path("block"), without_sinks(analysis.growth))
+    names = (f"{which} straight tokens, without sinks" for which in ("Most", "Least"))
+    ends = dict(zip(names, (most, least), strict=True)) if most else {}
     tables = []
     for title, positions in ends.items():
         table = _table(title, ("pos", "token", "LSS", "ED", "final norm"), left=2)

@@ -19,7 +19,7 @@ from tlcoupling.results.typed import build
 # Increased when a change of the library changes a cell's numbers or model facts. Older results are then outdated and
 # measured again.
 MEASUREMENT = 2
-_SUBLAYERS = ("block", "attn", "mlp")
+_SUBLAYERS = ("block", "attn", "mixer", "mlp")  # of any model
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Settings:
     Attributes:
         k: numbers of singular vectors, or fractions of d_model.
         tokens: positions for coupling, or ``"all"``.
-        sublayers: ``"block"``, ``"attn"``, ``"mlp"``; None for all that the model has.
+        sublayers: ``"block"``, ``"attn"``, ``"mixer"``, ``"mlp"``; None for all that the model has.
         normalizer: ``"frobenius"`` or ``"trace"``.
         bases: ``"uv"`` or ``"vu"``.
         absolute: True as in the authors' code, False as in the paper's formula.

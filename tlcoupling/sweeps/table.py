@@ -40,7 +40,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "settings": ("string", "the measurement's settings, as JSON"),
     "k": ("int64", "number of singular vectors compared"),
     "k_asked": ("string", "k as written in the plan: a number, or a fraction of d_model"),
-    "sublayer": ("string", "block, attn or mlp"),
+    "sublayer": ("string", "block, attn, mixer or mlp"),
     "coupling": ("double", f"coupling c_K, {_MEAN}"),
     "null": ("double", f"coupling expected for independent random bases, {_MEAN}"),
     "null_std": ("double", f"standard deviation of the null for a single pair, {_MEAN}"),

@@ -7,12 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tlcoupling.analysis.analyze import Analysis
-from tlcoupling.analysis.summary import (
-    coupling_rows,
-    growth_summary,
-    linearity_rows,
-    straightest,
-)
+from tlcoupling.analysis.headline import without_sinks
+from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
 from tlcoupling.text import counted, visible
@@ -111,7 +107,7 @@ def layer_controls(layer: int, ks: Sequence[int]) -> dict[str, Any]:
 
 
 def tokens(analysis: Analysis) -> dict[str, Any]:
-    """Return each token's numbers, and the tokens' order by straightness."""
+    """Return each token's numbers, and the tokens' order by straightness, without sinks."""
     linearity, growth = analysis.linearity, analysis.growth
     lss = linearity.path("block")
     shares = {"attn_share": growth.attn_share, "mlp_share": growth.mlp_share}
@@ -125,7 +121,7 @@ def tokens(analysis: Analysis) -> dict[str, Any]:
         "rate": plain(growth.rate),
         **{name: plain(share.mean(0)) for name, share in shares.items() if share is not None},
         "r_squared": plain(growth.r_squared),
-        **dict(zip(("most", "least"), straightest(lss), strict=True)),
+        **dict(zip(("most", "least"), straightest(lss, without_sinks(growth)), strict=True)),
     }
 
 
@@ -133,7 +129,7 @@ def growth(analysis: Analysis) -> dict[str, Any]:
     """Return logarithms of the norms by token and depth, and the mean growth per layer split by sublayer."""
     result = analysis.growth
     log_norms = result.norms.log()
-    kept = ~result.sinks if not result.sinks.all() else result.sinks
+    kept = without_sinks(result)
     shares = {"attn": result.attn_share, "mlp": result.mlp_share}
     return {
         "tokens": [visible(token) for token in analysis.tokens],

@@ -95,7 +95,7 @@ tlc.sections.coupling = (section, data) => {
     const of = (model, name, s) => model.profile[name][s][shown.token][shown.k];
     const { trained, "fresh weights": fresh } = models;
     const band = (s, sign) => of(trained, "null", s).map((value, i) => value === null ? null : value + sign * 2 * of(trained, "std", s)[i]);
-    const all = sublayers.flatMap((_, s) => [...of(trained, "values", s), ...band(s, 1), ...(fresh ? of(fresh, "values", s) : [])]);
+    const all = sublayers.flatMap((_, s) => [...of(trained, "values", s), ...band(s, 1), ...(fresh ? [...of(fresh, "values", s), ...of(fresh, "null", s)] : [])]);
     const { low, high } = tlc.extent(all, [0]);
     const pairs = (values) => values.map((value, i) => [i + 1, value]);
     const figures = sublayers.map((sublayer, s) => {
@@ -104,31 +104,31 @@ tlc.sections.coupling = (section, data) => {
         height: 240,
         x: { low: 1, high: Math.max(n - 1, 2), label: "distance |l − l′|" },
         y: { low, high: high || 1, label: s === 0 ? "coupling" : "" },
-        description: `Coupling of ${sublayer}, its null and fresh weights by distance between layers`,
+        description: `Coupling of ${sublayer}, its null and those of fresh weights by distance between layers`,
       });
       marks.append(
         tlc.area(at, pairs(band(s, -1)), pairs(band(s, 1))),
         tlc.line(at, pairs(of(trained, "null", s)), "null"),
-        ...(fresh ? [tlc.line(at, pairs(of(fresh, "values", s)), "fresh")] : []),
+        ...(fresh ? [tlc.line(at, pairs(of(fresh, "null", s)), "fresh-null"), tlc.line(at, pairs(of(fresh, "values", s)), "fresh")] : []),
         tlc.line(at, pairs(of(trained, "values", s)), "coupling"),
       );
       const readout = tlc.html("output", { class: "readout" });
       onmove((distance) => {
         const at = Math.round(Math.max(1, Math.min(distance, n - 1))) - 1;
         if (n < 2) return;
-        const others = fresh ? `, fresh weights ${tlc.number(of(fresh, "values", s)[at])}` : "";
+        const others = fresh ? `; fresh weights ${tlc.number(of(fresh, "values", s)[at])}, null ${tlc.number(of(fresh, "null", s)[at])}` : "";
         readout.textContent = `distance ${at + 1}: ${tlc.number(of(trained, "values", s)[at])}, null ${tlc.number(of(trained, "null", s)[at])}${others}`;
       });
       return tlc.html("figure", {}, tlc.html("figcaption", {}, sublayer), svg, readout);
     });
     part("profile").replaceChildren(...figures);
-    const columns = sublayers.flatMap((sublayer) => [sublayer, "null", ...(fresh ? ["fresh"] : [])]);
+    const columns = sublayers.flatMap((sublayer) => [sublayer, "null", ...(fresh ? ["fresh", "fresh null"] : [])]);
     part("table").replaceChildren(
       tlc.table(
         ["distance", ...columns],
         Array.from({ length: Math.max(n - 1, 0) }, (_, i) => [
           `${i + 1}`,
-          ...sublayers.flatMap((_, s) => [of(trained, "values", s)[i], of(trained, "null", s)[i], ...(fresh ? [of(fresh, "values", s)[i]] : [])].map((value) => tlc.number(value))),
+          ...sublayers.flatMap((_, s) => [of(trained, "values", s)[i], of(trained, "null", s)[i], ...(fresh ? [of(fresh, "values", s)[i], of(fresh, "null", s)[i]] : [])].map((value) => tlc.number(value))),
         ]),
       ),
     );
@@ -161,7 +161,7 @@ tlc.sections.coupling = (section, data) => {
   part("no-fresh").hidden = Boolean(data.fresh);
   part("where").textContent = "Point at a cell, or focus a row of panes and use the arrow keys.";
   part("legend").append(
-    ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"]] : [])]),
+    ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),
   );
   tlc.choice.on(["token", "k"], draw);
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));

@@ -48,7 +48,7 @@ tlc.sections.summary = (section, data) => {
   ];
   part("growth").append(
     tlc.table(
-      ["over tokens", fresh ? "trained" : "", ...(fresh ? ["fresh"] : [])],
+      ["over all tokens", fresh ? "trained" : "", ...(fresh ? ["fresh"] : [])],
       rows.map(([text, name, digits]) => [text, ...[data, fresh].filter(Boolean).map((of) => number(of.growth[name], digits))]),
     ),
   );
