@@ -12,7 +12,7 @@ import torch
 from cases import TOKENS, relative_error
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
+from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.split import splits_of
 from tlcoupling.models.load import _transformer_bridge
 
@@ -132,6 +132,12 @@ def test_a_split_that_fails_is_refused_with_layer_and_gap():
         tlc.depth_coupling(trace, k=2, sublayers=["block", "mlp"])
     with pytest.raises(UnsupportedModelError, match="no attention|not split"):
         tlc.head_steps(trace)
+
+
+@pytest.mark.parametrize("sublayer", ["attn", "mlp"])
+def test_a_loss_of_sublayers_that_do_not_add_up_is_refused(sublayer: Any):
+    with pytest.raises(ResidualIdentityError, match="block 0: resid_pre plus"):
+        tlc.coupling_loss(architectures.boot("BertForMaskedLM"), TOKENS, k=2, layers=[0, 1], sublayer=sublayer)
 
 
 def test_a_cache_of_blocks_that_are_not_split_is_measured_whole():

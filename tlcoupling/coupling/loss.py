@@ -6,7 +6,7 @@ It is the coupling of ``metric``, on Jacobians that keep their graph and with di
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,11 +22,13 @@ from tlcoupling.coupling.null import null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.forward.block import Block
 from tlcoupling.forward.context import in_training_mode, measured
-from tlcoupling.forward.hooked import Done, Hook, attached, require_supported
+from tlcoupling.forward.hooked import Done, Hook, attached, record_forward, require_supported
+from tlcoupling.forward.inputs import Inputs
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
-from tlcoupling.forward.split import block_hook, splits_of_model, sublayers_of
-from tlcoupling.forward.stream import IDENTITY_TOLERANCE, relative_gap
+from tlcoupling.forward.split import Split, block_hook, splits_of_model, sublayers_of
+from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
+from tlcoupling.forward.trace import recorded
 from tlcoupling.forward.user_hooks import hooked_layers
 from tlcoupling.jacobian.differences import Function, leaning
 
@@ -84,6 +86,7 @@ def coupling_loss(
     Raises:
         ArgumentError: an argument out of range.
         UnsupportedModelError: as in ``trace``; dropout; weights in half precision or 4 bits.
+        ResidualIdentityError: the sublayers' writes do not add up to the stream; ``"block"`` needs no such split.
         DegenerateSpectrumError: singular values that coincide.
         HookError, DerivativeError: a hook, or the model itself, hides from autograd what it does.
     """
@@ -96,6 +99,8 @@ def coupling_loss(
     ids = to_tokens(model, tokens, None)
     splits = splits_of_model(model)
     check_sublayer("sublayer", sublayer, sublayers_of(splits))
+    if sublayer != "block":
+        _require_split(model, ids, splits)
     check_name("quantity", quantity, get_args(Quantity))
     check_name("normalizer", normalizer, get_args(Normalizer))
     chosen = resolve_indices("layers", layers, len(model.blocks))
@@ -119,6 +124,18 @@ def coupling_loss(
     frobenius = torch.stack([jacobian.norm().to(home) for jacobian in jacobians])
     null = null_coupling(s, frobenius, model.cfg.d_model, normalizer, absolute)
     return off_diagonal_mean(null[:, None] - values)
+
+
+def _require_split(model: Any, ids: Tensor, splits: Sequence[Split]) -> None:
+    """Check that the sublayers' writes add up to the stream, as a trace does, by one more forward pass.
+
+    Raises:
+        ResidualIdentityError, MissingHookError: they do not, or the pass does not call their hook points.
+    """
+    names = [name for name in recorded(splits) if name in hook_points(model)]
+    outputs = [block_hook(layer, "hook_resid_post") for layer in range(len(splits))]
+    record = record_forward(model, Inputs(ids), names, outputs, wrap=False)
+    Stream.from_activations(record.activations, splits, record.before)
 
 
 def differentiable_triplets(

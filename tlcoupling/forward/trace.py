@@ -466,7 +466,7 @@ def trace(
         outputs = [block_hook(layer, "hook_resid_post") for layer in range(len(splits))]
         between = [points[block_hook(layer, "hook_resid_pre")] for layer in range(1, len(splits))]
         edited = has_user_hooks([*between, *(points[name] for name in outputs)])
-        names = _recorded(splits)
+        names = recorded(splits)
         known = [name for name in names if name in points]
         record = record_forward(model, inputs, known, outputs if edited else (), wrap=not (hooked or fwd_hooks))
     user_hooks.require_fired()
@@ -500,7 +500,7 @@ def _split_stream(
         ResidualIdentityError: the writes do not add up, and hooks act.
     """
     before, whole = record.before if edited else None, [split.opaque for split in splits]
-    missing = next((name for name in _recorded(splits) if name not in record.activations), None)
+    missing = next((name for name in recorded(splits) if name not in record.activations), None)
     try:
         if missing is None:
             return Stream.from_activations(record.activations, splits, before), None
@@ -525,7 +525,7 @@ def require_trace(value: Any) -> None:
         raise ArgumentError("trace", shown, "a trace, which tlc.trace(model, prompt) returns")
 
 
-def _recorded(splits: Sequence[Split]) -> list[str]:
+def recorded(splits: Sequence[Split]) -> list[str]:
     """The hook points that a trace records."""
     names = [block_hook(len(splits) - 1, "hook_resid_post")]
     for layer, split in enumerate(splits):
