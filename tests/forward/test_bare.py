@@ -61,7 +61,7 @@ def test_the_same_comes_of_it_as_of_its_bridge(name: str, model: Any):
     torch.testing.assert_close(TAKES[name](model), TAKES[name](tlc.trace(model, TOKENS).model))
 
 
-@pytest.mark.parametrize("takes_no_bare_model", [tlc.random_baseline, tlc.TrajectoryRecorder], ids=str)
+@pytest.mark.parametrize("takes_no_bare_model", [tlc.random_baseline, tlc.TrajectoryRecorder])
 def test_the_others_take_the_bridge_of_a_trace(takes_no_bare_model: Callable[[Any], Any], model: Any):
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is neither .*trace.model is a bridge around it"):
         takes_no_bare_model(model)
