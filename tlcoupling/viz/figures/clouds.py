@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from tlcoupling.dynamics.components import TrajectoryComponents
 from tlcoupling.errors import ArgumentError
+from tlcoupling.scores.correlate import Correlations
 from tlcoupling.text import counted
 from tlcoupling.trajectory.growth import SINK
 from tlcoupling.viz.figures.point_labels import label_points
@@ -87,7 +88,7 @@ def trajectories(result: TrajectoryComponents) -> Figure:
 
 
 def coupling_against_score(
-    table: pd.DataFrame | Mapping[str, Sequence[Any]],
+    table: pd.DataFrame | Mapping[str, Sequence[Any]] | Correlations,
     *,
     name: str = "model",
     coupling: str = "coupling",
@@ -101,7 +102,8 @@ def coupling_against_score(
     points, the figure says so. The colour then still shows the width, with which the null grows.
 
     Args:
-        table: a DataFrame or a mapping of columns, with one row per model.
+        table: a DataFrame or a mapping of columns, with one row per model; or the result of ``tlc.correlate``, which
+            has a null and a width of its own.
         name: column with the models' names.
         coupling: column with the coupling, or the excess.
         score: column with the score.
@@ -112,12 +114,12 @@ def coupling_against_score(
         ArgumentError: a column is missing, columns differ in length, or fewer than three models have both a coupling
             and a score.
     """
-    require_kind(
-        "table",
-        table,
-        (Mapping, pd.DataFrame),
-        "a DataFrame or a mapping of columns, such as tlc.correlate(...).by_model()",
-    )
+    if isinstance(table, Correlations):
+        if coupling not in table.predictors:
+            coupling = next((one for one in table.predictors if one.startswith(coupling)), coupling)
+        null, width, table = coupling.replace("coupling", "null", 1), "width", table.by_model()
+    allowed = "a DataFrame or a mapping of columns, or tlc.correlate(...)"
+    require_kind("table", table, (Mapping, pd.DataFrame), allowed)
     columns = {title: list(table[title]) for title in table}
     for argument, column in (("name", name), ("coupling", coupling), ("score", score)):
         if column not in columns:

@@ -32,10 +32,10 @@ def depth_of(argument: str, given: Any) -> DepthCoupling:
     Raises:
         ArgumentError: another result.
     """
-    given = given.coupling if isinstance(given, Analysis) else given
+    coupling: Any = given.coupling if isinstance(given, Analysis) else given
     means = "; ManyAnalyses keeps means alone" if isinstance(given, ManyAnalyses) else ""
-    require_kind(argument, given, DepthCoupling, f"tlc.depth_coupling(trace) or tlc.analyze(model, prompt){means}")
-    return given
+    require_kind(argument, coupling, DepthCoupling, f"tlc.depth_coupling(trace) or tlc.analyze(model, prompt){means}")
+    return coupling
 
 
 def named(argument: str, given: T | Mapping[str, T]) -> dict[str, T]:
