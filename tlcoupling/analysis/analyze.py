@@ -236,12 +236,7 @@ def analyze(
         "progress": progress,
     }
     coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **shared)
-    pairs: dict[str, Any] = {}
-    if compared:
-        pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **shared)
-        reach = tuple(name for name in coupling.sublayers if name != "mlp")  # an MLP reaches no other token
-        for fixed in ("src", "dest") if reach else ():
-            pairs[f"context_{fixed}"] = _context(traced, fixed, {**shared, "sublayers": reach, "layers": compared})
+    pairs = couplings_of_tokens(traced, compared, {**shared, "sublayers": coupling.sublayers}) if compared else {}
     other = None
     if baseline is not None:
         fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
@@ -264,6 +259,23 @@ def analyze(
         trace=traced,
         **pairs,
     )
+
+
+def couplings_of_tokens(
+    traced: Trace, layers: Sequence[int], settings: Mapping[str, Any]
+) -> dict[str, TokenCoupling | ContextCoupling | None]:
+    """Return the coupling of tokens in some layers, by its name in an ``Analysis``.
+
+    Args:
+        traced: the trace.
+        layers: the layers.
+        settings: arguments of ``token_coupling``, with ``sublayers``.
+    """
+    couplings: dict[str, Any] = {"token_coupling": token_coupling(traced, layers=layers, **settings)}
+    reach = tuple(name for name in settings["sublayers"] if name != "mlp")  # an MLP reaches no other token
+    for fixed in ("src", "dest") if reach else ():
+        couplings[f"context_{fixed}"] = _context(traced, fixed, {**settings, "sublayers": reach, "layers": layers})
+    return couplings
 
 
 def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, Any]) -> ContextCoupling | None:
