@@ -18,8 +18,7 @@ Stage = Literal["pre", "z", "attn", "mid", "mlp"]
 SiteSpec = str | tuple[Any, ...]
 Mode = Literal["stack", "same"]
 
-_PRE: Stage = "pre"
-_MID: Stage = "mid"
+_STREAMS: dict[str, Stage] = {"resid_pre": "pre", "resid_mid": "mid"}
 # In the order in which a sequential block passes them; a write is passed where it is added to the stream.
 _ORDER: dict[Stage, int] = {"pre": 0, "z": 1, "attn": 2, "mid": 2, "mlp": 3}
 
@@ -98,7 +97,7 @@ def _site(trace: Trace, name: str, spec: SiteSpec) -> Site:
         return Site(layer, "z", check_index(f"head of {name}", rest[1], trace.model.cfg.n_heads))
     if point == "resid_post":
         return Site(layer + 1)
-    return Site(layer, {**writes, "resid_pre": _PRE, "resid_mid": _MID}[point])
+    return Site(layer, _STREAMS.get(point) or writes[point])
 
 
 def _parts(spec: SiteSpec) -> tuple[Any, ...]:

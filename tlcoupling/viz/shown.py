@@ -412,9 +412,10 @@ def _steering(result: SteeringEffect) -> Shown:
         (f"scale {scale:g}", *numbers)
         for scale, *numbers in zip(result.scales, *(each.tolist() for each in columns), strict=True)
     ]
-    lines = {"the direction": columns[0], **dict(zip((f"random, same {name}" for name in CONTROLS), columns[1:3]))}
+    random = {f"random, same {name}": values for name, values in zip(CONTROLS, columns[1:3], strict=True)}
+    lines = {"the direction": columns[0], **random}
     picture = Lines("KL of the next token, nats", "scale", [f"{scale:g}" for scale in result.scales], lines)
-    headings = ("KL, nats", "the direction", *(f"random, same {name}" for name in CONTROLS), "loss", "linear gap")
+    headings = ("KL, nats", "the direction", *random, "loss", "linear gap")
     return Shown(f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}", headings, rows, [picture])
 
 
