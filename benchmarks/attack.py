@@ -289,9 +289,9 @@ def _lenient(function: Any, *args: Any) -> Any:
     return call if args else functools.partial(function)
 
 
-def _any_tokens(model: Any, prompt: Any, *_: Any) -> Tensor:
+def _any_tokens(model: Any, prompt: Any, *_: Any) -> tuple[Tensor, None]:
     tokens = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt)
-    return tokens.reshape(-1, tokens.shape[-1])[:1].long()[:, : model.cfg.n_ctx]
+    return tokens.reshape(-1, tokens.shape[-1])[:1].long()[:, : model.cfg.n_ctx], None
 
 
 def _patched(*changes: tuple[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
@@ -330,7 +330,7 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "one pass": _patched(("forward.hooked.partial", _lenient)),
     "held Jacobian": _patched(("jacobian.held.HeldJacobian._current", lambda held: held.inner)),
-    "prompt": _patched(("forward.trace.to_tokens", _any_tokens)),
+    "prompt": _patched(("forward.inputs.text_tokens", _any_tokens)),
 }
 
 

@@ -11,7 +11,7 @@ from cases import CASES, TOKENS, randomise, relative_error, tiny_tokenizer
 from torch import nn
 
 import tlcoupling as tlc
-from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.errors import StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.quantised import quantisation_of, state_of
 
@@ -98,6 +98,16 @@ def test_what_was_measured_is_left_as_it_was_and_what_was_repacked_is_refused(on
             tlc.trace(packed, TOKENS)
     else:
         tlc.trace(packed, TOKENS)
+
+
+def test_a_held_jacobian_notices_other_scales():
+    packed, _ = quantised("nf4", False)
+    operator = tlc.residual_jacobian(tlc.trace(packed, TOKENS), 1)
+    vector = torch.ones(operator.shape[1])
+    operator.mv(vector)
+    state_of(packed.blocks[1].mlp.out.original_component).absmax.add_(1)
+    with pytest.raises(StaleTraceError, match=r"mlp\.out.*quant_state\.absmax has changed"):
+        operator.mv(vector)
 
 
 def test_a_layer_at_a_time_is_held_in_float32():

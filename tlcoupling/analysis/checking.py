@@ -72,9 +72,7 @@ class Check:
 
 
 @measured
-def check(
-    model: Any, prompt: Any = None, *, layers: Indices | None = None, attention_mask: Any | None = None
-) -> Check:
+def check(model: Any, prompt: Any = None, *, layers: Indices | None = None, attention_mask: Any | None = None) -> Check:
     """Run the residual identity, the differences, the certificate and a comparison with autograd on a model.
 
     Args:
