@@ -206,6 +206,8 @@ def _measure(edit: Edit, user: Any, own: Any, outcome: Outcome, rng: random.Rand
         trace = tlc.trace(user, edit.prompt, fwd_hooks=kept)
     if edit.meant is not None and trace.tokens.tolist() != edit.meant:
         outcome.wrong.append(f"measured on {trace.tokens.tolist()}, not on {edit.meant}")
+    if not edit.split and trace.sublayers != ("block",):
+        outcome.wrong.append(f"split into {trace.sublayers}, whose writes do not add up")
     truth = Truth(edit, own, trace.tokens)
     (_whole if edit.measure == "whole" else _jacobians)(edit, user, trace, truth, outcome, rng)
 
