@@ -159,6 +159,7 @@ tlc.sections.coupling = (section, data) => {
     drawMaps();
   }));
   part("no-fresh").hidden = Boolean(data.fresh);
+  part("precision").textContent = `A cell’s coupling is exact to ${tlc.precision(data.values)}; means are not rounded.`;
   part("where").textContent = "Point at a cell, or focus a row of panes and use the arrow keys.";
   part("legend").append(
     ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),

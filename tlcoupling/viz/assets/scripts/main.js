@@ -4,7 +4,7 @@
   const names = ["layer", "token", "k"];
 
   const start = async () => {
-    const data = JSON.parse(await tlc.inflate(document.getElementById("data").textContent));
+    const data = await tlc.unpack(document.getElementById("data").textContent);
     for (const [name, draw] of Object.entries(tlc.sections)) {
       const section = document.querySelector(`[data-section="${name}"]`);
       if (section) draw(section, data[name]);

@@ -16,8 +16,9 @@ tlc.sections.pairs = (section, data) => {
     const [l, kept] = [attention.layers.indexOf(layer), attention.head_layers.indexOf(layer)];
     return (r, c) => {
       if (c > r) return undefined;
-      const pair = (r * (r + 1)) / 2 + c;
-      return head === "mean" ? attention.mean.at(l, pair) : attention.heads.at(kept, head, pair);
+      const pair = (r, c) => (r * (r + 1)) / 2 + c;
+      const [row, column] = [r, c].map((i) => Math.floor(i / attention.pool));
+      return head === "mean" ? attention.mean.at(l, pair(row, column)) : attention.heads.at(kept, head, pair(r, c));
     };
   };
   const hasAttention = (layer) => Boolean(attention?.layers.includes(layer));
@@ -32,8 +33,8 @@ tlc.sections.pairs = (section, data) => {
     const digits = tlc.digits(kind.values);
     return kind.sublayers.map((sublayer, s) => {
       const of = (model, layer, r, c) => {
-        const [row, column] = [indices.get(r), indices.get(c)];
-        if (row === undefined || column === undefined || (data.diagonal_is_one && r === c)) return undefined;
+        if (!indices.has(r) || !indices.has(c) || (data.diagonal_is_one && r === c)) return undefined;
+        const [row, column] = [r, c].map((i) => Math.floor(indices.get(i) / kind.pool));
         const at = [s, kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k), row];
         const cell = tlc.comparison(model.values.at(...at, column), model.null.at(...at), model.std.at(...at));
         return model === trained ? { ...cell, undetermined: Boolean(undetermined?.at(...at.slice(0, 3), column)) } : cell;
@@ -235,6 +236,13 @@ tlc.sections.pairs = (section, data) => {
     draw();
   }));
   part("no-fresh").hidden = hasFresh || !panes.length;
+  const coarsest = data.kinds.flatMap((kind) => [kind.values, kind.fresh?.values]).filter(Boolean).sort((a, b) => b.scale - a.scale)[0];
+  const blocks = (of) => (of > 1 ? `, the mean over a block of ${of} × ${of} tokens` : "");
+  const exact = [
+    coarsest && `coupling to ${tlc.precision(coarsest)}${blocks(data.kinds[0].pool)}`,
+    attention && `attention to ± 0.004 or better${attention.pool > 1 ? ` (the mean over heads${blocks(attention.pool)})` : ""}`,
+  ].filter(Boolean);
+  part("precision").textContent = exact.length ? `Precision of a cell: ${exact.join("; ")}. Means over all tokens are not rounded.` : "";
   part("readout").textContent = "Point at a cell, or focus a pane and use the arrow keys.";
   tlc.choice.on(["layer"], (layer) => {
     shown.layer = layer;
