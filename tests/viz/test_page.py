@@ -205,7 +205,7 @@ def test_a_budget_makes_numbers_coarser_and_no_more_than_it_must() -> None:
     array = torch.rand(50, 50, generator=torch.Generator().manual_seed(0))
     fine, coarse = packed(array), packed(array, 1900)  # 2500 numbers at about six bits
     assert len(zlib.compress(coarse["data"])) <= 1900 < len(zlib.compress(packed(array, 2200)["data"]))
-    assert 2 ** -7 < coarse["scale"] <= 2 ** -5 and fine["scale"] < 2 ** -14
+    assert 2**-7 < coarse["scale"] <= 2**-5 and fine["scale"] < 2**-14
     assert ((unpacked(coarse) - array).abs() <= coarse["scale"] / 2 + 1e-12).all()
     assert packed(array, 10_000) == fine
 

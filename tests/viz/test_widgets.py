@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -303,15 +304,43 @@ def test_512_hostile_tokens_through_a_model(browser: Any, tmp_path: Path, monkey
         assert page.evaluate("typeof window.x") == "undefined"
 
 
-def test_everything_of_smollm2s_shape_is_under_3_mb(browser: Any, tmp_path: Path) -> None:
-    tokens = [f" token{i}" for i in range(28)]
-    analysis = make_analysis(tokens, n_heads=9, n_layers=30, ks=(10,), positions=range(28), token_layers=range(30))
+@pytest.mark.parametrize("n_tokens", [20, 216, 1000])
+def test_many_tokens_stay_small_fast_and_true(browser: Any, tmp_path: Path, n_tokens: int) -> None:
+    """30 layers and fresh weights, with coupling of tokens in all layers, in three, and in one."""
+    tokens = [f" token{i}" for i in range(n_tokens)]
+    layers = {20: tuple(range(30)), 216: (0, 15, 29), 1000: (15,)}[n_tokens]
+    positions = range(20) if n_tokens == 20 else (-1,)
+    shape = {"n_heads": 1, "n_layers": 30, "ks": (10,), "token_layers": layers, "positions": positions}
+    fresh = make_analysis(tokens, **shape, with_attention=False)
+    kept = range(30) if n_tokens < 1000 else layers  # as analyze keeps them
+    scores = torch.randn(len(kept), 9, n_tokens, n_tokens, generator=torch.Generator().manual_seed(1))
+    patterns = scores.masked_fill(torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    attention = {"attention": patterns, "attention_layers": tuple(kept)}
+    analysis = make_analysis(tokens, **shape, **attention, with_attention=False, baseline=fresh)
     path = viz.write_html(analysis, tmp_path / "report.html")
     assert path.stat().st_size < 3_000_000
     with opened(browser, path) as page:
-        wait_for_heads(page, 9)
-        print_weight("everything of SmolLM2's shape", path, page)
-        assert not page.locator("#pairs [data-part=no-heads]").is_visible()
+        page.wait_for_selector("html[data-drawn]")
+        print_weight(f"{n_tokens} tokens", path, page)
+        paints = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        headline = page.evaluate(
+            "performance.getEntriesByName('summary')[0].startTime"
+        )  # when it was put into the page
+        assert max(paints, headline) < 1000
+        page.locator("#pairs .zoom").nth(1).focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowDown")
+        text = page.inner_text("#pairs [data-part=readout]")
+        assert text.startswith("Row 2 “\u2068 token2\u2069”, column 1 “\u2068 token1\u2069”")
+        shown = numbers(text.partition("excess")[2])[1]
+        precision = page.inner_text("#pairs [data-part=precision]")
+        exact = float(re.search(r"coupling to ± ([0-9.]*[0-9])", precision)[1])
+        matrix = analysis.token_coupling.values[0, layers.index(15), 0].double().fill_diagonal_(NAN)
+        pooled = "the mean over a block of 3" in precision.partition("attention")[0]
+        assert pooled == (n_tokens == 1000)
+        cell = matrix[:3, :3].nanmean() if pooled else matrix[2, 1]
+        assert shown == pytest.approx(float(cell), abs=exact + 5e-5)
+        assert page.locator("#pairs .heatmap image").count() == 4
 
 
 def dotted(page: Any, pane: Any, row: int, column: int) -> bool:

@@ -153,7 +153,7 @@ def _attention(
         analysis: the analysis.
         first: the layers whose single heads matter most, the most important one first.
         layers: the layers to show; by default all.
-        room: how many numbers may be packed. The heads of a single layer always are, if it is the only one.
+        room: how many numbers may be packed. The heads of layers that were asked for always are.
     """
     chosen = [layer for layer in analysis.attention_layers if layers is None or layer in layers]
     attention = analysis.attention
@@ -170,12 +170,12 @@ def _attention(
 
     order = sorted(chosen, key=lambda layer: (first.index(layer) if layer in first else len(first), layer))
     per_layer = pairs(1) * n_heads
-    has_heads = len(chosen) == 1 or per_layer <= room
+    has_heads = layers is not None or per_layer <= room
     left = max(room - has_heads * per_layer, room // 4, 1)
     pool = next(pool for pool in range(1, n_tokens + 1) if pairs(pool) * len(chosen) <= left or pool == n_tokens)
     left -= pairs(pool) * len(chosen)
     above = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
-    heads = sorted(order[: has_heads + max(0, left // per_layer)]) if has_heads else []
+    heads = sorted(order[: 1 + max(0, left // per_layer)]) if has_heads else []
     return {
         "layers": chosen,
         "pool": pool,

@@ -32,21 +32,43 @@
 
   const offset = (shape, indices) => indices.reduce((sum, index, axis) => sum * shape[axis] + index, 0);
 
-  /** {shape, scale, data: [start, length]} of 16-bit integers, all low bytes before all high bytes -> {shape, at(...indices)}. */
+  /**
+   * {shape, scale, data: [start, length]} of 16-bit integers, all low bytes before all high bytes -> {shape, at(...indices),
+   * part(...indices)}: a number, null where it is not defined; and the numbers of the last axes, NaN where they are not.
+   */
   tlc.array = ({ shape, scale, data: [start, length] }) => {
     const high = start + length / 2;
+    const numbers = Float64Array.from({ length: length / 2 }, (_, i) => {
+      const step = ((arrays[high + i] << 24) >> 16) | arrays[start + i];
+      return step === -32768 ? NaN : step * scale;
+    });
     return {
       shape,
       at: (...indices) => {
-        const i = offset(shape, indices);
-        const step = ((arrays[high + i] << 24) >> 16) | arrays[start + i];
-        return step === -32768 ? null : step * scale;
+        const number = numbers[offset(shape, indices)];
+        return Number.isNaN(number) ? null : number;
+      },
+      part: (...indices) => {
+        const size = shape.slice(indices.length).reduce((product, side) => product * side, 1);
+        const first = size * offset(shape, indices);
+        return numbers.subarray(first, first + size);
       },
     };
   };
 
-  /** {shape, data} of square roots in 8 bits, numbers from 0 to 1 -> {shape, at(...indices)}. */
-  tlc.roots = ({ shape, data: [start] }) => ({ shape, at: (...indices) => (arrays[start + offset(shape, indices)] / 255) ** 2 });
+  /** {shape, data} of square roots in 8 bits, numbers from 0 to 1 -> {shape, at(...indices), part(...indices) of the last axis}. */
+  tlc.roots = ({ shape, data: [start, length] }) => {
+    const numbers = Float64Array.from({ length }, (_, i) => (arrays[start + i] / 255) ** 2);
+    const side = shape[shape.length - 1];
+    return {
+      shape,
+      at: (...indices) => numbers[offset(shape, indices)],
+      part: (...indices) => {
+        const first = side * offset(shape, indices);
+        return numbers.subarray(first, first + side);
+      },
+    };
+  };
 
   /** How exact an array's numbers are, in words. */
   tlc.precision = ({ scale }) => {

@@ -63,12 +63,14 @@ tlc.sections.coupling = (section, data) => {
 
   /** One colour scale for all panes and tokens at the selected K and quantity, to make colours comparable. */
   const range = () => {
-    const values = [];
+    const all = tlc.range();
     for (const { model } of sets.filter((set) => set.model))
       for (let s = 0; s < sublayers.length; s += 1)
-        for (let t = 0; t < data.positions.length; t += 1)
-          for (let l = 0; l < n; l += 1) for (let m = 0; m < n; m += 1) values.push(cellOf(model, s, l, m, t)?.[shown.quantity]);
-    return tlc.rangeOf(values);
+        for (let t = 0; t < data.positions.length; t += 1) {
+          const of = tlc.quantityOf(shown.quantity, ...[model.values, model.null, model.std].map((array) => array.part(s, t, shown.k)));
+          for (let l = 0; l < n; l += 1) for (let m = 0; m < n; m += 1) if (!isOne(l, m)) all.add(of(l, m));
+        }
+    return all.result();
   };
 
   const drawMaps = () => {

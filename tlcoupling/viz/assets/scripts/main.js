@@ -7,7 +7,10 @@
     const data = await tlc.unpack(document.getElementById("data").textContent);
     for (const [name, draw] of Object.entries(tlc.sections)) {
       const section = document.querySelector(`[data-section="${name}"]`);
-      if (section) draw(section, data[name]);
+      if (!section) continue;
+      draw(section, data[name]);
+      performance.mark(name);
+      await new Promise((next) => setTimeout(next)); // the headline is in sight before large panes are drawn
     }
     const allowed = (name, value) => (tlc.choices[name] ?? []).includes(value);
     for (const [name, value] of Object.entries(tlc.start ?? {})) {
