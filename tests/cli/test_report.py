@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas
 import pytest
+import torch
 from analyses import HOSTILE_TOKENS, make_analysis
 from cases import D_MODEL
 from command_line import PROMPT, Report, assert_refused
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
+from tlcoupling.errors import UnsupportedModelError
 
 
 def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
@@ -55,6 +57,25 @@ def test_fresh_weights_stand_beside_the_model(report: Report, tmp_path: Path) ->
     assert "Fresh weights were not measured" in report().stdout
 
 
+def test_what_layers_share_is_in_the_report_by_default_where_it_can_be(report: Report, tmp_path: Path) -> None:
+    assert report("--no-directions").exit_code == 0
+    assert tlc.load(tmp_path / "out" / "result.safetensors").shared is None
+    assert report().exit_code == 0
+    analysis = tlc.load(tmp_path / "out" / "result.safetensors")
+    projected = analysis.shared.projected
+    torch.testing.assert_close(projected.coupling[0], analysis.coupling.values[0, 0, 0], atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_measured_beside_is_said(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise UnsupportedModelError("no embeddings")
+
+    monkeypatch.setattr("tlcoupling.analysis.shared.read_layers", refuse)
+    result = report()
+    assert result.exit_code == 0 and "shared directions were not measured: no embeddings" in result.stderr
+    assert "no embeddings" in report("--directions").stderr and report("--directions").exit_code == 1
+
+
 def test_the_long_table_is_written_on_request_alone(report: Report, tmp_path: Path) -> None:
     result = report()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "result.safetensors"]
@@ -74,9 +95,9 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
 ) -> None:
     asked = []
 
-    def analyze(model: Any, prompt: str, **options: Any) -> tlc.Analysis:
+    def analyze(model: Any, prompt: Any, **options: Any) -> tlc.Analysis:
         asked.append((prompt, options))
-        return make_analysis()
+        return tlc.analyze(model, [1, 2, 3] if isinstance(prompt, str) else prompt, **{**options, "k": 4})
 
     monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", analyze)
     monkeypatch.chdir(tmp_path)
@@ -84,7 +105,7 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
     assert result.exit_code == 0, result.output
     assert loaded == ["smollm2-135m"]
     (prompt, options), (again, fresh) = asked  # the model, and fresh weights beside it
-    assert again == list(make_analysis().provenance.tokens) and fresh["k"] == [10]
+    assert again.tolist() == [1, 2, 3] and fresh["k"] == [10]
     assert prompt == prompts["landmarks"]
     assert options["k"] == [10] and options["tokens"] == [-1] and options["engine"] == "auto"
     assert options["token_layers"] == [0, 1, 2]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from analyses import HOSTILE_TOKENS, every_widget, make_analysis
+from analyses import HOSTILE_TOKENS, every_widget, make_analysis, shared_by_hand
 from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
@@ -471,3 +471,43 @@ def test_one_token_has_no_ranking(browser: Any, tmp_path: Path) -> None:
     with opened(browser, viz.write_html(make_analysis(("one",)), tmp_path / "report.html")) as page:
         page.wait_for_selector("html[data-drawn]")
         assert not page.get_by_text("Most straight").is_visible()
+
+
+def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> None:
+    shared = shared_by_hand(2)  # of layers 0 and 2
+    path = viz.write_html(make_analysis(shared=shared), tmp_path / "report.html")
+    with opened(browser, path) as page:
+        page.wait_for_selector("html[data-drawn]")
+        title, readout = "#coupling [data-part=shared-title]", "#coupling [data-part=shared-readout]"
+        pane = page.locator("#coupling .heatmap image").first
+        pane.click(**cell(pane, 2, 0, 4))
+        assert page.inner_text(title).startswith("Jacobian of layer 2, bases of layer 0: coupling ")
+        assert page.inner_text("#pairs-title").endswith("layer 2")
+        page.locator("#coupling [data-part=shared-map]").focus()
+        page.keyboard.press("ArrowDown")  # from the first row and second column
+        text = page.inner_text(readout)
+        assert "u2" in text and "v2" in text
+        value, chance = numbers(text)
+        matrix = shared.projected.values[0, 1, 0].abs()
+        assert value == pytest.approx(float(matrix[1, 1]), abs=6e-4)
+        assert chance == pytest.approx(float(shared.projected.null_entry[0, 1]), abs=6e-4)
+        order = matrix.diagonal().argsort(descending=True).tolist()
+        rows = page.locator("#coupling [data-part=shared-tokens] tbody tr")
+        assert [row[:2] for row in rows.locator("th").all_inner_texts()] == [
+            f"{rank + 1}{end}" for rank in order for end in "+−"
+        ]
+        assert all(word in rows.first.inner_text() for word in HOSTILE_TOKENS[:1])
+        # the keyboard alone: a cell of the panes, Enter, and what is shown is of that pair
+        page.locator("#coupling .panes").first.focus()
+        for key in ("ArrowUp", "ArrowUp", "ArrowRight", "ArrowRight", "Enter"):
+            page.keyboard.press(key)
+        assert page.inner_text(title).startswith("Jacobian of layer 0, bases of layer 2: ")
+        assert numbers(page.inner_text(readout))[0] == pytest.approx(
+            float(shared.projected.values[0, 0, 1].abs()[1, 1]), abs=6e-4
+        )
+        pane.click(**cell(pane, 1, 2, 4))
+        assert "Layers 1 and 2 are not both among those kept: 0, 2." in page.inner_text("#coupling")
+        assert page.evaluate("typeof window.x") == "undefined"
+    with opened(browser, viz.depth_coupling(make_analysis()).save(tmp_path / "without.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        assert "shared=True" in page.inner_text("#coupling") and "--directions" in page.inner_text("#coupling")

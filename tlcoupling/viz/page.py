@@ -33,6 +33,7 @@ _SCRIPTS = (
     "header",
     "summary",
     "controls",
+    "shared",
     "coupling",
     "attention",
     "pairs",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
@@ -20,8 +21,9 @@ from tlcoupling.viz.plain import formula, label, packed, plain, roots
 
 # Cells that circuitsvis draws without a noticeable delay: all heads, and the zoomed one again.
 ATTENTION_CELLS = 40_000
-# Bytes that the page may take for coupling across depth, and for coupling of tokens; numbers become coarser to fit.
-DEPTH_BYTES, TOKENS_BYTES = 600_000, 1_520_000
+# Bytes that the page may take for coupling across depth, for what layers share, and for coupling of tokens. Numbers
+# become coarser to fit.
+DEPTH_BYTES, SHARED_BYTES, TOKENS_BYTES = 600_000, 80_000, 1_520_000
 # Cells of coupling of tokens; more are averaged over blocks of tokens.
 TOKENS_CELLS = 2_500_000
 # Bytes for coupling of tokens and attention, a byte for each number of attention: the heads of the layer shown first,
@@ -29,12 +31,15 @@ TOKENS_CELLS = 2_500_000
 PAIRS_BYTES = 1_970_000
 
 
-def depth(result: DepthCoupling, fresh: DepthCoupling | None = None) -> dict[str, Any]:
+def depth(
+    result: DepthCoupling, fresh: DepthCoupling | None = None, shared: SharedDirections | None = None
+) -> dict[str, Any]:
     """Return layer x layer matrices ``[sublayer, token, k, row, column]``, with a null by row, means and profiles.
 
     Args:
         result: the coupling.
         fresh: the same of fresh weights, if they were measured.
+        shared: what pairs of blocks share, if it was measured.
     """
     budget = DEPTH_BYTES // (1 if fresh is None else 2)
     return {
@@ -48,6 +53,28 @@ def depth(result: DepthCoupling, fresh: DepthCoupling | None = None) -> dict[str
         **_profile(result),
         "undetermined": _undetermined(result.values_determined),
         "fresh": None if fresh is None else {**_matrices(fresh, budget), **_profile(fresh)},
+        "shared": None if shared is None else _shared(shared, len(result.layers)),
+    }
+
+
+def _shared(shared: SharedDirections, n_layers: int) -> dict[str, Any]:
+    """Return |U2^T J1 V2| of pairs of blocks, and the tokens of their bases, ``[layer, side, rank, end]``."""
+    projected = shared.projected
+    excess = (projected.coupling[0] - projected.null[0][:, None]).fill_diagonal_(-math.inf)
+    row, column = divmod(int(excess.nan_to_num(-math.inf).argmax()), len(excess))
+    words = [[[[[label(text) for text in end] for end in rank] for rank in side] for side in of] for of in shared.texts]
+    return {
+        "n_layers": n_layers,
+        "layers": projected.layers,
+        "position": projected.position,
+        "token": visible(projected.token),
+        "k": projected.values.shape[-1],
+        "values": packed(projected.values[0].abs(), SHARED_BYTES),
+        "chance": plain(projected.null_entry[0]),
+        "texts": words,
+        "scores": plain(shared.scores[..., 0]),
+        "null": plain(shared.null[:, 0]),
+        "start": [projected.layers[row], projected.layers[column]],
     }
 
 

@@ -39,7 +39,11 @@ tlc.sections.coupling = (section, data) => {
       readout.textContent = cell ? tlc.inWords(cell, digits) : "1 by definition";
     }
   };
-  const choose = (l) => tlc.choice.set("layer", layers[l]);
+  const shared = tlc.sharedDirections(section, data.shared);
+  const choose = (l, m) => {
+    tlc.choice.set("layer", layers[l]);
+    shared.show(layers[l], layers[m], shown.token >= 0 && cellOf(models.trained, 0, l, m));
+  };
   const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
   const panes = sets.flatMap((set) => {
     const row = sublayers.map((sublayer, s) => {
@@ -167,8 +171,10 @@ tlc.sections.coupling = (section, data) => {
     ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),
   );
   tlc.choice.on(["token", "k"], draw);
+  if (data.shared) shared.show(...data.shared.start);
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));
   tlc.inScheme(() => {
     if (shown.token >= 0) drawMaps();
+    shared.redraw();
   });
 };
