@@ -85,10 +85,8 @@ def shared_directions(trace: Trace, coupling: DepthCoupling) -> SharedDirections
     """
     layers = range(0, trace.n_layers, -(-trace.n_layers // LAYERS))
     position, k = coupling.positions[-1], min(coupling.ks[0], VECTORS)
-    settings = {name: coupling.provenance.settings[name] for name in ("engine", "solver")}
-    projected = projected_jacobians(
-        trace, list(layers), k, sublayers="block", token=position, bases=coupling.bases, **settings
-    )
+    settings = {name: coupling.provenance.settings[name] for name in ("bases", "engine", "solver")}
+    projected = projected_jacobians(trace, list(layers), k, sublayers="block", token=position, **settings)
     words = min(TOKENS, trace.model.cfg.d_vocab)
     read = read_layers(trace, layers, pos=position, k=k, top=words, engine=settings["engine"])
     return SharedDirections(
