@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
+from tlcoupling.cli.terminal import print_analysis
 from tlcoupling.errors import UnsupportedModelError
 
 
@@ -57,23 +59,27 @@ def test_fresh_weights_stand_beside_the_model(report: Report, tmp_path: Path) ->
     assert "Fresh weights were not measured" in report().stdout
 
 
-def test_what_layers_share_is_in_the_report_by_default_where_it_can_be(report: Report, tmp_path: Path) -> None:
-    assert report("--no-directions").exit_code == 0
-    assert tlc.load(tmp_path / "out" / "result.safetensors").shared is None
-    assert report().exit_code == 0
+def test_what_layers_share_is_in_the_report(report: Report, tmp_path: Path) -> None:
+    assert report("--directions").exit_code == 0
     analysis = tlc.load(tmp_path / "out" / "result.safetensors")
     projected = analysis.shared.projected
     torch.testing.assert_close(projected.coupling[0], analysis.coupling.values[0, 0, 0], atol=1e-5, rtol=0)
+    assert report().exit_code == 0  # --no-directions
+    assert tlc.load(tmp_path / "out" / "result.safetensors").shared is None
 
 
-def test_what_cannot_be_measured_beside_is_said(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_beside_is_said(
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise UnsupportedModelError("no embeddings")
 
     monkeypatch.setattr("tlcoupling.analysis.shared.read_layers", refuse)
-    result = report()
-    assert result.exit_code == 0 and "shared directions were not measured: no embeddings" in result.stderr
-    assert "no embeddings" in report("--directions").stderr and report("--directions").exit_code == 1
+    asked = report("--directions")
+    assert asked.exit_code == 1 and "no embeddings" in asked.stderr
+    by_default = CliRunner().invoke(app, ["report", "--prompt", PROMPT, "--k", "4", "--output", str(tmp_path)])
+    assert by_default.exit_code == 0, by_default.output
+    assert "shared directions were not measured: no embeddings" in by_default.stderr
 
 
 def test_the_long_table_is_written_on_request_alone(report: Report, tmp_path: Path) -> None:
@@ -135,6 +141,19 @@ def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pyte
     assert result.exit_code == 0, result.output
     assert not set(result.stdout) & set("\x1b\r\u202e\ud83e")
     assert "[bold]x[/nonsense]" in result.stdout
+
+
+def test_numbers_that_use_undetermined_vectors_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    analysis = make_analysis(ks=(1, 3))
+    sure = torch.zeros_like(analysis.coupling.singular_values)
+    print_analysis(replace(analysis, coupling=replace(analysis.coupling, uncertainty=sure)))
+    assert "*" not in capsys.readouterr().out
+    sure[1, 0, 2, 1] = 1.0  # the second ones of the attention of layer 2: K = 3 uses them
+    print_analysis(replace(analysis, coupling=replace(analysis.coupling, uncertainty=sure)))
+    said = capsys.readouterr().out
+    (row,) = (line.split() for line in said.splitlines() if line.startswith("attn") and line.count("*"))
+    assert row[1] == "3" and [cell.startswith("*") for cell in row[2:5]] == [True, False, True]
+    assert said.count("*") == 3 and "*: uses singular vectors that are not determined" in said
 
 
 def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
