@@ -49,7 +49,7 @@ def lowest(output: str, python: str, torch: str) -> None:
         pins.write_text("\n".join([f"torch=={torch}", *BESIDE["2"]]))
         resolved = Path(folder) / "lowest.txt"
         uv(
-            *("pip", "compile", "pyproject.toml", "--extra", "test", "--resolution", "lowest-direct"),
+            *("pip", "compile", "pyproject.toml", "--extra", "all", "--extra", "test", "--resolution", "lowest-direct"),
             *("--constraints", str(pins), "--python-version", python, "--no-header", "--no-annotate"),
             *("--output-file", str(resolved)),
         )
