@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The notebooks' first cell where Colab's versions are installed (constraints/colab.txt): from a clone, from a wheel in the
-# folder, and from an index, here a folder that is served on this machine. It may change none of these versions. The cells
-# behind it run as a user who may not write to the package.  scripts/colab.sh PYTHON WHEEL
+# folder, and from an index, here a folder that is served on this machine. It may change none of these versions. The next
+# cell runs without the permission to write to the package.  scripts/colab.sh PYTHON WHEEL
 # PYTHON has the development set-up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,6 @@ python=$(realpath -s "$1") wheel=$(realpath "$2")
 tmp=$(mktemp -d)
 server=
 trap '[ -z "$server" ] || kill "$server"; rm -rf "$tmp"' EXIT
-chmod 755 "$tmp"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 IPYTHONDIR="$tmp/ipython"
 
 step() {
@@ -22,12 +21,16 @@ cells = [c for c in json.load(open("demos/01_quickstart.ipynb"))["cells"] if c["
 print("".join(cells[int(sys.argv[1])]["source"]))' "$1"
 }
 
-unprivileged() {
+read_only() { # a command that may not write to the installed package; root then lacks its right to write everywhere
+    local package
+    package=$("$tmp/venv/bin/python" -c 'import importlib.util as i; print(*i.find_spec("tlcoupling").submodule_search_locations)')
+    chmod -R a-w "$package"
     if [ "$(id -u)" = 0 ]; then
-        setpriv --reuid=65534 --regid=65534 --clear-groups env HOME="$tmp/home" "$@"
+        setpriv --bounding-set=-dac_override --inh-caps=-dac_override "$@"
     else
-        chmod -R a-w "$tmp/venv" && "$@" && chmod -R u+w "$tmp/venv"
+        "$@"
     fi
+    chmod -R u+w "$package"
 }
 
 step "an environment with Colab's versions"
@@ -39,8 +42,7 @@ versions() { "$tmp/venv/bin/python" -m pip list --format=freeze --disable-pip-ve
 versions | tee "$tmp/before.txt"
 
 git clone --quiet --no-hardlinks . "$tmp/clone"
-mkdir -p "$tmp/beside" "$tmp/alone" "$tmp/index/simple/tlcoupling" "$tmp/home"
-chmod 777 "$tmp/home"
+mkdir -p "$tmp/beside" "$tmp/alone" "$tmp/index/simple/tlcoupling"
 cp "$wheel" "$tmp/beside"
 cp "$wheel" "$tmp/index/simple/tlcoupling"
 name=$(basename "$wheel")
@@ -59,8 +61,7 @@ for folder in clone/demos beside alone; do
         [ "$folder" != alone ] || export PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-} http://127.0.0.1:$port/simple/"
         "$tmp/venv/bin/ipython" --colors=NoColor "$tmp/first.ipy" >"$tmp/cell.log" 2>&1 || { tail -n 40 "$tmp/cell.log"; exit 1; }
         versions | diff "$tmp/before.txt" -
-        cd "$tmp/home"
-        unprivileged "$tmp/venv/bin/python" -c 'import pathlib, os, tlcoupling
+        read_only "$tmp/venv/bin/python" -c 'import os, pathlib, tlcoupling
 package = pathlib.Path(tlcoupling.__file__).parent
 assert not os.access(package, os.W_OK), package
 print("tlcoupling", tlcoupling.__version__)'
@@ -68,6 +69,6 @@ print("tlcoupling", tlcoupling.__version__)'
     [ "$folder" = alone ] || "$tmp/venv/bin/python" -m pip uninstall --quiet --yes tlcoupling
 done
 
-step "the second cell, as a user who may not write to the package"
-(cd "$tmp/home" && unprivileged env IPYTHONDIR="$tmp/home" "$tmp/venv/bin/ipython" --colors=NoColor "$tmp/second.ipy")
+step "the second cell, with no write access to the package"
+(cd "$tmp/alone" && read_only "$tmp/venv/bin/ipython" --colors=NoColor "$tmp/second.ipy")
 step "done"
