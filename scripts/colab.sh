@@ -61,10 +61,10 @@ for folder in clone/demos beside alone; do
         [ "$folder" != alone ] || export PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-} http://127.0.0.1:$port/simple/"
         "$tmp/venv/bin/ipython" --colors=NoColor "$tmp/first.ipy" >"$tmp/cell.log" 2>&1 || { tail -n 40 "$tmp/cell.log"; exit 1; }
         versions | diff "$tmp/before.txt" -
-        read_only "$tmp/venv/bin/python" -c 'import os, pathlib, tlcoupling
-package = pathlib.Path(tlcoupling.__file__).parent
+        read_only "$tmp/venv/bin/python" -c 'import importlib.metadata, os, pathlib, tlcoupling as tlc
+package = pathlib.Path(tlc.__file__).parent
 assert not os.access(package, os.W_OK), package
-print("tlcoupling", tlcoupling.__version__)'
+print("tlcoupling", importlib.metadata.version("tlcoupling"), tlc.trace)'
     )
     [ "$folder" = alone ] || "$tmp/venv/bin/python" -m pip uninstall --quiet --yes tlcoupling
 done
