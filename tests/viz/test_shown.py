@@ -18,6 +18,7 @@ from analyses import HOSTILE_TOKENS, make_analysis
 from cases import TOKENS, fresh
 
 import tlcoupling as tlc
+from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.viz.shown import Lines, Matrix, shown
@@ -81,9 +82,15 @@ def results() -> dict[str, Result]:
             tlc.linearization_gap(trace, sizes=(1e-3, 1e-2)),
             readout(),
             tlc.causal_effect(model, [TOKENS, TOKENS[:5]], 2, draws=3),
+            tlc.steering_effect(model, [TOKENS, TOKENS[:5]], torch.ones(96).cumsum(0), 1, draws=2),
+            tlc.jacobian_lens(model, [TOKENS, TOKENS[:5]], skip_first_positions=0, sketch=4),
             tlc.correlate(),
             tlc.parity.published(model, TOKENS, 2),
         ]
+    read, projected = readout(), made[12]
+    assert isinstance(projected, tlc.ProjectedJacobians)
+    scores = read.scores.expand(2, -1, -1, -1, -1)
+    made.append(SharedDirections(read.provenance, projected, scores, read.null, (read.texts,) * 2))
     return {type(one).__name__: one for one in made}
 
 
