@@ -57,7 +57,10 @@ def served(command: Sequence[str], path: str, folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:  # JupyterLab does not end while a kernel starts
+            server.kill()
 
 
 def choose_and_wait(page: Any, where: str) -> None:
@@ -104,6 +107,7 @@ def jupyterlab(browser: Any, folder: Path) -> None:
         frame = page.frame_locator("[data-tlcoupling] iframe")
         frame.locator('[data-part="layer-shown"]').filter(has_text="tokens compared").wait_for(timeout=PATIENCE)
         page.screenshot(path=folder / "jupyterlab-saved.png")
+        page.close()
         print("JupyterLab: the saved notebook shows the page, without the kernel that made it")
 
 

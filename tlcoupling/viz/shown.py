@@ -244,9 +244,8 @@ def _projected(result: ProjectedJacobians) -> Shown:
 
 @shown.register
 def _shared(result: SharedDirections) -> Shown:
-    return replace(
-        shown(result.projected), note="texts, scores and null: the tokens that the layers' bases write and read."
-    )
+    note = "texts, scores and null: the tokens that the layers' bases write and read."
+    return replace(shown(result.projected), note=note)
 
 
 @shown.register
