@@ -154,6 +154,17 @@ def test_a_projection_that_does_not_apply_its_weight_is_named(path: str, weight:
 
 
 @needs_llama
+def test_queries_that_grow_with_the_position_count_beside_pairs_outside_a_window():
+    """A pair outside of a sliding window is 0 = 0, which proves nothing of the others."""
+    case = next(case for case in CASES if case.name == "bridge-mistral")
+    model = case.model()
+    with forward(
+        part(model, 1, "attn.q"), on_output(lambda q: q * (1 + 0.2 * torch.arange(q.shape[1]).to(q))[:, None])
+    ):
+        agree_everywhere(tlc.trace(model, TOKENS), 1, [(0, 6), (1, 5), (6, 6), (4, 6), (5, 6)], case.tolerance)
+
+
+@needs_llama
 def test_an_mlp_that_reads_its_neighbour_is_no_function_of_one_position():
     model = LLAMA.build(torch.float64).eval()
     with forward(part(model, 1, "mlp"), shifting):
