@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from tlcoupling.forward.context import in_eval_mode
+
 
 def booted(
     bridge_class: Any, name: str, hf_model: Any, tokenizer: Any, processor: Any | None = None, **options: Any
@@ -26,9 +28,10 @@ def booted(
     """
     first = next(hf_model.parameters())
     with offline(), answered_locally(hf_model, tokenizer, processor):
-        return bridge_class.boot_transformers(
+        bridge = bridge_class.boot_transformers(
             name, hf_model=hf_model, tokenizer=tokenizer, device=first.device, dtype=first.dtype, **options
-        ).eval()
+        )
+    return in_eval_mode(bridge)
 
 
 @contextmanager
