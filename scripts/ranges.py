@@ -24,8 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MINORS = ["2.16", "2.17", "2.18", *(f"3.{minor}" for minor in range(10)), *(f"4.{minor}" for minor in range(4))]
-# GPT-NeoX comes late: up to 3.6 TransformerLens cannot boot it beside transformers 5.
-FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi", "opt", "pythia", "bloom", "falcon", "gemma3")
+# GPT-NeoX comes late: up to 3.7 TransformerLens cannot boot it beside transformers 5.
+FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi", "opt", "bloom", "falcon", "pythia", "gemma3")
+FAMILY = dict(zip([minor for minor in MINORS if minor >= "3"], cycle(FAMILIES), strict=False))
 # transformer-lens 2 asks for numpy below 2; later releases of pyarrow do not run on it, and do not say so to pip.
 BESIDE = {"2": ["pyarrow<20"]}
 SMOLLM2 = """
@@ -106,10 +107,10 @@ def main() -> int:
     if given.lowest:
         lowest(given.lowest, given.python, given.torch)
         return 0
-    families, failed = cycle(FAMILIES), 0
+    failed = 0
     print("| transformer-lens | bridge | Python | torch | result | seconds |\n|---|---|---|---|---|---|")
     for minor in given.transformer_lens:
-        family, began = next(families) if minor[0] > "2" else "none", time.monotonic()
+        family, began = FAMILY.get(minor, "none"), time.monotonic()
         result = trial(minor, family, given.python, given.torch)
         failed += result != "passed"
         row = (minor, family, given.python, given.torch, result, f"{time.monotonic() - began:.0f}")
