@@ -102,7 +102,9 @@ def rotation_test(spectra: dict[str, Tensor], worlds: int) -> None:
     top, norm = s[None, :, :K], s.norm(dim=-1)[None]
     n = len(s)
     chance = null_coupling(top, norm, 72)[:, None, :, None].expand(1, 1, n, n)
-    drawn = Drawn(top, norm, chance, torch.tensor([True]), 72, (K,), "frobenius", "uv", True)
+    drawn = Drawn(
+        top, norm, chance, torch.full((1, n, n), 72.0), torch.tensor([True]), 72, (K,), "frobenius", "uv", True
+    )
     off = ~torch.eye(n, dtype=torch.bool)
     draws = torch.cat(list(draw_excess(drawn, 9999, 0)))[:, 0, 0, off].double().mean(-1)
     above = 1.0 + (draws[:, None] >= found).sum(0)

@@ -59,8 +59,8 @@ def _matrices(result: DepthCoupling | TokenCoupling | ContextCoupling, layers: S
 
     return {
         "values": packed(result.values[:, chosen]),
-        "null": packed(result.null[:, chosen][..., 0]),
-        "std": packed(result.null_std[:, chosen][..., 0]),
+        "null": packed(result.null[:, chosen].mean(-1)),  # of one row they differ by less than a tenth of a spread
+        "std": packed(result.null_std[:, chosen].mean(-1)),
         "mean": {"coupling": mean("values"), "null": mean("null"), "excess": mean("excess"), "z": mean("z")},
     }
 
