@@ -138,7 +138,7 @@ def null(part: float) -> Iterator[Row]:
 
 def rotation(part: float) -> Iterator[Row]:
     """Size of the test where bases are independent, with spectra of trained Jacobians shrunk to a width of 48."""
-    generator, worlds, k = torch.Generator().manual_seed(1), int(2500 * part), 4
+    generator, worlds, count, k = torch.Generator().manual_seed(1), int(2500 * part), int(9999 * part), 4
     s = torch.stack([spectrum[::12] for spectrum in list(trained_spectra().values())[1:] for _ in range(2)])
     n, d = s.shape
     off = ~torch.eye(n, dtype=torch.bool)
@@ -151,15 +151,15 @@ def rotation(part: float) -> Iterator[Row]:
         found.append((coupling(projected, s[:, None, :k].expand(n, n, k)) - chance)[off].mean())
     whole = torch.full((1, n, n), float(d))
     drawn = Drawn(top, norm, chance[None, None], whole, torch.tensor([True]), d, (k,), "frobenius", "uv", True)
-    draws = torch.cat(list(draw_excess(drawn, 9999, 0)))[:, 0, 0, off].double().mean(-1)
+    draws = torch.cat(list(draw_excess(drawn, count, 0)))[:, 0, 0, off].double().mean(-1)
     sides = [1.0 + (compare(draws[:, None], torch.stack(found))).sum(0) for compare in (torch.ge, torch.le)]
-    p = 2 * torch.minimum(*sides) / 10_000
+    p = 2 * torch.minimum(*sides) / (count + 1)
     yield share("p <= 0.05, independent bases with SmolLM2's spectra", 0.04, 0.06, (p <= 0.05).numpy())
     yield share("p <= 0.01, the same", 0.005, 0.015, (p <= 0.01).numpy())
 
 
 def fresh(part: float) -> Iterator[Row]:
-    """Size of the test on fresh LayerNorm models of width 64: the first token but one, over depth and over heads."""
+    """Size of the test on fresh LayerNorm models of width 64, over depth and over heads, at the last of three tokens."""
     models, heads = int(420 * part), int(140 * part)
     p, p_of_heads, excess = [], [], []
     for seed in range(models):
@@ -226,10 +226,11 @@ def overlaps(part: float) -> Iterator[Row]:
 
 
 def power(part: float) -> Iterator[Row]:
-    """The test on the trained model, from 399 draws: the least p is 0.005."""
-    test = tlc.depth_coupling(tlc.trace(smollm2(), PROMPT), K).test(draws=399)
+    """The test on the trained model, with the least p that its draws can show."""
+    draws = int(399 * part)
+    test = tlc.depth_coupling(tlc.trace(smollm2(), PROMPT), K).test(draws=draws)
     for index, name in enumerate(test.labels[0]):
-        yield Row(f"p of SmolLM2's {name}, all pairs", 0, 0.005, float(test.p[index, 0, 0, 0]), 0.0, 399)
+        yield Row(f"p of SmolLM2's {name}, all pairs", 0, 2 / (draws + 1), float(test.p[index, 0, 0, 0]), 0.0, draws)
         found = (test.p[index, 0, 0, 1:] <= 0.05).float().mean()
         yield Row(f"distances of SmolLM2's {name} with p <= 0.05, a share", 0.5, 1, float(found), 0.0, 29)
 

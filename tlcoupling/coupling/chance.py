@@ -29,7 +29,7 @@ from tlcoupling.linalg.work import Work
 from tlcoupling.results.base import LabelledResult
 
 SHOWN = 3  # labels of the first axis in the one line, at most
-NUMBER = 0.003  # small module calls that take as long as a random number, measured
+NUMBER = 0.004  # small module calls that take as long as a random number, measured
 BATCH = 2**22  # numbers in the drawn blocks at a time, at most
 
 
