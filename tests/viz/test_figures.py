@@ -76,6 +76,39 @@ def table(n: int = 8, **columns: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    ("draw", "given", "remedy"),
+    [
+        (figures.coupling_by_distance, "many", r"tlc.analyze\(model, prompt\); ManyAnalyses keeps means alone"),
+        (figures.depth_coupling, "linearity", r"tlc.depth_coupling\(trace\)"),
+        (figures.distributions, "coupling", r"tlc.analyze_many\("),
+        (figures.singular_values, "coupling", r"tlc.singular_value_profile\(coupling\)"),
+        (figures.trajectories, "linearity", r"tlc.trajectory_components\(trace\)"),
+        (figures.projected_jacobians, "coupling", r"tlc.projected_jacobians\("),
+        (figures.training, "linearity", r"monitor.table\(\)"),
+        (figures.coupling_against_score, "linearity", r"tlc.correlate\("),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_figure_of_another_result_says_what_it_draws(draw: Any, given: str, remedy: str):
+    model = fresh(0)
+    wrong = (
+        tlc.analyze_many(model, [TOKENS], k=2)
+        if given == "many"
+        else getattr(tlc.analyze(model, TOKENS, k=2, attention=False), given)
+    )
+    with pytest.raises(ArgumentError, match=remedy):
+        draw(wrong)
+
+
+def test_figures_of_coupling_and_of_distributions_take_analyses():
+    analysis = make_analysis()
+    for result in (analysis, [analysis], {"a": analysis}):
+        assert len(figures.coupling_by_distance(result).axes) == 3
+    assert len(figures.distributions(analysis).axes) == 2
+
+
 def profile_of(coupling: tlc.DepthCoupling) -> tlc.SingularValueProfile:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a line through two layers is no fit, and says so

@@ -85,7 +85,8 @@ def coupling_loss(
 
     Raises:
         ArgumentError: an argument out of range.
-        UnsupportedModelError: as in ``trace``; dropout; weights in half precision or 4 bits.
+        UnsupportedModelError: as in ``trace``; dropout; weights in half precision or 4 bits; a block whose
+            hook points the model does not call; a model of images or sound.
         ResidualIdentityError: the sublayers' writes do not add up to the stream; ``"block"`` needs no such split.
         DegenerateSpectrumError: singular values that coincide.
         HookError, DerivativeError: a hook, or the model itself, hides from autograd what it does.
@@ -257,6 +258,11 @@ def _written(
         hooks.append((points[block_hook(layer, writes)], partial(end, layer)))
     with suppress(Done), attached([*hooks, (points[last], stop)]):
         model(ids, return_type=None)
+    if silent := [block_hook(layer, writes) for layer, (_, writes) in ends.items() if layer not in outputs]:
+        raise UnsupportedModelError(
+            f"the forward pass does not call {silent[0]}, so its blocks have no differentiable Jacobian here. "
+            "tlc.depth_coupling measures this model, without a derivative"
+        )
     return outputs
 
 

@@ -18,7 +18,7 @@ from tlcoupling.arguments import as_list, check_name
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.projected import ProjectedJacobians
 from tlcoupling.errors import ArgumentError
-from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on, named
+from tlcoupling.viz.figures.select import chosen_k, depth_of, index_of, measured_on, named, require_kind
 from tlcoupling.viz.figures.style import (
     DIVERGING,
     FIT,
@@ -63,9 +63,7 @@ def depth_coupling(
         ArgumentError: a token, K or quantity was not measured, there are fewer than two layers, or the results differ
             in sublayers or metric.
     """
-    results = {
-        name: one.coupling if isinstance(one, Analysis) else one for name, one in named("result", result).items()
-    }
+    results = {name: depth_of("result", one) for name, one in named("result", result).items()}
     first = next(iter(results.values()))
     if len(first.layers) < 2:
         raise ArgumentError("result", first, "a coupling of two layers or more")
@@ -134,6 +132,7 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
     Raises:
         ArgumentError: the sublayer was not measured, or there are more than twelve layers.
     """
+    require_kind("result", result, ProjectedJacobians, "tlc.projected_jacobians(trace, layers)")
     which = index_of("sublayer", sublayer, result.sublayers)
     n, k = len(result.layers), result.values.shape[-1]
     if n > MOST_LAYERS:
