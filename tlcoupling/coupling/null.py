@@ -147,6 +147,20 @@ def unreached(vectors: Float[Tensor, "d K"], candidates: Float[Tensor, "d c"]) -
     return basis @ directions[:, shares < UNREACHED * vectors.shape[1] / len(vectors)]
 
 
+def unreached_of(
+    u: Float[Tensor, "d K"], v: Float[Tensor, "d K"], reads: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, "d _"], Float[Tensor, "d _"]]:
+    """Return what the top left singular vectors of a Jacobian do not reach, and what the right ones do not.
+
+    Args:
+        u: the left singular vectors. Written with centred weights, they miss the mean.
+        v: the right ones. Read through a norm, they miss the stream, and the mean if the norm centres.
+        reads: the stream that the Jacobian reads.
+    """
+    mean = torch.ones_like(reads)[:, None]
+    return unreached(u, mean), unreached(v, torch.cat([mean, reads[:, None]], dim=1))
+
+
 def effective_width(
     rows: Sequence[Float[Tensor, "d _"]], columns: Sequence[Float[Tensor, "d _"]]
 ) -> Float[Tensor, "row column"]:

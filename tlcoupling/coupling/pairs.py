@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tlcoupling.coupling.groups import Group, Place, visits
 from tlcoupling.coupling.metric import coupling, subspace_overlap
-from tlcoupling.coupling.null import effective_width, null_coupling, null_std, unreached
+from tlcoupling.coupling.null import effective_width, null_coupling, null_std, unreached_of
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
@@ -174,11 +174,8 @@ def _effective_widths(
     missed: dict[str, dict[Place, Tensor]] = {"u": {}, "v": {}}
     for place in group.places:
         triplets = known[place].triplets
-        reads = input_of(trace, place.layer, sublayer)[0, place.src]
-        constant = torch.ones_like(reads)
-        directions = {"u": [constant], "v": [constant, reads]}
-        for side, vectors in (("u", triplets.u), ("v", triplets.v)):
-            missed[side][place] = unreached(vectors, torch.stack(directions[side], dim=1)).to(device)
+        both = unreached_of(triplets.u, triplets.v, input_of(trace, place.layer, sublayer)[0, place.src])
+        missed["u"][place], missed["v"][place] = (each.to(device) for each in both)
     return {
         row + column: effective_width(
             [missed[row][place] for place in group.rows], [missed[column][place] for place in group.columns]
