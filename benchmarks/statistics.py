@@ -159,7 +159,7 @@ def rotation(part: float) -> Iterator[Row]:
 
 
 def fresh(part: float) -> Iterator[Row]:
-    """Size of the test on fresh LayerNorm models of width 64, over depth and over heads, at the last of three tokens."""
+    """Size of the test on fresh LayerNorm models of width 64, over depth and over heads, at the last token."""
     models, heads = int(420 * part), int(140 * part)
     p, p_of_heads, excess = [], [], []
     for seed in range(models):

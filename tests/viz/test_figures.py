@@ -202,6 +202,21 @@ def test_pairs_without_a_number_are_left_out():
     assert images_of(figures.depth_coupling(replace(coupling, values=values)))[0].mask[0, 1]
 
 
+def test_undetermined_bases_have_a_dot_and_a_legend():
+    """Layer 2's second singular vectors of the attention, at one of two tokens: K = 3 uses them, K = 1 does not."""
+    coupling = make_analysis(positions=(0, -1), ks=(1, 3)).coupling
+    uncertainty = torch.zeros_like(coupling.singular_values)
+    uncertainty[1, 1, 2, 1] = 1.0
+    coupling = replace(coupling, uncertainty=uncertainty)
+    for k, token, marked in ((3, None, True), (3, 3, True), (3, 0, False), (1, None, False)):
+        figure = figures.depth_coupling(coupling, k=k, token=token)
+        lines = [[line for line in axes.lines if line.get_gid() == "undetermined"] for axes in figure.axes[:9]]
+        dots = [[tuple(dot) for line in each for dot in line.get_xydata()] for each in lines]
+        column = [(2.0, 0.0), (2.0, 1.0), (2.0, 3.0)] if marked else []  # the diagonal is 1 whatever the bases
+        assert dots == [[], [], [], column, [], column, [], [], []]
+        assert any("dot: bases not determined" in text.get_text() for text in texts_of(figure)) is marked
+
+
 def test_projected_panels_draw_their_matrices_and_chance():
     result = projected_by_hand(3)
     figure = figures.projected_jacobians(result)

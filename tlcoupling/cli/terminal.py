@@ -39,10 +39,13 @@ def print_analysis(analysis: Analysis) -> None:
         console.print(Text("Fresh weights were not measured to compare with: --baseline does.", style="dim"))
     tables = (_coupling, _determined, _overlaps, _linearity, _growth)
     for table in (*(one for make in tables if (one := make(analysis)) is not None), *_tokens(analysis)):
-        title, table.title = table.title, None  # rich wraps a title to the width of its table
+        # rich wraps both to the width of the table
+        (title, table.title), (caption, table.caption) = (table.title, None), (table.caption, None)
         console.print()
         console.print(title)
         console.print(table)
+        if caption is not None:
+            console.print(caption, style="dim")
 
 
 def print_estimate(estimate: Estimate) -> None:
@@ -100,6 +103,9 @@ def _coupling(analysis: Analysis) -> Table:
         if test:
             interval = f"{_number(row.excess_low)} to {_number(row.excess_high)}"
             cells += [interval, "–" if row.p is None else p_value(row.p, test.draws)[2:].removeprefix("= ")]
+        if row.undetermined:
+            cells[0], cells[2] = f"*{cells[0]}", f"*{cells[2]}"
+            table.caption = "*: uses singular vectors that are not determined (values nearly coincide)"
         _add(table, (row.sublayer, str(row.k), *cells), emphasised=4)
     return table
 

@@ -50,6 +50,7 @@ def coupling_loss(
     quantity: Quantity = "values",
     normalizer: Normalizer = "frobenius",
     absolute: bool = True,
+    attention_mask: Any | None = None,
 ) -> Float[Tensor, ""]:
     r"""Return 1 - coupling of the layers' Jacobians, differentiable with respect to the model's parameters.
 
@@ -82,6 +83,7 @@ def coupling_loss(
         quantity: ``"values"`` or ``"excess"``.
         normalizer: as in ``depth_coupling``.
         absolute: as in ``depth_coupling``.
+        attention_mask: as in ``trace``.
 
     Raises:
         ArgumentError: an argument out of range.
@@ -97,7 +99,7 @@ def coupling_loss(
         raise UnsupportedModelError(
             f"the weights are {coarse[0]}, too coarse for derivatives of singular vectors; allowed: float32, float64"
         )
-    ids = to_tokens(model, tokens, None)
+    ids = to_tokens(model, tokens, None, attention_mask)
     splits = splits_of_model(model)
     check_sublayer("sublayer", sublayer, sublayers_of(splits))
     if sublayer != "block":

@@ -50,7 +50,8 @@ def depth_coupling(
 
     Coupling and null share one scale, from the smallest to the largest value off the diagonal. The excess has a
     diverging scale around 0. With the ``"uv"`` bases the diagonal is 1 by definition: it is grey and does not affect
-    the scales. An undefined pair (NaN) is grey too.
+    the scales. An undefined pair (NaN) is grey too. A dot marks a pair whose bases are not determined
+    (``values_determined``), at one of the tokens at least.
 
     Args:
         result: a depth coupling, or several by name (such as trained and random), side by side on the same scales.
@@ -85,6 +86,11 @@ def depth_coupling(
         for what in shown
         for name, one in results.items()
     }
+    unsure = {
+        (row, name): _undetermined(one, row, token, chosen_k(one, k))
+        for row in range(len(first.sublayers))
+        for name, one in results.items()
+    }
     above = np.concatenate([pane.compressed() for (_, what, _), pane in panes.items() if what != "excess"] or [[]])
     around = np.concatenate([pane.compressed() for (_, what, _), pane in panes.items() if what == "excess"] or [[]])
     most = np.abs(around).max(initial=0) or 1
@@ -101,6 +107,9 @@ def depth_coupling(
             axes, pane, is_excess = grid[row, column], panes[row, what, name], what == "excess"
             norm, colors, _ = scales[is_excess]
             images[is_excess] = _show(axes, pane, norm, colors)
+            if what != "null":  # it does not depend on the bases
+                dots = np.argwhere(unsure[row, name] & ~np.ma.getmaskarray(pane))
+                axes.plot(dots[:, 1], dots[:, 0], "o", color=FIT, markersize=2, gid="undetermined")
             title = f"{label(name, 20)}: {what}" if name else what
             axes.set_title(f"{title}, mean {round(float(pane.mean()), 4) + 0.0:.4f}" if pane.count() else title)
             _layer_ticks(axes, results[name].layers)
@@ -113,7 +122,8 @@ def depth_coupling(
             symbol = f"{scales[is_excess][2]}, K = {chosen_k(first, k)[1]}"
             shape = {"location": "bottom", "shrink": 0.8, "aspect": 22 * len(under), "pad": 0.02}
             figure.colorbar(image, ax=grid[:, under], label=symbol, **shape)
-        heading(figure, "Coupling of residual Jacobians across depth", _described(results, token))
+        legend = " · dot: bases not determined" if any(marks.any() for marks in unsure.values()) else ""
+        heading(figure, "Coupling of residual Jacobians across depth", _described(results, token) + legend)
         settle(figure)
     return figure
 
@@ -195,6 +205,15 @@ def _pane(
     mean = cells.mean(0) if cells.ndim == 3 else cells
     hidden = np.eye(len(mean), dtype=bool) if result.bases == "uv" else np.zeros(mean.shape, dtype=bool)
     return np.ma.masked_array(mean, hidden | ~np.isfinite(mean))
+
+
+def _undetermined(result: DepthCoupling, sublayer: int, token: int | None, k: tuple[int, int]) -> np.ndarray:
+    """Return which pairs of layers compare bases that are not determined, at one of the tokens shown."""
+    n, determined = len(result.layers), result.values_determined
+    if determined is None:
+        return np.zeros((n, n), dtype=bool)
+    chosen = slice(None) if token is None else index_of("token", token, result.positions)
+    return (~determined[sublayer, :, k[0]][chosen]).reshape(-1, n, n).any(0).numpy()
 
 
 def _described(results: Mapping[str, DepthCoupling], token: int | None) -> str:
