@@ -197,7 +197,7 @@ def weights(part: float) -> Iterator[Row]:
     yield mean(f"the same with the trace normaliser, {name}", -0.001, 0.001, trace_norm)
     yield mean(f"mean excess over heads, {name}", -0.0005, 0.0005, heads)
     yield mean("the same of heads of one key-value head, which are left out", 0.005, 1, shared)
-    yield share("z > 3.09 of single pairs, which describes and is no test", 0.005, 0.02, beyond)
+    yield share("z > 3.09 of single pairs, which describes and is no test", 0.002, 0.02, beyond)
 
 
 def tokens(part: float) -> Iterator[Row]:

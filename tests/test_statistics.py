@@ -12,8 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = {  # of the simulations: seconds, not minutes
-    "null": 0.1, "rotation": 0.1, "fresh": 0.05, "tokens": 0.25, "overlaps": 0.1, "intervals": 0.05, "correlations": 0.1
-}  # fmt: skip
+    "null": 0.05,
+    "rotation": 0.1,
+    "fresh": 0.03,
+    "tokens": 0.25,
+    "overlaps": 0.1,
+    "intervals": 0.05,
+    "correlations": 0.1,
+}
 
 
 @pytest.fixture(scope="module")

@@ -142,8 +142,8 @@ class Coupling(Result):
     def z(self) -> Float[Tensor, "*group k n n"]:
         """Excess in standard deviations of the null, (c - c_null) / null_std, of each single pair.
 
-        It describes a pair, and is not a test: the null is skewed, so that z lies beyond 3.09 in about 1 % of pairs by
-        chance, not in 0.1 %. For p-values take ``test``.
+        It describes a pair, and is not a test: the null is skewed, so that z lies beyond 3.09 in 0.3 % of pairs
+        (K = 10) and more by chance, not in 0.1 %. For p-values take ``test``.
         """
         return self.excess / self.null_std
 
