@@ -119,6 +119,9 @@ def _converting(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Composition(JacobianOperator):
     """A B: first B, then A."""
 
+    left: JacobianOperator
+    right: JacobianOperator
+
     def __init__(self, left: JacobianOperator, right: JacobianOperator) -> None:
         """Compose two operators.
 
@@ -159,6 +162,8 @@ class Composition(JacobianOperator):
 class Sum(JacobianOperator):
     """A + B + ..., all of one shape."""
 
+    terms: tuple[JacobianOperator, ...]
+
     def __init__(self, terms: Sequence[JacobianOperator]) -> None:
         """Add operators.
 
@@ -190,6 +195,8 @@ class Sum(JacobianOperator):
 
 class Transpose(JacobianOperator):
     """A^T."""
+
+    inner: JacobianOperator
 
     def __init__(self, inner: JacobianOperator) -> None:
         """Transpose an operator."""
