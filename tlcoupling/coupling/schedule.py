@@ -105,6 +105,12 @@ class Schedule:
     peak_bytes: float
     free_bytes: float
 
+    @property
+    def forms(self) -> bool:
+        """Whether the matrices of all that is measured are formed; of a head, its attention is tested by products."""
+        of_heads = any(place.head is not None for group in self.comparison.groups for place in group.places)
+        return not of_heads and all(method.name != "products" for method in self.methods.values())
+
 
 def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule:
     """Return the cheapest schedule that fits into memory.
