@@ -16,7 +16,7 @@ from torch import Tensor
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded, weight_of
-from tlcoupling.forward.context import measured
+from tlcoupling.forward.context import in_eval_mode, measured
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.forward.offline import answered_locally, offline
 from tlcoupling.models.generators import generators_kept
@@ -87,7 +87,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             "are not centred, which shifts residual streams by their mean",
             stacklevel=3,
         )
-    return fresh.eval()
+    return in_eval_mode(fresh)
 
 
 def _hooked(model: Any, seed: int, like: Tensor) -> Any:
