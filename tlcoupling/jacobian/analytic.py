@@ -2,8 +2,7 @@ r"""The analytic engine: Jacobians in closed form from the activations of one bl
 
 The formula is in ``formula``; here its parts are read: the derivatives of norms (``norms``), the attention core
 (``attention``, ``scores``), the slopes of the activation, the weights. One pair (src, dest) is taken at a time. What
-all pairs of a layer share is computed once: one run of its attention, one of its MLP at the requested positions, norms
-and weights.
+all pairs of a layer share is computed once: a run of the block (``runs``), norms and weights.
 
 What a block does is read from how it behaves, not from its class. What a norm does, the rotation at a position and the
 scores behind a pattern are each taken from the block's activations and checked against them. Where they do not fit, the
