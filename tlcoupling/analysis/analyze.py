@@ -244,12 +244,7 @@ def analyze(
         "progress": progress,
     }
     coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **options)
-    pairs: dict[str, Any] = {}
-    if compared:
-        pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **options)
-        reach = tuple(name for name in coupling.sublayers if name != "mlp")  # an MLP reaches no other token
-        for fixed in ("src", "dest") if reach else ():
-            pairs[f"context_{fixed}"] = _context(traced, fixed, {**options, "sublayers": reach, "layers": compared})
+    pairs = couplings_of_tokens(traced, compared, {**options, "sublayers": coupling.sublayers}) if compared else {}
     other = None
     if baseline is not None:
         same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers}
@@ -285,6 +280,21 @@ def analyze_baseline(baseline: Any, traced: Trace, **options: Any) -> Analysis:
     """
     fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
     return replace(analyze(fresh, traced.tokens, **options, attention=False), trace=None)  # a trace keeps its model
+
+
+def couplings_of_tokens(traced: Trace, layers: Sequence[int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the coupling of tokens in some layers, by its name in an ``Analysis``.
+
+    Args:
+        traced: the trace.
+        layers: the layers.
+        settings: arguments of ``token_coupling``, with ``sublayers``.
+    """
+    couplings: dict[str, Any] = {"token_coupling": token_coupling(traced, layers=layers, **settings)}
+    reach = tuple(name for name in settings["sublayers"] if name != "mlp")  # an MLP reaches no other token
+    for fixed in ("src", "dest") if reach else ():
+        couplings[f"context_{fixed}"] = _context(traced, fixed, {**settings, "sublayers": reach, "layers": layers})
+    return couplings
 
 
 def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, Any]) -> ContextCoupling | None:
