@@ -7,15 +7,17 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.analysis.headline import Finding, chance_of_blocks, findings, sentence, without_sinks
+from tlcoupling.analysis.headline import Finding, coupling_test, findings, sentence, without_sinks
 from tlcoupling.analysis.shared import SharedDirections, shared_directions
 from tlcoupling.arguments import Indices, KSpec, resolve_indices
+from tlcoupling.coupling.chance import CouplingTest
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
@@ -97,7 +99,7 @@ class Analysis(Result):
         Args:
             include_sinks: whether sinks (``Growth.sinks``) count in means over tokens; they are left out by default.
         """
-        return sentence(self._findings(include_sinks, chance_of_blocks(self.coupling)))
+        return sentence(self._findings(include_sinks, self._p()))
 
     def summary(self, *, include_sinks: bool = False) -> pandas.DataFrame:
         """Return the headline's numbers, one row per finding.
@@ -112,7 +114,7 @@ class Analysis(Result):
         """
         import pandas as pd
 
-        rows = self._findings(include_sinks, chance_of_blocks(self.coupling))
+        rows = self._findings(include_sinks, self._p())
         kept = self._kept(include_sinks)
         fresh = [] if self.baseline is None else findings(*self.baseline._measured(), kept=kept)
         others = {
@@ -124,6 +126,15 @@ class Analysis(Result):
         for at, (column, known) in enumerate(others.items(), 5):
             table.insert(at, column, [known.get(one.name, float("nan")) for one in rows])
         return table
+
+    @cached_property
+    def depth_test(self) -> CouplingTest | None:
+        """Return ``coupling.test(draws=199)``, which takes about a second; None for several tokens or one layer."""
+        return coupling_test(self.coupling)
+
+    def _p(self) -> float:
+        """Return the p-value of the first sublayer and K; NaN without a test."""
+        return math.nan if self.depth_test is None else float(self.depth_test.p[0, 0, 0, 0])
 
     def _findings(self, include_sinks: bool, p: float = math.nan) -> list[Finding]:
         fresh = None if self.baseline is None else self.baseline.growth
