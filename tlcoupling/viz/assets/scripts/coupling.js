@@ -177,7 +177,7 @@ tlc.sections.coupling = (section, data) => {
     ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),
   );
   tlc.choice.on(["token", "k"], draw);
-  if (data.shared) shared.show(...data.shared.start);
+  if (data.shared) shared.show(...data.shared.start, null, ", the pair with the most excess");
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));
   tlc.inScheme(() => {
     if (shown.token >= 0) drawMaps();
