@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.headline import coupling_test
 from tlcoupling.analysis.summary import coupling_rows
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.results.atomic import replacing
@@ -45,9 +46,24 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "null": ("double", f"coupling expected for independent random bases, {_MEAN}"),
     "null_std": ("double", f"standard deviation of the null for a single pair, {_MEAN}"),
     "excess": ("double", "coupling - null"),
+    "excess_determined": (
+        "double",
+        "its mean over the pairs whose singular vectors are determined (see undetermined); missing if there is none",
+    ),
+    "p": (
+        "double",
+        "two-sided p-value of the excess (the rotation test of coupling.test); missing unless draws are asked for, and "
+        "for several measured tokens, which are several tests",
+    ),
+    "excess_low": ("double", "lower end of the 95 % interval of the excess, from the same test"),
+    "excess_high": ("double", "upper end"),
     "overlap_u": ("double", f"overlap of the subspaces written to, {_MEAN}"),
     "overlap_v": ("double", f"overlap of the subspaces read from, {_MEAN}"),
-    "overlap_null": ("double", "expected overlap of random subspaces, K / d_model"),
+    "overlap_null_u": (
+        "double",
+        f"overlap_u of random subspaces, K over the effective width, {_MEAN}; K / d_model if measured by version 0.1",
+    ),
+    "overlap_null_v": ("double", "the same of overlap_v, which is smaller by what a norm projects out"),
     "undetermined": (
         "int64",
         "pairs of singular vectors, of the K of each layer and measured token, that nearly equal singular values leave "
@@ -154,8 +170,15 @@ def cell_columns(cell: Cell) -> dict[str, Any]:
     }
 
 
-def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one measured cell."""
+def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts, draws: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one measured cell.
+
+    Args:
+        cell: the cell.
+        analysis: its result.
+        facts: sizes of its model.
+        draws: draws of the rotation test, which takes about a second of 200 draws; 0 leaves p-values out.
+    """
     coupling, straight, growth = analysis.coupling, analysis.linearity, analysis.growth
     at = list(coupling.positions)
     shared = {
@@ -172,8 +195,9 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[
         "seconds": analysis.provenance.seconds,
         "versions": json.dumps(dict(analysis.provenance.versions), sort_keys=True),
     }
+    test = coupling_test(coupling, draws) if draws else None
     asked = [str(k) for k in cell.settings.k for _ in coupling.sublayers]
-    for row, k in zip(coupling_rows(coupling), asked, strict=True):
+    for row, k in zip(coupling_rows(coupling, test), asked, strict=True):
         path = straight.paths.index(row.sublayer)
         yield {
             **shared,
