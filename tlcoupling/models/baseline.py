@@ -18,7 +18,7 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import in_eval_mode, measured
 from tlcoupling.forward.hooked import require_supported
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.offline import booted
 from tlcoupling.models.generators import generators_kept
 
 _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; random weights have 1 / sqrt(d)
@@ -111,10 +111,7 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
         )
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)
-    with offline(), answered_locally(fresh, tokenizer, getattr(model, "processor", None)):
-        return type(model).boot_transformers(
-            model.cfg.model_name, hf_model=fresh, tokenizer=tokenizer, device=like.device, dtype=like.dtype
-        )
+    return booted(type(model), model.cfg.model_name, fresh, tokenizer, getattr(model, "processor", None))
 
 
 def _native(model: Any, seed: int, like: Tensor) -> Any:
