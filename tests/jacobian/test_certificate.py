@@ -222,7 +222,9 @@ def test_pairs_that_are_announced_are_certified_as_those_that_are_not(case: Case
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error")
         announced = JacobianEngine(trace, "analytic", PAIRS).operator(1, "block", 2, 5).dense()
-        assert torch.equal(announced, JacobianEngine(trace, "analytic", [(5, 5)]).operator(1, "block", 2, 5).dense())
+        other = JacobianEngine(trace, "analytic", [(5, 5)]).operator(1, "block", 2, 5).dense()
+        # HuggingFace's modules compute in float32, and round otherwise in a batch of streams
+        torch.testing.assert_close(announced, other, rtol=0, atol=1e-6)
 
 
 @needs_llama
