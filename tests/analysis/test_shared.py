@@ -24,7 +24,8 @@ def test_the_matrices_are_those_that_the_coupling_was_computed_from(analysis: tl
     projected = analysis.shared.projected
     assert (projected.position, projected.bases) == (3, "uv")
     torch.testing.assert_close(projected.coupling[0], analysis.coupling.values[0, 1, 0])
-    torch.testing.assert_close(projected.null[0], analysis.coupling.null[0, 1, 0, :, 0])
+    # the coupling's null knows the effective width, that of projected Jacobians takes d_model: 1/16 more at most
+    torch.testing.assert_close(projected.null[0], analysis.coupling.null[0, 1, 0, :, 0], rtol=1 / 16, atol=0)
 
 
 def test_the_tokens_are_those_of_read_directions(analysis: tlc.Analysis) -> None:
