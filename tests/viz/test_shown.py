@@ -85,6 +85,8 @@ def results() -> dict[str, Result]:
             tlc.steering_effect(model, [TOKENS, TOKENS[:5]], torch.ones(96).cumsum(0), 1, draws=2),
             tlc.jacobian_lens(model, [TOKENS, TOKENS[:5]], skip_first_positions=0, sketch=4),
             tlc.correlate(),
+            tlc.jacobian_lens(model, [TOKENS[:5], TOKENS], skip_first_positions=0, layers=[0, 1], sketch=8),
+            tlc.steering_effect(model, [TOKENS[:5], TOKENS], torch.ones(96), 1, [0.5, 2.0], draws=3, positions=[-1]),
             tlc.parity.published(model, TOKENS, 2),
         ]
     read, projected = readout(), made[12]
