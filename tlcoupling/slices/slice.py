@@ -27,6 +27,7 @@ from tlcoupling.memory import free_memory
 from tlcoupling.slices.flows import Flows, run_between, stage_value
 from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, source_of, target_of
 
+_SHORTER = 1 / 16  # steps of differences than those of one block: many blocks bend more
 _SHARE = 0.25  # of the free memory, for the streams of vectors that go through a block together
 
 
@@ -223,7 +224,7 @@ def _require_followed(
         where=f"from {start} to {end}",
         moved=lambda moves: torch.stack([at(move) - still - skipped(move) for move in moves])[:, None],
         product=lambda direction: (jacobian.mv(direction) - skipped(direction))[None],
-        size=float(moving.norm()) or 1.0,
+        size=_SHORTER * float(moving.norm()) or 1.0,
         lengths=still.norm()[None],
         hooked=bool(trace.hooked_layers),
     ).require(draws.to(jacobian.device))
