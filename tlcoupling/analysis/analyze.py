@@ -21,6 +21,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
+from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
@@ -239,7 +240,7 @@ def analyze(
     pairs: dict[str, Any] = {}
     if compared:
         pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **shared)
-        reach = tuple(name for name in coupling.sublayers if name != "mlp")  # an MLP reaches no other token
+        reach = tuple(name for name in coupling.sublayers if name not in POSITIONWISE)
         for fixed in ("src", "dest") if reach else ():
             pairs[f"context_{fixed}"] = _context(traced, fixed, {**shared, "sublayers": reach, "layers": compared})
     other = None

@@ -24,7 +24,7 @@ from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.autograd import GraphJacobian, input_of
+from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.memory import give_back_memory
@@ -167,7 +167,7 @@ def _overlap_nulls(
     missed: dict[str, dict[Place, Tensor]] = {"u": {}, "v": {}}
     for place in group.places:
         triplets = known[place].triplets
-        reads = input_of(trace, place.layer, sublayer)[0, place.src]
+        reads = trace.input_of(place.layer, sublayer)[0, place.src]
         constant = torch.ones_like(reads)
         directions = {"u": [constant], "v": [constant, reads]}
         for side, vectors in (("u", triplets.u), ("v", triplets.v)):

@@ -113,6 +113,8 @@ class AnalyticLayer:
             return Zero(self.d_model, self.resid_pre)
         if name == "mlp":
             return self._share("mlp", (dest,), self._mlp)
+        if name == "cross_attn":
+            raise Uncovered("cross-attention has no closed form")
         if name != "block":
             return self._share("attn", (src, dest), self._attn)
         attn = self.sublayer(self.block.mixer.name, src, dest)
@@ -209,7 +211,9 @@ class AnalyticLayer:
         attends = sublayer.kind == "attn"
         with sublayer.module.register_forward_pre_hook(keep, with_kwargs=True) if attends else nullcontext():
             run = run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
-        return replace(run, values={**tables, **run.values})
+        # by the names of an attention in its usual slot: a decoder with cross-attention calls it self_attn
+        usual = {f"attn.{name.partition('.')[2]}": value for name, value in run.values.items()} if attends else {}
+        return replace(run, values={**tables, **usual, **run.values})
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""
