@@ -58,7 +58,11 @@ def _sums(block: nn.Module) -> dict[str, Tensor]:
 
     A version counter would miss what is written through ``.data``.
     """
-    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    tensors: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    for name, tensor in list(tensors.items()):
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's: the bits are those of the tensors that it holds
+            del tensors[name]
+            tensors |= {f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
     return {name: _bits(tensor.detach()).sum(-1) for name, tensor in tensors.items() if tensor.numel()}
 
 
