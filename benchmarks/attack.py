@@ -206,6 +206,8 @@ def _measure(edit: Edit, user: Any, own: Any, outcome: Outcome, rng: random.Rand
         trace = tlc.trace(user, edit.prompt, fwd_hooks=kept)
     if edit.meant is not None and trace.tokens.tolist() != edit.meant:
         outcome.wrong.append(f"measured on {trace.tokens.tolist()}, not on {edit.meant}")
+    if not edit.split and trace.sublayers != ("block",):
+        outcome.wrong.append(f"split into {trace.sublayers}, whose writes do not add up")
     truth = Truth(edit, own, trace.tokens)
     (_whole if edit.measure == "whole" else _jacobians)(edit, user, trace, truth, outcome, rng)
 
@@ -289,9 +291,9 @@ def _lenient(function: Any, *args: Any) -> Any:
     return call if args else functools.partial(function)
 
 
-def _any_tokens(model: Any, prompt: Any, *_: Any) -> Tensor:
+def _any_tokens(model: Any, prompt: Any, *_: Any) -> tuple[Tensor, None]:
     tokens = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt)
-    return tokens.reshape(-1, tokens.shape[-1])[:1].long()[:, : model.cfg.n_ctx]
+    return tokens.reshape(-1, tokens.shape[-1])[:1].long()[:, : model.cfg.n_ctx], None
 
 
 def _patched(*changes: tuple[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
@@ -330,7 +332,7 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "one pass": _patched(("forward.hooked.partial", _lenient)),
     "held Jacobian": _patched(("jacobian.held.HeldJacobian._current", lambda held: held.inner)),
-    "prompt": _patched(("forward.trace.to_tokens", _any_tokens)),
+    "prompt": _patched(("forward.inputs.text_tokens", _any_tokens)),
 }
 
 

@@ -57,6 +57,7 @@ class Edit:
         measure: ``"jacobians"``; ``"whole"`` for growth, linearity and coupling; ``"cache"`` for a trace of a cache;
             ``"held"`` for matrices of Jacobians that were made before ``after``.
         after: changes the model between the trace and the Jacobians.
+        split: whether its blocks may be split into sublayers: False where their writes do not add up.
         meant: the token ids that the prompt stands for, where these are not the prompt itself.
     """
 
@@ -74,6 +75,7 @@ class Edit:
     src: int | None = None
     measure: Literal["jacobians", "whole", "cache", "held"] = "jacobians"
     after: Callable[[Any], Any] | None = None
+    split: bool = True
     meant: list[int] | None = None
 
 
@@ -463,7 +465,7 @@ def beside_the_writes(rng: random.Random) -> Edit:
             yield
 
     measure = rng.choice(["jacobians", "whole"])
-    return Edit("beside the writes", name, "measured", case, layer, change, measure=measure)
+    return Edit("beside the writes", name, "measured", case, layer, change, measure=measure, split=False)
 
 
 def hook_between(rng: random.Random) -> Edit:
@@ -612,13 +614,11 @@ def looped(rng: random.Random) -> Edit:
         order = [layers[index] for index in orders[name]]
 
         class Looped(nn.ModuleList):
-            def __iter__(self) -> Iterator[nn.Module]:
-                return iter(order)
-
             def __getitem__(self, index: Any) -> Any:
                 return order if isinstance(index, slice) else super().__getitem__(index)
 
         layers.__class__ = Looped
+        model.original_model.config.use_cache = False  # keys of a second pass would stand behind those of the first
         yield
 
     number = rng.randrange(N_LAYERS)

@@ -52,6 +52,10 @@ TESTED_IN = {
     "viz/panes": "viz/test_page",
     "viz/payload": "viz/test_page",
     "viz/plain": "viz/test_page",
+    "results/display": "viz/test_shown",
+    "results/labelled": "viz/test_shown",
+    "viz/plots": "viz/test_shown",
+    "viz/thumbnail": "viz/test_shown",
 }
 
 # Test files in folders that are named after no module.

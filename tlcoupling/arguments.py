@@ -69,13 +69,13 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, note: st
     return number
 
 
-def check_index(name: str, value: Any, size: int) -> int:
+def check_index(name: str, value: Any, size: int, note: str = "") -> int:
     """Return an index as an int from 0 to ``size - 1``; a negative one counts from the end, as in Python.
 
     Raises:
         ArgumentError: the value is not an integer, or is out of range.
     """
-    return check_int(name, value, -size, size - 1) % size
+    return check_int(name, value, -size, size - 1, note) % size
 
 
 def check_name(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ def resolve_indices(name: str, value: Indices | None, size: int) -> tuple[int, .
         return tuple(range(size))
     if isinstance(value, str):
         raise ArgumentError(name, value, f"an int, several, or 'all' ({size} in total)")
-    indices = tuple(check_index(name, item, size) for item in as_list(value))
+    indices = tuple(check_index(name, item, size, "several of them, or 'all'") for item in as_list(value))
     if not indices or len(set(indices)) < len(indices):
         raise ArgumentError(name, value, "one or more different indices")
     return indices

@@ -151,6 +151,7 @@ def published(
     final_norm_in_last_block: bool = False,
     subtract_identity_off_diagonal: bool = True,
     prepend_bos: bool | None = None,
+    attention_mask: Any | None = None,
     engine: EngineName = "auto",
 ) -> PublishedMisalignment:
     r"""Return the depth-wise misalignment exactly as the published procedure computes it.
@@ -171,6 +172,7 @@ def published(
             ``hidden_states[-1]``.
         subtract_identity_off_diagonal: subtract the identity also for src < dest.
         prepend_bos: as in ``trace``; the published procedure uses the tokenizer's default.
+        attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
 
     Raises:
@@ -182,7 +184,7 @@ def published(
         >>> tlc.parity.published(model, prompt, final_norm_in_last_block=True).misalignment  # doctest: +SKIP
     """
     started = time.perf_counter()
-    traced = trace(model, prompt, prepend_bos=prepend_bos)
+    traced = trace(model, prompt, prepend_bos=prepend_bos, attention_mask=attention_mask)
     ks = resolve_k(k, traced.d_model)
     check_name("normalizer", normalizer, get_args(Normalizer))
     check_name("bases", bases, get_args(Bases))

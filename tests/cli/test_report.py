@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
+import torch
 from analyses import HOSTILE_TOKENS, make_analysis
 from cases import D_MODEL
 from command_line import PROMPT, Report, assert_refused
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 import tlcoupling as tlc
 from tlcoupling.cli import app
+from tlcoupling.cli.terminal import print_analysis
 
 
 def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
@@ -114,6 +117,19 @@ def test_hostile_tokens_are_printed_as_text(loaded: list[str], monkeypatch: pyte
     assert result.exit_code == 0, result.output
     assert not set(result.stdout) & set("\x1b\r\u202e\ud83e")
     assert "[bold]x[/nonsense]" in result.stdout
+
+
+def test_numbers_that_use_undetermined_vectors_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    analysis = make_analysis(ks=(1, 3))
+    sure = torch.zeros_like(analysis.coupling.singular_values)
+    print_analysis(replace(analysis, coupling=replace(analysis.coupling, uncertainty=sure)))
+    assert "*" not in capsys.readouterr().out
+    sure[1, 0, 2, 1] = 1.0  # the second ones of the attention of layer 2: K = 3 uses them
+    print_analysis(replace(analysis, coupling=replace(analysis.coupling, uncertainty=sure)))
+    said = capsys.readouterr().out
+    (row,) = (line.split() for line in said.splitlines() if line.startswith("attn") and line.count("*"))
+    assert row[1] == "3" and [cell.startswith("*") for cell in row[2:5]] == [True, False, True]
+    assert said.count("*") == 3 and "*: uses singular vectors that are not determined" in said
 
 
 def test_undefined_numbers_are_dashes(loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_bases_of_another_layer_bring_their_own_certainty(monkeypatch: pytest.Mo
     assert found.values_determined.reshape(2, -1).all(1).tolist() == [False, True]
     # an overlap compares two subspaces, and one of them is undetermined in both
     assert not found.overlap_determined.any()
+    with pytest.warns(UserWarning, match=r"^the solver and rounding move subspace overlaps .*block of layer 2$"):
+        found = tlc.token_coupling(trace, 3, sublayers="block", layers=[2], basis_layers=[0])
+    assert found.values_determined.all() and not found.overlap_determined.any()
 
 
 def test_wide_gaps_are_not_flagged(monkeypatch: pytest.MonkeyPatch):

@@ -87,6 +87,36 @@ def test_a_padded_batch_gives_the_numbers_of_its_prompts(shared_pad: Any):
     assert torch.equal(found.coupling, truth.coupling[:1])
 
 
+def _measured(model: Any, prompt: Any, **mask: Any) -> list[torch.Tensor]:
+    """By all that take one prompt and a model."""
+    return [
+        tlc.analyze(model, prompt, k=2, **mask).coupling.values,
+        tlc.parity.published(model, prompt, k=2, **mask).misalignment,
+        tlc.coupling_loss(model, prompt, 2, **mask).detach(),
+        torch.tensor([hash(one) for one in tlc.check(model, prompt, layers=[1], **mask).findings]),
+    ]
+
+
+def _effect(model: Any, prompts: Any, **mask: Any) -> torch.Tensor:
+    return tlc.causal_effect(model, prompts, 2, layers=[1], draws=1, **mask).effect
+
+
+def test_all_that_take_a_prompt_honour_its_mask_or_refuse_pads(shared_pad: Any):
+    """Also in what a tokenizer returns. Without a mask these pads may be text."""
+    ids, mask = torch.tensor([49, 49, 7, 23, 3, 49]), torch.tensor([0, 0, 1, 1, 1, 0])
+    truth, effect = _measured(shared_pad, [7, 23, 3]), _effect(shared_pad, [[7, 23, 3]])
+    encoded = {"input_ids": ids, "attention_mask": mask}
+    for found in (_measured(shared_pad, ids, attention_mask=mask), _measured(shared_pad, encoded)):
+        assert all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))
+    assert torch.equal(_effect(shared_pad, [ids], attention_mask=[mask]), effect)
+    assert torch.equal(_effect(shared_pad, [encoded]), effect)
+    for call in (tlc.trace, tlc.analyze, tlc.parity.published, tlc.coupling_loss, _effect):
+        with pytest.raises(ArgumentError, match="ids whose pads cannot be text"):
+            call(shared_pad, [ids] if call is _effect else ids)
+    (finding,) = tlc.check(shared_pad, ids).findings
+    assert finding.outcome == "refused" and "ids whose pads cannot be text" in finding.detail
+
+
 def test_one_text_of_a_tokenizer_is_one_prompt(shared_pad: Any):
     encoded = shared_pad.tokenizer("w7 w23 w3", return_tensors="pt")
     assert tlc.trace(shared_pad, encoded).tokens.tolist() == [7, 23, 3]

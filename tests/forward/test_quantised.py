@@ -12,7 +12,7 @@ from cases import CASES, TOKENS, randomise, relative_error, tiny_tokenizer
 from torch import nn
 
 import tlcoupling as tlc
-from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.errors import StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.quantised import dequantised, quantisation_of, state_of
 
@@ -99,6 +99,27 @@ def test_what_was_measured_is_left_as_it_was_and_what_was_repacked_is_refused(on
             tlc.trace(packed, TOKENS)
     else:
         tlc.trace(packed, TOKENS)
+
+
+def test_an_edited_forward_of_a_packed_layer_is_refused():
+    """The layer is run in float32 by a forward of ours, which would leave the edit out without a word."""
+    packed, _ = quantised("nf4", False)
+    traced, layer = tlc.trace(packed, TOKENS), packed.blocks[1].mlp.out.original_component
+    own = layer.forward
+    layer.__dict__["forward"] = lambda x: 2 * own(x)
+    for call in (lambda: tlc.trace(packed, TOKENS), lambda: tlc.residual_jacobian(traced, 1)):
+        with pytest.raises(UnsupportedModelError, match="4-bit layer .* has a forward of its own"):
+            call()
+
+
+def test_a_held_jacobian_notices_other_scales():
+    packed, _ = quantised("nf4", False)
+    operator = tlc.residual_jacobian(tlc.trace(packed, TOKENS), 1)
+    vector = torch.ones(operator.shape[1])
+    operator.mv(vector)
+    state_of(packed.blocks[1].mlp.out.original_component).absmax.add_(1)
+    with pytest.raises(StaleTraceError, match=r"blocks\.1\..*\.quant_state\.absmax has changed"):
+        operator.mv(vector)
 
 
 def test_a_layer_at_a_time_is_held_in_float32():

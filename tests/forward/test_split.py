@@ -140,6 +140,30 @@ def test_a_loss_of_sublayers_that_do_not_add_up_is_refused(sublayer: Any):
         tlc.coupling_loss(architectures.boot("BertForMaskedLM"), TOKENS, k=2, layers=[0, 1], sublayer=sublayer)
 
 
+def test_a_loss_of_blocks_whose_output_no_hook_point_sees_is_refused():
+    gpt1, _ = traced("OpenAIGPTLMHeadModel")
+    with pytest.raises(
+        UnsupportedModelError, match=r"not call blocks\.0\.hook_resid_post.*tlc\.depth_coupling measures"
+    ):
+        tlc.coupling_loss(gpt1, TOKENS, k=2, layers=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "signal"), [("ViTModel", "pixel_values"), ("ASTForAudioClassification", "input_values")]
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_takes_token_ids_alone_says_what_takes_images_and_sound(name: str, signal: str):
+    model, _ = traced(name)
+    prompt = architectures.prompt(model)
+    for measure in (
+        lambda: tlc.coupling_loss(model, prompt, k=2),
+        lambda: tlc.TrainingMonitor(model, [prompt], every=1, k=2),
+        lambda: tlc.TrainingMonitor(model, ["text"], every=1, k=2),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"takes {signal}.*tlc.trace, .* take {signal}"):
+            measure()
+
+
 def test_a_cache_of_blocks_that_are_not_split_is_measured_whole():
     model, trace = traced("BertForMaskedLM")
     _, cache = model.run_with_cache(architectures.TOKENS[None])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import CASES, TOKENS, Case
+from cases import CASES, TOKENS, Case, huggingface
+from families import CONTEXT, families
 
 import tlcoupling as tlc
 from tlcoupling.jacobian.autograd import AutogradJacobian
+from tlcoupling.jacobian.engine import JacobianEngine
 
 BRIDGES = [case for case in CASES if case.name.startswith("bridge-")]
 
@@ -28,6 +32,26 @@ def test_a_block_gives_at_a_window_what_it_gives_among_all(case: Case):
             torch.testing.assert_close(
                 found, AutogradJacobian(trace, layer, sublayer, 3, 5, None).dense(), atol=1e-6, rtol=1e-6
             )
+
+
+def _wide(name: str) -> Any:
+    """A small model of a family, whose sliding windows, if it has some, are wider than its prompts."""
+    hub_name, architecture, config = families()[name]
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = CONTEXT
+    return huggingface(config, hub_name, architecture)(torch.float32)
+
+
+@pytest.mark.skipif(not BRIDGES, reason="a HookedTransformer caches no keys and values")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3"])
+def test_windows_are_used_for_every_layer(name: str):
+    """Of two positions; an exception in one sends all to runs of all positions without a word."""
+    trace = tlc.trace(_wide(name), torch.arange(16))
+    engine = JacobianEngine(trace, pairs={(15, 15)})
+    for layer in range(trace.n_layers):
+        for sublayer in trace.sublayers:
+            engine.operator(layer, sublayer, 15, 15)
+    assert engine._window is not None and engine._window.n_tokens == 2 and engine._whole is None
 
 
 @pytest.mark.parametrize(

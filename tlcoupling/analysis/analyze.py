@@ -245,7 +245,7 @@ def analyze(
             pairs[f"context_{fixed}"] = _context(traced, fixed, {**shared, "sublayers": reach, "layers": compared})
     other = None
     if baseline is not None:
-        fresh = random_baseline(model) if isinstance(baseline, str) and baseline == "fresh" else baseline
+        fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
         same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers, "attention": False}
         other = replace(analyze(fresh, traced.tokens, **same, **shared), trace=None)  # a trace keeps its model alive
     attention_layers = _attention_layers(traced, compared) if attention else ()

@@ -73,13 +73,14 @@ class Check:
 
 
 @measured
-def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> Check:
+def check(model: Any, prompt: Any = None, *, layers: Indices | None = None, attention_mask: Any | None = None) -> Check:
     """Run the residual identity, the differences, the certificate and a comparison with autograd on a model.
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge``.
         prompt: as in ``trace``; by default eight token ids spread over the vocabulary, or as many as fit the context.
         layers: layers whose Jacobians are compared; by default the first, the middle and the last.
+        attention_mask: as in ``trace``.
 
     Returns:
         The findings. A model that cannot be measured raises no error: the reason is a finding.
@@ -92,7 +93,7 @@ def check(model: Any, prompt: Any = None, *, layers: Indices | None = None) -> C
     """
     name = model_name_of(model)
     try:
-        traced = trace(model, _spread_tokens(model) if prompt is None else prompt)
+        traced = trace(model, _spread_tokens(model) if prompt is None else prompt, attention_mask=attention_mask)
     except TLCouplingError as error:
         return Check(name, (Finding("forward pass and residual identity", "refused", str(error)),))
     findings = [

@@ -208,8 +208,7 @@ def _figure(result: Correlations, coupling: str, path: Path) -> str:
         return "figure  none: it needs matplotlib, pip install matplotlib"
     from tlcoupling.viz import figures
 
-    null = coupling.replace("coupling", "null", 1)
-    figure = figures.coupling_against_score(result.by_model(), coupling=coupling, null=null, width="width")
+    figure = figures.coupling_against_score(result, coupling=coupling)
     return f"figure  {figures.save(figure, path)}"
 
 

@@ -37,10 +37,13 @@ def print_analysis(analysis: Analysis) -> None:
     if analysis.baseline is None:
         console.print(Text("Fresh weights were not measured to compare with: --baseline does.", style="dim"))
     for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
-        title, table.title = table.title, None  # rich wraps a title to the width of its table
+        # rich wraps both to the width of the table
+        (title, table.title), (caption, table.caption) = (table.title, None), (table.caption, None)
         console.print()
         console.print(title)
         console.print(table)
+        if caption is not None:
+            console.print(caption, style="dim")
 
 
 def print_estimate(estimate: Estimate) -> None:
@@ -95,7 +98,11 @@ def _coupling(analysis: Analysis) -> Table:
     for index, row in enumerate(coupling_rows(coupling)):
         others = (fresh[index].excess,) if fresh else ()
         values = (row.coupling, row.null, row.excess, *others, row.overlap_u, row.overlap_v, row.overlap_null)
-        _add(table, (row.sublayer, str(row.k), *map(_number, values)), emphasised=4)
+        cells = [row.sublayer, str(row.k), *map(_number, values)]
+        for marked in (2, 4) if row.undetermined else ():
+            cells[marked] = f"*{cells[marked]}"
+            table.caption = "*: uses singular vectors that are not determined (values nearly coincide)"
+        _add(table, cells, emphasised=4)
     return table
 
 

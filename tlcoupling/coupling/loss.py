@@ -50,6 +50,7 @@ def coupling_loss(
     quantity: Quantity = "values",
     normalizer: Normalizer = "frobenius",
     absolute: bool = True,
+    attention_mask: Any | None = None,
 ) -> Float[Tensor, ""]:
     r"""Return 1 - coupling of the layers' Jacobians, differentiable with respect to the model's parameters.
 
@@ -82,10 +83,12 @@ def coupling_loss(
         quantity: ``"values"`` or ``"excess"``.
         normalizer: as in ``depth_coupling``.
         absolute: as in ``depth_coupling``.
+        attention_mask: as in ``trace``.
 
     Raises:
         ArgumentError: an argument out of range.
-        UnsupportedModelError: as in ``trace``; dropout; weights in half precision or 4 bits.
+        UnsupportedModelError: as in ``trace``; dropout; weights in half precision or 4 bits; a block whose
+            hook points the model does not call; a model of images or sound.
         ResidualIdentityError: the sublayers' writes do not add up to the stream; ``"block"`` needs no such split.
         DegenerateSpectrumError: singular values that coincide.
         HookError, DerivativeError: a hook, or the model itself, hides from autograd what it does.
@@ -96,7 +99,7 @@ def coupling_loss(
         raise UnsupportedModelError(
             f"the weights are {coarse[0]}, too coarse for derivatives of singular vectors; allowed: float32, float64"
         )
-    ids = to_tokens(model, tokens, None)
+    ids = to_tokens(model, tokens, None, attention_mask)
     splits = splits_of_model(model)
     check_sublayer("sublayer", sublayer, sublayers_of(splits))
     if sublayer != "block":
@@ -257,6 +260,11 @@ def _written(
         hooks.append((points[block_hook(layer, writes)], partial(end, layer)))
     with suppress(Done), attached([*hooks, (points[last], stop)]):
         model(ids, return_type=None)
+    if silent := [block_hook(layer, writes) for layer, (_, writes) in ends.items() if layer not in outputs]:
+        raise UnsupportedModelError(
+            f"the forward pass does not call {silent[0]}, so its blocks have no differentiable Jacobian here. "
+            "tlc.depth_coupling measures this model, without a derivative"
+        )
     return outputs
 
 

@@ -117,10 +117,12 @@ def _root_moments(
     """
     nodes = torch.arange(1.0 - _NODES, _NODES, dtype=top.dtype, device=top.device)
     t, weights = nodes.exp(), (-nodes / 2).exp() / (2 * math.sqrt(math.pi))
-    grown, grown_rest = 1 + 2 * t * top[..., None], 1 + 2 * t * rest[..., None]  # [..., K, node], [..., node]
-    phi = (-(grown.log().sum(-2) + count * grown_rest.log()) / 2).exp()
-    slope = phi * ((top[..., None] / grown).sum(-2) + count * rest[..., None] / grown_rest)
-    return ((1 - phi) * weights).sum(-1), ((1 - slope) * weights).sum(-1)
+    grown, grown_rest = 2 * t * top[..., None], 2 * t * rest[..., None]  # [..., K, node], [..., node]
+    log_phi = -(grown.log1p().sum(-2) + count * grown_rest.log1p()) / 2
+    lost = -log_phi.expm1()  # 1 - phi, which is small where the weights are large
+    slope = (top[..., None] / (1 + grown)).sum(-2) + count * rest[..., None] / (1 + grown_rest)  # -phi' / phi
+    flat = (top[..., None] * grown / (1 + grown)).sum(-2) + count * rest[..., None] * grown_rest / (1 + grown_rest)
+    return (lost * weights).sum(-1), ((flat + slope * lost) * weights).sum(-1)
 
 
 def unreached(vectors: Float[Tensor, "d K"], candidates: Float[Tensor, "d c"]) -> Float[Tensor, "d n"]:

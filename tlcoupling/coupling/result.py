@@ -26,6 +26,7 @@ from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.triplets import DETERMINED
 from tlcoupling.results.base import Result
 from tlcoupling.results.intervals import check_confidence
+from tlcoupling.results.labelled import labelled
 
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v", "overlap_null_u", "overlap_null_v"]
 FEW_TOKENS = 4  # that a warning names
@@ -174,6 +175,8 @@ class Coupling(Result):
     def mean(self, quantity: Quantity = "values", *, determined: bool = False) -> Float[Tensor, "*group k"]:
         """Mean over the ordered pairs of different members; NaN where there is none.
 
+        The tensor displays itself with its labels, and ``to_series()`` returns them.
+
         Args:
             quantity: what is averaged.
             determined: leave out pairs whose number the Jacobians do not determine (``values_determined``; for the
@@ -188,7 +191,13 @@ class Coupling(Result):
             if marks is None:
                 raise ArgumentError("determined", True, "False for a result of version 0.1, which does not record it")
             matrix = torch.where(marks, matrix, torch.nan)
-        return matrix[..., self._compared()].nanmean(-1) if determined else matrix[..., self._compared()].mean(-1)
+        pairs = matrix[..., self._compared()]
+        return labelled(pairs.nanmean(-1) if determined else pairs.mean(-1), quantity, self._group_coords())
+
+    def _group_coords(self) -> dict[str, Sequence[Any]]:
+        """Return the labels of the axes before the matrices."""
+        coords = self._coords()
+        return {axis: coords[axis] for axis in self._axes["values"][:-2]}
 
     def _compared(self) -> Bool[Tensor, "n n"]:
         """Return the pairs over which means run."""
@@ -325,7 +334,8 @@ class OrderedCoupling(Coupling):
             torch.cat([matrix.diagonal(step, -2, -1), matrix.diagonal(-step, -2, -1)], dim=-1).mean(-1)
             for step in range(1, matrix.shape[-1])
         ]
-        return torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
+        means = torch.stack(both, dim=-1) if both else matrix.new_zeros(*matrix.shape[:-2], 0)
+        return labelled(means, quantity, {**self._group_coords(), "distance": range(1, len(both) + 1)})
 
     def _sets(self) -> dict[str, Bool[Tensor, "n n"]]:
         place = torch.arange(self.values.shape[-1])

@@ -107,6 +107,7 @@ def causal_effect(
     draws: int = 10,
     seed: int = 0,
     prepend_bos: bool | None = None,
+    attention_mask: Mapping[str, Any] | Sequence[Any] | Tensor | None = None,
     engine: EngineName = "auto",
 ) -> CausalEffect:
     """Measure the change in next-token loss when directions are removed from a sublayer's write.
@@ -126,6 +127,7 @@ def causal_effect(
         draws: number of random controls, at least 1.
         seed: seed of the random numbers.
         prepend_bos: as in ``trace``.
+        attention_mask: a mask for each prompt, as in ``analyze_many``.
         engine: as in ``depth_coupling``.
 
     Raises:
@@ -140,7 +142,7 @@ def causal_effect(
     """
     started = time.perf_counter()
     draws = check_int("draws", draws, 1)
-    named = named_prompts(prompts)
+    named = named_prompts(prompts, attention_mask)
     generator = torch.Generator().manual_seed(seed)
     fields: dict[str, list[Any]] = {name: [] for name in ("loss", "effect", "control", "share", "control_share")}
     engines: dict[str, Mapping[str, str]] = {}

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.errors import ArgumentError
 from tlcoupling.precision import full_precision
 from tlcoupling.results.base import Result
 from tlcoupling.trajectory.line import fit_line
@@ -94,12 +95,19 @@ def singular_value_profile(coupling: DepthCoupling) -> SingularValueProfile:
     Args:
         coupling: the source of singular values and layers.
 
+    Raises:
+        ArgumentError: something else.
+
     Warns:
         UserWarning: fewer than three layers. Any line fits two points, so slope, intercept and R^2 are NaN.
 
     Example:
         >>> tlc.singular_value_profile(tlc.depth_coupling(trace, k=10)).r_squared[0, 0]  # doctest: +SKIP
     """
+    if not isinstance(coupling, DepthCoupling):
+        raise ArgumentError(
+            "coupling", type(coupling).__name__, "a DepthCoupling: tlc.depth_coupling(trace), or an analysis's coupling"
+        )
     started = time.perf_counter()
     values = coupling.singular_values
     depth = torch.tensor(coupling.layers, dtype=values.dtype)

@@ -267,17 +267,22 @@ class Block:
         return weight.detach()
 
     def require_heads_add_up(
-        self, shares: Float[Tensor, "head pos d_model"], written: Float[Tensor, "pos d_model"]
+        self,
+        shares: Float[Tensor, "head pos d_model"],
+        written: Float[Tensor, "pos d_model"],
+        without: Float[Tensor, "pos d_model"],
     ) -> None:
         """Check that the heads' shares add up to what the attention gives, but for a bias that all positions share.
 
-        One position cannot tell a bias from something else.
+        Args:
+            shares: of the heads.
+            written: what the attention gives.
+            without: what it gives where its heads give nothing: the bias.
 
         Raises:
             UnsupportedModelError: they do not.
         """
-        rest = written - shares.sum(0)
-        if not close(rest.mean(0) + shares.sum(0), written):
+        if not close(without.mean(0) + shares.sum(0), written):
             raise UnsupportedModelError(
                 f"the heads of layer {self.layer} do not add up to what its attention writes: an output projection "
                 "that does more than apply W_O (an adapter), hooks that edit the write, or an architecture that mixes "

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.forward.prompt import text_tokens, to_str_tokens
+from tlcoupling.forward.prompt import signal_of, text_tokens, to_str_tokens
 
 # How processors name what stands in the place of token ids.
 _SIGNALS = ("pixel_values", "input_values", "input_features")
@@ -62,7 +62,7 @@ def read_inputs(model: Any, prompt: Any, prepend_bos: bool | None, attention_mas
     Raises:
         ArgumentError: as in ``to_tokens``; something else than the model takes; a batch; masked frames.
     """
-    wanted = _wanted(model)
+    wanted = signal_of(model)
     if wanted is None:
         tokens, types = text_tokens(model, prompt, prepend_bos, attention_mask)
         return Inputs(tokens, {} if types is None else {"token_type_ids": types})
@@ -78,13 +78,6 @@ def read_inputs(model: Any, prompt: Any, prepend_bos: bool | None, attention_mas
         raise ArgumentError("attention_mask", "a mask with zeros", "an input without padding")
     first = next(model.parameters())
     return Inputs(signal.to(first.device, first.dtype, copy=True), is_text=False)
-
-
-def _wanted(model: Any) -> str | None:
-    """The name of what a model takes in the place of token ids; None if it takes token ids."""
-    if getattr(model.cfg, "is_visual_model", False):
-        return "pixel_values"
-    return "input_values" if getattr(model.cfg, "is_audio_model", False) else None
 
 
 def _grid(config: Any, signal: Tensor) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.quantised import dequantised, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
@@ -47,6 +48,12 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
                 if tensor is not None and tensor.dtype in HALF and not (name == "weight" and is_packed(part)):
                     kept.append((table, name, tensor))
     forwards = [part.__dict__.get("forward") for part in packed]
+    for part, forward in zip(packed, forwards, strict=True):
+        if forward is not None and not hasattr(part, "_hf_hook"):  # accelerate's moves tensors between devices
+            raise UnsupportedModelError(
+                f"quantised weights: a 4-bit layer ({type(part).__name__}) has a forward of its own, which is not run: "
+                "the layer is measured with its weights in float32. Put what it does into a module around the layer"
+            )
     weights = [part._parameters["weight"] for part in packed]
     try:
         for part in packed:

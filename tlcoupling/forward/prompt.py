@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tlcoupling.errors import ArgumentError
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
 
 _IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
 # What else a tokenizer's output may hold: it describes the text and changes nothing about it.
@@ -70,10 +70,26 @@ def _unpack(argument: str, prompt: Any, attention_mask: Any) -> tuple[Any, Any]:
     return prompt[_IDS], prompt.get(_MASK, attention_mask)
 
 
+def signal_of(model: Any) -> str | None:
+    """Return the name of what a model takes in the place of token ids; None if it takes token ids."""
+    if getattr(model.cfg, "is_visual_model", False):
+        return "pixel_values"
+    return "input_values" if getattr(model.cfg, "is_audio_model", False) else None
+
+
 def to_tokens(
     model: Any, prompt: Any, prepend_bos: bool | None, attention_mask: Any | None = None
 ) -> Int[Tensor, "1 pos"]:
-    """Return the token ids of a prompt; see ``text_tokens``."""
+    """Return the token ids of a prompt; see ``text_tokens``.
+
+    Raises:
+        UnsupportedModelError: the model takes pixels or a waveform, and this measurement needs token ids.
+    """
+    if (signal := signal_of(model)) is not None:
+        raise UnsupportedModelError(
+            f"this model takes {signal}, and this measurement takes token ids alone. tlc.trace, tlc.analyze and "
+            f"tlc.analyze_many take {signal}"
+        )
     return text_tokens(model, prompt, prepend_bos, attention_mask)[0]
 
 
@@ -141,6 +157,10 @@ def _one_row(prompt: Any) -> Int[Tensor, "1 pos"]:
     Raises:
         ArgumentError: something else, or a batch of several.
     """
+    if isinstance(prompt, Mapping):
+        raise ArgumentError(
+            "prompt", f"a mapping with {', '.join(map(str, prompt))}", f"a mapping with {_IDS}, or text"
+        )
     if isinstance(prompt, Sequence) and any(isinstance(item, str) for item in prompt):
         raise ArgumentError("prompt", prompt, f"a string or token ids of {_BATCH}")
     try:

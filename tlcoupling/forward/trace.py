@@ -347,6 +347,14 @@ class Trace(Stream):
             handle.remove()
         return written[0]
 
+    def attn_without_heads(self, layer: int) -> Float[Tensor, "pos d_model"]:
+        """What a layer's attention gives where its heads give nothing, such as a bias, before a norm behind it."""
+        attn, unnormed = self.block(layer).attn, []
+        (hook_z,) = attn.points("z")
+        with torch.no_grad(), attn.keep_unnormed(unnormed.append):
+            written = self.run_attn(layer, self.block_input(layer), {hook_z: torch.zeros_like})
+        return unnormed[0][0] if unnormed else written[0]
+
     @measured
     def run_mlp_in_block(
         self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]

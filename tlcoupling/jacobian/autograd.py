@@ -245,7 +245,8 @@ def output_at(
         factor = block.attn.write_factor(given, written)
         if check:
             shares = factor * einsum(kept[source][0].detach(), weight, "pos head e, head e d -> head pos d")
-            block.require_heads_add_up(shares, kept["unnormed"][0].detach() if "unnormed" in kept else written)
+            gives = kept["unnormed"][0].detach() if "unnormed" in kept else written
+            block.require_heads_add_up(shares, gives, trace.attn_without_heads(layer))
         return factor * (kept[source][0, dest, head] @ weight[head])
     if sublayer == "block":
         return resid_post[0, dest] - stream[0, dest] if src == dest else resid_post[0, dest]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import StaleTraceError
+from tlcoupling.forward.quantised import state_of
 from tlcoupling.linalg.operator import JacobianOperator
 
 
@@ -56,13 +59,20 @@ class HeldJacobian(JacobianOperator):
 def _sums(block: nn.Module) -> dict[str, Tensor]:
     """Return the sum of the bits of each row of a block's weights, by name: exact in any order of summation.
 
-    A version counter would miss what is written through ``.data``.
+    A version counter would miss what is written through ``.data``. The weight of a 4-bit layer is made with the scales
+    in its quantisation state too.
     """
     tensors: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     for name, tensor in list(tensors.items()):
-        if hasattr(tensor, "__tensor_flatten__"):  # torchao's: the bits are those of the tensors that it holds
+        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None:  # torchao's: the bits are those of the tensors that it holds
             del tensors[name]
-            tensors |= {f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+            tensors |= {f"{name}.{part}": getattr(tensor, part) for part in flatten()[0]}
+    for name, module in block.named_modules():
+        state = state_of(module)
+        for place, each in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):
+            values = getattr(each, "__dict__", {}).items()
+            tensors |= {f"{name}.{place}.{key}": value for key, value in values if isinstance(value, Tensor)}
     return {name: _bits(tensor.detach()).sum(-1) for name, tensor in tensors.items() if tensor.numel()}
 
 

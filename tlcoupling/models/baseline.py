@@ -110,7 +110,8 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
     """Boot a bridge of a new HuggingFace model of the same class and configuration."""
     if getattr(model, "tokenizer", None) is None:
         raise UnsupportedModelError(
-            "the model has no tokenizer: TransformerLens needs one to boot a HuggingFace model offline"
+            "the model has no tokenizer: TransformerLens needs one to boot a HuggingFace model offline. Of a bare "
+            "model, take trace.model of tlc.trace(model, prompt, tokenizer=tokenizer)"
         )
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tlcoupling.errors import ArgumentError, ModelLoadError
@@ -49,7 +50,7 @@ def load_model(name: str | Path, *, hooked: bool | None = None, **kwargs: Any) -
         A ``TransformerBridge`` or a ``HookedTransformer``, float32 unless ``dtype`` says otherwise.
 
     Raises:
-        ArgumentError: If ``name`` is neither a non-empty string nor a path.
+        ArgumentError: If ``name`` is neither a non-empty string nor a path, or there is no such ``device``.
         ModelLoadError: If the installed transformer-lens does not have the class, if a package is
             missing (the message has the command that installs it), if the folder holds no model,
             or if TransformerLens cannot load that name (its own error is the cause).
@@ -61,6 +62,8 @@ def load_model(name: str | Path, *, hooked: bool | None = None, **kwargs: Any) -
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ArgumentError("name", name, _ALLOWED)
+    if kwargs.get("device") is not None:
+        _require_device(kwargs["device"])
     name = os.fspath(name)
     folder = None if name == smollm2.NAME else _as_folder(name)
     if folder is not None and hooked:
@@ -80,6 +83,23 @@ def load_model(name: str | Path, *, hooked: bool | None = None, **kwargs: Any) -
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ModelLoadError(
             f"TransformerLens could not load name={name!r} ({type(error).__name__}: {reason}); allowed: {_ALLOWED}"
+        ) from error
+
+
+def _require_device(device: Any) -> None:
+    """Refuse a device that this machine or this PyTorch does not have.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    there = ["'cpu'", *(f"'cuda:{index}'" for index in range(torch.cuda.device_count()))]
+    there += ["'mps'"] if torch.backends.mps.is_available() else []
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:  # a PyTorch without CUDA asserts that it has it
+        reason = str(error).partition("\n")[0]
+        raise ArgumentError(
+            "device", device, f"a device that PyTorch finds here: {', '.join(there)} ({reason})"
         ) from error
 
 

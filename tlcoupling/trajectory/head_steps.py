@@ -146,7 +146,7 @@ def head_writes(trace: Trace, layer: int) -> Float[Tensor, "head pos d_model"]:
     before = kept.get("unnormed", written)
     factor = attn.write_factor(kept.get(attn.gives), written)
     writes = factor * einsum(kept[hook_z].to(written), weight, "pos head e, head e d -> head pos d")
-    block.require_heads_add_up(writes, before)
+    block.require_heads_add_up(writes, before, trace.attn_without_heads(layer).to(before))
     if attn.behind is None:
         return writes
     try:

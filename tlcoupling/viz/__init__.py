@@ -7,9 +7,9 @@ tokens for a page. ``figures`` draws for print with matplotlib, which is importe
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tlcoupling.viz import plots
 from tlcoupling.viz.widgets import (
     Widget,
     attention_and_coupling,
@@ -39,9 +39,4 @@ def __getattr__(name: str) -> Any:
     """Import ``figures`` at its first use."""
     if name != "figures":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return import_module(f"{__name__}.figures")
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise ImportError("figures need matplotlib: pip install matplotlib") from error
+    return plots.figures()

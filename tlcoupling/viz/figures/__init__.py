@@ -14,6 +14,7 @@ from tlcoupling.viz.figures.clouds import coupling_against_score, trajectories
 from tlcoupling.viz.figures.depth import coupling_by_distance, singular_values
 from tlcoupling.viz.figures.distributions import distributions
 from tlcoupling.viz.figures.matrices import depth_coupling, projected_jacobians
+from tlcoupling.viz.figures.pictures import pictures
 from tlcoupling.viz.figures.style import save, style
 from tlcoupling.viz.figures.training import training
 
@@ -22,6 +23,7 @@ __all__ = [
     "coupling_by_distance",
     "depth_coupling",
     "distributions",
+    "pictures",
     "projected_jacobians",
     "save",
     "singular_values",

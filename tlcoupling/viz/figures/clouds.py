@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
@@ -15,10 +16,11 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from tlcoupling.dynamics.components import TrajectoryComponents
 from tlcoupling.errors import ArgumentError
+from tlcoupling.scores.correlate import Correlations
 from tlcoupling.text import counted
 from tlcoupling.trajectory.growth import SINK
 from tlcoupling.viz.figures.point_labels import label_points
-from tlcoupling.viz.figures.select import measured_on
+from tlcoupling.viz.figures.select import measured_on, require_kind
 from tlcoupling.viz.figures.style import (
     FAINT,
     NULL,
@@ -31,9 +33,6 @@ from tlcoupling.viz.figures.style import (
     settle,
     style,
 )
-
-if TYPE_CHECKING:
-    import pandas
 
 _MOST_NAMES = 60
 _MOST_PANELS = 3
@@ -48,6 +47,7 @@ def trajectories(result: TrajectoryComponents) -> Figure:
     Args:
         result: the result of ``tlc.trajectory_components``.
     """
+    require_kind("result", result, TrajectoryComponents, "tlc.trajectory_components(trace)")
     points, shares = result.coordinates.double().numpy(), result.explained.tolist()
     depth, count, n = points.shape
     pairs = [(0, other) for other in range(1, min(n, _MOST_PANELS + 1))]
@@ -88,7 +88,7 @@ def trajectories(result: TrajectoryComponents) -> Figure:
 
 
 def coupling_against_score(
-    table: pandas.DataFrame | Mapping[str, Sequence[Any]],
+    table: pd.DataFrame | Mapping[str, Sequence[Any]] | Correlations,
     *,
     name: str = "model",
     coupling: str = "coupling",
@@ -102,7 +102,8 @@ def coupling_against_score(
     points, the figure says so. The colour then still shows the width, with which the null grows.
 
     Args:
-        table: a DataFrame or a mapping of columns, with one row per model.
+        table: a DataFrame or a mapping of columns, with one row per model; or the result of ``tlc.correlate``, which
+            has a null and a width of its own.
         name: column with the models' names.
         coupling: column with the coupling, or the excess.
         score: column with the score.
@@ -113,6 +114,12 @@ def coupling_against_score(
         ArgumentError: a column is missing, columns differ in length, or fewer than three models have both a coupling
             and a score.
     """
+    if isinstance(table, Correlations):
+        if coupling not in table.predictors:
+            coupling = next((one for one in table.predictors if one.startswith(coupling)), coupling)
+        null, width, table = coupling.replace("coupling", "null", 1), "width", table.by_model()
+    allowed = "a DataFrame or a mapping of columns, or tlc.correlate(...)"
+    require_kind("table", table, (Mapping, pd.DataFrame), allowed)
     columns = {title: list(table[title]) for title in table}
     for argument, column in (("name", name), ("coupling", coupling), ("score", score)):
         if column not in columns:

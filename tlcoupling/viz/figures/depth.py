@@ -13,11 +13,13 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.arguments import as_list
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.dynamics.spectrum import SingularValueProfile
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.intervals import LEAST, mean_interval
-from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on
+from tlcoupling.viz.figures.select import chosen_k, depth_of, index_of, measured_on, require_kind
 from tlcoupling.viz.figures.style import (
     FIT,
     NULL,
@@ -34,7 +36,9 @@ from tlcoupling.viz.figures.style import (
 )
 from tlcoupling.viz.plain import formula
 
-Couplings: TypeAlias = DepthCoupling | Sequence[DepthCoupling] | Mapping[str, DepthCoupling]
+Couplings: TypeAlias = (
+    DepthCoupling | Analysis | Sequence[DepthCoupling | Analysis] | Mapping[str, DepthCoupling | Analysis]
+)
 
 
 def singular_values(result: SingularValueProfile, *, token: int | None = None) -> Figure:
@@ -47,6 +51,7 @@ def singular_values(result: SingularValueProfile, *, token: int | None = None) -
     Raises:
         ArgumentError: the token was not measured.
     """
+    require_kind("result", result, SingularValueProfile, "tlc.singular_value_profile(coupling)")
     index = len(result.positions) - 1 if token is None else index_of("token", token, result.positions)
     n, ranks = len(result.sublayers), result.singular_values.shape[-1]
     with style():
@@ -94,7 +99,7 @@ def coupling_by_distance(
     interval: its tokens are not independent.
 
     Args:
-        result: a depth coupling, or the couplings of several prompts.
+        result: a depth coupling or an analysis, or those of several prompts.
         baseline: the same for another model, such as ``tlc.random_baseline(model)``.
         k: a measured K; by default the first.
         confidence: level of the intervals.
@@ -151,12 +156,10 @@ def coupling_by_distance(
 
 def _listed(argument: str, given: Any) -> list[DepthCoupling]:
     """Return the couplings of one or several prompts as a list."""
-    if isinstance(given, DepthCoupling):
-        return [given]
-    couplings = list(given.values() if isinstance(given, Mapping) else given)
-    if not couplings:
+    several = list(given.values()) if isinstance(given, Mapping) else as_list(given)
+    if not several:
         raise ArgumentError(argument, given, "one depth coupling or several")
-    return couplings
+    return [depth_of(argument, one) for one in several]
 
 
 def _profiles(couplings: Sequence[DepthCoupling], quantity: Any, sublayer: int, k: int | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.many import ManyAnalyses
 from tlcoupling.errors import ArgumentError
 from tlcoupling.text import counted
-from tlcoupling.viz.figures.select import index_of, measured_on
+from tlcoupling.viz.figures.select import index_of, measured_on, require_kind
 from tlcoupling.viz.figures.style import (
     NULL,
     RANDOM,
@@ -30,7 +30,7 @@ from tlcoupling.viz.figures.style import (
     style,
 )
 
-Runs: TypeAlias = ManyAnalyses | Mapping[str, Analysis | Sequence[Analysis]]
+Runs: TypeAlias = ManyAnalyses | Analysis | Mapping[str, Analysis | Sequence[Analysis]]
 _BINS = 24
 _OTHERS = (TRAINED, RANDOM, *SUBLAYER_COLORS.values())
 
@@ -42,9 +42,9 @@ def distributions(result: Runs, *, path: str = "block") -> Figure:
     Tokens with an undefined value (NaN) are omitted; the legend counts them.
 
     Args:
-        result: the result of ``tlc.analyze_many``, whose ``baseline`` is drawn as "random"; or analyses of one or
-            several prompts by model name: ``{"trained": [...], "random": [...]}``. Analyses contribute all tokens of a
-            prompt, not only those at which coupling was measured.
+        result: the result of ``tlc.analyze_many``, whose ``baseline`` is drawn as "random"; an analysis; or analyses of
+            one or several prompts by model name: ``{"trained": [...], "random": [...]}``. Analyses contribute all
+            tokens of a prompt, not only those at which coupling was measured.
         path: the path whose score is drawn.
 
     Raises:
@@ -91,6 +91,9 @@ def _gathered(result: Runs, path: str) -> tuple[dict[str, np.ndarray], dict[str,
         scores = {name: one.lss[:, index].double().numpy() for name, one in both.items()}
         distances = {name: one.expodistance.double().numpy() for name, one in both.items()}
         return scores, distances, None, measured_on(result)
+    if isinstance(result, Analysis):
+        result = {result.provenance.model_name: result}
+    require_kind("result", result, Mapping, 'tlc.analyze_many(...), or analyses by model name, {"trained": [...]}')
     lists: dict[str, list[Analysis]] = {
         str(name): [given] if isinstance(given, Analysis) else list(given) for name, given in result.items()
     }

@@ -18,7 +18,7 @@ from tlcoupling.arguments import as_list, check_name
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.projected import ProjectedJacobians
 from tlcoupling.errors import ArgumentError
-from tlcoupling.viz.figures.select import chosen_k, index_of, measured_on, named
+from tlcoupling.viz.figures.select import chosen_k, depth_of, index_of, measured_on, named, require_kind
 from tlcoupling.viz.figures.style import (
     DIVERGING,
     FIT,
@@ -50,7 +50,8 @@ def depth_coupling(
 
     Coupling and null share one scale, from the smallest to the largest value off the diagonal. The excess has a
     diverging scale around 0. With the ``"uv"`` bases the diagonal is 1 by definition: it is grey and does not affect
-    the scales. An undefined pair (NaN) is grey too.
+    the scales. An undefined pair (NaN) is grey too. A dot marks a pair whose bases are not determined
+    (``values_determined``), at one of the tokens at least.
 
     Args:
         result: a depth coupling, or several by name (such as trained and random), side by side on the same scales.
@@ -63,9 +64,7 @@ def depth_coupling(
         ArgumentError: a token, K or quantity was not measured, there are fewer than two layers, or the results differ
             in sublayers or metric.
     """
-    results = {
-        name: one.coupling if isinstance(one, Analysis) else one for name, one in named("result", result).items()
-    }
+    results = {name: depth_of("result", one) for name, one in named("result", result).items()}
     first = next(iter(results.values()))
     if len(first.layers) < 2:
         raise ArgumentError("result", first, "a coupling of two layers or more")
@@ -87,6 +86,11 @@ def depth_coupling(
         for what in shown
         for name, one in results.items()
     }
+    unsure = {
+        (row, name): _undetermined(one, row, token, chosen_k(one, k))
+        for row in range(len(first.sublayers))
+        for name, one in results.items()
+    }
     above = np.concatenate([pane.compressed() for (_, what, _), pane in panes.items() if what != "excess"] or [[]])
     around = np.concatenate([pane.compressed() for (_, what, _), pane in panes.items() if what == "excess"] or [[]])
     most = np.abs(around).max(initial=0) or 1
@@ -103,6 +107,9 @@ def depth_coupling(
             axes, pane, is_excess = grid[row, column], panes[row, what, name], what == "excess"
             norm, colors, _ = scales[is_excess]
             images[is_excess] = _show(axes, pane, norm, colors)
+            if what != "null":  # it does not depend on the bases
+                dots = np.argwhere(unsure[row, name] & ~np.ma.getmaskarray(pane))
+                axes.plot(dots[:, 1], dots[:, 0], "o", color=FIT, markersize=2, gid="undetermined")
             title = f"{label(name, 20)}: {what}" if name else what
             axes.set_title(f"{title}, mean {round(float(pane.mean()), 4) + 0.0:.4f}" if pane.count() else title)
             _layer_ticks(axes, results[name].layers)
@@ -115,7 +122,8 @@ def depth_coupling(
             symbol = f"{scales[is_excess][2]}, K = {chosen_k(first, k)[1]}"
             shape = {"location": "bottom", "shrink": 0.8, "aspect": 22 * len(under), "pad": 0.02}
             figure.colorbar(image, ax=grid[:, under], label=symbol, **shape)
-        heading(figure, "Coupling of residual Jacobians across depth", _described(results, token))
+        legend = " · dot: bases not determined" if any(marks.any() for marks in unsure.values()) else ""
+        heading(figure, "Coupling of residual Jacobians across depth", _described(results, token) + legend)
         settle(figure)
     return figure
 
@@ -134,6 +142,7 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
     Raises:
         ArgumentError: the sublayer was not measured, or there are more than twelve layers.
     """
+    require_kind("result", result, ProjectedJacobians, "tlc.projected_jacobians(trace, layers)")
     which = index_of("sublayer", sublayer, result.sublayers)
     n, k = len(result.layers), result.values.shape[-1]
     if n > MOST_LAYERS:
@@ -196,6 +205,15 @@ def _pane(
     mean = cells.mean(0) if cells.ndim == 3 else cells
     hidden = np.eye(len(mean), dtype=bool) if result.bases == "uv" else np.zeros(mean.shape, dtype=bool)
     return np.ma.masked_array(mean, hidden | ~np.isfinite(mean))
+
+
+def _undetermined(result: DepthCoupling, sublayer: int, token: int | None, k: tuple[int, int]) -> np.ndarray:
+    """Return which pairs of layers compare bases that are not determined, at one of the tokens shown."""
+    n, determined = len(result.layers), result.values_determined
+    if determined is None:
+        return np.zeros((n, n), dtype=bool)
+    chosen = slice(None) if token is None else index_of("token", token, result.positions)
+    return (~determined[sublayer, :, k[0]][chosen]).reshape(-1, n, n).any(0).numpy()
 
 
 def _described(results: Mapping[str, DepthCoupling], token: int | None) -> str:

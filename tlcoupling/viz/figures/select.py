@@ -5,12 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.many import ManyAnalyses
+from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.result import Coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.base import Result
 from tlcoupling.viz.figures.style import label
 
 T = TypeVar("T")
+
+
+def require_kind(argument: str, given: Any, kinds: type | tuple[type, ...], allowed: str) -> None:
+    """Check that a figure is given the result that it draws.
+
+    Raises:
+        ArgumentError: it is given something else; the message says how to get the right one.
+    """
+    if not isinstance(given, kinds):
+        raise ArgumentError(argument, type(given).__name__, allowed)
+
+
+def depth_of(argument: str, given: Any) -> DepthCoupling:
+    """Return a depth coupling, or that of an analysis.
+
+    Raises:
+        ArgumentError: another result.
+    """
+    coupling: Any = given.coupling if isinstance(given, Analysis) else given
+    means = "; ManyAnalyses keeps means alone" if isinstance(given, ManyAnalyses) else ""
+    require_kind(argument, coupling, DepthCoupling, f"tlc.depth_coupling(trace) or tlc.analyze(model, prompt){means}")
+    return coupling
 
 
 def named(argument: str, given: T | Mapping[str, T]) -> dict[str, T]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,17 +14,14 @@ from matplotlib.ticker import MaxNLocator
 from tlcoupling.errors import ArgumentError
 from tlcoupling.sweeps.table import require_one_kind
 from tlcoupling.text import counted
-from tlcoupling.viz.figures.select import index_of
+from tlcoupling.viz.figures.select import index_of, require_kind
 from tlcoupling.viz.figures.style import NULL, SUBLAYER_COLORS, WIDTH, heading, label, new_figure, settle, style
-
-if TYPE_CHECKING:
-    import pandas
 
 _NEEDED = ("step", "sublayer", "k", "coupling", "null", "lss", "ed", "model")
 
 
 def training(
-    table: pandas.DataFrame, loss: Mapping[int, float] | None = None, *, k: int | None = None, loss_label: str = "loss"
+    table: pd.DataFrame, loss: Mapping[int, float] | None = None, *, k: int | None = None, loss_label: str = "loss"
 ) -> Figure:
     """Draw coupling with its null, line-shape score and expodistance against training steps.
 
@@ -40,6 +38,7 @@ def training(
         ArgumentError: the table lacks columns or steps, has several models, or several settings or weights at one step;
             or K was not measured.
     """
+    require_kind("table", table, pd.DataFrame, "monitor.table(), or the table of a sweep over checkpoints")
     missing = [column for column in _NEEDED if column not in table]
     if missing:
         raise ArgumentError("table", list(table), f"one that also has the columns {', '.join(missing)}")

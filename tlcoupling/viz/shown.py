@@ -1,0 +1,415 @@
+"""What each kind of result shows of itself: its headline numbers with their chance level, and a picture.
+
+``shown`` has one entry for each kind. ``thumbnail`` makes HTML of it for a notebook, and ``figures.pictures`` draws the
+pictures of those kinds that have no figure of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.headline import without_sinks
+from tlcoupling.analysis.many import ManyAnalyses
+from tlcoupling.analysis.summary import growth_summary, linearity_rows
+from tlcoupling.coupling.alignment import HeadAlignment
+from tlcoupling.coupling.chance import CouplingTest
+from tlcoupling.coupling.context import ContextCoupling
+from tlcoupling.coupling.metric import off_diagonal_mean
+from tlcoupling.coupling.projected import ProjectedJacobians
+from tlcoupling.coupling.result import Coupling
+from tlcoupling.coupling.token import TokenCoupling
+from tlcoupling.directions.causal import CausalEffect
+from tlcoupling.directions.readout import ENDS, SIDES, DirectionReadout
+from tlcoupling.dynamics.components import TrajectoryComponents
+from tlcoupling.dynamics.linearized import LinearizationGap
+from tlcoupling.dynamics.spectrum import SingularValueProfile
+from tlcoupling.parity import PublishedMisalignment
+from tlcoupling.results.base import Result
+from tlcoupling.results.intervals import Interval
+from tlcoupling.scores.correlate import Correlations
+from tlcoupling.text import counted, visible
+from tlcoupling.trajectory.growth import Growth
+from tlcoupling.trajectory.head_steps import HeadSteps
+from tlcoupling.trajectory.linearity import Linearity
+
+MOST_ROWS, MOST_LINES = 12, 4
+_AGAINST_NULL = ("coupling", "null", "excess")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A heat map.
+
+    Attributes:
+        title: what the numbers are.
+        values: the numbers, ``[row, column]``; NaN where there is none.
+        axes: names of rows and columns.
+        labels: labels of rows and columns.
+        centred: whether 0 is chance, so that colours diverge around it.
+    """
+
+    title: str
+    values: Tensor
+    axes: tuple[str, str]
+    labels: tuple[Sequence[Any], Sequence[Any]]
+    centred: bool = True
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Curves.
+
+    Attributes:
+        title: what the numbers are.
+        axis: name of the horizontal axis.
+        labels: labels along it.
+        values: the curves by name, ``[label]`` each.
+        chance: the chance level along them; None without one.
+        band: lower and upper end around the first curve; None without one.
+        logarithmic: whether the vertical axis is logarithmic.
+    """
+
+    title: str
+    axis: str
+    labels: Sequence[Any]
+    values: Mapping[str, Tensor]
+    chance: Tensor | None = None
+    band: tuple[Tensor, Tensor] | None = None
+    logarithmic: bool = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a result shows of itself.
+
+    Attributes:
+        below: what was measured, for the line under the name.
+        columns: headings of the table, that of the rows' names included.
+        rows: the table: name and numbers of each row.
+        pictures: the first is the thumbnail; empty where nothing was measured that can be drawn.
+        note: what a reader has to know.
+    """
+
+    below: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    pictures: Sequence[Matrix | Lines] = field(default=())
+    note: str = ""
+
+
+@singledispatch
+def shown(result: Result) -> Shown:
+    """Return what a result shows of itself."""
+    raise NotImplementedError(f"{type(result).__name__} has no entry in tlcoupling.viz.shown")
+
+
+@shown.register
+def _coupling(result: Coupling) -> Shown:
+    size = len(result.sublayers)
+    means = {
+        name: result.mean(quantity)[..., 0].reshape(size, -1).nanmean(1).tolist()
+        for name, quantity in zip(_AGAINST_NULL, ("values", "null", "excess"), strict=True)
+    }
+    rows = [(name, *numbers) for name, *numbers in zip(result.sublayers, *means.values(), strict=True)]
+    axes = result._axes["values"][-2:]
+    members, compared = list(result._coords()[axes[0]]), result._compared()
+    pictures = []
+    for quantity in ("excess", "values", "null"):
+        cells = getattr(result, quantity)[..., 0, :, :].double().reshape(size, -1, *compared.shape).nanmean(1)
+        for name, matrix in zip(result.sublayers, cells.where(compared, torch.nan), strict=True):
+            title = f"{'coupling' if quantity == 'values' else quantity} of {name}"
+            pictures.append(Matrix(title, matrix, (axes[0], axes[1]), (members, members), quantity == "excess"))
+    shares = isinstance(result, (TokenCoupling, ContextCoupling))
+    note = "" if not shares else (
+        "The null is that of unrelated bases. Tokens of one layer share its weights and couple in a fresh model too: "
+        "compare with tlc.random_baseline(model)."
+    )  # fmt: skip
+    return Shown(f"{result._described()}, K = {result.ks[0]}", ("", *_AGAINST_NULL), rows, pictures, note)
+
+
+@shown.register
+def _analysis(result: Analysis) -> Shown:
+    found = result._findings(False)
+    fresh = result.baseline is not None
+    others = {one.name: one.value for one in result.baseline._findings(False)} if result.baseline is not None else {}
+    rows = [
+        (one.name, one.value, one.chance, *([others.get(one.name, math.nan)] if fresh else []), one.found)
+        for one in found
+    ]
+    columns = ("", "value", "chance", *(["fresh weights"] if fresh else []), "found")
+    missing = "" if fresh else " Fresh weights were not measured: analyze(..., baseline='fresh')."
+    note = f"{result!r}"[len("Analysis(") : -1]
+    return Shown(
+        counted(len(result.tokens), "token"), columns, rows, shown(result.coupling).pictures[:1], note + missing
+    )
+
+
+@shown.register
+def _many(result: ManyAnalyses) -> Shown:
+    def means(one: ManyAnalyses, quantity: Any) -> Tensor:
+        return one._by_prompt(quantity).nanmean(0)
+
+    rows: list[tuple[Any, ...]] = []
+    other = result.baseline
+    for index, name in enumerate(result.sublayers):
+        numbers = [float(means(result, quantity)[index, 0]) for quantity in _AGAINST_NULL]
+        rows.append((f"coupling of {name}", *numbers, float(means(other, "excess")[index, 0]) if other else math.nan))
+    for name, quantity in (("line-shape score", "lss"), ("expodistance", "expodistance"), ("growth rate", "rate")):
+        here, there = (
+            math.nan if one is None else float(means(one, quantity).reshape(-1)[0]) for one in (result, other)
+        )
+        rows.append((name, here, math.nan, math.nan, there))
+    by_prompt = {"excess of " + result.sublayers[0]: result._by_prompt("excess")[:, 0, 0]}
+    picture = Lines("excess by prompt", "prompt", result.names, by_prompt, chance=torch.zeros(len(result.names)))
+    columns = ("", "value", "null", "excess", "baseline (excess)")
+    return Shown(
+        f"{counted(len(result.names), 'prompt')}, K = {result.ks[0]}",
+        columns if other else columns[:-1],
+        rows if other else [row[:-1] for row in rows],
+        [picture],
+        "Means over prompts. interval() has their confidence intervals.",
+    )
+
+
+@shown.register
+def _test(result: CouplingTest) -> Shown:
+    names, sets = result.labels[0], [str(one) for one in result.labels[-1]]
+    firsts = {
+        name: getattr(result, name).reshape(len(names), -1, len(sets))[:, 0]
+        for name in ("excess", "chance_std", "low", "high", "p")
+    }
+    chosen = [index for index, one in enumerate(sets) if not one.startswith("distance ")]
+    rows = [
+        (f"{name}, {sets[at]}" if len(chosen) > 1 else name, *(firsts[each][row, at].item() for each in firsts))
+        for row, name in enumerate(names)
+        for at in chosen
+    ]
+    apart = [index for index in range(len(sets)) if index not in chosen] or chosen
+    axis = "distance" if len(apart) < len(sets) else "pairs"
+    pictures = [
+        Lines(
+            f"excess of {name}",
+            axis,
+            [sets[at].removeprefix("distance ") for at in apart],
+            {"excess": firsts["excess"][row, apart]},
+            torch.zeros(len(apart)),
+            (firsts["low"][row, apart], firsts["high"][row, apart]),
+        )
+        for row, name in enumerate(names)
+    ]
+    columns = ("", "excess", "chance's std", "low", "high", "p")
+    below = f"{result.draws} draws, {result.confidence:.0%} intervals: what chance adds, taken off the excess"
+    return Shown(below, columns, rows, pictures)
+
+
+@shown.register
+def _interval(result: Interval) -> Shown:
+    coords = torch.cartesian_prod(*(torch.arange(len(each)) for each in result.labels)).reshape(-1, len(result.axes))
+    names = [", ".join(str(result.labels[axis][at]) for axis, at in enumerate(row)) for row in coords.tolist()]
+    columns = ("estimate", "low", "high", "units")
+    rows = list(zip(names, *(getattr(result, name).reshape(-1).tolist() for name in columns), strict=True))
+    flat = {name: getattr(result, name).reshape(-1) for name in ("estimate", "low", "high")}
+    zero = torch.zeros(len(names)) if "excess" in result.quantity else None  # chance
+    picture = Lines(
+        result.quantity, ", ".join(result.axes), names, {"mean": flat["estimate"]}, zero, (flat["low"], flat["high"])
+    )
+    below = f"{result.quantity}, {result.confidence:.0%} over {result.by}s"
+    return Shown(below, (", ".join(result.axes), *columns), rows, [picture])
+
+
+@shown.register
+def _projected(result: ProjectedJacobians) -> Shown:
+    couplings = off_diagonal_mean(result.coupling).tolist()
+    null = result.null.mean(1).tolist()
+    rows = [(name, c, chance, c - chance) for name, c, chance in zip(result.sublayers, couplings, null, strict=True)]
+    other = min(1, len(result.layers) - 1)
+    ranks = range(result.singular_values.shape[-1])
+    relative = result.values[0, 0, other].abs() / result.singular_values[0, 0, 0]
+    title = f"|U₂ᵀ J₁ V₂| / s₁, layer {result.layers[0]} in the bases of {result.layers[other]}"
+    picture = Matrix(title, relative.double(), ("left", "right"), (ranks, ranks), centred=False)
+    below = f"layers {', '.join(map(str, result.layers))}, token {result.position}, K = {len(ranks)}"
+    return Shown(below, ("", *_AGAINST_NULL), rows, [picture])
+
+
+@shown.register
+def _alignment(result: HeadAlignment) -> Shown:
+    null = float(result.null[0])
+    heads = range(result.writes.shape[-1])
+    rows, pictures = [], []
+    for name, share in (("writes", result.writes[:, 0]), ("reads", result.reads[:, 0])):
+        rows.append((name, float(share.mean()), null, float(share.mean()) - null))
+        excess = (share - null).double()
+        pictures.append(Matrix(f"excess share of {name}", excess, ("layer", "head"), (result.layers, heads)))
+    note = "A head is part of its block: one with a large share of it aligns with it in a fresh model too."
+    below = f"heads with the {result.of}, token {result.position}, K = {result.ks[0]}"
+    return Shown(below, ("share along the top directions", "mean", "null", "excess"), rows, pictures, note)
+
+
+@shown.register
+def _linearity(result: Linearity) -> Shown:
+    pos = range(len(result.tokens))
+    rows = [(row.path, row.mean, row.random, row.mean - row.random) for row in linearity_rows(result)]
+    pictures = [
+        Lines(f"line-shape score of the {path} path", "token", pos, {path: scores}, torch.full((len(pos),), n**0.5))
+        for path, n, scores in zip(result.paths, result.steps, result.lss, strict=True)
+    ]
+    columns = ("line-shape score", "mean", "random steps", "difference")
+    return Shown(f"{counted(len(pos), 'token')}; 1: straight", columns, rows, pictures, "All tokens, sinks too.")
+
+
+@shown.register
+def _growth(result: Growth) -> Shown:
+    kept = without_sinks(result)
+    whole = growth_summary(result)
+    left = {"rate": result.rate, "attention's share": result.attn_share, "MLP's share": result.mlp_share}
+    rows: list[tuple[Any, ...]] = [
+        (name, float(each[..., kept].nanmean()), float(each.nanmean()))
+        for name, each in left.items()
+        if each is not None
+    ]
+    rows.append(("expodistance", float(result.expodistance[kept].nanquantile(0.5)), whole.median_expodistance))
+    rows.append(("R² of the line", float(result.r_squared[kept].nanmean()), whole.mean_r_squared))
+    norms = result.norms[:, kept].double()
+    middle, *ends = (norms.nanquantile(share, dim=1) for share in (0.5, 0.25, 0.75))
+    picture = Lines(
+        "median norm, middle half of the tokens",
+        "depth",
+        range(len(norms)),
+        {"median": middle},
+        band=(ends[0], ends[1]),
+        logarithmic=True,
+    )
+    sinks = counted(int((result.sinks & ~kept).sum()), "sink")
+    note = "Growth has no closed-form chance level: norms grow in fresh weights too."
+    below = f"{counted(len(result.tokens), 'token')}, {counted(len(result.alpha), 'layer')}"
+    return Shown(below, ("per layer", f"without {sinks}", "all tokens"), rows, [picture], note)
+
+
+@shown.register
+def _head_steps(result: HeadSteps) -> Shown:
+    share = result.share.double().nanmean(-1)  # [layer, head]
+    parts = {"attention": result.attn_share, "its bias": result.bias_share, "MLP": result.mlp_share}
+    rows = [(name, float(each.nanmean())) for name, each in parts.items() if each is not None]
+    n_heads = share.shape[1]
+    for index in share.abs().nan_to_num().flatten().argsort(descending=True)[:3].tolist():
+        rows.append((f"head {index % n_heads} of layer {index // n_heads}", float(share.flatten()[index])))
+    labels = (range(len(share)), range(n_heads))
+    picture = Matrix("share of the step, mean over tokens", share, ("layer", "head"), labels)
+    below = f"{counted(len(share), 'layer')}, {counted(len(result.tokens), 'token')}; shares of a step sum to 1"
+    return Shown(below, ("share of the block's step", "mean"), rows, [picture])
+
+
+@shown.register
+def _gap(result: LinearizationGap) -> Shown:
+    ends = zip(result.sizes, result.gap[:, -1], result.rounding[:, -1], result.cosine[:, -1], strict=True)
+    rows = [(f"{size:g}", *(float(each) for each in numbers)) for size, *numbers in ends]
+    lines = {f"size {size:g}": row for size, row in zip(result.sizes, result.gap.double(), strict=True)}
+    picture = Lines("gap of the linearised system", "depth", result.depths, lines, logarithmic=True)
+    below = f"token {result.position} perturbed at layer {result.depths[0]}"
+    note = "A gap of the size of rounding means nothing."
+    return Shown(below, ("size", "gap at the end", "rounding alone", "cosine"), rows, [picture], note)
+
+
+@shown.register
+def _components(result: TrajectoryComponents) -> Shown:
+    rows = [(f"component {index + 1}", share) for index, share in enumerate(result.explained.tolist())]
+    depths = range(len(result.coordinates))
+    lines = {f"token {pos}": result.coordinates[:, at, 0] for at, pos in enumerate(result.positions)}
+    left = f", {counted(len(result.left_out), 'sink')} left out" if result.left_out else ""
+    picture = Lines("first component", "depth", depths, lines)
+    return Shown(counted(len(lines), "token") + left, ("", "share of the variance"), rows, [picture])
+
+
+@shown.register
+def _spectrum(result: SingularValueProfile) -> Shown:
+    first = result.singular_values[:, -1, :, 0]
+    fits = (each[:, -1, 0].tolist() for each in (result.slope, result.r_squared))
+    rows = list(zip(result.sublayers, *first[:, [0, -1]].T.tolist(), *fits, strict=True))
+    lines = dict(zip(result.sublayers, first, strict=True))
+    columns = ("", "s₁, first layer", "last", "slope of 1/s₁", "R²")
+    picture = Lines("largest singular value", "layer", result.layers, lines, logarithmic=True)
+    below = f"{counted(len(result.layers), 'layer')}, token {result.positions[-1]}; Residual Alignment predicts slope 1"
+    return Shown(below, columns, rows, [picture])
+
+
+@shown.register
+def _correlations(result: Correlations) -> Shown:
+    order = result.r_squared.nan_to_num().argsort(descending=True)[:MOST_ROWS].tolist()
+    columns = ("r_squared", "r", "low", "high", "p", "by_null")
+    rows = [(result.predictors[at], *(float(getattr(result, name)[at]) for name in columns)) for at in order]
+    best = order[0]
+    by_score = result.scores.argsort()
+    picture = Lines(
+        f"{result.predictors[best]}, models in the order of their score",
+        "model",
+        [result.models[at] for at in by_score.tolist()],
+        {result.predictors[best]: result.values[best][by_score]},
+    )
+    headings = ("predictor", "R²", "r", "low", "high", "p", "R² of its null")
+    return Shown(f"{len(result.models)} models", headings, rows, [picture])
+
+
+@shown.register
+def _directions(result: DirectionReadout) -> Shown:
+    rows = []
+    for (side, texts), (rank, s) in (
+        (pair, one)
+        for one in enumerate(result.singular_values.tolist())
+        for pair in zip(SIDES, result.texts, strict=True)
+    ):
+        words = [" ".join(f"“{visible(text)}”" for text in texts[rank][end][:3]) for end in range(len(ENDS))]
+        at = SIDES.index(side)
+        numbers = (s, float(result.scores[at, rank, 0, 0]), float(result.null[at, 0]))
+        rows.append((f"{side}, direction {rank + 1}", *words, *numbers))
+    places = range(result.scores.shape[-1])
+    pictures = [
+        Lines(
+            f"scores of {side}, + end",
+            "place",
+            places,
+            {f"direction {rank + 1}": scores[0] for rank, scores in enumerate(result.scores[at])},
+            result.null[at],
+        )
+        for at, side in enumerate(SIDES)
+    ]
+    columns = ("", "+ end", "− end", "s", "top score", "of random directions")
+    return Shown(f"{result.sublayer} of layer {result.layer}, token {result.position}", columns, rows, pictures)
+
+
+@shown.register
+def _causal(result: CausalEffect) -> Shown:
+    parts = (result.effect, result.control_mean, result.excess, result.share)
+    per_layer = [each.double().mean(0) for each in parts]
+    best = int(per_layer[2].abs().nan_to_num().argmax())
+    rows = [
+        ("mean over layers", *(float(each.mean()) for each in per_layer)),
+        (f"layer {result.layers[best]}, the largest", *(float(each[best]) for each in per_layer)),
+    ]
+    spread = result.control_std.double().mean(0).nan_to_num()
+    lines = {"random directions": per_layer[1], "the directions": per_layer[0]}
+    band = (per_layer[1] - spread, per_layer[1] + spread)
+    picture = Lines("change of the loss, nats", "layer", result.layers, lines, band=band)
+    columns = ("change of the loss, nats", "the directions", "random ones", "excess", "share of the write's norm")
+    below = f"{result.sublayer}, K = {result.k}, {counted(len(result.prompts), 'prompt')}"
+    return Shown(below, columns, rows, [picture])
+
+
+@shown.register
+def _published(result: PublishedMisalignment) -> Shown:
+    rows = [
+        ("pairs of different layers", float(result.mean_coupling(include_diagonal=False)[0]), math.nan),
+        ("all pairs, as published", float(result.mean_coupling()[0]), math.nan),
+    ]
+    layers = range(len(result.singular_values))
+    cells = (1 - result.misalignment[0]).double()
+    picture = Matrix("coupling, 1 − misalignment", cells, ("layer", "basis_layer"), (layers, layers), centred=False)
+    note = "The published procedure gives no chance level: tlc.depth_coupling does."
+    return Shown(f"{len(layers)} layers, K = {result.ks[0]}", ("", "coupling", "null"), rows, [picture], note)
