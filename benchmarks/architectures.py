@@ -360,7 +360,7 @@ class Row:
     def __str__(self) -> str:
         """One line of the table."""
         engines = dict(self.engines)
-        cells = [engines.get(name, "") for name in MEASURED]
+        cells = ["yes" if name in engines else "" for name in MEASURED]
         return "| " + " | ".join((f"`{self.name}`", self.blocks, *cells, self.note)) + " |"
 
 
@@ -475,7 +475,8 @@ def main(arguments: list[str]) -> None:
     rows = []
     for name in names:
         rows.append(measure_apart(name))
-        print(rows[-1], f"{rows[-1].gap:.2f} of what is allowed from differences", flush=True)
+        engines = ", ".join(f"{name}: {engine}" for name, engine in rows[-1].engines)
+        print(rows[-1], f"{rows[-1].gap:.2f} of what is allowed from differences; {engines}", flush=True)
     measured = {row.name.partition(" ")[0] for row in rows if row.measured}
     print(f"{len(measured)} of {len({row.name.partition(' ')[0] for row in rows})} measured at block level")
     if "--write" in arguments:
