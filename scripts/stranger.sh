@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A stranger's path, timed: build the package, install the wheel with its core dependencies alone into an empty environment,
-# measure a model from a folder, and test the sdist.  scripts/stranger.sh PYTHON [FOLDER]
+# A stranger's path, timed: build the package, test the sdist, open its documentation from disk, install the wheel with its core
+# dependencies alone into an empty environment, measure a model from a folder, and run a notebook's first cell.
+# scripts/stranger.sh PYTHON [FOLDER]
 # PYTHON has the development set-up; the package is written to FOLDER, dist/ by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,6 +33,11 @@ step "the sdist's tests"
     "$python" -m pytest -q -p no:cacheprovider -m "not slow" tests/linalg tests/test_{docs,errors,layout,release}.py tests/results
 )
 
+step "the sdist's documentation, opened from disk in Chromium"
+(cd "$sdist" && NO_MKDOCS_2_WARNING=1 "$python" -m pytest -q -p no:cacheprovider tests/test_docs.py -k opens_from_disk) |
+    tee "$tmp/docs.log"
+grep --quiet '1 passed' "$tmp/docs.log" # and not skipped, for want of a browser
+
 step "an empty environment: the wheel with core dependencies alone"
 "$python" -m venv "$tmp/venv"
 "$tmp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
@@ -39,8 +45,9 @@ step "an empty environment: the wheel with core dependencies alone"
 "$tmp/venv/bin/tlcoupling" --version --verbose
 
 step "a first report, of a model in a folder"
-cd "$tmp"
-"$tmp/venv/bin/python" - <<'MODEL'
+(
+    cd "$tmp"
+    "$tmp/venv/bin/python" - <<'MODEL'
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -51,6 +58,10 @@ PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained("mode
 sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=50)
 LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained("model")
 MODEL
-"$tmp/venv/bin/tlcoupling" report model --prompt "w5 w6 w7 w8 w9" --output report >report.log || { tail report.log; exit 1; }
-ls -l report
+    "$tmp/venv/bin/tlcoupling" report model --prompt "w5 w6 w7 w8 w9" --output report >report.log || { tail report.log; exit 1; }
+    ls -l report
+)
+
+step "a notebook's first cell, where Colab's versions are installed"
+scripts/colab.sh "$python" "$dist"/*.whl
 step "done"

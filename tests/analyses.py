@@ -9,6 +9,7 @@ import torch
 
 import tlcoupling as tlc
 from tlcoupling import Analysis, ContextCoupling, DepthCoupling, Growth, Linearity, TokenCoupling, viz
+from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.results.base import Provenance
 
 HOSTILE_TOKENS = (
@@ -171,4 +172,18 @@ def projected_by_hand(n_layers: int, token: str = " the", k: int = 3) -> tlc.Pro
         token=token,
         d_model=32,
         bases="uv",
+    )
+
+
+def shared_by_hand(n_layers: int) -> SharedDirections:
+    """What every second layer shares, of random numbers, with hostile tokens."""
+    projected = projected_by_hand(n_layers)
+    k, generator = projected.values.shape[-1], torch.Generator().manual_seed(1)
+    words = [HOSTILE_TOKENS[i] for i in range(2)]
+    return SharedDirections(
+        provenance=Provenance(model_name="maker/tiny"),
+        projected=projected,
+        scores=torch.rand(n_layers, 2, k, 2, 2, generator=generator).sort(descending=True).values,
+        null=torch.tensor([[0.3, 0.2], [0.1, 0.05]]),
+        texts=((((tuple(words),) * 2,) * k,) * 2,) * n_layers,
     )

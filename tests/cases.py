@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from tlcoupling.forward.context import in_eval_mode
 from tlcoupling.forward.offline import answered_locally, offline
 
 ALL = ("block", "attn", "mlp")
@@ -98,7 +99,8 @@ def huggingface(config: transformers.PretrainedConfig, name: str, architecture: 
         model = randomise(model).to(dtype).eval()
         tokenizer = tiny_tokenizer()
         with offline(), answered_locally(model, tokenizer):  # transformer-lens 3.0 asks a hub for the config
-            return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=dtype).eval()
+            bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=dtype)
+        return in_eval_mode(bridge)
 
     return build
 

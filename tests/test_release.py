@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,12 @@ def test_one_variable_sets_every_address(monkeypatch: pytest.MonkeyPatch):
     assert "](https://github.com/Someone/tlcoupling/raw/main/docs/report.png)" in readme
     assert "](https://github.com/Someone/tlcoupling/blob/main/docs/design.md)" in readme
     assert "](docs/" not in readme and "](#" in readme
+
+
+def test_hints_name_packages_that_an_index_has():
+    """tlcoupling itself is on an index only after the first release, so no hint may send a user there."""
+    for path in (ROOT / "tlcoupling").rglob("*.py"):
+        assert not re.search(r"pip install [^\n]*tlcoupling", path.read_text(encoding="utf-8")), path
 
 
 def first_cell() -> str:

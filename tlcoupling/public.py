@@ -14,7 +14,7 @@ from tlcoupling.coupling.loss import coupling_loss
 from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.directions.causal import CausalEffect, causal_effect
-from tlcoupling.directions.intervention import keep_only, project_out, random_directions
+from tlcoupling.directions.intervention import add_direction, keep_only, project_out, random_directions
 from tlcoupling.directions.readout import DirectionReadout, read_directions
 from tlcoupling.dynamics.components import TrajectoryComponents, trajectory_components
 from tlcoupling.dynamics.linearized import LinearizationGap, linearization_gap, linearized
@@ -30,6 +30,9 @@ from tlcoupling.models.load import load_model
 from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
+from tlcoupling.slices.lens import JacobianLens, jacobian_lens
+from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
+from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
 from tlcoupling.sweeps.executors import SlurmExecutor
 from tlcoupling.sweeps.plan import Plan
 from tlcoupling.sweeps.run import SweepReport, sweep
@@ -55,6 +58,7 @@ __all__ = [
     "HeadCoupling",
     "HeadSteps",
     "Interval",
+    "JacobianLens",
     "JacobianOperator",
     "Linearity",
     "LinearizationGap",
@@ -62,7 +66,9 @@ __all__ = [
     "Plan",
     "ProjectedJacobians",
     "SingularValueProfile",
+    "SliceJacobian",
     "SlurmExecutor",
+    "SteeringEffect",
     "SweepReport",
     "SweepStore",
     "TLCouplingError",
@@ -72,6 +78,7 @@ __all__ = [
     "TrajectoryComponents",
     "TrajectoryRecorder",
     "Triplets",
+    "add_direction",
     "analyze",
     "analyze_many",
     "causal_effect",
@@ -85,6 +92,7 @@ __all__ = [
     "head_alignment",
     "head_coupling",
     "head_steps",
+    "jacobian_lens",
     "keep_only",
     "linearity",
     "linearization_gap",
@@ -99,6 +107,9 @@ __all__ = [
     "read_directions",
     "residual_jacobian",
     "singular_value_profile",
+    "slice_jacobian",
+    "steering_effect",
+    "steering_vector",
     "sweep",
     "token_coupling",
     "trace",

@@ -33,7 +33,8 @@ def report(loaded: list[str], tmp_path: Path) -> Report:
 
     def run(*options: str, prompt: str = PROMPT, output: Path | None = None) -> Any:
         folder = tmp_path / "out" if output is None else output
-        options = options if "--baseline" in options else (*options, "--no-baseline")  # which takes as long again
+        for more in ("baseline", "directions"):  # each takes as long again
+            options = options if f"--{more}" in options else (*options, f"--no-{more}")
         arguments = ["report", "tiny", "--prompt", prompt, "--k", "4", "--output", str(folder), *options]
         return CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
 

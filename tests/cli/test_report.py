@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import tlcoupling as tlc
 from tlcoupling.cli import app
 from tlcoupling.cli.terminal import print_analysis
+from tlcoupling.errors import UnsupportedModelError
 
 
 def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
@@ -58,6 +59,29 @@ def test_fresh_weights_stand_beside_the_model(report: Report, tmp_path: Path) ->
     assert "Fresh weights were not measured" in report().stdout
 
 
+def test_what_layers_share_is_in_the_report(report: Report, tmp_path: Path) -> None:
+    assert report("--directions").exit_code == 0
+    analysis = tlc.load(tmp_path / "out" / "result.safetensors")
+    projected = analysis.shared.projected
+    torch.testing.assert_close(projected.coupling[0], analysis.coupling.values[0, 0, 0], atol=1e-5, rtol=0)
+    assert report().exit_code == 0  # --no-directions
+    assert tlc.load(tmp_path / "out" / "result.safetensors").shared is None
+
+
+def test_what_cannot_be_measured_beside_is_said(
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise UnsupportedModelError("no embeddings")
+
+    monkeypatch.setattr("tlcoupling.analysis.shared.read_layers", refuse)
+    asked = report("--directions")
+    assert asked.exit_code == 1 and "no embeddings" in asked.stderr
+    by_default = CliRunner().invoke(app, ["report", "--prompt", PROMPT, "--k", "4", "--output", str(tmp_path)])
+    assert by_default.exit_code == 0, by_default.output
+    assert "shared directions were not measured: no embeddings" in by_default.stderr
+
+
 def test_the_long_table_is_written_on_request_alone(report: Report, tmp_path: Path) -> None:
     result = report()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "result.safetensors"]
@@ -77,9 +101,9 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
 ) -> None:
     asked = []
 
-    def analyze(model: Any, prompt: str, **options: Any) -> tlc.Analysis:
+    def analyze(model: Any, prompt: Any, **options: Any) -> tlc.Analysis:
         asked.append((prompt, options))
-        return make_analysis()
+        return tlc.analyze(model, [1, 2, 3] if isinstance(prompt, str) else prompt, **{**options, "k": 4})
 
     monkeypatch.setattr("tlcoupling.analysis.analyze.analyze", analyze)
     monkeypatch.chdir(tmp_path)
@@ -87,7 +111,7 @@ def test_defaults_are_the_offline_model_and_the_prompt_landmarks(
     assert result.exit_code == 0, result.output
     assert loaded == ["smollm2-135m"]
     (prompt, options), (again, fresh) = asked  # the model, and fresh weights beside it
-    assert again == list(make_analysis().provenance.tokens) and fresh["k"] == [10]
+    assert again.tolist() == [1, 2, 3] and fresh["k"] == [10]
     assert prompt == prompts["landmarks"]
     assert options["k"] == [10] and options["tokens"] == [-1] and options["engine"] == "auto"
     assert options["token_layers"] == [0, 1, 2]

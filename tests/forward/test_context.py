@@ -21,7 +21,7 @@ from torch_settings import default_dtype, matmul_precision
 
 import tlcoupling as tlc
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.context import measuring
+from tlcoupling.forward.context import in_eval_mode, in_training_mode, measuring, require_own_state
 from tlcoupling.precision import full_precision
 
 # of each generation of TransformerLens that is installed: what is native to it, and a gated model with grouped queries
@@ -258,6 +258,25 @@ def test_one_module_in_training_mode_is_refused():
             tlc.trace(model, TOKENS)
         model.eval()
         assert torch.equal(tlc.trace(model, TOKENS).resid, truth)
+
+
+class _PassesOn(torch.nn.Module):
+    """Sets its flag on the module that it wraps, as the modules of a bridge do on transformer-lens 3.0 to 3.6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original_component = torch.nn.Linear(2, 2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value) if name != "training" else self.original_component.train(value)
+
+
+def test_eval_mode_reaches_modules_that_pass_the_flag_on():
+    model = torch.nn.Sequential(_PassesOn())
+    assert in_training_mode(model.eval())
+    with pytest.raises(UnsupportedModelError, match=r"^training mode: 0 is .* transformer-lens 3\.0 to 3\.6"):
+        require_own_state(model)
+    require_own_state(in_eval_mode(model))
 
 
 def test_dropout_of_one_block_has_no_coupling_loss():

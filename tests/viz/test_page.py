@@ -26,25 +26,44 @@ from tlcoupling.viz.plain import packed, plain
 NAN = float("nan")
 
 
+def decompressed(text: str) -> bytes:
+    """What a page's script makes of base 85 without characters special to HTML."""
+    return zlib.decompress(base64.b85decode(text.translate(str.maketrans(",./", "&<>"))))
+
+
 def data_of(page: str) -> dict:
-    """The data that a page carries."""
-    data = re.search(r'<script type="text/plain" id="data">([A-Za-z0-9+/=]*)</script>', page)[1]
-    return json.loads(zlib.decompress(base64.b64decode(data)))
+    """The data that a page carries, with the bytes of its arrays in place."""
+    content = decompressed(re.search(r'<script type="text/plain" id="data">([^<]*)</script>', page)[1])
+    end = 4 + int.from_bytes(content[:4], "little")
+
+    def with_bytes(part: dict) -> dict:
+        if set(part) in ({"shape", "data"}, {"shape", "scale", "data"}):
+            start, length = part["data"]
+            part["data"] = content[end + start : end + start + length]
+        return part
+
+    return json.loads(content[4:end], object_hook=with_bytes)
 
 
 def unpacked(array: dict) -> torch.Tensor:
     """What a page's script makes of a packed array, with NaN for what is not defined."""
+    planes = torch.frombuffer(bytearray(array["data"]), dtype=torch.uint8)
     if "scale" not in array:  # square roots
-        roots = torch.frombuffer(bytearray(base64.b64decode(array["data"])), dtype=torch.uint8).double() / 255
-        return roots.square().reshape(array["shape"])
-    steps = torch.frombuffer(bytearray(base64.b64decode(array["data"])), dtype=torch.int16).reshape(array["shape"])
+        return (planes.double() / 255).square().reshape(array["shape"])
+    low, high = planes.reshape(2, -1)
+    steps = (low.int() + 256 * high.view(torch.int8).int()).reshape(array["shape"])
     return torch.where(steps == -32768, NAN, steps.double() * array["scale"])
+
+
+def off_diagonal(coupling: torch.Tensor) -> torch.Tensor:
+    """Coupling as a page packs it: without the diagonal, which is 1 by definition."""
+    return coupling.double() * (1 - torch.eye(coupling.shape[-1]))
 
 
 def bundles(page: str) -> int:
     """How often a page carries circuitsvis."""
     found = re.findall(r'<script type="text/plain" id="circuitsvis-bundle">([^<]*)</script>', page)
-    scripts = [zlib.decompress(base64.b64decode(one)).decode() for one in found if one]
+    scripts = [decompressed(one).decode() for one in found if one]
     assert all("var CircuitsVis=(" in script for script in scripts)
     return len(scripts) + page.count("var CircuitsVis=(")
 
@@ -98,7 +117,7 @@ def test_scripts_match_the_hashes_that_the_page_allows() -> None:
     scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
     bundle = re.search(r'id="circuitsvis-bundle">([^<]*)</script>', page)[1]
     assert len(scripts) == 1 and page.count("'sha256-") == 2
-    for script in (*scripts, zlib.decompress(base64.b64decode(bundle)).decode()):
+    for script in (*scripts, decompressed(bundle).decode()):
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in page
 
@@ -120,7 +139,7 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     analysis = make_analysis(positions=(0, -1), ks=(2, 3), token_layers=(0, 2))
     data = data_of(viz.render_html(analysis))
     coupling, step = analysis.coupling, 1 / 32767  # 16 bits of numbers up to 1
-    torch.testing.assert_close(unpacked(data["coupling"]["values"]), coupling.values.double(), atol=step, rtol=0)
+    torch.testing.assert_close(unpacked(data["coupling"]["values"]), off_diagonal(coupling.values), atol=step, rtol=0)
     torch.testing.assert_close(unpacked(data["coupling"]["null"]), coupling.null[..., 0].double(), atol=step, rtol=0)
     assert (data["tokens"]["most"], data["tokens"]["least"]) == straightest(analysis.linearity.path("block"))
     assert data["coupling"]["positions"] == [0, 3]
@@ -131,7 +150,7 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     for name, part in parts.items():
         result, kind = getattr(analysis, part), kinds[name]
         assert (kind["layers"], kind["sublayers"]) == ([0, 2], list(result.sublayers))
-        torch.testing.assert_close(unpacked(kind["values"]), result.values.double(), atol=step, rtol=0)
+        torch.testing.assert_close(unpacked(kind["values"]), off_diagonal(result.values), atol=step, rtol=0)
         torch.testing.assert_close(unpacked(kind["null"]), result.null[..., 0].double(), atol=step, rtol=0)
     rows, columns = torch.tril_indices(4, 4)
     attention, patterns = data["pairs"]["attention"], analysis.attention.double()
@@ -161,7 +180,7 @@ def test_fresh_weights_are_in_the_page_where_they_were_measured() -> None:
     fresh = make_analysis(token_layers=(0, 2))
     fresh = dataclasses.replace(fresh, coupling=dataclasses.replace(fresh.coupling, values=fresh.coupling.values / 2))
     data = data_of(viz.render_html(make_analysis(token_layers=(0, 2), baseline=fresh)))
-    values, step = fresh.coupling.values.double(), 1 / 32767
+    values, step = off_diagonal(fresh.coupling.values), 1 / 32767
     torch.testing.assert_close(unpacked(data["coupling"]["fresh"]["values"]), values, atol=step, rtol=0)
     assert data["coupling"]["fresh"]["mean"]["excess"] == fresh.coupling.mean("excess").tolist()
     for kind in data["pairs"]["kinds"]:
@@ -180,6 +199,15 @@ def test_packing_keeps_numbers_to_half_a_step_and_says_what_is_undefined(numbers
     assert ((back - array)[finite].abs() <= 0.5 * packing["scale"] * (1 + 1e-6)).all()  # the product is rounded too
     if finite.any() and (largest := array[finite].abs().max()) > 0:
         assert packing["scale"] == pytest.approx(float(largest) / 32767)
+
+
+def test_a_budget_makes_numbers_coarser_and_no_more_than_it_must() -> None:
+    array = torch.rand(50, 50, generator=torch.Generator().manual_seed(0))
+    fine, coarse = packed(array), packed(array, 1900)  # 2500 numbers at about six bits
+    assert len(zlib.compress(coarse["data"])) <= 1900 < len(zlib.compress(packed(array, 2200)["data"]))
+    assert 2**-7 < coarse["scale"] <= 2**-5 and fine["scale"] < 2**-14
+    assert ((unpacked(coarse) - array).abs() <= coarse["scale"] / 2 + 1e-12).all()
+    assert packed(array, 10_000) == fine
 
 
 def test_summary_reduces_over_pairs_and_tokens() -> None:
@@ -234,20 +262,42 @@ def test_parallel_blocks_have_no_shares() -> None:
 def test_long_prompts_have_all_tokens_and_fewer_single_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = make_analysis([str(i) for i in range(100)], n_heads=3, n_layers=6, token_layers=(1,))
     couplings = {"token_coupling": analysis.token_coupling, "context_src": analysis.context_src}
-    monkeypatch.setattr(panes, "ATTENTION_NUMBERS", (6 + 2 * 3) * 5050)  # all means, and the heads of two layers
+    monkeypatch.setattr(panes, "TOKENS_BYTES", 0)
+    monkeypatch.setattr(panes, "PAIRS_BYTES", (6 + 2 * 3) * 5050)  # all means, and the heads of two layers
     data = panes.pairs(analysis.tokens, analysis, couplings, 3)
     assert data["tokens"] == [str(i) for i in range(100)]
     attention = data["attention"]
-    assert (attention["layers"], attention["head_layers"]) == ([0, 1, 2, 3, 4, 5], [1, 3]), "shown first, then compared"
+    assert (attention["layers"], attention["pool"]) == ([0, 1, 2, 3, 4, 5], 1)
+    assert attention["head_layers"] == [1, 3], "shown first, then compared"
     assert float(unpacked(attention["heads"])[1, 2, -1]) == pytest.approx(
         float(analysis.attention[3, 2, 99, 99]), abs=4e-3
     )
     for kind, result in zip(data["kinds"], couplings.values(), strict=True):
         assert kind["positions"] == tuple(range(100))
         assert kind["mean"]["excess"] == plain(result.mean("excess"))
-    monkeypatch.setattr(panes, "ATTENTION_NUMBERS", 5050)
+    monkeypatch.setattr(panes, "PAIRS_BYTES", 4 * 5050)  # the heads of one layer, and means over blocks of three tokens
     attention = panes.pairs(analysis.tokens, analysis, couplings, 3)["attention"]
-    assert attention["layers"] == attention["head_layers"] == [3], "one layer at least"
+    assert (attention["head_layers"], attention["pool"]) == ([3], 3)
+    block = analysis.attention[2, :, 30:33, 27:30].double().mean()  # rows 30 to 32, columns 27 to 29
+    assert float(unpacked(attention["mean"])[2, 10 * 11 // 2 + 9]) == pytest.approx(float(block), abs=4e-3)
+    monkeypatch.setattr(panes, "PAIRS_BYTES", 2 * 5050)
+    assert panes.pairs(analysis.tokens, analysis, couplings, 3)["attention"]["head_layers"] == []
+    assert panes.pairs(analysis.tokens, analysis, couplings, 3, [3])["attention"]["head_layers"] == [3]
+
+
+def test_coupling_of_many_tokens_is_averaged_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = make_analysis([str(i) for i in range(10)], token_layers=(1,))
+    result = analysis.token_coupling
+    couplings = {"token_coupling": result}
+    monkeypatch.setattr(panes, "TOKENS_CELLS", 3 * 100 // 9)
+    (kind,) = panes.pairs(analysis.tokens, analysis, couplings, 1)["kinds"]
+    assert kind["pool"] == 3 or kind["pool"] == 4
+    values, pool = unpacked(kind["values"])[0, 0, 0], kind["pool"]
+    assert len(values) == -(-10 // pool)
+    blocks = result.values[0, 0, 0].double().masked_fill(torch.eye(10, dtype=torch.bool), NAN)
+    assert float(values[0, 1]) == pytest.approx(float(blocks[:pool, pool : 2 * pool].mean()), abs=1e-4)
+    assert float(values[0, 0]) == pytest.approx(float(blocks[:pool, :pool].nanmean()), abs=1e-4), "without the diagonal"
+    assert kind["mean"]["excess"] == plain(result.mean("excess")), "of all cells"
 
 
 def test_what_was_not_measured_is_left_out() -> None:

@@ -81,6 +81,8 @@ def results() -> dict[str, Result]:
             tlc.linearization_gap(trace, sizes=(1e-3, 1e-2)),
             readout(),
             tlc.causal_effect(model, [TOKENS, TOKENS[:5]], 2, draws=3),
+            tlc.steering_effect(model, [TOKENS, TOKENS[:5]], torch.ones(96).cumsum(0), 1, draws=2),
+            tlc.jacobian_lens(model, [TOKENS, TOKENS[:5]], skip_first_positions=0, sketch=4),
             tlc.correlate(),
             tlc.parity.published(model, TOKENS, 2),
         ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from analyses import HOSTILE_TOKENS, every_widget, make_analysis
+from analyses import HOSTILE_TOKENS, every_widget, make_analysis, shared_by_hand
 from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
@@ -303,15 +304,43 @@ def test_512_hostile_tokens_through_a_model(browser: Any, tmp_path: Path, monkey
         assert page.evaluate("typeof window.x") == "undefined"
 
 
-def test_everything_of_smollm2s_shape_is_under_3_mb(browser: Any, tmp_path: Path) -> None:
-    tokens = [f" token{i}" for i in range(28)]
-    analysis = make_analysis(tokens, n_heads=9, n_layers=30, ks=(10,), positions=range(28), token_layers=range(30))
+@pytest.mark.parametrize("n_tokens", [20, 216, 1000])
+def test_many_tokens_stay_small_fast_and_true(browser: Any, tmp_path: Path, n_tokens: int) -> None:
+    """30 layers and fresh weights, with coupling of tokens in all layers, in three, and in one."""
+    tokens = [f" token{i}" for i in range(n_tokens)]
+    layers = {20: tuple(range(30)), 216: (0, 15, 29), 1000: (15,)}[n_tokens]
+    positions = range(20) if n_tokens == 20 else (-1,)
+    shape = {"n_heads": 1, "n_layers": 30, "ks": (10,), "token_layers": layers, "positions": positions}
+    fresh = make_analysis(tokens, **shape, with_attention=False)
+    kept = range(30) if n_tokens < 1000 else layers  # as analyze keeps them
+    scores = torch.randn(len(kept), 9, n_tokens, n_tokens, generator=torch.Generator().manual_seed(1))
+    patterns = scores.masked_fill(torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    attention = {"attention": patterns, "attention_layers": tuple(kept)}
+    analysis = make_analysis(tokens, **shape, **attention, with_attention=False, baseline=fresh)
     path = viz.write_html(analysis, tmp_path / "report.html")
     assert path.stat().st_size < 3_000_000
     with opened(browser, path) as page:
-        wait_for_heads(page, 9)
-        print_weight("everything of SmolLM2's shape", path, page)
-        assert not page.locator("#pairs [data-part=no-heads]").is_visible()
+        page.wait_for_selector("html[data-drawn]")
+        print_weight(f"{n_tokens} tokens", path, page)
+        paints = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        headline = page.evaluate(
+            "performance.getEntriesByName('summary')[0].startTime"
+        )  # when it was put into the page
+        assert max(paints, headline) < 1000
+        page.locator("#pairs .zoom").nth(1).focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowDown")
+        text = page.inner_text("#pairs [data-part=readout]")
+        assert text.startswith("Row 2 “\u2068 token2\u2069”, column 1 “\u2068 token1\u2069”")
+        shown = numbers(text.partition("excess")[2])[1]
+        precision = page.inner_text("#pairs [data-part=precision]")
+        exact = float(re.search(r"coupling to ± ([0-9.]*[0-9])", precision)[1])
+        matrix = analysis.token_coupling.values[0, layers.index(15), 0].double().fill_diagonal_(NAN)
+        pooled = "the mean over a block of 3" in precision.partition("attention")[0]
+        assert pooled == (n_tokens == 1000)
+        cell = matrix[:3, :3].nanmean() if pooled else matrix[2, 1]
+        assert shown == pytest.approx(float(cell), abs=exact + 5e-5)
+        assert page.locator("#pairs .heatmap image").count() == 4
 
 
 def dotted(page: Any, pane: Any, row: int, column: int) -> bool:
@@ -442,3 +471,43 @@ def test_one_token_has_no_ranking(browser: Any, tmp_path: Path) -> None:
     with opened(browser, viz.write_html(make_analysis(("one",)), tmp_path / "report.html")) as page:
         page.wait_for_selector("html[data-drawn]")
         assert not page.get_by_text("Most straight").is_visible()
+
+
+def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> None:
+    shared = shared_by_hand(2)  # of layers 0 and 2
+    path = viz.write_html(make_analysis(shared=shared), tmp_path / "report.html")
+    with opened(browser, path) as page:
+        page.wait_for_selector("html[data-drawn]")
+        title, readout = "#coupling [data-part=shared-title]", "#coupling [data-part=shared-readout]"
+        pane = page.locator("#coupling .heatmap image").first
+        pane.click(**cell(pane, 2, 0, 4))
+        assert page.inner_text(title).startswith("Jacobian of layer 2, bases of layer 0: coupling ")
+        assert page.inner_text("#pairs-title").endswith("layer 2")
+        page.locator("#coupling [data-part=shared-map]").focus()
+        page.keyboard.press("ArrowDown")  # from the first row and second column
+        text = page.inner_text(readout)
+        assert "u2" in text and "v2" in text
+        value, chance = numbers(text)
+        matrix = shared.projected.values[0, 1, 0].abs()
+        assert value == pytest.approx(float(matrix[1, 1]), abs=6e-4)
+        assert chance == pytest.approx(float(shared.projected.null_entry[0, 1]), abs=6e-4)
+        order = matrix.diagonal().argsort(descending=True).tolist()
+        rows = page.locator("#coupling [data-part=shared-tokens] tbody tr")
+        assert [row[:2] for row in rows.locator("th").all_inner_texts()] == [
+            f"{rank + 1}{end}" for rank in order for end in "+−"
+        ]
+        assert all(word in rows.first.inner_text() for word in HOSTILE_TOKENS[:1])
+        # the keyboard alone: a cell of the panes, Enter, and what is shown is of that pair
+        page.locator("#coupling .panes").first.focus()
+        for key in ("ArrowUp", "ArrowUp", "ArrowRight", "ArrowRight", "Enter"):
+            page.keyboard.press(key)
+        assert page.inner_text(title).startswith("Jacobian of layer 0, bases of layer 2: ")
+        assert numbers(page.inner_text(readout))[0] == pytest.approx(
+            float(shared.projected.values[0, 0, 1].abs()[1, 1]), abs=6e-4
+        )
+        pane.click(**cell(pane, 1, 2, 4))
+        assert "Layers 1 and 2 are not both among those kept: 0, 2." in page.inner_text("#coupling")
+        assert page.evaluate("typeof window.x") == "undefined"
+    with opened(browser, viz.depth_coupling(make_analysis()).save(tmp_path / "without.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        assert "shared=True" in page.inner_text("#coupling") and "--directions" in page.inner_text("#coupling")

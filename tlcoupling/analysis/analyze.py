@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.analysis.headline import Finding, chance_of_blocks, findings, sentence, without_sinks
+from tlcoupling.analysis.shared import SharedDirections, shared_directions
 from tlcoupling.arguments import Indices, KSpec, resolve_indices
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
@@ -54,6 +55,8 @@ class Analysis(Result):
             K exceeds the rank of attention between two tokens.
         context_dest: context coupling of ``token_layers`` from earlier tokens to the last; None as ``context_src``.
         baseline: the same measurement of another model, such as fresh weights; None without one.
+        shared: what pairs of blocks share at the last token measured, and the tokens of their bases; None unless asked
+            for.
         trace: the measured trace; None in an analysis loaded from a file.
     """
 
@@ -67,6 +70,7 @@ class Analysis(Result):
     context_src: ContextCoupling | None = None
     context_dest: ContextCoupling | None = None
     baseline: Analysis | None = None
+    shared: SharedDirections | None = None
     trace: Trace | None = field(default=None, metadata={"saved": False})
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("layer", "head", "dest", "src")}
@@ -184,6 +188,7 @@ def analyze(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     baseline: Any | None = None,
+    shared: bool = False,
     progress: bool | None = None,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
@@ -212,6 +217,9 @@ def analyze(
         baseline: a model that is measured on the same tokens in the same way, to stand beside this one: ``"fresh"`` for
             fresh weights of the same architecture (``random_baseline``), or any model with the same tokens. It takes as
             long again. Hooks do not act on it.
+        shared: whether to keep, for pairs of blocks at the last of ``tokens``, the matrices U2^T J1 V2 and the tokens
+            that the singular vectors write and read: of at most 32 layers, evenly spaced, and of ten vectors each, at
+            the first K. For SmolLM2-135M it takes about ten seconds on one core.
         progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
@@ -227,7 +235,7 @@ def analyze(
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, traced.n_layers)
     if compared and traced.n_tokens < 2:
         raise ArgumentError("token_layers", token_layers, "None: this prompt has a single token, nothing to compare")
-    shared: dict[str, Any] = {
+    options: dict[str, Any] = {
         "k": k,
         "normalizer": normalizer,
         "bases": bases,
@@ -236,18 +244,18 @@ def analyze(
         "solver": solver,
         "progress": progress,
     }
-    coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **shared)
+    coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **options)
     pairs: dict[str, Any] = {}
     if compared:
-        pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **shared)
+        pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **options)
         reach = tuple(name for name in coupling.sublayers if name not in POSITIONWISE)
         for fixed in ("src", "dest") if reach else ():
-            pairs[f"context_{fixed}"] = _context(traced, fixed, {**shared, "sublayers": reach, "layers": compared})
+            pairs[f"context_{fixed}"] = _context(traced, fixed, {**options, "sublayers": reach, "layers": compared})
     other = None
     if baseline is not None:
-        fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
-        same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers, "attention": False}
-        other = replace(analyze(fresh, traced.tokens, **same, **shared), trace=None)  # a trace keeps its model alive
+        same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers}
+        other = analyze_baseline(baseline, traced, **same, **options)
+    common = shared_directions(traced, coupling) if shared else None
     attention_layers = _attention_layers(traced, compared) if attention else ()
     straight, grown = linearity(traced), growth(traced)
     settings = {"coupling": dict(coupling.provenance.settings), "token_layers": list(compared)}
@@ -262,9 +270,22 @@ def analyze(
         attention_layers=attention_layers,
         tokens=traced.str_tokens,
         baseline=other,
+        shared=common,
         trace=traced,
         **pairs,
     )
+
+
+def analyze_baseline(baseline: Any, traced: Trace, **options: Any) -> Analysis:
+    """Measure the model that stands beside another one, on the same tokens.
+
+    Args:
+        baseline: as in ``analyze``.
+        traced: the trace of the other model.
+        options: those of ``analyze``.
+    """
+    fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
+    return replace(analyze(fresh, traced.tokens, **options, attention=False), trace=None)  # a trace keeps its model
 
 
 def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, Any]) -> ContextCoupling | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -24,6 +25,7 @@ from tlcoupling.errors import ResultFileError, TLCouplingError
 
 if TYPE_CHECKING:
     from tlcoupling.analysis.analyze import Analysis
+    from tlcoupling.forward.trace import Trace
 
 FOLDER = "tlcoupling-report"
 # The longest prompt whose tokens are compared by default: the work grows with the square of its length.
@@ -117,6 +119,13 @@ def report(
             show_default=f"where the measurement took less than {QUICK} seconds",
         ),
     ] = None,
+    directions: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep what pairs of layers share: the matrices behind their coupling, and tokens of the directions.",
+            show_default=f"where the measurement took less than {QUICK} seconds",
+        ),
+    ] = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="Also write all numbers as a long table, result.csv (some megabytes).")
     ] = False,
@@ -125,7 +134,13 @@ def report(
     """Measure coupling, linearity and growth of a model on a prompt. Print tables; save the numbers and a web page."""
     if estimate:
         refuse(
-            {"--baseline": baseline is not None, "--output": output is not None, "--csv": csv, "--open": open_page},
+            {
+                "--baseline": baseline is not None,
+                "--directions": directions is not None,
+                "--output": output is not None,
+                "--csv": csv,
+                "--open": open_page,
+            },
             "an estimate writes nothing",
         )
     folder = Path(FOLDER) if output is None else output
@@ -151,9 +166,10 @@ def report(
         from tlcoupling.analysis.analyze import analyze
         from tlcoupling.cli.terminal import print_analysis
 
-        analysis = analyze(loaded, text, **options)
-        if baseline or (baseline is None and analysis.provenance.seconds < QUICK):
-            analysis = _beside_fresh_weights(analysis, loaded, options, required=bool(baseline))
+        chosen = {"baseline": "fresh" if baseline else None, "shared": bool(directions)}
+        analysis = analyze(loaded, text, **options, **chosen)
+        if analysis.trace is not None and analysis.provenance.seconds < QUICK:
+            analysis = _with_more(analysis, analysis.trace, options, baseline is None, directions is None)
         print_analysis(analysis)
         page = _save(analysis, folder, csv)
     if open_page:
@@ -176,19 +192,23 @@ def _layers_of(
     return sorted({0, (last + 1) // 2, last}) if 2 <= to_tokens(model, prompt, None).shape[1] <= SHORT else None
 
 
-def _beside_fresh_weights(analysis: Analysis, model: Any, options: dict[str, Any], required: bool) -> Analysis:
-    """Return the analysis with that of fresh weights; without, and saying why, if there can be none by default."""
-    from tlcoupling.analysis.analyze import analyze
-    from tlcoupling.models.baseline import random_baseline
+def _with_more(analysis: Analysis, trace: Trace, options: Mapping[str, Any], fresh: bool, directions: bool) -> Analysis:
+    """Return the analysis with fresh weights and shared directions; say why where there can be none."""
+    from tlcoupling.analysis.analyze import analyze_baseline
+    from tlcoupling.analysis.shared import shared_directions
 
-    try:
-        fresh = analyze(random_baseline(model), list(analysis.provenance.tokens), **options, attention=False)
-    except TLCouplingError as error:
-        if required:
-            raise
-        say(f"fresh weights were not measured: {error}", err=True)
-        return analysis
-    return replace(analysis, baseline=replace(fresh, trace=None))
+    measures: dict[str, tuple[str, Callable[[], Any]]] = {}
+    if fresh:
+        measures["baseline"] = "fresh weights", lambda: analyze_baseline("fresh", trace, **options)
+    if directions:
+        measures["shared"] = "shared directions", lambda: shared_directions(trace, analysis.coupling)
+    more = {}
+    for name, (words, measure) in measures.items():
+        try:
+            more[name] = measure()
+        except TLCouplingError as error:
+            say(f"{words} were not measured: {error}", err=True)
+    return replace(analysis, **more)
 
 
 def _save(analysis: Analysis, folder: Path, csv: bool) -> Path:

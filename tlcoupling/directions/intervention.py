@@ -19,6 +19,7 @@ from tlcoupling.forward.split import block_hook
 from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
+Place = Literal["attn_out", "mlp_out", "resid_pre", "resid_post"]
 Positions = SupportsIndex | Iterable[SupportsIndex] | None
 Intervention = tuple[str, Callable[..., Any]]  # hook point and hook, as TransformerLens takes them
 
@@ -57,6 +58,52 @@ def keep_only(
     Arguments, return value and errors are those of ``project_out``.
     """
     return _intervention(directions, layer, site, positions, lambda activation, part: part)
+
+
+def add_direction(
+    vector: Float[Tensor, " d_model"],
+    layer: int,
+    site: Place = "resid_post",
+    positions: Positions = None,
+    scale: float = 1.0,
+) -> Intervention:
+    r"""Return a hook that adds a vector to an activation, a -> a + scale v: steering.
+
+    Args:
+        vector: v.
+        layer: block index.
+        site: ``"resid_pre"`` or ``"resid_post"``, the residual stream; ``"attn_out"`` or ``"mlp_out"``, a sublayer's
+            write.
+        positions: one, several, or None for all; negative ones count from the end of the hooked activation.
+        scale: by what the vector is multiplied.
+
+    Returns:
+        ``(hook_name, function)``, an item of ``fwd_hooks=``.
+
+    Raises:
+        ArgumentError: a vector that is not finite or of another shape, an unknown site, a negative layer. When the
+            hook runs: another width, or an unknown position.
+
+    Example:
+        >>> steer = tlc.add_direction(vectors.v[:, 0], 5, scale=4.0)  # doctest: +SKIP
+        >>> with model.hooks(fwd_hooks=[steer]):  # doctest: +SKIP
+        ...     model.generate("I think", max_new_tokens=20)
+    """
+    check_name("site", site, get_args(Place))
+    layer = check_int("layer", layer, 0, note="the index of a block")
+    if vector.ndim != 1 or not vector.isfinite().all():
+        raise ArgumentError("vector", tuple(vector.shape), "a vector [d_model] of finite numbers")
+    name, chosen = block_hook(layer, f"hook_{site}"), None if positions is None else as_list(positions)
+    moved = scale * vector.detach()
+
+    def act(activation: Tensor, hook: Any) -> Tensor:
+        n_tokens, width = activation.shape[-2:]
+        if len(moved) != width:
+            raise ArgumentError("vector", tuple(vector.shape), f"a vector of width {width}, that of {name}")
+        rows = torch.tensor(resolve_indices("positions", chosen, n_tokens), device=activation.device)
+        return activation.index_copy(-2, rows, activation.index_select(-2, rows) + moved.to(activation))
+
+    return name, act
 
 
 @full_precision()

@@ -145,42 +145,64 @@ def read_directions(
     Example:
         >>> tlc.read_directions(trace, layer=20).to_dataframe()  # doctest: +SKIP
     """
+    return read_layers(trace, [layer], sublayer, pos=pos, k=k, top=top, engine=engine)[0]
+
+
+@measured
+def read_layers(
+    trace: Trace,
+    layers: Sequence[int],
+    sublayer: str = "block",
+    *,
+    pos: int = -1,
+    k: int = 3,
+    top: int = 10,
+    engine: EngineName = "auto",
+) -> list[DirectionReadout]:
+    """Return ``read_directions`` of several layers; what does not depend on the layer is computed once."""
     require_trace(trace)
     started = time.perf_counter()
-    layer, pos = check_index("layer", layer, trace.n_layers), check_index("pos", pos, trace.n_tokens)
+    layers = [check_index("layer", layer, trace.n_layers) for layer in layers]
+    pos = check_index("pos", pos, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers, trace.refusal)
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])
     top = check_int("top", top, 1, words, "the size of the vocabulary")
-    jacobians = JacobianEngine(trace, engine)
-    pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
+    jacobians = JacobianEngine(trace, engine, {(pos, pos)})
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(trace.d_model, RANDOM_DIRECTIONS, generator=generator, dtype=trace.resid.dtype)
     random = (random / random.norm(dim=0)).to(logits.device)
-    tops, nulls = [], []
-    for read, vectors in ((logits.mm, pairs.u), (embeddings.__matmul__, pairs.v)):
-        along = read(vectors.to(random)).mT  # [rank, vocabulary]
-        tops.append(torch.stack([along, -along], dim=1).topk(top))
-        nulls.append(read(random).mT.topk(top).values.mean(0))
-    ids = torch.stack([side.indices for side in tops]).cpu()
-    return DirectionReadout(
-        provenance=trace.provenance(
-            settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
-            seconds=time.perf_counter() - started,
-            engine=jacobians.used,
-        ),
-        scores=torch.stack([side.values for side in tops]).cpu(),
-        ids=ids,
-        null=torch.stack(nulls).cpu(),
-        singular_values=pairs.s.cpu(),
-        left=pairs.u.cpu(),
-        right=pairs.v.cpu(),
-        texts=_texts(trace.model, ids.tolist()),
-        layer=layer,
-        sublayer=sublayer,
-        position=pos,
-    )
+    reads = (logits.mm, embeddings.__matmul__)
+    null = torch.stack([read(random).mT.topk(top).values.mean(0) for read in reads]).cpu()
+    found = []
+    for layer in layers:
+        pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
+        tops = []
+        for read, vectors in zip(reads, (pairs.u, pairs.v), strict=True):
+            along = read(vectors.to(random)).mT  # [rank, vocabulary]
+            tops.append(torch.stack([along, -along], dim=1).topk(top))
+        ids = torch.stack([side.indices for side in tops]).cpu()
+        found.append(
+            DirectionReadout(
+                provenance=trace.provenance(
+                    settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
+                    seconds=time.perf_counter() - started,
+                    engine=jacobians.used,
+                ),
+                scores=torch.stack([side.values for side in tops]).cpu(),
+                ids=ids,
+                null=null,
+                singular_values=pairs.s.cpu(),
+                left=pairs.u.cpu(),
+                right=pairs.v.cpu(),
+                texts=_texts(trace.model, ids.tolist()),
+                layer=layer,
+                sublayer=sublayer,
+                position=pos,
+            )
+        )
+    return found
 
 
 def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:

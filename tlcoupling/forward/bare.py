@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.forward.context import require_own_state
+from tlcoupling.forward.context import in_eval_mode, require_own_state
 from tlcoupling.forward.offline import answered_locally, offline
 from tlcoupling.forward.quantised import quantisation_of
 
@@ -82,7 +82,7 @@ def bridge_around(model: Any, tokenizer: Any = None) -> Any:
         ) from error
     if tokenizer is None:
         bridge.tokenizer = None
-    return bridge.eval()
+    return in_eval_mode(bridge)
 
 
 def _without_peft(model: Any) -> Any:

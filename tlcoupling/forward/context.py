@@ -22,6 +22,7 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.precision import full_precision
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -86,6 +87,23 @@ def modules_of(model: Any) -> Iterator[tuple[str, nn.Module]]:
         yield from original.named_modules(seen, "original_model")
 
 
+def in_eval_mode(model: ModelT) -> ModelT:
+    """Put every module of a model into eval mode, and return the model.
+
+    ``model.eval()`` alone leaves a bridge's own modules as they are on transformer-lens 3.0 to 3.6: there they pass the
+    flag on to the module that they wrap, and do not set it themselves.
+    """
+    model.eval()
+    for _, module in modules_of(model):
+        set_training(module, False)
+    return model
+
+
+def set_training(module: nn.Module, training: bool) -> None:
+    """Set the flag of one module itself (see ``in_eval_mode``)."""
+    object.__setattr__(module, "training", training)
+
+
 def in_training_mode(model: Any) -> bool:
     """Whether any module of a model is in training mode."""
     return any(module.training for _, module in modules_of(model))
@@ -106,9 +124,15 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
         # SAELens leaves fresh modules in the places of hook points, in training mode; it does nothing to them
         if module.training and not in_training and not where.rpartition(".")[2].startswith("hook_"):
             also = " and model.original_model.eval()" if hasattr(model, "original_model") else ""
+            stuck = ""
+            if not getattr(getattr(module, "original_component", None), "training", True):
+                stuck = (
+                    ". On transformer-lens 3.0 to 3.6 that does not reach a bridge's own modules: load the model with "
+                    "tlc.load_model, pass the HuggingFace model itself, or pip install 'transformer-lens>=3.7'"
+                )
             raise UnsupportedModelError(
                 f"training mode: {where or 'the model'} is in training mode, where dropout makes every forward pass "
-                f"another function: call model.eval(){also} first"
+                f"another function: call model.eval(){also} first{stuck}"
             )
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is None:

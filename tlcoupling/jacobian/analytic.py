@@ -12,8 +12,8 @@ sublayer is ``Uncovered`` and goes to autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from tlcoupling.forward.block import Sublayer, Uncovered, close
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.attention import AttentionCore
+from tlcoupling.jacobian.flow import NormFlow, attention_flow, mlp_flow
 from tlcoupling.jacobian.formula import READS, attention_map, block_map, mlp_map
 from tlcoupling.jacobian.mixture import Mixture
 from tlcoupling.jacobian.norms import Norm
@@ -37,6 +38,7 @@ from tlcoupling.linalg.maps import Identity, Shared, Zero
 from tlcoupling.linalg.operator import JacobianOperator
 
 _BEFORE_ATTN, _BEFORE_MLP = "the norm before the attention", "the norm before the MLP"
+_BEHIND_ATTN, _BEHIND_MLP = "the norm behind the attention", "the norm behind the MLP"
 _NAMES = {"attn": "attention", "mlp": "MLP"}
 # By weight: the part of the sublayer's module that applies it, as a bridge names it.
 _PARTS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
@@ -98,13 +100,49 @@ class AnalyticLayer:
             StaleTraceError: a sublayer run again gives another output than in the trace.
             UnsupportedModelError: the attention cannot be split into heads.
         """
-        try:
+        with _uncovered_where_it_fails():
             return self._sublayer(name, src, dest, head)
-        except (Uncovered, StaleTraceError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            # Whatever an architecture does that this module does not expect: autograd still measures it.
-            raise Uncovered(f"reading the sublayer failed with {type(error).__name__}: {error}") from error
+
+    def flow(self, name: str) -> JacobianOperator:
+        """Return the derivative of what a sublayer writes, at all positions, by the whole stream that it reads.
+
+        The MLP has to have been announced at all positions (``dests``).
+
+        Raises:
+            Uncovered, StaleTraceError: see ``sublayer``; a mixture of experts has none yet.
+        """
+        with _uncovered_where_it_fails():
+            return self._mlp_flow() if name == "mlp" else self._attention_flow()
+
+    def _attention_flow(self) -> JacobianOperator:
+        attn, run = self.block.mixer, self.attn_run
+        before = self._norm_flow(attn.before, _BEFORE_ATTN, self.resid_pre)
+        behind = self._norm_flow(attn.behind, _BEHIND_ATTN, run.unnormed)
+        return attention_flow(self._core, self._attn_factor * self._weights(attn)["W_O"], before, behind)
+
+    def _mlp_flow(self) -> JacobianOperator:
+        mlp = self.block.mlp
+        if mlp.has_experts:
+            raise Uncovered("a mixture of experts has no closed form for all positions at once")
+        self._mlp(0)  # the checks of one position are those of its run
+        run, positions = self.mlp_run(0)
+        if len(positions) < len(self.mlp_input):
+            raise Uncovered("the MLP did not run on all positions")
+        before = self._norm_flow(mlp.before, _BEFORE_MLP, self.mlp_input)
+        behind = self._norm_flow(mlp.behind, _BEHIND_MLP, run.unnormed)
+        weights = self._weights(mlp)
+        reads = [weights[name] for name in READS[len(self._mlp_slopes)]]
+        write = mlp.write_factor(run.values.get(mlp.gives), run.out) * weights["W_out"]
+        return mlp_flow(self._mlp_slopes, reads, write, before, behind)
+
+    def _norm_flow(
+        self, module: nn.Module | None, name: str, inputs: Float[Tensor, "pos d_model"] | None
+    ) -> JacobianOperator:
+        """The derivative of one of the block's norms at all positions; the identity where there is none."""
+        norm = self._read_norm(module, name, inputs)
+        if norm is None or inputs is None:
+            return Identity(self.resid_pre.numel(), self.resid_pre)
+        return NormFlow(norm, inputs)
 
     def _sublayer(self, name: str, src: int, dest: int, head: int | None) -> JacobianOperator:
         if head is not None:
@@ -138,7 +176,7 @@ class AnalyticLayer:
         if head is not None:
             self.block.output_of_heads(run.values.get("attn.hook_z"))  # refuses what cannot be split
         before = self._norm(attn.before, _BEFORE_ATTN, self.resid_pre, src)
-        behind = self._norm(attn.behind if head is None else None, "the norm behind the attention", run.unnormed, dest)
+        behind = self._norm(attn.behind if head is None else None, _BEHIND_ATTN, run.unnormed, dest)
         return attention_map(core, self._weights(attn)["W_O"], src, dest, before, behind, self._attn_factor, head)
 
     def _mlp(self, pos: int) -> JacobianOperator:
@@ -146,7 +184,7 @@ class AnalyticLayer:
         mlp, (run, positions) = self.block.mlp, self.mlp_run(pos)
         row = positions.index(pos)
         before = self._norm(mlp.before, _BEFORE_MLP, self.mlp_input, pos)
-        behind = self._norm(mlp.behind, "the norm behind the MLP", run.unnormed, row)
+        behind = self._norm(mlp.behind, _BEHIND_MLP, run.unnormed, row)
         factor = mlp.write_factor(run.values.get(mlp.gives), run.out)
         if mlp.has_experts:
             where = f"of layer {self.layer} at position {self.trace.first + pos}"
@@ -341,6 +379,17 @@ class AnalyticLayer:
     def _attn_factor(self) -> float:
         attn = self.block.mixer
         return attn.write_factor(self.attn_run.values.get(attn.gives), self.attn_run.out)
+
+
+@contextmanager
+def _uncovered_where_it_fails() -> Iterator[None]:
+    """Make whatever this module does not expect of an architecture ``Uncovered``: autograd still measures it."""
+    try:
+        yield
+    except (Uncovered, StaleTraceError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Uncovered(f"reading the sublayer failed with {type(error).__name__}: {error}") from error
 
 
 def _rotation(args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

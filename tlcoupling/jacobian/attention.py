@@ -156,9 +156,13 @@ class Rotary:
     sin: Float[Tensor, "pos e"]
     quarter_turn: Float[Tensor, "e e"]
 
-    def apply(self, x: Float[Tensor, "pos head e"]) -> Float[Tensor, "pos head e"]:
+    def apply(self, x: Float[Tensor, "*batch pos head e"]) -> Float[Tensor, "*batch pos head e"]:
         """Rotate each position's vectors."""
         return x * self.cos[:, None] + (x @ self.quarter_turn.mT) * self.sin[:, None]
+
+    def pull(self, y: Float[Tensor, "*batch pos head e"]) -> Float[Tensor, "*batch pos head e"]:
+        """The transpose of ``apply``."""
+        return y * self.cos[:, None] + (y * self.sin[:, None]) @ self.quarter_turn
 
     def matrix(self, pos: int) -> Float[Tensor, "e e"]:
         """The rotation at one position."""

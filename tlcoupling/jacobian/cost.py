@@ -138,7 +138,7 @@ def _widest(module: nn.Module | None) -> int:
 
 
 def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianOperator | None:
-    """The Jacobian of a sublayer, of shapes alone; None where a weight is missing."""
+    """The Jacobian of a sublayer, of shapes alone; None where it has no closed form."""
     d_model = block.model.cfg.d_model
     behind = sublayer.behind if head is None else None  # a head is measured before it
     before, behind = (_derivative(norm, d_model) for norm in (sublayer.before, behind))
@@ -152,6 +152,8 @@ def _map(block: Block, sublayer: Sublayer, head: int | None = None) -> JacobianO
     except Uncovered:
         return None
     if sublayer.kind == "mlp":
+        if weights["W_in"].shape[0] != d_model:  # a bridge of transformer-lens 3.0 to 3.6 gives them transposed
+            return None
         return mlp_map([_empty(weights["W_in"].shape[1])] * (len(weights) - 1), weights, before, behind)
     if latent is not None:
         latent = latent.to(_empty())

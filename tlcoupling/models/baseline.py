@@ -16,7 +16,7 @@ from torch import Tensor
 from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded, weight_of
-from tlcoupling.forward.context import measured
+from tlcoupling.forward.context import in_eval_mode, measured
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.forward.offline import answered_locally, offline
 from tlcoupling.forward.stacks import Stack
@@ -77,8 +77,9 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             fresh = _huggingface(model, original, first)
         else:
             fresh = _native(model, seed, first)
+        whole: Any = fresh
         if isinstance(model, Stack):
-            fresh = Stack(fresh, model.name, model.other)
+            fresh = Stack(whole, model.name, model.other)
         _process_alike(model, fresh)
     fresh.cfg.default_prepend_bos = getattr(model.cfg, "default_prepend_bos", None)
     for switch in _SWITCHES:
@@ -90,7 +91,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             "are not centred, which shifts residual streams by their mean",
             stacklevel=3,
         )
-    fresh.eval()
+    in_eval_mode(whole)
     return fresh
 
 

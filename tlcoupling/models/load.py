@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tlcoupling.errors import ArgumentError, ModelLoadError
+from tlcoupling.forward.context import in_eval_mode
 from tlcoupling.forward.offline import nothing_installed
 from tlcoupling.models import smollm2
 from tlcoupling.precision import full_precision
@@ -78,7 +79,7 @@ def load_model(name: str | Path, *, hooked: bool | None = None, **kwargs: Any) -
     load = model_class.from_pretrained if hooked else model_class.boot_transformers
     try:
         with nothing_installed():
-            return load(folder or name, **kwargs).eval()
+            return in_eval_mode(load(folder or name, **kwargs))
     except (OSError, ValueError, KeyError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ModelLoadError(

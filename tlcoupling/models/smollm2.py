@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tlcoupling.errors import ModelLoadError
+from tlcoupling.forward.context import in_eval_mode
 from tlcoupling.forward.offline import answered_locally, offline
 
 NAME = "smollm2-135m"
@@ -55,7 +56,7 @@ def load_bridge(
             HUB_NAME, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **kwargs
         )
     model.cfg.default_prepend_bos = False
-    return model.eval()
+    return in_eval_mode(model)
 
 
 def load_hooked(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tlcoupling.forward.bare import bridge_around, is_bare
-from tlcoupling.forward.context import measuring, modules_of
+from tlcoupling.forward.context import measuring, modules_of, set_training
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.models.generators import generators_kept
 
@@ -66,8 +66,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for _, module in modules_of(model)]
     try:
         for module, _ in modes:
-            module.training = False
+            set_training(module, False)
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            set_training(module, mode)

@@ -1,6 +1,6 @@
 """Render one self-contained HTML page from sections, data and the files in ``assets``.
 
-Text from a model or a prompt enters the page as compressed JSON, in base64, which has no markup. The page's scripts
+Text from a model or a prompt enters the page as compressed JSON, in base 85, which has no markup. The page's scripts
 show it as text. The Content-Security-Policy lists the hashes of the page's own scripts: nothing else may run, and
 nothing may be fetched. The circuitsvis bundle is included once, compressed; the page's scripts run it, under its hash.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+_SAFE = str.maketrans("&<>", ",./")
 _ASSETS = resources.files("tlcoupling.viz") / "assets"
 # In order of dependence.
 _SCRIPTS = (
@@ -32,6 +33,7 @@ _SCRIPTS = (
     "header",
     "summary",
     "controls",
+    "shared",
     "coupling",
     "attention",
     "pairs",
@@ -57,8 +59,8 @@ def render(title: str, sections: Mapping[str, Any]) -> str:
         policy=_policy([script, bundle] if bundle else [script]),
         style=asset("page.css"),
         body="\n".join(asset(f"sections/{name}.html") for name in sections),
-        data=_compressed(json.dumps(sections, allow_nan=False, separators=(",", ":"))),
-        bundle=_compressed(bundle) if bundle else "",
+        data=_compressed(_container(sections)),
+        bundle=_compressed(bundle.encode()) if bundle else "",
         script=script,
     )
 
@@ -84,9 +86,24 @@ def _circuitsvis() -> str:
     return bundle.partition("\n//# sourceMappingURL=")[0]  # the page does not include the source map
 
 
-def _compressed(text: str) -> str:
-    """Compress text with zlib to base64: less than half as long, and without characters special to HTML."""
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+def _container(data: Mapping[str, Any]) -> bytes:
+    """Return the data as JSON behind its length, a little-endian 32-bit integer, then all arrays in one run of bytes.
+
+    In the JSON, an array is where it begins in that run, and its length.
+    """
+    arrays = bytearray()
+
+    def placed(array: bytes) -> list[int]:
+        arrays.extend(array)
+        return [len(arrays) - len(array), len(array)]
+
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), default=placed).encode()
+    return len(text).to_bytes(4, "little") + text + arrays
+
+
+def _compressed(content: bytes) -> str:
+    """Compress bytes with zlib to base 85, without the three of its characters that are special to HTML."""
+    return base64.b85encode(zlib.compress(content, 9)).decode().translate(_SAFE)
 
 
 def _policy(scripts: list[str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
@@ -20,17 +21,27 @@ from tlcoupling.viz.plain import formula, label, packed, plain, roots
 
 # Cells that circuitsvis draws without a noticeable delay: all heads, and the zoomed one again.
 ATTENTION_CELLS = 40_000
-# Numbers of attention on one page, at a byte each: means over heads of the layers, then single heads.
-ATTENTION_NUMBERS = 1_500_000
+# Bytes that the page may take for coupling across depth, for what layers share, and for coupling of tokens. Numbers
+# become coarser to fit.
+DEPTH_BYTES, SHARED_BYTES, TOKENS_BYTES = 600_000, 80_000, 1_520_000
+# Cells of coupling of tokens; more are averaged over blocks of tokens.
+TOKENS_CELLS = 2_500_000
+# Bytes for coupling of tokens and attention, a byte for each number of attention: the heads of the layer shown first,
+# then means over heads of all layers, then heads of other layers.
+PAIRS_BYTES = 1_970_000
 
 
-def depth(result: DepthCoupling, fresh: DepthCoupling | None = None) -> dict[str, Any]:
+def depth(
+    result: DepthCoupling, fresh: DepthCoupling | None = None, shared: SharedDirections | None = None
+) -> dict[str, Any]:
     """Return layer x layer matrices ``[sublayer, token, k, row, column]``, with a null by row, means and profiles.
 
     Args:
         result: the coupling.
         fresh: the same of fresh weights, if they were measured.
+        shared: what pairs of blocks share, if it was measured.
     """
+    budget = DEPTH_BYTES // (1 if fresh is None else 2)
     return {
         **_metric(result),
         "sublayers": result.sublayers,
@@ -38,31 +49,78 @@ def depth(result: DepthCoupling, fresh: DepthCoupling | None = None) -> dict[str
         "ks": result.ks,
         "positions": result.positions,
         "tokens": [visible(token) for token in result.tokens],
-        **_matrices(result),
+        **_matrices(result, budget),
         **_profile(result),
         "undetermined": _undetermined(result.values_determined),
-        "fresh": None if fresh is None else {**_matrices(fresh), **_profile(fresh)},
+        "fresh": None if fresh is None else {**_matrices(fresh, budget), **_profile(fresh)},
+        "shared": None if shared is None else _shared(shared, len(result.layers)),
     }
 
 
-def _matrices(result: DepthCoupling | TokenCoupling | ContextCoupling, layers: Sequence[int] | None = None) -> Any:
+def _shared(shared: SharedDirections, n_layers: int) -> dict[str, Any]:
+    """Return |U2^T J1 V2| of pairs of blocks, and the tokens of their bases, ``[layer, side, rank, end]``."""
+    projected = shared.projected
+    excess = (projected.coupling[0] - projected.null[0][:, None]).fill_diagonal_(-math.inf)
+    row, column = divmod(int(excess.nan_to_num(-math.inf).argmax()), len(excess))
+    words = [[[[[label(text) for text in end] for end in rank] for rank in side] for side in of] for of in shared.texts]
+    return {
+        "n_layers": n_layers,
+        "layers": projected.layers,
+        "position": projected.position,
+        "token": visible(projected.token),
+        "k": projected.values.shape[-1],
+        "values": packed(projected.values[0].abs(), SHARED_BYTES),
+        "chance": plain(projected.null_entry[0]),
+        "texts": words,
+        "scores": plain(shared.scores[..., 0]),
+        "null": plain(shared.null[:, 0]),
+        "start": [projected.layers[row], projected.layers[column]],
+    }
+
+
+def _matrices(
+    result: DepthCoupling | TokenCoupling | ContextCoupling,
+    budget: int,
+    layers: Sequence[int] | None = None,
+    pool: int = 1,
+) -> Any:
     """Return coupling, its null and the null's standard deviation by row, and the means over all pairs.
+
+    A diagonal that is 1 by definition is not packed.
 
     Args:
         result: the coupling.
+        budget: bytes that the matrices of coupling may take.
         layers: indices on the axis of layers; None for a result without one, whose matrices are of layers.
+        pool: side of the blocks over which cells are averaged.
     """
     chosen = slice(None) if layers is None else list(layers)
+    values, null, std = (getattr(result, name)[:, chosen].double() for name in ("values", "null", "null_std"))
+    if result.bases == "uv":
+        values = values.masked_fill(torch.eye(values.shape[-1], dtype=torch.bool), math.nan if pool > 1 else 0.0)
 
     def mean(name: str) -> Any:
         return plain(off_diagonal_mean(getattr(result, name)[:, chosen]))
 
     return {
-        "values": packed(result.values[:, chosen]),
-        "null": packed(result.null[:, chosen][..., 0]),
-        "std": packed(result.null_std[:, chosen][..., 0]),
+        "values": packed(_blocks(values, pool), budget),
+        "null": packed(_pooled(null[..., 0], pool)),
+        "std": packed(_pooled(std[..., 0], pool)),
         "mean": {"coupling": mean("values"), "null": mean("null"), "excess": mean("excess"), "z": mean("z")},
     }
+
+
+def _blocks(matrices: Tensor, pool: int) -> Tensor:
+    """Average over square blocks of the last two axes, without NaN."""
+    return _pooled(_pooled(matrices, pool).mT, pool).mT
+
+
+def _pooled(array: Tensor, pool: int) -> Tensor:
+    """Average over blocks of the last axis, without NaN; the last block may be shorter."""
+    if pool == 1:
+        return array
+    padding = array.new_full((*array.shape[:-1], -array.shape[-1] % pool), math.nan)
+    return torch.cat([array, padding], -1).unflatten(-1, (-1, pool)).nanmean(-1)
 
 
 def _profile(result: DepthCoupling) -> dict[str, Any]:
@@ -81,8 +139,8 @@ def pairs(
 ) -> dict[str, Any]:
     """Return token x token matrices of layers: attention patterns, token-wise and context coupling, on the same axes.
 
-    All tokens are there. Of a long prompt, attention holds the means over heads of some layers, and single heads of
-    fewer: as many as ``ATTENTION_NUMBERS`` allows, those of ``start`` and of compared layers first.
+    All tokens are there. Those of a long prompt are averaged over blocks, so that the page stays below ``PAIRS_BYTES``,
+    and single heads are those of ``start`` and of compared layers first, as many as fit.
 
     Args:
         tokens: all tokens of the prompt.
@@ -92,35 +150,63 @@ def pairs(
         layers: layers to show; by default all.
     """
     other = None if analysis is None else analysis.baseline
-    kinds = [_kind(one, None if other is None else getattr(other, name), layers) for name, one in couplings.items()]
+    shown = {
+        name: [i for i, layer in enumerate(one.layers) if layers is None or layer in layers]
+        for name, one in couplings.items()
+    }
+    cells = sum(one.values[:, shown[name]].numel() for name, one in couplings.items()) * (1 if other is None else 2)
+    pool = math.ceil(math.sqrt(cells / TOKENS_CELLS)) or 1
+    kinds = [
+        _kind(one, None if other is None else getattr(other, name), shown[name], pool, TOKENS_BYTES / max(cells, 1))
+        for name, one in couplings.items()
+    ]
+    used = sum(len(part["values"]["data"]) for kind in kinds for part in (kind, kind["fresh"]) if part is not None)
     first = [start, *(layer for one in couplings.values() for layer in one.layers)]
+    room = PAIRS_BYTES - min(TOKENS_BYTES, used)
     return {
         "tokens": [label(token) for token in tokens],
-        "attention": None if analysis is None else _attention(analysis, first, layers),
+        "attention": None if analysis is None else _attention(analysis, first, layers, room),
         "kinds": kinds,
         **(_metric(next(iter(couplings.values()))) if couplings else {}),
     }
 
 
-def _attention(analysis: Analysis, first: Sequence[int], layers: Sequence[int] | None) -> dict[str, Any] | None:
-    """Return attention patterns, ``[layer, pair]`` and ``[layer, head, pair]``; None if there are none."""
+def _attention(
+    analysis: Analysis, first: Sequence[int], layers: Sequence[int] | None, room: int
+) -> dict[str, Any] | None:
+    """Return attention patterns, ``[layer, pair]`` and ``[layer, head, pair]``; None if there are none.
+
+    Args:
+        analysis: the analysis.
+        first: the layers whose single heads matter most, the most important one first.
+        layers: the layers to show; by default all.
+        room: how many numbers may be packed. The heads of layers that were asked for always are.
+    """
     chosen = [layer for layer in analysis.attention_layers if layers is None or layer in layers]
     attention = analysis.attention
     if attention is None or not chosen:
         return None
     n_heads, n_tokens = attention.shape[1:3]
-    pairs = n_tokens * (n_tokens + 1) // 2  # the upper triangle is empty
-    order = sorted(chosen, key=lambda layer: (first.index(layer) if layer in first else len(first), layer))
-    means = sorted(order[: max(1, ATTENTION_NUMBERS // pairs)])
-    left = ATTENTION_NUMBERS - len(means) * pairs
-    heads = sorted(layer for layer in order[: max(1, left // (pairs * n_heads))] if layer in means)
 
     def patterns(kept: Sequence[int]) -> Tensor:
         return attention[[analysis.attention_layers.index(layer) for layer in kept]]
 
+    def pairs(pool: int) -> int:  # the upper triangle is empty
+        n = math.ceil(n_tokens / pool)
+        return n * (n + 1) // 2
+
+    order = sorted(chosen, key=lambda layer: (first.index(layer) if layer in first else len(first), layer))
+    per_layer = pairs(1) * n_heads
+    has_heads = layers is not None or per_layer <= room
+    left = max(room - has_heads * per_layer, room // 4, 1)
+    pool = next(pool for pool in range(1, n_tokens + 1) if pairs(pool) * len(chosen) <= left or pool == n_tokens)
+    left -= pairs(pool) * len(chosen)
+    above = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+    heads = sorted(order[: 1 + max(0, left // per_layer)]) if has_heads else []
     return {
-        "layers": means,
-        "mean": roots(_lower_triangle(patterns(means).mean(1))),
+        "layers": chosen,
+        "pool": pool,
+        "mean": roots(_lower_triangle(_blocks(patterns(chosen).mean(1).masked_fill(above, math.nan), pool))),
         "head_layers": heads,
         "heads": roots(_lower_triangle(patterns(heads))),
         "window": max(1, math.isqrt(ATTENTION_CELLS // (n_heads + 1))),
@@ -130,26 +216,39 @@ def _attention(analysis: Analysis, first: Sequence[int], layers: Sequence[int] |
 def _kind(
     result: TokenCoupling | ContextCoupling,
     fresh: TokenCoupling | ContextCoupling | None,
-    layers: Sequence[int] | None,
+    chosen: Sequence[int],
+    pool: int,
+    budget: float,
 ) -> dict[str, Any]:
-    """Return one kind of coupling, ``[sublayer, layer, k, row, column]``, and the same of fresh weights."""
-    chosen = [i for i, layer in enumerate(result.layers) if layers is None or layer in layers]
+    """Return one kind of coupling, ``[sublayer, layer, k, row, column]``, and the same of fresh weights.
+
+    Args:
+        result: the coupling.
+        fresh: the same of fresh weights, if they were measured.
+        chosen: indices on the axis of layers.
+        pool: side of the blocks of tokens over which cells are averaged.
+        budget: bytes for each cell of the result.
+    """
     determined = result.values_determined
+    size = int(budget * result.values[:, chosen].numel())
     return {
         **_title(result),
         "sublayers": result.sublayers,
         "layers": [result.layers[i] for i in chosen],
         "ks": result.ks,
         "positions": result.positions,
-        **_matrices(result, chosen),
-        "undetermined": None if determined is None else _undetermined(determined[:, chosen]),
-        "fresh": None if fresh is None else _matrices(fresh, chosen),
+        "pool": pool,
+        **_matrices(result, size, chosen, pool),
+        "undetermined": None if determined is None else _undetermined(determined[:, chosen], pool),
+        "fresh": None if fresh is None else _matrices(fresh, size, chosen, pool),
     }
 
 
-def _undetermined(determined: torch.Tensor | None) -> dict[str, Any] | None:
+def _undetermined(determined: Tensor | None, pool: int = 1) -> dict[str, Any] | None:
     """Pack which columns have undetermined singular vectors, ``[..., column]``; None if there is none or unknown."""
-    return None if determined is None or determined.all() else packed(~determined[..., 0, :])
+    if determined is None or determined.all():
+        return None
+    return packed(_pooled((~determined[..., 0, :]).double(), pool))
 
 
 def _title(result: TokenCoupling | ContextCoupling) -> dict[str, Any]:
@@ -166,7 +265,7 @@ def _title(result: TokenCoupling | ContextCoupling) -> dict[str, Any]:
     }
 
 
-def _lower_triangle(patterns: torch.Tensor) -> torch.Tensor:
+def _lower_triangle(patterns: Tensor) -> Tensor:
     """Pack ``[layer, head, dest, src]`` row by row as ``[layer, head, pair]`` with src <= dest; the rest is zero."""
     rows, columns = torch.tril_indices(patterns.shape[-1], patterns.shape[-1])
     return patterns[..., rows, columns]

@@ -35,6 +35,8 @@ from tlcoupling.parity import PublishedMisalignment
 from tlcoupling.results.base import Result
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations
+from tlcoupling.slices.lens import JacobianLens
+from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
 from tlcoupling.trajectory.growth import Growth
 from tlcoupling.trajectory.head_steps import HeadSteps
@@ -400,6 +402,32 @@ def _causal(result: CausalEffect) -> Shown:
     columns = ("change of the loss, nats", "the directions", "random ones", "excess", "share of the write's norm")
     below = f"{result.sublayer}, K = {result.k}, {counted(len(result.prompts), 'prompt')}"
     return Shown(below, columns, rows, [picture])
+
+
+@shown.register
+def _steering(result: SteeringEffect) -> Shown:
+    controls = result.control_kl.double().mean((0, 3))
+    columns = [result.kl.double().mean(0), *controls.unbind(1), result.loss.double().mean(0), result.linear_gap.mean(0)]
+    rows = [
+        (f"scale {scale:g}", *numbers)
+        for scale, *numbers in zip(result.scales, *(each.tolist() for each in columns), strict=True)
+    ]
+    random = {f"random, same {name}": values for name, values in zip(CONTROLS, columns[1:3], strict=True)}
+    lines = {"the direction": columns[0], **random}
+    picture = Lines("KL of the next token, nats", "scale", [f"{scale:g}" for scale in result.scales], lines)
+    headings = ("KL, nats", "the direction", *random, "loss", "linear gap")
+    return Shown(f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}", headings, rows, [picture])
+
+
+@shown.register
+def _lens(result: JacobianLens) -> Shown:
+    norms, errors = result.matrices.double().flatten(1).norm(dim=1), result.error.double()
+    chosen = dict.fromkeys((0, len(norms) // 2, len(norms) - 1))
+    rows = [(f"layer {result.layers[at]}", float(norms[at]), float(errors[at])) for at in chosen]
+    picture = Lines("‖J‖ of the transport", "layer", result.layers, {"to the last layer": norms})
+    cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
+    below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
+    return Shown(below, ("", "‖J‖", "standard error, relative"), rows, [picture])
 
 
 @shown.register

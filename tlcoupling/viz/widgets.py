@@ -109,8 +109,10 @@ def depth_coupling(result: DepthCoupling | Analysis) -> Widget:
     coupling = result.coupling if isinstance(result, Analysis) else result
     if not isinstance(coupling, DepthCoupling):
         raise _wrong_kind(result, "an Analysis or a DepthCoupling")
-    fresh = result.baseline.coupling if isinstance(result, Analysis) and result.baseline is not None else None
-    sections = {"controls": payload.depth_controls(coupling), "coupling": panes.depth(coupling, fresh)}
+    whole = result if isinstance(result, Analysis) else None
+    fresh = None if whole is None or whole.baseline is None else whole.baseline.coupling
+    pane = panes.depth(coupling, fresh, None if whole is None else whole.shared)
+    sections = {"controls": payload.depth_controls(coupling), "coupling": pane}
     return Widget(render("Depth-wise coupling", sections), height=1320)
 
 
@@ -155,7 +157,7 @@ def render_html(analysis: Analysis) -> str:
             "header": payload.header(analysis),
             "summary": payload.summary(analysis),
             "controls": controls,
-            "coupling": panes.depth(analysis.coupling, fresh),
+            "coupling": panes.depth(analysis.coupling, fresh, analysis.shared),
             "pairs": panes.pairs(analysis.tokens, analysis, _token_couplings(analysis), start),
             "tokens": payload.tokens(analysis),
             "growth": payload.growth(analysis),

@@ -15,13 +15,24 @@
 
   const css = (color) => `rgb(${color.join(" ")})`;
 
-  /** value -> colour: 0 is the start of the ramp and limit its end. Negative values have a separate ramp. */
-  tlc.scale = (limit) => {
-    const [positive, negative] = [ramp("--ramp"), ramp("--ramp-negative")];
-    return (value) => {
-      if (value === null) return property("--undefined");
-      return css(value < 0 ? negative(-value / limit) : positive(value / limit));
+  /** value -> [red, green, blue]: 0 is the start of the ramp and limit its end. Negative values have a separate ramp. */
+  tlc.channels = (limit) => {
+    const steps = 512;
+    const table = (name) => {
+      const of = ramp(name);
+      return Array.from({ length: steps + 1 }, (_, i) => of(i / steps));
     };
+    const [positive, negative, none] = [table("--ramp"), table("--ramp-negative"), channels(property("--undefined"))];
+    return (value) => {
+      if (value === null) return none;
+      return (value < 0 ? negative : positive)[Math.min(Math.round((Math.abs(value) / limit) * steps), steps)];
+    };
+  };
+
+  /** value -> the same colour for a style sheet. */
+  tlc.scale = (limit) => {
+    const color = tlc.channels(limit);
+    return Object.assign((value) => css(color(value)), { channels: color });
   };
 
   /** share from 0 to 1 -> background and a readable text colour. */
@@ -35,10 +46,8 @@
     };
   };
 
-  tlc.neutral = () => property("--diagonal");
-
-  /** Border and centre of a dot that stands out on every colour. */
-  tlc.dot = () => [property("--page"), property("--ink")];
+  /** The channels of cells outside the scale, and of the border and the centre of a dot that stands out on every colour. */
+  tlc.outside = () => ["--diagonal", "--page", "--ink"].map((name) => channels(property(name)));
 
   // The colour scheme is the reader's, unless the page that frames this one has another. Paper is light.
   const dark = matchMedia("(prefers-color-scheme: dark)");

@@ -39,7 +39,11 @@ tlc.sections.coupling = (section, data) => {
       readout.textContent = cell ? tlc.inWords(cell, digits) : "1 by definition";
     }
   };
-  const choose = (l) => tlc.choice.set("layer", layers[l]);
+  const shared = tlc.sharedDirections(section, data.shared);
+  const choose = (l, m) => {
+    tlc.choice.set("layer", layers[l]);
+    shared.show(layers[l], layers[m], shown.token >= 0 && cellOf(models.trained, 0, l, m));
+  };
   const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
   const panes = sets.flatMap((set) => {
     const row = sublayers.map((sublayer, s) => {
@@ -63,12 +67,14 @@ tlc.sections.coupling = (section, data) => {
 
   /** One colour scale for all panes and tokens at the selected K and quantity, to make colours comparable. */
   const range = () => {
-    const values = [];
+    const all = tlc.range();
     for (const { model } of sets.filter((set) => set.model))
       for (let s = 0; s < sublayers.length; s += 1)
-        for (let t = 0; t < data.positions.length; t += 1)
-          for (let l = 0; l < n; l += 1) for (let m = 0; m < n; m += 1) values.push(cellOf(model, s, l, m, t)?.[shown.quantity]);
-    return tlc.rangeOf(values);
+        for (let t = 0; t < data.positions.length; t += 1) {
+          const of = tlc.quantityOf(shown.quantity, ...[model.values, model.null, model.std].map((array) => array.part(s, t, shown.k)));
+          for (let l = 0; l < n; l += 1) for (let m = 0; m < n; m += 1) if (!isOne(l, m)) all.add(of(l, m));
+        }
+    return all.result();
   };
 
   const drawMaps = () => {
@@ -159,13 +165,16 @@ tlc.sections.coupling = (section, data) => {
     drawMaps();
   }));
   part("no-fresh").hidden = Boolean(data.fresh);
+  part("precision").textContent = `A cell’s coupling is exact to ${tlc.precision(data.values)}; means are not rounded.`;
   part("where").textContent = "Point at a cell, or focus a row of panes and use the arrow keys.";
   part("legend").append(
     ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),
   );
   tlc.choice.on(["token", "k"], draw);
+  if (data.shared) shared.show(...data.shared.start);
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));
   tlc.inScheme(() => {
     if (shown.token >= 0) drawMaps();
+    shared.redraw();
   });
 };

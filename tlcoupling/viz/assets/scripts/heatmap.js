@@ -24,6 +24,21 @@ tlc.comparison = (coupling, random, std) => {
   return { coupling, null: random, excess, z: excess === null || !std ? null : excess / std };
 };
 
+/**
+ * The numbers of one quantity in a matrix of coupling whose rows have a null: (row, column) -> number, or null.
+ * values, random and std are parts of arrays.
+ */
+tlc.quantityOf = (quantity, values, random, std) => {
+  const n = random.length;
+  const defined = (number) => (Number.isFinite(number) ? number : null);
+  return {
+    coupling: (r, c) => defined(values[r * n + c]),
+    null: (r) => defined(random[r]),
+    excess: (r, c) => defined(values[r * n + c] - random[r]),
+    z: (r, c) => defined((values[r * n + c] - random[r]) / std[r]),
+  }[quantity];
+};
+
 /** Format a quantity with the digits that the page has of it. */
 tlc.quantity = (name, value, digits = 4) => tlc.number(value, name === "z" ? 1 : digits);
 
@@ -34,52 +49,65 @@ tlc.inWords = (cell, digits) =>
     .map((name) => `${name} ${tlc.quantity(name, cell[name], digits)}`)
     .join(", ") + (cell.undetermined ? tlc.undeterminedBases.readout : "");
 
-/** One colour scale for many numbers; a limit of at least a little keeps rounding white. */
-tlc.rangeOf = (values) => {
+/** Collect numbers for one colour scale; a limit of at least a little keeps rounding white. */
+tlc.range = () => {
   let [low, high, undefinedCells] = [0, 0, false];
-  for (const value of values) {
-    if (value === undefined) continue;
-    undefinedCells ||= value === null;
-    low = Math.min(low, value ?? 0);
-    high = Math.max(high, value ?? 0);
-  }
-  return { low, high, undefinedCells, limit: Math.max(-low, high) || 1 };
+  return {
+    add(value) {
+      if (value === undefined) return;
+      undefinedCells ||= value === null;
+      low = Math.min(low, value ?? 0);
+      high = Math.max(high, value ?? 0);
+    },
+    result: () => ({ low, high, undefinedCells, limit: Math.max(-low, high) || 1 }),
+  };
 };
 
 /**
  * Draw valueAt(row, column) of a window {row, column, size} in the colours of scale; return the image as a data URL.
- * Undefined cells are neutral. More than 512 cells a side are pooled: a pixel is the mean of its cells.
+ * Undefined cells are neutral. More than `most` cells a side are pooled: a pixel is the mean of its cells.
  * dotted(row, column): whether a cell has a dot.
  */
-tlc.raster = (view, valueAt, scale, dotted = () => false) => {
-  const pooled = Math.ceil(view.size / 512);
+tlc.raster = (view, valueAt, scale, dotted = () => false, most = 512) => {
+  const pooled = Math.ceil(view.size / most);
   const n = Math.ceil(view.size / pooled);
   const pixels = Math.max(1, Math.min(8, Math.floor(512 / n)));
-  const [neutral, dot] = [tlc.neutral(), tlc.dot()];
-  const canvas = tlc.html("canvas", { width: n * pixels, height: n * pixels });
+  const side = n * pixels;
+  const [neutral, border, centre] = tlc.outside();
+  const canvas = tlc.html("canvas", { width: side, height: side });
   const context = canvas.getContext("2d");
+  const image = context.createImageData(side, side);
+  const fill = (x, y, size, [red, green, blue]) => {
+    for (let i = y; i < y + size; i += 1)
+      for (let at = 4 * (i * side + x), end = at + 4 * size; at < end; at += 4) {
+        image.data[at] = red;
+        image.data[at + 1] = green;
+        image.data[at + 2] = blue;
+        image.data[at + 3] = 255;
+      }
+  };
   const meanOf = (r, c) => {
     if (pooled === 1) return valueAt(view.row + r, view.column + c);
-    let [sum, count] = [0, 0];
+    let sum = 0;
+    let count = 0;
     for (let i = r * pooled; i < Math.min((r + 1) * pooled, view.size); i += 1)
       for (let j = c * pooled; j < Math.min((c + 1) * pooled, view.size); j += 1) {
         const value = valueAt(view.row + i, view.column + j);
-        if (value !== undefined && value !== null) [sum, count] = [sum + value, count + 1];
+        if (value === undefined || value === null) continue;
+        sum += value;
+        count += 1;
       }
     return count ? sum / count : undefined;
   };
   for (let r = 0; r < n; r += 1) {
     for (let c = 0; c < n; c += 1) {
       const value = meanOf(r, c);
-      context.fillStyle = value === undefined ? neutral : scale(value);
-      context.fillRect(c * pixels, r * pixels, pixels, pixels);
+      fill(c * pixels, r * pixels, pixels, value === undefined ? neutral : scale.channels(value));
       if (value === undefined || pixels < 8 || pooled > 1 || !dotted(view.row + r, view.column + c)) continue;
-      dot.forEach((color, i) => {
-        context.fillStyle = color;
-        context.fillRect(c * pixels + 2 + i, r * pixels + 2 + i, 4 - 2 * i, 4 - 2 * i);
-      });
+      [border, centre].forEach((color, i) => fill(c * pixels + 2 + i, r * pixels + 2 + i, 4 - 2 * i, color));
     }
   }
+  context.putImageData(image, 0, 0);
   return canvas.toDataURL();
 };
 

@@ -4,10 +4,13 @@
   const names = ["layer", "token", "k"];
 
   const start = async () => {
-    const data = JSON.parse(await tlc.inflate(document.getElementById("data").textContent));
+    const data = await tlc.unpack(document.getElementById("data").textContent);
     for (const [name, draw] of Object.entries(tlc.sections)) {
       const section = document.querySelector(`[data-section="${name}"]`);
-      if (section) draw(section, data[name]);
+      if (!section) continue;
+      draw(section, data[name]);
+      performance.mark(name);
+      await new Promise((next) => setTimeout(next)); // the headline is in sight before large panes are drawn
     }
     const allowed = (name, value) => (tlc.choices[name] ?? []).includes(value);
     for (const [name, value] of Object.entries(tlc.start ?? {})) {

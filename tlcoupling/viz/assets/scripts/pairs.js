@@ -14,10 +14,11 @@ tlc.sections.pairs = (section, data) => {
   /** Attention from row to column, of a head or the mean over heads; undefined above the diagonal. */
   const attends = (layer, head) => {
     const [l, kept] = [attention.layers.indexOf(layer), attention.head_layers.indexOf(layer)];
+    const [part, pool] = head === "mean" ? [attention.mean.part(l), attention.pool] : [attention.heads.part(kept, head), 1];
     return (r, c) => {
       if (c > r) return undefined;
-      const pair = (r * (r + 1)) / 2 + c;
-      return head === "mean" ? attention.mean.at(l, pair) : attention.heads.at(kept, head, pair);
+      const [row, column] = [Math.floor(r / pool), Math.floor(c / pool)];
+      return part[(row * (row + 1)) / 2 + column];
     };
   };
   const hasAttention = (layer) => Boolean(attention?.layers.includes(layer));
@@ -32,14 +33,21 @@ tlc.sections.pairs = (section, data) => {
     const digits = tlc.digits(kind.values);
     return kind.sublayers.map((sublayer, s) => {
       const of = (model, layer, r, c) => {
-        const [row, column] = [indices.get(r), indices.get(c)];
-        if (row === undefined || column === undefined || (data.diagonal_is_one && r === c)) return undefined;
+        if (!indices.has(r) || !indices.has(c) || (data.diagonal_is_one && r === c)) return undefined;
+        const [row, column] = [r, c].map((i) => Math.floor(indices.get(i) / kind.pool));
         const at = [s, kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k), row];
         const cell = tlc.comparison(model.values.at(...at, column), model.null.at(...at), model.std.at(...at));
         return model === trained ? { ...cell, undetermined: Boolean(undetermined?.at(...at.slice(0, 3), column)) } : cell;
       };
+      /** One quantity of a layer at tokens (row, column), fast: undefined where it is 1 by definition or not compared. */
+      const shownOf = (model, layer) => {
+        const at = [s, kind.layers.indexOf(layer), kind.ks.indexOf(tlc.choice.k)];
+        const of = tlc.quantityOf(shown.quantity, ...[model.values, model.null, model.std].map((array) => array.part(...at)));
+        const places = Array.from({ length: n }, (_, i) => (indices.has(i) ? Math.floor(indices.get(i) / kind.pool) : -1));
+        return (r, c) => (places[r] < 0 || places[c] < 0 || (data.diagonal_is_one && r === c) ? undefined : of(places[r], places[c]));
+      };
       const meanOf = (model, layer) => model.mean[shown.quantity][s][kind.layers.indexOf(layer)][kind.ks.indexOf(tlc.choice.k)];
-      return { kind, sublayer, digits, trained, fresh, of, meanOf, measured: (layer) => kind.layers.includes(layer) && kind.ks.includes(tlc.choice.k) };
+      return { kind, sublayer, digits, undetermined, trained, fresh, of, shownOf, meanOf, measured: (layer) => kind.layers.includes(layer) && kind.ks.includes(tlc.choice.k) };
     });
   });
   const hasFresh = panes.some((pane) => pane.fresh);
@@ -56,8 +64,19 @@ tlc.sections.pairs = (section, data) => {
       },
     }),
   };
-  const valueAt = (cellAt) => (r, c) => cellAt(r, c)?.[shown.quantity];
-  const dotted = (pane) => (r, c) => shown.quantity !== "null" && Boolean(sets.trained(pane)(r, c)?.undetermined);
+  /** The quantity that is shown of a set's map. */
+  const valuesOf = (set, pane) => {
+    const [trained, fresh] = [pane.trained, pane.fresh].map((model) => model && pane.shownOf(model, shown.layer));
+    if (set === "trained") return trained;
+    if (!fresh) return () => undefined;
+    if (set === "fresh weights") return fresh;
+    return (r, c) => {
+      const [a, b] = [trained(r, c), fresh(r, c)];
+      return a === undefined ? undefined : minus(a, b);
+    };
+  };
+  const dotted = (pane) =>
+    shown.quantity !== "null" && pane.undetermined ? (r, c) => Boolean(sets.trained(pane)(r, c)?.undetermined) : () => false;
 
   const name = (i) => tlc.named(i, tokens[i]);
   const point = (r, c) => {
@@ -140,30 +159,34 @@ tlc.sections.pairs = (section, data) => {
         `On the command line: tlcoupling report --token-layers ${layer}. "all" selects every layer.`;
       return;
     }
-    const values = [];
+    const range = tlc.range();
     let dots = false;
-    for (const pane of measured)
-      for (const model of [pane.trained, pane.fresh].filter(Boolean))
-        for (const r of pane.kind.positions)
-          for (const c of pane.kind.positions) {
-            const cell = pane.of(model, layer, r, c);
-            values.push(cell?.[shown.quantity]);
-            dots ||= shown.quantity !== "null" && Boolean(cell?.undetermined);
+    for (const pane of measured) {
+      const marked = dotted(pane);
+      const steps = pane.kind.positions.filter((_, i) => i % pane.kind.pool === 0);
+      for (const model of [pane.trained, pane.fresh].filter(Boolean)) {
+        const of = pane.shownOf(model, layer);
+        for (const r of steps)
+          for (const c of steps) {
+            range.add(of(r, c));
+            dots ||= marked(r, c);
           }
-    const { low, high, undefinedCells, limit } = tlc.rangeOf(values);
+      }
+    }
+    const { low, high, undefinedCells, limit } = range.result();
     const scale = tlc.scale(limit);
     panes.forEach((pane, i) => {
       const is = pane.measured(layer);
       buttons[i].hidden = !is;
       buttons[i].setAttribute("aria-pressed", `${i === shown.pane}`);
       buttons[i].tabIndex = i === shown.pane ? 0 : -1;
-      if (is) buttons[i].querySelector("img").src = tlc.raster(tlc.view(n), valueAt(sets.trained(pane)), scale, dotted(pane));
+      if (is) buttons[i].querySelector("img").src = tlc.raster(tlc.view(n), valuesOf("trained", pane), scale, dotted(pane), 104);
     });
     const pane = panes[shown.pane];
     const means = [pane.meanOf(pane.trained, layer), pane.fresh ? pane.meanOf(pane.fresh, layer) : null];
     const ofSets = { trained: means[0], "fresh weights": means[1], difference: minus(...means) };
-    for (const [set, cellAt] of Object.entries(sets)) {
-      maps[set].map.paint(valueAt(cellAt(pane)), scale, set === "trained" ? dotted(pane) : () => false);
+    for (const set of Object.keys(sets)) {
+      maps[set].map.paint(valuesOf(set, pane), scale, set === "trained" ? dotted(pane) : () => false);
       maps[set].caption.replaceChildren(hasFresh ? set : "coupling", tlc.html("small", { "data-mean": set }, `mean ${tlc.quantity(shown.quantity, ofSets[set])}`));
     }
     part("title").textContent = `${pane.kind.title}, ${pane.sublayer}: ${tlc.quantities[shown.quantity]} of ${pane.kind.compared}`;
@@ -235,6 +258,13 @@ tlc.sections.pairs = (section, data) => {
     draw();
   }));
   part("no-fresh").hidden = hasFresh || !panes.length;
+  const coarsest = data.kinds.flatMap((kind) => [kind.values, kind.fresh?.values]).filter(Boolean).sort((a, b) => b.scale - a.scale)[0];
+  const blocks = (of) => (of > 1 ? `, the mean over a block of ${of} × ${of} tokens` : "");
+  const exact = [
+    coarsest && `coupling to ${tlc.precision(coarsest)}${blocks(data.kinds[0].pool)}`,
+    attention && `attention to ± 0.004 or better${attention.pool > 1 ? ` (the mean over heads${blocks(attention.pool)})` : ""}`,
+  ].filter(Boolean);
+  part("precision").textContent = exact.length ? `Precision of a cell: ${exact.join("; ")}. Means over all tokens are not rounded.` : "";
   part("readout").textContent = "Point at a cell, or focus a pane and use the arrow keys.";
   tlc.choice.on(["layer"], (layer) => {
     shown.layer = layer;

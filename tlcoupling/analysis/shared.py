@@ -1,0 +1,98 @@
+"""What pairs of layers share at a token: each block's Jacobian in the bases of others, and the tokens of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
+from tlcoupling.directions.readout import ENDS, SIDES, read_layers
+from tlcoupling.forward.trace import Trace
+from tlcoupling.results.base import Result
+
+if TYPE_CHECKING:
+    import pandas
+
+# At most so many layers, evenly spaced, and singular vectors of each; and so many tokens at each end of a direction.
+LAYERS, VECTORS, TOKENS = 32, 10, 5
+_PLACES = ("layer", "side", "rank", "end", "place")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SharedDirections(Result):
+    """Projected Jacobians of pairs of layers at one token, and the tokens that each layer's bases write and read.
+
+    Attributes:
+        projected: U2^T J1 V2 of all ordered pairs of the layers, of blocks.
+        scores: of each layer's singular vectors, as in ``DirectionReadout``. ``[layer, side, rank, end, place]``.
+        null: the mean score at each place for random directions. ``[side, place]``.
+        texts: the tokens as text, nested like ``scores``.
+    """
+
+    projected: ProjectedJacobians
+    scores: Float[Tensor, "layer side rank end place"]
+    null: Float[Tensor, "side place"]
+    texts: tuple[Any, ...]
+
+    _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"scores": _PLACES, "null": ("side", "place")}
+
+    def __repr__(self) -> str:
+        """One line."""
+        _, _, rank, _, top = self.scores.shape
+        where = f"token {self.projected.position}"
+        return f"SharedDirections({len(self.projected.layers)} layers at {where}, K={rank}, {top} tokens at each end)"
+
+    def _coords(self) -> dict[str, Sequence[Any]]:
+        *_, ranks, _, places = self.scores.shape
+        return {
+            "layer": self.projected.layers,
+            "side": SIDES,
+            "rank": range(ranks),
+            "end": ENDS,
+            "place": range(places),
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return one row per token: ``layer``, ``side``, ``rank``, ``end``, ``place``, ``token``, ``score``, ``null``.
+
+        ``projected.to_dataframe()`` has the projected Jacobians.
+        """
+        import pandas as pd
+
+        coords = self._coords()
+        index = pd.MultiIndex.from_product([list(coords[axis]) for axis in _PLACES], names=_PLACES)
+        table = index.to_frame(index=False)
+        nested = (text for layer in self.texts for side in layer for rank in side for end in rank for text in end)
+        table["token"] = list(nested)
+        table["score"] = self.scores.double().flatten().numpy()
+        table["null"] = self.null[:, None, None].expand_as(self.scores).double().flatten().numpy()
+        return table
+
+
+def shared_directions(trace: Trace, coupling: DepthCoupling) -> SharedDirections:
+    """Measure what blocks share at the last token whose coupling was measured, with the same bases, engine and solver.
+
+    Taken are at most ``LAYERS`` layers, evenly spaced, and at most ``VECTORS`` singular vectors of each.
+
+    Raises:
+        UnsupportedModelError: the embeddings are not in the residual stream's space.
+    """
+    layers = range(0, trace.n_layers, -(-trace.n_layers // LAYERS))
+    position, k = coupling.positions[-1], min(coupling.ks[0], VECTORS)
+    settings = {name: coupling.provenance.settings[name] for name in ("bases", "engine", "solver")}
+    projected = projected_jacobians(trace, list(layers), k, sublayers="block", token=position, **settings)
+    words = min(TOKENS, trace.model.cfg.d_vocab)
+    read = read_layers(trace, layers, pos=position, k=k, top=words, engine=settings["engine"])
+    return SharedDirections(
+        provenance=projected.provenance,
+        projected=projected,
+        scores=torch.stack([one.scores for one in read]),
+        null=read[0].null,
+        texts=tuple(one.texts for one in read),
+    )
