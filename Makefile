@@ -38,10 +38,11 @@ LANE_SKIPS := $(patsubst %,--deselect tests/training/test_monitor.py::test_%,\
 	nothing_of_a_measurement_stays_in_memory \
 	wrappers_of_training_are_seen_through_and_autocast_and_no_grad_do_not_act \
 	a_trainer_runs_as_without_the_callback)
-# On the lowest versions: that the library loads models, and measures what it measures elsewhere.
+# On the lowest versions: that the library loads models, and measures, shows and stores what it does elsewhere.
 ifeq ($(LANE),lowest)
-LANE_TESTS := tests/models/test_load.py tests/linalg tests/results tests/jacobian/test_engine.py
-LANE_SKIPS := -k 'not bfloat16 and (not test_engine or hooked and agree_in_float64)'
+LANE_TESTS := tests/models/test_load.py tests/linalg tests/results tests/jacobian/test_engine.py \
+	tests/cli/test_app.py tests/cli/test_correlate.py tests/sweeps/test_table.py tests/viz/test_page.py
+LANE_SKIPS := -m "not slow" -k 'not bfloat16 and (not test_engine or hooked and agree_in_float64)'
 endif
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
@@ -59,6 +60,9 @@ test-lane:
 	$(MAKE) setup-test VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
 ifeq ($(LANE),3.9)
 	$(MAKE) $(VENV)-$(LANE)/.saelens VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
+endif
+ifeq ($(LANE),lowest)
+	$(MAKE) $(VENV)-$(LANE)/.installed-all VENV=$(VENV)-$(LANE) CONSTRAINTS=constraints/$(LANE).txt
 endif
 	OMP_NUM_THREADS=1 $(VENV)-$(LANE)/bin/python -m pytest $(WORKERS) $(LANE_TESTS) $(LANE_SKIPS) $(PYTEST_ARGS)
 

@@ -19,7 +19,7 @@ from measure import alternating
 
 import tlcoupling as tlc
 
-ROUNDS, LENGTHS = 3, (128, 512, 1024)
+ROUNDS, LENGTHS, DRAWS = 3, (128, 512, 1024), 199
 
 
 def main() -> None:
@@ -47,6 +47,11 @@ def main() -> None:
         times = f"{said.seconds:10.2f} {seconds:10.2f} {said.seconds / seconds:6.2f}"
         memory = f"{said.memory_bytes / 2**20:13.0f} {peak / 2**20:9.0f} {said.memory_bytes / peak:6.2f}"
         print(f"{name:36} {times} {memory}", flush=True)
+    for name, model, prompt in (("SmolLM2", smollm2, ids), ("small random model", random, torch.arange(28))):
+        found = tlc.depth_coupling(tlc.trace(model, prompt))
+        ((seconds, *_),) = alternating([partial(found.test, draws=DRAWS)], 1, device, again=ROUNDS - 1)
+        said = tlc.estimate(model, prompt, draws=DRAWS).stages[-1].seconds
+        print(f"{f'{name}, test of {DRAWS} draws':36} {said:10.2f} {seconds:10.2f} {said / seconds:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

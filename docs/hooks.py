@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import importlib.util
 import os
 import re
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from mkdocs.structure.files import File, Files
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 _TABLE = re.compile(r"<!-- table of (\S+)\.(\w+) -->")
+
+_ROWS = re.compile(r"<!-- rows of (\S+) -->")
 
 _REMOTE_IMAGE = re.compile(r'<img [^>]*?src="https?://[^>]*?>')
 
@@ -46,15 +51,38 @@ def on_post_build(config: Any) -> None:
     font.save(Path(config.site_dir) / "STIXTwoMath.woff")
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace ``<!-- table of module.NAME -->`` by a table, where NAME is a dictionary of columns."""
+def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
+    """Replace two marks by tables.
+
+    ``<!-- table of module.NAME -->`` by that of a dictionary of columns, ``<!-- rows of FILE -->`` by those of a CSV
+    file of ``benchmarks/statistics.py``, one table for each group.
+    """
 
     def table(match: re.Match[str]) -> str:
         columns = getattr(importlib.import_module(match[1]), match[2])
         rows = [f"| `{name}` | {kind} | {text} |" for name, (kind, text) in columns.items()]
         return "\n".join(["| column | type | what it is |", "|---|---|---|", *rows])
 
-    return _TABLE.sub(table, markdown)
+    def rows(match: re.Match[str]) -> str:
+        lines: list[str] = []
+        with (Path(config.docs_dir) / match[1]).open(encoding="utf-8", newline="") as file:
+            for group, members in groupby(csv.DictReader(file), key=itemgetter("group")):
+                lines += [
+                    "",
+                    f"### `{group}`",
+                    "",
+                    "| what | is to hold | found | error | simulations |",
+                    "|---|---|---|---|---|",
+                ]
+                lines += [
+                    "| {what} | {low:g} to {high:g} | {found} | {error} | {simulations} |".format(
+                        **{**row, "low": float(row["low"]), "high": float(row["high"])}
+                    )
+                    for row in members
+                ]
+        return "\n".join(lines)
+
+    return _ROWS.sub(rows, _TABLE.sub(table, markdown))
 
 
 def on_page_content(content: str, **_: Any) -> str:

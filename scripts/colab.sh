@@ -35,9 +35,9 @@ read_only() { # a command that may not write to the installed package; root then
 
 step "an environment with Colab's versions"
 torch=$("$python" -c 'import torch; print(torch.__version__)')
-uv() { "$(dirname "$python")/uv" --quiet "$@"; }
-uv venv --python "$python" "$tmp/venv"
-uv pip install --python "$tmp/venv/bin/python" "torch==$torch" -r constraints/colab.txt
+"$python" -m venv "$tmp/venv"
+"$tmp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "torch==${torch%+*}"
+"$(dirname "$python")/uv" --quiet pip install --python "$tmp/venv/bin/python" -r constraints/colab.txt
 versions() { "$tmp/venv/bin/python" -m pip list --format=freeze --disable-pip-version-check | grep -iE '^(torch|numpy|pandas|ipython)=='; }
 versions | tee "$tmp/before.txt"
 

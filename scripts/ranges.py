@@ -3,6 +3,7 @@
     python scripts/ranges.py                                   # each minor of transformer-lens in the declared range
     python scripts/ranges.py --transformer-lens 2.16 4.3 --python 3.12 --torch 2.6.0
     python scripts/ranges.py --lowest constraints/lowest.txt   # only resolve: the lowest version of each dependency
+    python scripts/ranges.py --resolve 3.10 3.12 3.13 --torch 2.6.0 2.13.0   # resolve and compile, without a torch
 
 Needs ``uv`` (in the extra ``dev``) and a package registry. A trial takes about a minute. It tests that the engines
 agree and that the model moves as the Jacobian says, on HookedTransformers (below 4) and one family of bridges (from 3
@@ -19,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MINORS = ["2.16", "2.17", "2.18", *(f"3.{minor}" for minor in range(10)), *(f"4.{minor}" for minor in range(4))]
-# GPT-NeoX comes late: up to 3.6 TransformerLens cannot boot it beside transformers 5.
-FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi", "opt", "pythia", "bloom", "falcon", "gemma3")
+# GPT-NeoX comes late: up to 3.7 TransformerLens cannot boot it beside transformers 5.
+FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "mistral", "phi", "opt", "bloom", "falcon", "pythia", "gemma3")
+FAMILY = dict(zip([minor for minor in MINORS if minor >= "3"], cycle(FAMILIES), strict=False))
 # transformer-lens 2 asks for numpy below 2; later releases of pyarrow do not run on it, and do not say so to pip.
 BESIDE = {"2": ["pyarrow<20"]}
 SMOLLM2 = """
@@ -44,18 +46,31 @@ def uv(*arguments: str) -> None:
 
 def lowest(output: str, python: str, torch: str) -> None:
     """Resolve the lowest version of every direct dependency; torch is pinned, so its own dependencies are left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        pins = Path(folder) / "pins.txt"
-        pins.write_text("\n".join([f"torch=={torch}", *BESIDE["2"]]))
-        resolved = Path(folder) / "lowest.txt"
-        uv(
-            *("pip", "compile", "pyproject.toml", "--extra", "all", "--extra", "test", "--resolution", "lowest-direct"),
-            *("--constraints", str(pins), "--python-version", python, "--no-header", "--no-annotate"),
-            *("--output-file", str(resolved)),
-        )
-        lines = resolved.read_text().splitlines()
-    kept = [line for line in lines if not re.match(r"nvidia|triton|cuda", line)]
+    kept = compile_pins(python, [f"torch=={torch}", *BESIDE["2"]], "--resolution", "lowest-direct")
     Path(output).write_text(f"# Resolved by: python scripts/ranges.py --lowest {output}\n" + "\n".join(kept) + "\n")
+
+
+def compile_pins(python: str, pins: list[str], *options: str) -> list[str]:
+    """Return the pins that uv finds for the package and its tests, without those of CUDA."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder) / "pins.txt", Path(folder) / "found.txt"
+        given.write_text("\n".join(pins))
+        uv(
+            *("pip", "compile", "pyproject.toml", "--extra", "all", "--extra", "test", "--constraints", str(given)),
+            *("--python-version", python, "--no-header", "--no-annotate", "--output-file", str(found), *options),
+        )
+        return [line for line in found.read_text().splitlines() if not re.match(r"nvidia|triton|cuda", line)]
+
+
+def resolves(python: str, torch: str) -> str:
+    """Return what is wrong with a Python and a torch as far as it shows without installing torch, if anything."""
+    try:
+        compile_pins(python, [f"torch=={torch}"])
+    except subprocess.CalledProcessError:
+        return "does not resolve"
+    source = "import pathlib; [compile(p.read_text(), p, 'exec') for p in pathlib.Path('tlcoupling').rglob('*.py')]"
+    command = ["uv", "--quiet", "run", "--no-project", "--python", python, "python", "-W", "error", "-c", source]
+    return "does not compile" if subprocess.run(command, cwd=ROOT).returncode else "resolves, compiles"
 
 
 def tests(minor: str, family: str) -> list[str]:
@@ -100,19 +115,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformer-lens", nargs="+", default=MINORS, metavar="MINOR")
     parser.add_argument("--python", default="3.11")
-    parser.add_argument("--torch", default="2.13.0")
+    parser.add_argument("--torch", nargs="+", default=["2.13.0"])
     parser.add_argument("--lowest", metavar="FILE")
+    parser.add_argument("--resolve", nargs="+", metavar="PYTHON")
     given = parser.parse_args()
     if given.lowest:
-        lowest(given.lowest, given.python, given.torch)
+        lowest(given.lowest, given.python, given.torch[0])
         return 0
-    families, failed = cycle(FAMILIES), 0
+    if given.resolve:
+        print("| Python | torch | result |\n|---|---|---|")
+        rows = [(python, torch, resolves(python, torch)) for python in given.resolve for torch in given.torch]
+        print(*(f"| {' | '.join(row)} |" for row in rows), sep="\n")
+        return any(row[-1] != "resolves, compiles" for row in rows)
+    failed = 0
     print("| transformer-lens | bridge | Python | torch | result | seconds |\n|---|---|---|---|---|---|")
-    for minor in given.transformer_lens:
-        family, began = next(families) if minor[0] > "2" else "none", time.monotonic()
-        result = trial(minor, family, given.python, given.torch)
+    for minor, torch in product(given.transformer_lens, given.torch):
+        family, began = FAMILY.get(minor, "none"), time.monotonic()
+        result = trial(minor, family, given.python, torch)
         failed += result != "passed"
-        row = (minor, family, given.python, given.torch, result, f"{time.monotonic() - began:.0f}")
+        row = (minor, family, given.python, torch, result, f"{time.monotonic() - began:.0f}")
         print(f"| {' | '.join(row)} |", flush=True)
     return bool(failed)
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import tlcoupling as tlc
 from tlcoupling.cli import app
 from tlcoupling.cli.terminal import print_analysis
+from tlcoupling.coupling.chance import p_value
 from tlcoupling.errors import UnsupportedModelError
 
 
@@ -33,8 +34,10 @@ def test_report_prints_saves_and_draws(report: Report, tmp_path: Path) -> None:
     for name in ("result.safetensors", "result.csv", "report.html"):
         assert str(out / name) in result.stdout
     mean, null = analysis.coupling.mean()[0].mean(), analysis.coupling.mean("null")[0].mean()
-    (block,) = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
+    block, overlap = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
     assert block.split()[2:4] == [f"{mean:.4f}", f"{null:.4f}"]
+    of_chance = analysis.coupling.mean("overlap_null_v")[0].mean()
+    assert overlap.split()[-1] == f"{of_chance:.4f}" > "0.1250"  # a norm projects a direction out of 32
     assert f"{analysis.growth.expodistance.nanquantile(0.5):.3f}" in result.stdout
 
 
@@ -53,9 +56,12 @@ def test_fresh_weights_stand_beside_the_model(report: Report, tmp_path: Path) ->
     assert analysis.headline().split()[:4] == result.stdout.split("\n\n")[1].split()[:4]
     tables = result.stdout.split("\nresult ")[0]
     assert max(map(len, tables.splitlines())) <= 80 and "…" not in tables and "Fresh weights were not" not in tables
-    (block,) = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
+    block, _ = (line for line in result.stdout.splitlines() if line.startswith("block") and " 4 " in line[:14])
     fresh = analysis.baseline.coupling.mean("excess")[0].mean()
     assert float(block.split()[5]) == pytest.approx(float(fresh), abs=6e-5)
+    test = analysis.coupling.test(draws=199)
+    ends = f"{test.low[0, 0, 0, 0]:.4f} to {test.high[0, 0, 0, 0]:.4f}"
+    assert ends in block and block.split()[-1] == p_value(float(test.p[0, 0, 0, 0]), 199).split()[-1]
     assert "Fresh weights were not measured" in report().stdout
 
 

@@ -46,7 +46,8 @@ def test_the_draws_are_those_of_whole_rotations(bases: str, shared: bool):
     worlds = rotated(1500, bases, shared)[:, OFF].mean(-1)
     s, frobenius = SPECTRA[None, :, :K], SPECTRA.norm(dim=-1)[None]
     null = null_coupling(s, frobenius, D)[:, None, :, None].expand(1, 1, N, N)
-    drawn = Drawn(s, frobenius, null, torch.tensor([shared]), D, (K,), "frobenius", bases, True)
+    width = torch.full((1, N, N), float(D))
+    drawn = Drawn(s, frobenius, null, width, torch.tensor([shared]), D, (K,), "frobenius", bases, True)
     draws = torch.cat(list(draw_excess(drawn, 4000, 0)))[:, 0, 0, OFF].double().mean(-1)
     assert abs(draws.std() / worlds.std() - 1) < 4 * 0.022
     assert abs(draws.mean() - worlds.mean()) < 4 * worlds.std() / 1500**0.5

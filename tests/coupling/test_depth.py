@@ -70,9 +70,10 @@ def test_overlap_and_null_of_a_model():
         ]
         parts = [torch.linalg.svd(jacobian) for jacobian in jacobians]
         for row, (u1, s1, vh1) in enumerate(parts):
-            null = null_coupling(s1[:4], jacobians[row].norm(), trace.d_model)
-            spread = null_std(s1[:4], jacobians[row].norm(), trace.d_model)
             for column, (u2, _, vh2) in enumerate(parts):
+                width = found.null_width[s, 0, row, column]
+                null = null_coupling(s1[:4], jacobians[row].norm(), trace.d_model, width=width)
+                spread = null_std(s1[:4], jacobians[row].norm(), trace.d_model, width=width)
                 assert abs(found.null[s, 0, 0, row, column] - null) < 1e-6
                 assert abs(found.null_std[s, 0, 0, row, column] - spread) < 1e-6
                 truth = (u1[:, :4].mT @ u2[:, :4]).square().sum() / 4
@@ -86,6 +87,8 @@ def test_overlap_and_null_of_a_model():
     for null in (found.overlap_null_u, found.overlap_null_v):
         assert ((null > 4 / 32 - 1e-3) & (null < 4 / 30 + 1e-6)).all()
         torch.testing.assert_close(null, null.mT)
+    sides = 4 / found.overlap_null_u, 4 / found.overlap_null_v
+    torch.testing.assert_close(found.null_width, (sides[0] * sides[1]).sqrt()[:, :, 0])
     assert torch.equal(found.excess, found.values - found.null)
     assert torch.equal(found.z, found.excess / found.null_std)
     diagonal = found.values.diagonal(dim1=-2, dim2=-1)

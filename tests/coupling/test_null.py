@@ -11,7 +11,7 @@ import torch
 from oracle import haar, haar_of
 
 from tlcoupling.coupling.metric import coupling
-from tlcoupling.coupling.null import null_coupling, null_std, overlap_null, unreached
+from tlcoupling.coupling.null import effective_width, null_coupling, null_std, unreached
 
 DRAWS, WIDTH = 4000, 32
 
@@ -98,9 +98,9 @@ def test_the_overlap_of_subspaces_that_miss_a_direction(angle: float):
         frames = torch.randn(4000, d, k, generator=generator, dtype=torch.float64)
         bases.append(haar_of(frames - direction @ (direction.mT @ frames)))
     overlaps = (bases[0].mT @ bases[1]).square().sum((-2, -1)) / k
-    null = float(overlap_null(k, missed[:1], missed[1:]))
+    null = k / float(effective_width(missed[:1], missed[1:]))
     assert abs(float(overlaps.mean()) - null) < 4 * float(overlaps.std()) / 4000**0.5
     if angle == 0:
         assert null == pytest.approx(k / (d - 1))
     none = torch.zeros(d, 0, dtype=torch.float64)
-    assert float(overlap_null(k, [none], [none])) == pytest.approx(k / d)
+    assert float(effective_width([none], [none])) == pytest.approx(d)

@@ -25,7 +25,8 @@ def test_projected_jacobians_are_those_of_dense_decompositions(case: Case, bases
     coupling = tlc.depth_coupling(trace, k, layers=layers, tokens=pos, bases=bases)
     assert found.values.shape == (len(trace.sublayers), 2, 2, k, k)
     torch.testing.assert_close(found.coupling, coupling.values[:, 0, 0])
-    torch.testing.assert_close(found.null, coupling.null[:, 0, 0, :, 0])
+    # of the whole width, of which a norm may project out two directions on one side
+    torch.testing.assert_close(found.null, coupling.null[:, 0, 0, :, 0], rtol=2 / trace.d_model, atol=0)
     for s, sublayer in enumerate(trace.sublayers):
         dense = [tlc.residual_jacobian(trace, n, sublayer, pos, pos, engine="autograd").dense() for n in layers]
         decomposed = [torch.linalg.svd(jacobian) for jacobian in dense]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import CASES, TOKENS
 from sweep_cells import cell_of, measured
 
 import tlcoupling as tlc
@@ -46,6 +47,7 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
         ("null", "null"),
         ("null_std", "null_std"),
         ("overlap_u", "overlap_u"),
+        ("overlap_null_v", "overlap_null_v"),
     ):
         matrix = getattr(coupling, name)[2, :, j].double()
         expected = sum(matrix[:, a, b].sum() for a, b in pairs) / (2 * len(pairs))
@@ -62,6 +64,26 @@ def test_the_table_has_each_sublayer_and_k_once(store: tlc.SweepStore, tmp_path:
     failed = table.query("status == 'failed'").iloc[0]
     assert failed["error"] == "RuntimeError: lost" and failed["key"] == lost.key
     assert json.loads(failed["prompt"]) == [1, 2]
+
+
+def test_p_values_are_there_on_request(store: tlc.SweepStore, tmp_path: Path):
+    """Of the first cell's one token; its two tokens are two tests, and have none."""
+    import pandas as pd
+
+    settings = Settings(k=(2, 0.25), tokens=(-1,))
+    one, two = dataclasses.replace(cell_of(), settings=settings), cell_of()
+    analysis, facts = measured(two)
+    store.save(two, analysis, facts)
+    alone = tlc.analyze(CASES[0].model(), TOKENS, k=[2, 0.25], tokens=-1, attention=False)
+    store.save(one, alone, facts)
+    assert store.table()["p"].isna().all()
+    table = pd.read_parquet(store.write_table(tmp_path / "table.parquet", draws=39)).set_index("key")
+    test = alone.coupling.test(draws=39)
+    for column, name in (("p", "p"), ("excess_low", "low"), ("excess_high", "high")):
+        assert table.loc[one.key, column].tolist() == getattr(test, name)[:, 0, :, 0].mT.flatten().tolist()
+        assert table.loc[two.key, column].isna().all()
+    with pytest.raises(ArgumentError, match="draws=5 .*at least 39"):
+        store.table(draws=5)
 
 
 def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepStore, monkeypatch: pytest.MonkeyPatch):

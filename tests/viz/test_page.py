@@ -219,7 +219,21 @@ def test_summary_reduces_over_pairs_and_tokens() -> None:
     assert rows[4].coupling == pytest.approx(expected, rel=1e-6)  # float32 means in another order
     for row in rows:
         assert row.excess == pytest.approx(row.coupling - row.null, abs=1e-6)
-        assert row.overlap_null == row.k / 16
+        assert row.overlap_null_u == row.overlap_null_v == row.k / 16
+        assert row.p is None and row.excess_determined is None
+    one = make_analysis(ks=(2, 3))
+    close = torch.zeros(3, 1, 4, 3)
+    close[1, 0, 2, 1] = 1.0  # the attention of layer 2 as basis: three of twelve pairs
+    one = dataclasses.replace(one, coupling=dataclasses.replace(one.coupling, uncertainty=close))
+    rows = coupling_rows(one.coupling, one.depth_test)
+    assert [row.undetermined for row in rows] == [0, 1, 0] * 2
+    assert rows[0].excess_determined == pytest.approx(rows[0].excess, rel=1e-6)
+    off_diagonal[:, 2] = False
+    expected = one.coupling.excess[1, 0, 1][off_diagonal].mean().item()
+    assert rows[4].excess_determined == pytest.approx(expected, rel=1e-6) != rows[4].excess
+    test = one.coupling.test(draws=199)
+    assert (rows[4].p, rows[4].excess_low) == (test.p[1, 0, 1, 0], test.low[1, 0, 1, 0])
+    assert make_analysis(positions=(0, 1)).depth_test is None
     growth = growth_summary(analysis.growth)
     assert growth.attn_share + growth.mlp_share == pytest.approx(growth.mean_rate, abs=1e-6)
     assert growth.mean_slope == pytest.approx(float(analysis.growth.slope.mean()), rel=1e-6)

@@ -18,6 +18,7 @@ from analyses import HOSTILE_TOKENS, make_analysis
 from cases import TOKENS, fresh
 
 import tlcoupling as tlc
+from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.errors import ArgumentError
 from tlcoupling.results.base import Provenance, Result
 from tlcoupling.viz.shown import Lines, Matrix, shown
@@ -86,6 +87,10 @@ def results() -> dict[str, Result]:
             tlc.correlate(),
             tlc.parity.published(model, TOKENS, 2),
         ]
+    read, projected = readout(), made[12]
+    assert isinstance(projected, tlc.ProjectedJacobians)
+    scores = read.scores.expand(2, -1, -1, -1, -1)
+    made.append(SharedDirections(read.provenance, projected, scores, read.null, (read.texts,) * 2))
     return {type(one).__name__: one for one in made}
 
 

@@ -429,7 +429,7 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
         page.wait_for_selector("html[data-drawn]")
         assert page.inner_text("#summary [data-part=headline]") == analysis.headline()
         assert page.locator("#summary [data-part=no-fresh]").is_hidden()
-        for name in ("null", "fresh excess", "overlap V", "null K/d", "random √n", "fresh"):
+        for name in ("null", "fresh excess", "overlap V", "its null", "random √n", "fresh"):
             box = page.locator("#summary th", has_text=name).first.bounding_box()
             assert box["x"] + box["width"] <= width, name
         assert page.locator("#coupling .panes").count() == 3 and page.locator("#coupling .line.fresh").count() == 3

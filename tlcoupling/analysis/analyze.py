@@ -7,22 +7,23 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.analysis.headline import Finding, chance_of_blocks, findings, sentence, without_sinks
+from tlcoupling.analysis.headline import Finding, coupling_test, findings, sentence, without_sinks
 from tlcoupling.analysis.shared import SharedDirections, shared_directions
 from tlcoupling.arguments import Indices, KSpec, resolve_indices
+from tlcoupling.coupling.chance import CouplingTest
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
-from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
@@ -98,7 +99,7 @@ class Analysis(Result):
         Args:
             include_sinks: whether sinks (``Growth.sinks``) count in means over tokens; they are left out by default.
         """
-        return sentence(self._findings(include_sinks, chance_of_blocks(self.coupling)))
+        return sentence(self._findings(include_sinks, self._p()))
 
     def summary(self, *, include_sinks: bool = False) -> pandas.DataFrame:
         """Return the headline's numbers, one row per finding.
@@ -113,7 +114,7 @@ class Analysis(Result):
         """
         import pandas as pd
 
-        rows = self._findings(include_sinks, chance_of_blocks(self.coupling))
+        rows = self._findings(include_sinks, self._p())
         kept = self._kept(include_sinks)
         fresh = [] if self.baseline is None else findings(*self.baseline._measured(), kept=kept)
         others = {
@@ -125,6 +126,15 @@ class Analysis(Result):
         for at, (column, known) in enumerate(others.items(), 5):
             table.insert(at, column, [known.get(one.name, float("nan")) for one in rows])
         return table
+
+    @cached_property
+    def depth_test(self) -> CouplingTest | None:
+        """Return ``coupling.test(draws=199)``, which takes about a second; None for several tokens or one layer."""
+        return coupling_test(self.coupling)
+
+    def _p(self) -> float:
+        """Return the p-value of the first sublayer and K; NaN without a test."""
+        return math.nan if self.depth_test is None else float(self.depth_test.p[0, 0, 0, 0])
 
     def _findings(self, include_sinks: bool, p: float = math.nan) -> list[Finding]:
         fresh = None if self.baseline is None else self.baseline.growth
@@ -245,12 +255,7 @@ def analyze(
         "progress": progress,
     }
     coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **options)
-    pairs: dict[str, Any] = {}
-    if compared:
-        pairs["token_coupling"] = token_coupling(traced, sublayers=sublayers, layers=compared, **options)
-        reach = tuple(name for name in coupling.sublayers if name not in POSITIONWISE)
-        for fixed in ("src", "dest") if reach else ():
-            pairs[f"context_{fixed}"] = _context(traced, fixed, {**options, "sublayers": reach, "layers": compared})
+    pairs = couplings_of_tokens(traced, compared, {**options, "sublayers": coupling.sublayers}) if compared else {}
     other = None
     if baseline is not None:
         same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers}
@@ -286,6 +291,21 @@ def analyze_baseline(baseline: Any, traced: Trace, **options: Any) -> Analysis:
     """
     fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
     return replace(analyze(fresh, traced.tokens, **options, attention=False), trace=None)  # a trace keeps its model
+
+
+def couplings_of_tokens(traced: Trace, layers: Sequence[int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the coupling of tokens in some layers, by its name in an ``Analysis``.
+
+    Args:
+        traced: the trace.
+        layers: the layers.
+        settings: arguments of ``token_coupling``, with ``sublayers``.
+    """
+    couplings: dict[str, Any] = {"token_coupling": token_coupling(traced, layers=layers, **settings)}
+    reach = tuple(name for name in settings["sublayers"] if name not in POSITIONWISE)
+    for fixed in ("src", "dest") if reach else ():
+        couplings[f"context_{fixed}"] = _context(traced, fixed, {**settings, "sublayers": reach, "layers": layers})
+    return couplings
 
 
 def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, Any]) -> ContextCoupling | None:

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tlcoupling.coupling.chance import p_value
+from tlcoupling.coupling.chance import CouplingTest, p_value
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.text import counted, visible
@@ -111,11 +111,9 @@ def sentence(found: list[Finding]) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def chance_of_blocks(coupling: DepthCoupling) -> float:
-    """Return the rotation test's p-value of the first sublayer; NaN for several tokens: not one test."""
-    if len(coupling.positions) > 1 or len(coupling.layers) < 2:
-        return NAN
-    return float(coupling.test(draws=DRAWS).p[0, 0, 0, 0])
+def coupling_test(coupling: DepthCoupling, draws: int = DRAWS) -> CouplingTest | None:
+    """Return the rotation test; None for several tokens, which are several tests, and for a single layer."""
+    return None if len(coupling.positions) > 1 or len(coupling.layers) < 2 else coupling.test(draws=draws)
 
 
 def _coupling(coupling: DepthCoupling, kept: Tensor, p: float) -> list[Finding]:

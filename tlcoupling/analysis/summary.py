@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tlcoupling.coupling.chance import CouplingTest
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.trajectory.growth import Growth
@@ -25,9 +27,15 @@ class CouplingRow:
         null: the coupling expected for independent random bases.
         null_std: its standard deviation for a single pair.
         excess: coupling minus null.
+        excess_determined: the same over the pairs whose singular vectors are determined; None without such a pair, or
+            if unknown.
+        p: p-value of the mean excess (``Coupling.test``); None without a test.
+        excess_low: lower end of its interval; likewise.
+        excess_high: upper end.
         overlap_u: overlap of the subspaces that two layers write to.
         overlap_v: overlap of the subspaces that two layers read from.
-        overlap_null: the overlap of random subspaces, K / d_model.
+        overlap_null_u: the overlap that random subspaces would have of the first kind, by their effective width.
+        overlap_null_v: of the second kind.
         undetermined: how many of the K pairs of singular vectors of all layers and tokens are not determined; None if
             unknown.
     """
@@ -38,9 +46,14 @@ class CouplingRow:
     null: float
     null_std: float
     excess: float
+    excess_determined: float | None
+    p: float | None
+    excess_low: float | None
+    excess_high: float | None
     overlap_u: float
     overlap_v: float
-    overlap_null: float
+    overlap_null_u: float
+    overlap_null_v: float
     undetermined: int | None
 
 
@@ -71,19 +84,38 @@ class GrowthSummary:
     mean_r_squared: float
 
 
-def coupling_rows(coupling: DepthCoupling) -> list[CouplingRow]:
-    """Return one row per sublayer and K, all sublayers of the first K before those of the second."""
-    means = {
-        name: off_diagonal_mean(getattr(coupling, name)).double().nanmean(1)
-        for name in ("values", "null", "null_std", "excess", "overlap_u", "overlap_v")
-    }  # [sublayer, k] each
+def coupling_rows(coupling: DepthCoupling, test: CouplingTest | None = None) -> list[CouplingRow]:
+    """Return one row per sublayer and K, all sublayers of the first K before those of the second.
+
+    Args:
+        coupling: the measurement.
+        test: its rotation test; of one token alone, because several tokens are several tests.
+    """
+    of_width = coupling.overlap_null[:, None, None].expand_as(coupling.values)  # in files of version 0.1
+    matrices = {name: getattr(coupling, name) for name in ("values", "null", "null_std", "excess")}
+    matrices |= {"overlap_u": coupling.overlap_u, "overlap_v": coupling.overlap_v}
+    for name in ("overlap_null_u", "overlap_null_v"):
+        matrices[name] = of_width if getattr(coupling, name) is None else getattr(coupling, name)
+    means = {name: off_diagonal_mean(matrix).double().nanmean(1) for name, matrix in matrices.items()}
     determined = coupling.determined
+    means["coupling"] = means.pop("values")
+    some = {} if determined is None else {"excess_determined": coupling.mean("excess", determined=True).nanmean(1)}
+    if test is not None:
+        some |= {"p": test.p[:, 0, :, 0], "excess_low": test.low[:, 0, :, 0], "excess_high": test.high[:, 0, :, 0]}
+    optional = ("excess_determined", "p", "excess_low", "excess_high")
+
+    def numbers(row: int, column: int) -> dict[str, Any]:
+        known = {name: each[row, column].item() for name, each in some.items()}
+        return {
+            **{name: mean[row, column].item() for name, mean in means.items()},
+            **{name: known[name] if math.isfinite(known.get(name, math.nan)) else None for name in optional},
+        }
+
     return [
         CouplingRow(
             sublayer,
             k,
-            *(mean[row, column].item() for mean in means.values()),
-            overlap_null=coupling.overlap_null[column].item(),
+            **numbers(row, column),
             undetermined=None if determined is None else int((~determined[row, ..., :k]).sum()),
         )
         for column, k in enumerate(coupling.ks)

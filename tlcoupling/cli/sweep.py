@@ -59,10 +59,18 @@ def sweep(
     table: Annotated[
         Path | None, typer.Option(help="After the sweep, write all results of the store to this parquet file.")
     ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=39,
+            help="With --table: draws of the rotation test that gives p-values; 199 take about a second a cell.",
+            show_default="no p-values",
+        ),
+    ] = None,
 ) -> None:
     """Measure the cells of a plan that its store lacks. Run it again to continue. Exit code 1 if cells are missing."""
     if dry_run:
-        measuring = {"--workers": workers, "--logs": logs, "--table": table}
+        measuring = {"--workers": workers, "--logs": logs, "--table": table, "--draws": draws}
         refuse({option: value is not None for option, value in measuring.items()}, "a dry run measures nothing")
         refuse({"--executor": executor is not Where.here}, "a dry run measures nothing")
     else:
@@ -71,6 +79,7 @@ def sweep(
         refuse({"--workers": workers is not None}, "give it with --executor here")
     else:
         refuse({"--logs": logs is not None}, "give it with --executor slurm")
+    refuse({"--draws": draws is not None and table is None}, "give it with --table")
     with errors_as_one_line(sweep):
         from tlcoupling.sweeps.plan import Plan
 
@@ -96,7 +105,7 @@ def sweep(
             report = run(read, kept, executor=chosen, workers=workers)
         print_report(report)
         if table is not None:
-            say(f"table   {kept.write_table(table)}")
+            say(f"table   {kept.write_table(table, draws or 0)}")
     if not report.complete:
         raise typer.Exit(1)
 
@@ -116,11 +125,15 @@ def merge(
     table: Annotated[
         Path | None, typer.Option(help="After merging, write all results of that store to this parquet file.")
     ] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=39, help="With --table: as for 'sweep'.", show_default="no p-values")
+    ] = None,
 ) -> None:
     """Join the stores of several machines. Two results of the same cell must agree up to rounding.
 
     Damaged files are named and not copied; the exit code is then 1.
     """
+    refuse({"--draws": draws is not None and table is None}, "give it with --table")
     skipped: list[str] = []
     with errors_as_one_line(merge):
         from tlcoupling.sweeps.store import SweepStore
@@ -137,6 +150,6 @@ def merge(
         damaged = f", {left} damaged" if left else ""
         say(f"store   {into}: {counted(len(target.keys()), 'cell')}, {len(target.failed_keys())} failed{damaged}")
         if table is not None:
-            say(f"table   {target.write_table(table)}")
+            say(f"table   {target.write_table(table, draws or 0)}")
     if skipped:
         raise typer.Exit(1)

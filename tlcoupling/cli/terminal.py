@@ -16,6 +16,7 @@ from tlcoupling.analysis.checking import Check
 from tlcoupling.analysis.estimate import Estimate
 from tlcoupling.analysis.headline import without_sinks
 from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
+from tlcoupling.coupling.chance import p_value
 from tlcoupling.text import counted, visible
 
 _LONGEST_TOKEN = 24
@@ -36,7 +37,8 @@ def print_analysis(analysis: Analysis) -> None:
     console.print(Text(analysis.headline(), style="bold"))
     if analysis.baseline is None:
         console.print(Text("Fresh weights were not measured to compare with: --baseline does.", style="dim"))
-    for table in (_coupling(analysis), _linearity(analysis), _growth(analysis), *_tokens(analysis)):
+    tables = (_coupling, _determined, _overlaps, _linearity, _growth)
+    for table in (*(one for make in tables if (one := make(analysis)) is not None), *_tokens(analysis)):
         # rich wraps both to the width of the table
         (title, table.title), (caption, table.caption) = (table.title, None), (table.caption, None)
         console.print()
@@ -93,16 +95,36 @@ def _coupling(analysis: Analysis) -> Table:
     else:
         where = f"mean over {len(coupling.positions)} tokens"
     fresh = [] if analysis.baseline is None else coupling_rows(analysis.baseline.coupling)
-    columns = ("", "K", "coupling", "null", "excess", *(["fresh"] if fresh else []), "U", "V", "K/d")
-    table = _table(f"Coupling of different layers, {where} (U, V: overlaps; by chance K/d)", columns)
-    for index, row in enumerate(coupling_rows(coupling)):
-        others = (fresh[index].excess,) if fresh else ()
-        values = (row.coupling, row.null, row.excess, *others, row.overlap_u, row.overlap_v, row.overlap_null)
-        cells = [row.sublayer, str(row.k), *map(_number, values)]
-        for marked in (2, 4) if row.undetermined else ():
-            cells[marked] = f"*{cells[marked]}"
+    rows, test = coupling_rows(coupling, analysis.depth_test), analysis.depth_test
+    columns = ("", "K", "coupling", "null", "excess", *(["fresh"] if fresh else []), *(["95 %", "p"] if test else []))
+    table = _table(f"Coupling of different layers, {where}", columns)
+    for index, row in enumerate(rows):
+        cells = [*map(_number, (row.coupling, row.null, row.excess, *([fresh[index].excess] if fresh else [])))]
+        if test:
+            interval = f"{_number(row.excess_low)} to {_number(row.excess_high)}"
+            cells += [interval, "–" if row.p is None else p_value(row.p, test.draws)[2:].removeprefix("= ")]
+        if row.undetermined:
+            cells[0], cells[2] = f"*{cells[0]}", f"*{cells[2]}"
             table.caption = "*: uses singular vectors that are not determined (values nearly coincide)"
-        _add(table, cells, emphasised=4)
+        _add(table, (row.sublayer, str(row.k), *cells), emphasised=4)
+    return table
+
+
+def _determined(analysis: Analysis) -> Table | None:
+    rows = [row for row in coupling_rows(analysis.coupling) if row.undetermined]
+    columns = ("", "K", "singular vectors", "excess")
+    table = _table("Without singular vectors that nearly equal values leave undetermined", columns)
+    for row in rows:
+        _add(table, (row.sublayer, str(row.k), f"{row.undetermined} left out", _number(row.excess_determined)), 3)
+    return table if rows else None
+
+
+def _overlaps(analysis: Analysis) -> Table:
+    columns = ("", "K", "U", "by chance", "V", "by chance")
+    table = _table("Overlap of the subspaces that layers write to (U) and read from (V)", columns)
+    for row in coupling_rows(analysis.coupling):
+        values = (row.overlap_u, row.overlap_null_u, row.overlap_v, row.overlap_null_v)
+        _add(table, (row.sublayer, str(row.k), *map(_number, values)), emphasised=-1)
     return table
 
 

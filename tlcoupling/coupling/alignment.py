@@ -176,7 +176,7 @@ def _aligned(
     inner = torch.linalg.qr(jacobian @ probes).Q.mT @ jacobian
     fourth = (inner @ inner.mT).square().sum() / squared.square()
     last = torch.tensor(ks, device=jacobian.device) - 1
-    moments = [projector_moments(k, width) for k in ks]
+    moments = [projector_moments(k, fourth.new_tensor(width)) for k in ks]
     return {
         "writes": (u.mT @ jacobian).square().sum(1).cumsum(0)[last] / squared,
         "reads": (jacobian @ v).square().sum(0).cumsum(0)[last] / squared,

@@ -1,10 +1,11 @@
 r"""The rotation test of a coupling: how far its means lie from what independent bases give.
 
 Null hypothesis: the bases (U_i, V_i) of different layers (tokens, heads) are independent and Haar-random, with their
-singular values as measured. A draw rotates each Jacobian, with its bases, by two rotations of its own. What a pair
-gives then depends on A = U_j^T U_i and B = V_i^T V_j alone, the blocks of two random rotations: U_j^T J_i V_j is
-A S_i B plus the share of the singular values beyond K, which is drawn as normal with standard deviation
-||J_i beyond K||_F / d, and U_i^T J_j V_i is A^T S_j B^T plus its share.
+singular values as measured, among the directions that a norm leaves (``null.effective_width``). A draw rotates each
+Jacobian, with its bases, by two rotations of its own. What a pair gives then depends on A = U_j^T U_i and
+B = V_i^T V_j alone, the blocks of two random rotations: U_j^T J_i V_j is A S_i B plus the share of the singular values
+beyond K, which is drawn as normal with standard deviation ||J_i beyond K||_F / w, and U_i^T J_j V_i is A^T S_j B^T plus
+its share.
 
 Two different pairs are independent, also if they share a layer: U_j^T U_i and U_k^T U_i are independent for given U_i,
 because U_j and U_k are, and a random basis looks the same from everywhere. So A and B are drawn pair by pair, and no
@@ -28,7 +29,7 @@ from tlcoupling.linalg.work import Work
 from tlcoupling.results.base import LabelledResult
 
 SHOWN = 3  # labels of the first axis in the one line, at most
-NUMBER = 0.003  # small module calls that take as long as a random number, measured
+NUMBER = 0.004  # small module calls that take as long as a random number, measured
 BATCH = 2**22  # numbers in the drawn blocks at a time, at most
 
 
@@ -87,6 +88,7 @@ class Drawn:
         null: the expected coupling, which is subtracted from each draw. ``[*group, k, row, column]``.
         shared: which groups compare one set of Jacobians with itself, so that the pairs (i, j) and (j, i) have the
             same bases. ``[*group]``.
+        width: the effective width w of each pair.
         d_model: the width.
         ks: numbers of singular vectors compared.
         normalizer: as in ``coupling``.
@@ -97,6 +99,7 @@ class Drawn:
     singular_values: Float[Tensor, "*group n rank"]
     frobenius: Float[Tensor, "*group n"]
     null: Float[Tensor, "*group k n n"]
+    width: Float[Tensor, "*group n n"]
     shared: Bool[Tensor, "*group"]
     d_model: int
     ks: tuple[int, ...]
@@ -161,7 +164,8 @@ def draw_excess(drawn: Drawn, draws: int, seed: int) -> Iterator[Float[Tensor, "
     top = drawn.singular_values.float().flatten(0, -3)
     n, rank = top.shape[-2:]
     beyond = (drawn.frobenius.flatten(0, -2).double().square() - top.double().square().sum(-1)).clamp(min=0).sqrt()
-    spread, null = beyond.float() / drawn.d_model, drawn.null.float().flatten(0, -4)
+    null, width = drawn.null.float().flatten(0, -4), drawn.width.float().flatten(0, -3)
+    scale, spread = drawn.d_model / width, beyond.float()[..., None] / width  # [group, row, column]
     i, j = torch.triu_indices(n, n, 1)
     rng = np.random.default_rng(seed)
     at_once = max(1, min(draws, BATCH // max(1, 6 * len(i) * rank**2)))
@@ -175,7 +179,9 @@ def draw_excess(drawn: Drawn, draws: int, seed: int) -> Iterator[Float[Tensor, "
         for one, shared in enumerate(drawn.shared.flatten().tolist()):
             pairs = ((i, j, (first, second)), (j, i, back if shared else blocks[2:]))
             for (row, column, (left, right)), rest in zip(pairs, noise, strict=True):
-                projected = left * top[one, row, None, :] @ right + rest * spread[one, row, None, None]
+                # blocks of rotations of the whole width, with the mean square of those of the effective one
+                kept, others = (each[one, row, column, None, None] for each in (scale, spread))
+                projected = left * top[one, row, None, :] @ right * kept + rest * others
                 for index, k in enumerate(drawn.ks):
                     values = coupling(projected[..., :k, :k], top[one, row, :k], drawn.normalizer, drawn.absolute)
                     found[:, one, index, row, column] = values - null[one, index, row, column]

@@ -25,12 +25,13 @@ _NODES = 33  # of each half of the quadrature, one a unit of log t; its error is
 
 
 def null_coupling(
-    s1: Float[Tensor, "... K"],
-    frobenius: Float[Tensor, "..."],
+    s1: Float[Tensor, "*#pair K"],
+    frobenius: Float[Tensor, "*#pair"],
     d_model: int,
     normalizer: Normalizer = "frobenius",
     absolute: bool = True,
-) -> Float[Tensor, "..."]:
+    width: Float[Tensor, "*#pair"] | None = None,
+) -> Float[Tensor, "*pair"]:
     r"""Return c_null, the coupling expected for independent Haar-random bases, to second order (see the module).
 
     Args:
@@ -39,20 +40,22 @@ def null_coupling(
         d_model: the width, d.
         normalizer: as in ``coupling``.
         absolute: as in ``coupling``.
+        width: the effective width (``effective_width``); by default d.
     """
     s = s1.double() / frobenius.double()[..., None]  # the coupling is scale-free: from here f = 1
-    mean, variance = _moments(s, d_model, absolute)
+    mean, variance = _moments(s, d_model, absolute, width)
     root = mean.sqrt() * (1 - variance / (8 * mean.square()))
     return (1 - root / normalizer_of(s, normalizer)).to(s1)
 
 
 def null_std(
-    s1: Float[Tensor, "... K"],
-    frobenius: Float[Tensor, "..."],
+    s1: Float[Tensor, "*#pair K"],
+    frobenius: Float[Tensor, "*#pair"],
     d_model: int,
     normalizer: Normalizer = "frobenius",
     absolute: bool = True,
-) -> Float[Tensor, "..."]:
+    width: Float[Tensor, "*#pair"] | None = None,
+) -> Float[Tensor, "*pair"]:
     r"""Return the standard deviation of the coupling under independent Haar-random bases, to first order.
 
     Args:
@@ -61,13 +64,16 @@ def null_std(
         d_model: the width, d.
         normalizer: as in ``coupling``.
         absolute: as in ``coupling``.
+        width: the effective width (``effective_width``); by default d.
     """
     s = s1.double() / frobenius.double()[..., None]
-    mean, variance = _moments(s, d_model, absolute)
+    mean, variance = _moments(s, d_model, absolute, width)
     return (variance.sqrt() / (2 * mean.sqrt() * normalizer_of(s, normalizer))).to(s1)
 
 
-def _moments(s: Float[Tensor, "... K"], d: int, absolute: bool) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+def _moments(
+    s: Float[Tensor, "*#pair K"], d_model: int, absolute: bool, width: Float[Tensor, "*#pair"] | None
+) -> tuple[Float[Tensor, "*pair"], Float[Tensor, "*pair"]]:
     r"""Return the mean and the variance of Q for f = 1; beyond the top K, the spectrum is taken as flat.
 
     - E ||M||_F^2 = K^2 / d^2 and its variance are exact: ||M||_F^2 = tr(D P D P') for independent projectors, so
@@ -79,18 +85,19 @@ def _moments(s: Float[Tensor, "... K"], d: int, absolute: bool) -> tuple[Float[T
       Cov(||M||_F^2, |M_11|) = 2 K r + (K - 1)^2 w - (K / d)^2 m. All this is exact. In Cov(|M_11|, |M_22|), |M_22| is
       replaced by m d^2 M_22^2 / 2, the first term of its series in Hermite polynomials.
     """
-    k = s.shape[-1]
+    k, beyond = s.shape[-1], d_model - s.shape[-1]
+    d = torch.full_like(s[..., 0], d_model) if width is None else width.to(s)
     squares, total = s.square().sum(-1), s.sum(-1)
-    rest = (1 - squares).clamp(min=0) / max(d - k, 1)
-    fourth = s.pow(4).sum(-1) + rest.square() * (d - k)
+    rest = (1 - squares).clamp(min=0) / max(beyond, 1)
+    fourth = s.pow(4).sum(-1) + rest.square() * beyond
     a, b = projector_moments(k, d)
     mean = (k / d) ** 2 + squares
     variance = a**2 + 2 * b**2 - (k / d) ** 4 + (4 * a * b + 2 * b**2) * fourth
     if absolute:
-        length = math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))  # E of d normal numbers
-        root, cube = (moment * math.sqrt(2 / math.pi) / length**2 for moment in _root_moments(s.square(), rest, d - k))
+        length = math.sqrt(2) * (torch.lgamma((d + 1) / 2) - torch.lgamma(d / 2)).exp()  # E of d normal numbers
+        root, cube = (moment * math.sqrt(2 / math.pi) / length**2 for moment in _root_moments(s.square(), rest, beyond))
         m, r = root, cube / (d + 1) ** 2
-        w = (m - 2 * d * r) / max(d - 1, 1) ** 2
+        w = (m - 2 * d * r) / (d - 1).clamp(min=1) ** 2
         with_size = 2 * k * r + (k - 1) ** 2 * w - (k / d) ** 2 * m
         with_other = m * d**2 / 2 * (w - m / d**2)
         mean = mean - 2 * m * total
@@ -142,16 +149,32 @@ def unreached(vectors: Float[Tensor, "d K"], candidates: Float[Tensor, "d c"]) -
     return basis @ directions[:, shares < UNREACHED * vectors.shape[1] / len(vectors)]
 
 
-def overlap_null(
-    k: int, rows: Sequence[Float[Tensor, "d _"]], columns: Sequence[Float[Tensor, "d _"]]
-) -> Float[Tensor, "row column"]:
-    r"""Return the overlap expected for random subspaces of K dimensions that do not reach some directions of their own.
-
-    With P1, P2 the projectors onto what they may reach, of rank r1, r2, it is K tr(P1 P2) / (r1 r2): K / d if they
-    reach everything, K / (d - n) if both miss the same n directions.
+def unreached_of(
+    u: Float[Tensor, "d K"], v: Float[Tensor, "d K"], reads: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, "d _"], Float[Tensor, "d _"]]:
+    """Return what the top left singular vectors of a Jacobian do not reach, and what the right ones do not.
 
     Args:
-        k: K.
+        u: the left singular vectors. Written with centred weights, they miss the mean.
+        v: the right ones. Read through a norm, they miss the stream, and the mean if the norm centres.
+        reads: the stream that the Jacobian reads.
+    """
+    mean = torch.ones_like(reads)[:, None]
+    return unreached(u, mean), unreached(v, torch.cat([mean, reads[:, None]], dim=1))
+
+
+def effective_width(
+    rows: Sequence[Float[Tensor, "d _"]], columns: Sequence[Float[Tensor, "d _"]]
+) -> Float[Tensor, "row column"]:
+    r"""Return the width w for which random vectors have E (u1 . u2)^2 = 1 / w, if they do not reach some directions.
+
+    With P1, P2 the projectors onto what they may reach, of rank r1, r2, it is r1 r2 / tr(P1 P2): d if they reach
+    everything, d - n if both miss the same n directions. Random subspaces of K dimensions overlap by K / w.
+
+    The null of the coupling takes sqrt(w_left w_right), of both sides of U2^T J1 V2: E ||M||_F^2 is
+    K^2 f^2 / (w_left w_right).
+
+    Args:
         rows: an orthonormal basis of what each row's vectors do not reach.
         columns: the same of each column.
     """
@@ -163,14 +186,14 @@ def overlap_null(
     both = torch.einsum("rdi,cdj->rcij", first, second).square().sum((-2, -1))
     missed, others = (torch.tensor([each.shape[1] for each in side]).to(both) for side in (rows, columns))
     reached = (d - missed)[:, None] * (d - others)
-    return (k * (d - missed[:, None] - others + both) / reached.clamp(min=1)).clamp(max=1)
+    return reached.clamp(min=1) / (d - missed[:, None] - others + both).clamp(min=1)
 
 
-def projector_moments(k: int, d: int) -> tuple[float, float]:
+def projector_moments(k: int, d: Float[Tensor, "*any"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
     r"""Return the moments a, b of a projector P onto K Haar-random directions of R^d.
 
     E[P_ij P_kl] = a delta_ij delta_kl + b (delta_ik delta_jl + delta_il delta_jk). From E (tr P)^2 = K^2 and
     E tr P^2 = K: a = K (K (d+1) - 2) / (d (d-1) (d+2)), b = K (d-K) / (d (d-1) (d+2)).
     """
-    share = k / (d * max(d - 1, 1) * (d + 2))
+    share = k / (d * (d - 1).clamp(min=1) * (d + 2))
     return share * (k * (d + 1) - 2), share * (d - k)

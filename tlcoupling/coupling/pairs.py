@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tlcoupling.coupling.groups import Group, Place, visits
 from tlcoupling.coupling.metric import coupling, subspace_overlap
-from tlcoupling.coupling.null import null_coupling, null_std, overlap_null, unreached
+from tlcoupling.coupling.null import effective_width, null_coupling, null_std, unreached_of
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
@@ -59,12 +59,8 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                         next(ticks)
                     waiting = []
                 for index in visit.finished:
-                    rows, columns_of = batch[index].rows, batch[index].columns
                     compared[index] = {
-                        name: {
-                            **_compare([known[p] for p in rows], [known[p] for p in columns_of], options, workers),
-                            **_overlap_nulls(jacobians.trace, name, batch[index], known, options),
-                        }
+                        name: _compare(jacobians.trace, name, batch[index], known, options, workers)
                         for name, known in held.items()
                     }
                 for name, place in product(sublayers, visit.dropped):
@@ -126,9 +122,10 @@ def project(
 
 
 def _compare(
-    rows: Sequence[Spectrum], columns: Sequence[Spectrum], options: Options, workers: Workers
+    trace: Trace, sublayer: str, group: Group, known: Mapping[Place, Spectrum], options: Options, workers: Workers
 ) -> dict[str, Tensor]:
     """All that is measured on a group, by field name: each row's Jacobian in each column's bases."""
+    rows, columns = ([known[place] for place in places] for places in (group.rows, group.columns))
     device = rows[0].frobenius.device
 
     def stacked(spectra: Sequence[Spectrum], name: str) -> Tensor:
@@ -136,17 +133,24 @@ def _compare(
 
     u2, v2 = stacked(columns, "u"), stacked(columns, "v")
     s, frobenius = stacked(rows, "s"), torch.stack([one.frobenius.to(device) for one in rows])
-    count, width = u2.shape[:2]
     compared = workers.map(partial(_in_bases, u2=u2, v2=v2, options=options), rows, all(row.kept for row in rows))
+    wide = {side: each.to(device) for side, each in _effective_widths(trace, sublayer, group, known).items()}
+    left, right = ("uu", "vv") if options.bases == "uv" else ("vu", "uv")  # of U2^T U1 and V1^T V2, or V2^T U1 ...
+    width = (wide[left] * wide[right]).sqrt()
+    of_row = {"frobenius": frobenius[:, None], "d_model": u2.shape[1], "width": width}
+    of_row |= {"normalizer": options.normalizer, "absolute": options.absolute}
     chance = {
-        name: torch.stack(
-            [function(s[:, :k], frobenius, width, options.normalizer, options.absolute) for k in options.k]
-        )
+        name: torch.stack([function(s[:, None, :k], **of_row) for k in options.k])
         for name, function in (("null", null_coupling), ("null_std", null_std))
     }
     return {
         **{name: torch.stack([row[name] for row in compared], dim=1) for name in compared[0]},
-        **{name: each[..., None].expand(-1, -1, count) for name, each in chance.items()},
+        **chance,
+        "null_width": width.to(s),
+        **{
+            f"overlap_null_{side}": torch.stack([(k / wide[2 * side]).clamp(max=1) for k in options.k])
+            for side in ("u", "v")
+        },
         "singular_values": s,
         "frobenius": frobenius,
         "frobenius_error": torch.stack([one.frobenius_error.to(device) for one in rows]),
@@ -159,24 +163,24 @@ def _compare(
     }
 
 
-def _overlap_nulls(
-    trace: Trace, sublayer: str, group: Group, known: Mapping[Place, Spectrum], options: Options
-) -> dict[str, Float[Tensor, "k row column"]]:
-    """Return the overlaps that chance gives, by field name, given what a norm of each Jacobian projects out."""
+def _effective_widths(
+    trace: Trace, sublayer: str, group: Group, known: Mapping[Place, Spectrum]
+) -> dict[str, Float[Tensor, "row column"]]:
+    """Return the effective widths, given what a norm of each Jacobian projects out.
+
+    By the side of the row's vectors and that of the column's: ``"uu"``, ``"vv"``, ``"uv"``, ``"vu"``.
+    """
     device = known[group.rows[0]].frobenius.device
     missed: dict[str, dict[Place, Tensor]] = {"u": {}, "v": {}}
     for place in group.places:
         triplets = known[place].triplets
-        reads = trace.input_of(place.layer, sublayer)[0, place.src]
-        constant = torch.ones_like(reads)
-        directions = {"u": [constant], "v": [constant, reads]}
-        for side, vectors in (("u", triplets.u), ("v", triplets.v)):
-            missed[side][place] = unreached(vectors, torch.stack(directions[side], dim=1)).to(device)
+        both = unreached_of(triplets.u, triplets.v, trace.input_of(place.layer, sublayer)[0, place.src])
+        missed["u"][place], missed["v"][place] = (each.to(device) for each in both)
     return {
-        f"overlap_null_{side}": torch.stack(
-            [overlap_null(k, [of[p] for p in group.rows], [of[p] for p in group.columns]) for k in options.k]
+        row + column: effective_width(
+            [missed[row][place] for place in group.rows], [missed[column][place] for place in group.columns]
         )
-        for side, of in missed.items()
+        for row, column in product("uv", "uv")
     }
 
 

@@ -81,7 +81,7 @@ class ProjectedJacobians(Result):
 
     @property
     def null(self) -> Float[Tensor, "sublayer layer"]:
-        """Return the coupling expected for independent random bases; it depends on J1 alone."""
+        """Return the coupling expected for independent random bases of the whole width; it depends on J1 alone."""
         return null_coupling(self.singular_values, self.frobenius, self.d_model)
 
     @property

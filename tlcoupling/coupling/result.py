@@ -42,7 +42,8 @@ class Coupling(Result):
 
     Attributes:
         values: coupling c_K, at most 1. ``[*group, k, row, column]``.
-        null: what independent random bases would give, c_null; it depends on the row alone. Same axes.
+        null: what independent random bases would give, c_null: it depends on the row's singular values and
+            ``null_width``. Same axes.
         null_std: the standard deviation of the coupling under independent random bases, of a single pair. Same axes.
         overlap_u: overlap of the spaces that two Jacobians write, from 0 to 1. Same axes.
         overlap_v: overlap of the spaces that two Jacobians read. Same axes.
@@ -67,7 +68,9 @@ class Coupling(Result):
         basis_subspace_uncertainty: the same of each column. ``[*group, k, column]``.
         overlap_null_u: the null of ``overlap_u``: K over the effective width, which is smaller than d_model where both
             Jacobians miss a direction, such as what a norm projects out. Axes of ``values``.
-        overlap_null_v: the null of ``overlap_v``. Same axes. These six are None in results of version 0.1.
+        overlap_null_v: the null of ``overlap_v``. Same axes.
+        null_width: the effective width for which ``null`` was computed, the geometric mean of both sides'.
+            ``[*group, row, column]``. These seven are None in results of version 0.1.
     """
 
     values: Float[Tensor, "*group k n n"]
@@ -91,6 +94,7 @@ class Coupling(Result):
     basis_subspace_uncertainty: Float[Tensor, "*group k n"] | None = field(default=None, kw_only=True)
     overlap_null_u: Float[Tensor, "*group k n n"] | None = field(default=None, kw_only=True)
     overlap_null_v: Float[Tensor, "*group k n n"] | None = field(default=None, kw_only=True)
+    null_width: Float[Tensor, "*group n n"] | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, group: Sequence[str] = (), member: str = "", **kwargs: Any) -> None:
         """Name the axes: those of the groups, and of what is compared in each."""
@@ -101,6 +105,7 @@ class Coupling(Result):
         cls._axes = {
             **dict.fromkeys(("values", "null", "null_std", "overlap_u", "overlap_v"), pairs),
             **dict.fromkeys(("overlap_null_u", "overlap_null_v"), pairs),
+            "null_width": (*group, *pairs[-2:]),
             "overlap_null": ("k",),
             "singular_values": (*members, "rank"),
             **dict.fromkeys(("frobenius", "frobenius_error", "residual"), members),
@@ -137,8 +142,8 @@ class Coupling(Result):
     def z(self) -> Float[Tensor, "*group k n n"]:
         """Excess in standard deviations of the null, (c - c_null) / null_std, of each single pair.
 
-        It describes a pair, and is not a test: the null is skewed, so that z lies beyond 3.09 in about 1 % of pairs by
-        chance, not in 0.1 %. For p-values take ``test``.
+        It describes a pair, and is not a test: the null is skewed, so that z lies beyond 3.09 in 0.3 % of pairs
+        (K = 10) and more by chance, not in 0.1 %. For p-values take ``test``.
         """
         return self.excess / self.null_std
 
@@ -247,6 +252,7 @@ class Coupling(Result):
             self.singular_values,
             self.frobenius,
             self.null,
+            torch.full_like(self.null[..., 0, :, :], self.d_model) if self.null_width is None else self.null_width,
             self._shared(),
             self.d_model,
             self.ks,

@@ -30,7 +30,7 @@ from tlcoupling.sweeps.cells import Cell
 _CHARACTERS_A_TOKEN = 4.0  # of English text, about; the cost of coupling hardly depends on it
 _UNBOUNDED = 2.0**60  # bytes: the machine that will run the sweep is not known
 _HEADER = 5500.0  # bytes of a file's JSON, measured; what a token adds to it is little beside its numbers
-_TENSORS = 7  # values, null, null_std, two overlaps and their nulls: a number for each pair of layers
+_TENSORS = 7  # values, null, null_std, two overlaps and their nulls: a number for each pair of layers and each K
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,14 @@ def cell_cost(shape: Shape, cell: Cell, rates: Rates) -> CellCost:
     comparison = Comparison(model, shape.splits, n_tokens, torch.float32, names, groups, options)
     schedule = make_schedule(comparison, free=_UNBOUNDED)
     stages = stages_of(model, n_tokens, {"": schedule}, rates)
-    pairs = len(names) * len(positions) * len(options.k) * shape.n_layers**2
+    pairs = len(names) * len(positions) * (_TENSORS * len(options.k) + 1) * shape.n_layers**2  # and the null's width
     per_row = len(names) * len(positions) * shape.n_layers * (max(options.k) + 3)
     trajectories = n_tokens * (3 * shape.n_layers + 12)
     return CellCost(
         flops=sum(stage.flops for stage in stages),
         seconds=sum(stage.seconds for stage in stages),
         memory_bytes=schedule.peak_bytes,
-        file_bytes=4.0 * (_TENSORS * pairs + per_row + trajectories) + _HEADER,
+        file_bytes=4.0 * (pairs + per_row + trajectories) + _HEADER,
     )
 
 

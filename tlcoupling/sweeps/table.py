@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tlcoupling.analysis.analyze import Analysis
+from tlcoupling.analysis.headline import coupling_test
 from tlcoupling.analysis.summary import coupling_rows
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
@@ -51,9 +52,24 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "excess": ("double", "coupling - null"),
     "excess_same_kind": ("double", "mean of the excess over pairs of layers of one kind; missing as layer_kinds is"),
     "excess_other_kind": ("double", "mean of the excess over pairs of layers of different kinds; missing likewise"),
+    "excess_determined": (
+        "double",
+        "its mean over the pairs whose singular vectors are determined (see undetermined); missing if there is none",
+    ),
+    "p": (
+        "double",
+        "two-sided p-value of the excess (the rotation test of coupling.test); missing unless draws are asked for, and "
+        "for several measured tokens, which are several tests",
+    ),
+    "excess_low": ("double", "lower end of the 95 % interval of the excess, from the same test"),
+    "excess_high": ("double", "upper end"),
     "overlap_u": ("double", f"overlap of the subspaces written to, {_MEAN}"),
     "overlap_v": ("double", f"overlap of the subspaces read from, {_MEAN}"),
-    "overlap_null": ("double", "expected overlap of random subspaces, K / d_model"),
+    "overlap_null_u": (
+        "double",
+        f"overlap_u of random subspaces, K over the effective width, {_MEAN}; K / d_model if measured by version 0.1",
+    ),
+    "overlap_null_v": ("double", "the same of overlap_v, which is smaller by what a norm projects out"),
     "undetermined": (
         "int64",
         "pairs of singular vectors, of the K of each layer and measured token, that nearly equal singular values leave "
@@ -160,8 +176,15 @@ def cell_columns(cell: Cell) -> dict[str, Any]:
     }
 
 
-def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one measured cell."""
+def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts, draws: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one measured cell.
+
+    Args:
+        cell: the cell.
+        analysis: its result.
+        facts: sizes of its model.
+        draws: draws of the rotation test, which takes about a second of 200 draws; 0 leaves p-values out.
+    """
     coupling, straight, growth = analysis.coupling, analysis.linearity, analysis.growth
     at = list(coupling.positions)
     shared = {
@@ -178,8 +201,9 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts) -> Iterator[
         "seconds": analysis.provenance.seconds,
         "versions": json.dumps(dict(analysis.provenance.versions), sort_keys=True),
     }
+    test = coupling_test(coupling, draws) if draws else None
     asked = [str(k) for k in cell.settings.k for _ in coupling.sublayers]
-    for row, k, kinds in zip(coupling_rows(coupling), asked, _kind_columns(coupling), strict=True):
+    for row, k, kinds in zip(coupling_rows(coupling, test), asked, _kind_columns(coupling), strict=True):
         path = straight.paths.index(row.sublayer)
         yield {
             **shared,

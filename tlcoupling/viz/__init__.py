@@ -2,11 +2,13 @@
 
 ``widgets`` makes the widgets; the dashboard is the whole report. ``payload`` and ``panes`` (heat maps) take the numbers
 from a result, and ``page`` joins them with the HTML, CSS and JavaScript in ``assets``. ``plain`` encodes numbers and
-tokens for a page. ``figures`` draws for print with matplotlib, which is imported at its first use.
+tokens for a page. ``live`` measures more where a kernel is there. ``shown`` and ``thumbnail`` are what results show of
+themselves. ``figures`` draws for print with matplotlib, which is imported at its first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tlcoupling.viz import plots
@@ -22,8 +24,10 @@ from tlcoupling.viz.widgets import (
 
 if TYPE_CHECKING:
     from tlcoupling.viz import figures
+    from tlcoupling.viz.live import Live
 
 __all__ = [
+    "Live",
     "Widget",
     "attention_and_coupling",
     "dashboard",
@@ -36,7 +40,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``figures`` at its first use."""
+    """Import ``figures`` and ``Live`` at their first use."""
+    if name == "Live":
+        return _live()
     if name != "figures":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return plots.figures()
+
+
+def _live() -> Any:
+    try:
+        return import_module(f"{__name__}.live").Live
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("anywidget", "traitlets"):
+            raise
+        raise ImportError("live notebooks need anywidget: pip install anywidget") from error

@@ -104,8 +104,8 @@ def _matrices(
 
     return {
         "values": packed(_blocks(values, pool), budget),
-        "null": packed(_pooled(null[..., 0], pool)),
-        "std": packed(_pooled(std[..., 0], pool)),
+        "null": packed(_pooled(null.mean(-1), pool)),
+        "std": packed(_pooled(std.mean(-1), pool)),
         "mean": {"coupling": mean("values"), "null": mean("null"), "excess": mean("excess"), "z": mean("z")},
     }
 

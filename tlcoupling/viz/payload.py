@@ -9,6 +9,7 @@ from typing import Any
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.headline import without_sinks
 from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
+from tlcoupling.coupling.chance import CouplingTest, p_value
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
 from tlcoupling.text import counted, visible
@@ -46,16 +47,20 @@ def summary(analysis: Analysis) -> dict[str, Any]:
     """Return the headline and its numbers, with those of fresh weights if they were measured."""
     return {
         "headline": analysis.headline(),
-        **_numbers(analysis),
+        **_numbers(analysis, analysis.depth_test),
         "fresh": None if analysis.baseline is None else _numbers(analysis.baseline),
         "n_measured": len(analysis.coupling.positions),
     }
 
 
-def _numbers(analysis: Analysis) -> dict[str, Any]:
-    """Return the rows of the three tables."""
+def _numbers(analysis: Analysis, test: CouplingTest | None = None) -> dict[str, Any]:
+    """Return the rows of the three tables, with p-values as text."""
+    rows = coupling_rows(analysis.coupling, test)
     return {
-        "coupling": [plain(asdict(row)) for row in coupling_rows(analysis.coupling)],
+        "coupling": [
+            {**plain(asdict(row)), "p": None if test is None or row.p is None else p_value(row.p, test.draws)}
+            for row in rows
+        ],
         "linearity": [plain(asdict(row)) for row in linearity_rows(analysis.linearity)],
         "growth": plain(asdict(growth_summary(analysis.growth))),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.headline import without_sinks
 from tlcoupling.analysis.many import ManyAnalyses
+from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.analysis.summary import growth_summary, linearity_rows
 from tlcoupling.coupling.alignment import HeadAlignment
 from tlcoupling.coupling.chance import CouplingTest
@@ -239,6 +240,12 @@ def _projected(result: ProjectedJacobians) -> Shown:
     picture = Matrix(title, relative.double(), ("left", "right"), (ranks, ranks), centred=False)
     below = f"layers {', '.join(map(str, result.layers))}, token {result.position}, K = {len(ranks)}"
     return Shown(below, ("", *_AGAINST_NULL), rows, [picture])
+
+
+@shown.register
+def _shared(result: SharedDirections) -> Shown:
+    note = "texts, scores and null: the tokens that the layers' bases write and read."
+    return replace(shown(result.projected), note=note)
 
 
 @shown.register

@@ -7,6 +7,7 @@ Elsewhere, its ``html`` is a complete document, which ``save`` writes.
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes, payload
 from tlcoupling.viz.page import asset, render
+
+# In the script that stands behind a frame and its link.
+_BESIDE = """
+const link = document.currentScript?.previousElementSibling, frame = link?.previousElementSibling;
+if (frame?.tagName === "IFRAME") host(frame, link);
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Widget:
         return (
             f'<iframe sandbox="allow-scripts" width="100%" height="{self.height}" style="border: 0" '
             f'srcdoc="{html.escape(self.html)}"></iframe>'
-            f'<a hidden target="_blank" href="#">open as a page</a><script>{asset("host.js")}</script>'
+            f'<a hidden target="_blank" href="#">open as a page</a><script>{{{asset("host.js")}{_BESIDE}}}</script>'
         )
 
     def save(self, path: str | Path) -> Path:
@@ -143,13 +150,18 @@ def dashboard(result: Analysis) -> Widget:
     return Widget(render_html(result), height=900)
 
 
-def render_html(analysis: Analysis) -> str:
+def render_html(analysis: Analysis, chosen: Mapping[str, int | None] | None = None) -> str:
     """Return the report as one HTML document that needs no other file and no network.
+
+    Args:
+        analysis: the analysis.
+        chosen: the ``layer``, ``token`` and ``k`` that are shown first; by default a measured layer and token.
 
     Raises:
         ImportError: circuitsvis, which draws the attention patterns, is not installed.
     """
     controls = payload.controls(analysis)
+    controls["start"] |= chosen or {}
     start, fresh = controls["start"]["layer"], None if analysis.baseline is None else analysis.baseline.coupling
     return render(
         f"{analysis.provenance.model_name} · tlcoupling",

@@ -1,8 +1,5 @@
-/* Beside a widget's frame: makes the frame as high as its page, gives it the host's colour scheme, opens it as a page. */
-(() => {
-  const frame = document.currentScript?.previousElementSibling?.previousElementSibling;
-  if (!frame || frame.tagName !== "IFRAME") return;
-  const link = frame.nextElementSibling;
+/* Around a page's frame: makes the frame as high as its page, gives it the host's colour scheme, opens it as a page. */
+const host = (frame, link) => {
   link.hidden = false;
   link.addEventListener("click", () => {
     link.href = URL.createObjectURL(new Blob([frame.srcdoc], { type: "text/html" }));
@@ -17,12 +14,17 @@
     return "light";
   };
   const tell = () => frame.contentWindow?.postMessage({ tlcoupling: { scheme: schemeOf() } }, "*");
-  addEventListener("message", (event) => {
+  const fit = (event) => {
     const height = event.data?.tlcoupling?.height;
     if (event.source !== frame.contentWindow || !(height > 0)) return;
     frame.style.height = `${Math.ceil(height)}px`;
     tell();
-  });
+  };
+  addEventListener("message", fit);
   const changes = new MutationObserver(tell);
   for (const node of [document.documentElement, document.body]) changes.observe(node, { attributes: true });
-})();
+  return () => {
+    removeEventListener("message", fit);
+    changes.disconnect();
+  };
+};

@@ -22,6 +22,11 @@
         const chosen = names.filter((name) => tlc.choice[name] !== null).map((name) => `${name}=${tlc.choice[name]}`);
         history.replaceState(null, "", `#${chosen.join("&")}`);
       });
+    if (parent !== window)
+      tlc.choice.on(names, () => {
+        const chosen = Object.fromEntries(names.map((name) => [name, tlc.choice[name]]));
+        parent.postMessage({ tlcoupling: { chosen } }, "*");
+      });
     document.documentElement.dataset.drawn = "";
   };
   start().catch((error) => {

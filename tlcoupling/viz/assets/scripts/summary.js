@@ -7,22 +7,30 @@ tlc.sections.summary = (section, data) => {
   part("headline").textContent = data.headline;
   part("no-fresh").hidden = Boolean(fresh);
   if (data.n_measured > 1) part("coupling-note").append(`, mean over ${data.n_measured} tokens`);
+  const tested = data.coupling.some((row) => row.p !== null);
+  const undetermined = data.coupling.some((row) => row.undetermined);
   part("coupling").append(
     tlc.table(
-      ["", "coupling", "null", "excess", ...(fresh ? ["fresh excess"] : [])],
+      [
+        ...["", "coupling", "null", "excess", ...(fresh ? ["fresh excess"] : [])],
+        ...(tested ? ["chance alone", "95 % interval"] : []),
+        ...(undetermined ? ["excess, determined pairs"] : []),
+      ],
       data.coupling.map((row, i) => [
         named(row),
         number(row.coupling),
         number(row.null),
         tlc.html("strong", {}, number(row.excess)),
         ...(fresh ? [number(fresh.coupling[i].excess)] : []),
+        ...(tested ? [row.p, `${number(row.excess_low)} to ${number(row.excess_high)}`] : []),
+        ...(undetermined ? [number(row.excess_determined)] : []),
       ]),
     ),
   );
   part("overlap").append(
     tlc.table(
-      ["", "overlap U", "overlap V", "null K/d"],
-      data.coupling.map((row) => [named(row), ...["overlap_u", "overlap_v", "overlap_null"].map((name) => number(row[name]))]),
+      ["", "overlap U", "its null", "overlap V", "its null"],
+      data.coupling.map((row) => [named(row), ...["overlap_u", "overlap_null_u", "overlap_v", "overlap_null_v"].map((name) => number(row[name]))]),
     ),
   );
   part("linearity").append(

@@ -1,0 +1,185 @@
+"""The report in a notebook with a kernel: choosing a layer or a token that was not measured measures it.
+
+The page in the frame tells what is chosen in it (``assets/scripts/main.js``), ``assets/live.js`` passes that on as the
+trait ``chosen``, and a new page comes back as the trait ``page``. A notebook that is opened without a kernel shows the
+page that was saved with it.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import cached_property
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+import traitlets
+from anywidget import AnyWidget
+from torch import Tensor
+
+from tlcoupling.analysis.analyze import Analysis, couplings_of_tokens
+from tlcoupling.coupling.depth import depth_coupling
+from tlcoupling.coupling.result import Coupling
+from tlcoupling.errors import ArgumentError, TLCouplingError
+from tlcoupling.forward.trace import Trace, trace
+from tlcoupling.models.baseline import random_baseline
+from tlcoupling.viz.page import asset
+from tlcoupling.viz.widgets import Widget, render_html
+
+CouplingT = TypeVar("CouplingT", bound=Coupling)
+# The fields that label an axis of groups.
+_LABELS = {"layer": ("layers", "basis_layers"), "pos": ("positions", "tokens")}
+
+
+class Live(AnyWidget):
+    """The report of an analysis, which measures more of it on demand.
+
+    It displays itself in Jupyter, VS Code, Colab and marimo. Choosing a layer whose tokens were not compared measures
+    their coupling. Choosing a token whose layers were not compared measures its coupling across depth. Fresh weights
+    are measured too, if the analysis has them beside it.
+
+    Args:
+        result: an analysis that was made here, so that it has its trace.
+        baseline: the model of ``result.baseline``, if that is not ``tlc.random_baseline(model)``.
+
+    Attributes:
+        result: the analysis, with what was measured since.
+        status: what is being measured, or why it could not be.
+
+    Raises:
+        ArgumentError: something else than an analysis, or one without its trace, such as one from a file.
+        ImportError: anywidget is not installed.
+
+    Example:
+        >>> live = tlc.viz.Live(tlc.analyze(model, "When Mary and John went to the store"))  # doctest: +SKIP
+        >>> live  # choose layers and tokens, then go on with live.result  # doctest: +SKIP
+    """
+
+    _esm = f"{asset('host.js')}\n{asset('live.js')}"
+    page = traitlets.Unicode().tag(sync=True)
+    status = traitlets.Unicode().tag(sync=True)
+    key = traitlets.Unicode().tag(sync=True)
+    chosen = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, result: Analysis, *, baseline: Any | None = None) -> None:
+        if not isinstance(result, Analysis):
+            raise ArgumentError(
+                "result", type(result).__name__, "an Analysis, which tlc.analyze(model, prompt) returns"
+            )
+        if result.trace is None:
+            raise ArgumentError("result", "an analysis without its trace", "one that tlc.analyze returned here")
+        self.result = result
+        self._model = baseline
+        self._saved: Any = None
+        super().__init__(page=render_html(result), key=uuid4().hex)
+        self.observe(self._choose, "chosen")
+
+    def _choose(self, change: Mapping[str, Any]) -> None:
+        """Measure what is chosen and not measured, and show it."""
+        chosen = change["new"]
+        layer, token = chosen.get("layer"), chosen.get("token")
+        compared = self.result.token_coupling
+        try:
+            if token is not None and token not in self.result.coupling.positions:
+                self.status = f"measuring the layers at token {token} …"
+                self.result = self._extended(self.result, _at_token, token)
+            if layer is not None and (compared is None or layer not in compared.layers):
+                self.status = f"measuring the tokens of layer {layer} …"
+                self.result = self._extended(self.result, _in_layer, layer)
+        except TLCouplingError as error:
+            self.status = f"not measured: {error}"
+            return
+        if self.status:
+            self.status, self.page = "", render_html(self.result, chosen)
+            if self._saved is not None:
+                self._saved.update(_html(self._static()))
+
+    def _extended(self, result: Analysis, measure: Any, index: int) -> Analysis:
+        """Return the analysis, and the one of fresh weights beside it, with one more measurement."""
+        assert result.trace is not None
+        more = replace(result, **measure(result, result.trace, index))
+        if result.baseline is None:
+            return more
+        return replace(more, baseline=replace(result.baseline, **measure(result.baseline, self._other, index)))
+
+    @cached_property
+    def _other(self) -> Trace:
+        """The trace of the model of the baseline, whose own is not kept.
+
+        Raises:
+            ArgumentError: it is another model than was measured.
+        """
+        own, measured = self.result.trace, self.result.baseline
+        assert own is not None and measured is not None
+        found = trace(random_baseline(own.model) if self._model is None else self._model, own.tokens)
+        norms = found.resid.norm(dim=-1).cpu()
+        if not torch.allclose(norms, measured.growth.norms.to(norms), rtol=1e-3):
+            raise ArgumentError("baseline", "another model", "the model that was measured as the baseline")
+        return found
+
+    def _static(self) -> str:
+        """Return the page as it is saved with a notebook."""
+        frame, mark = Widget(self.page, height=900)._repr_html_(), f'data-tlcoupling="{html.escape(self.key)}"'
+        # in the place of the widget, JupyterLab would say that it has none
+        dead = f".jp-OutputArea-child:has([{mark}]) + .jp-OutputArea-child:not(:has(.tlcoupling-status))"
+        return f"<style>{dead} {{ display: none }}</style><div {mark}>{frame}</div>"
+
+    def _ipython_display_(self) -> None:
+        """Display the page that is saved with the notebook, and the one that the kernel answers, which hides it."""
+        from IPython.display import display
+
+        self._saved = display(_html(self._static()), display_id=True)
+        display(self._repr_mimebundle_()[0], raw=True)
+
+
+def _html(text: str) -> Any:
+    """Return HTML that IPython displays as it is."""
+    from IPython.display import HTML
+
+    return HTML(text)
+
+
+def _at_token(result: Analysis, traced: Trace, token: int) -> dict[str, Any]:
+    """Measure depth-wise coupling at one more token."""
+    more = depth_coupling(traced, tokens=token, **_settings(result))
+    return {"coupling": joined(result.coupling, more, "pos")}
+
+
+def _in_layer(result: Analysis, traced: Trace, layer: int) -> dict[str, Any]:
+    """Measure the coupling of tokens in one more layer."""
+    more = couplings_of_tokens(traced, (layer,), _settings(result))
+    known = {name: getattr(result, name) for name in more}
+    return {
+        name: one if known[name] is None or one is None else joined(known[name], one, "layer")
+        for name, one in more.items()
+    }
+
+
+def _settings(result: Analysis) -> dict[str, Any]:
+    """Return the settings that the analysis was made with."""
+    names = ("k", "sublayers", "normalizer", "bases", "absolute", "engine", "solver")
+    return {name: result.coupling.provenance.settings[name] for name in names}
+
+
+def joined(one: CouplingT, other: CouplingT, axis: str) -> CouplingT:
+    """Join two couplings along an axis of groups, in the order of its labels.
+
+    Args:
+        one: a coupling.
+        other: the same for other labels of the axis.
+        axis: ``"layer"`` of a coupling of tokens, ``"pos"`` of a depth-wise one.
+    """
+    labels = [*one._coords()[axis], *other._coords()[axis]]
+    order = sorted(range(len(labels)), key=labels.__getitem__)
+    changed: dict[str, Any] = {}
+    for name in (spec.name for spec in fields(one)):
+        first, second, axes = getattr(one, name), getattr(other, name), one._axes.get(name, ())
+        if name in _LABELS[axis]:
+            both = [*first, *second]
+            changed[name] = tuple(both[at] for at in order)
+        elif axis in axes and isinstance(first, Tensor):
+            at = axes.index(axis)
+            changed[name] = torch.cat([first, second], dim=at).index_select(at, torch.tensor(order))
+    return replace(one, **changed)
