@@ -24,6 +24,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
+from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
