@@ -33,7 +33,7 @@ from torch import Tensor
 import tlcoupling as tlc
 from tlcoupling.errors import TLCouplingError, UnsupportedModelError
 from tlcoupling.forward.bare import _no_tokenizer
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.offline import booted
 from tlcoupling.jacobian.engine import JacobianEngine
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -241,11 +241,7 @@ def boot(name: str) -> Any:
     """Boot a small random model of an architecture as a bridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    model, tokenizer = huggingface(name), _no_tokenizer()
-    with offline(), answered_locally(model, tokenizer):
-        return TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=tokenizer, dtype=torch.float32
-        ).eval()
+    return booted(TransformerBridge, name, huggingface(name), _no_tokenizer())
 
 
 def prompt(model: Any, stack: str = "") -> Any:

@@ -39,9 +39,11 @@ from edits import COUNT, MODELS, Edit, draw
 import tlcoupling as tlc
 from tlcoupling.errors import TLCouplingError, UnsupportedModelError
 
-SUBLAYERS = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
+SUBLAYERS = {"attn": "hook_attn_out", "mixer": "mixer.hook_out", "mlp": "hook_mlp_out"}
 STEPS = (4e-3, 1e-3)  # of the length of what is moved; a staircase shows at these
 FINE = (4e-5, 1e-5)  # in models that stay in float64: few kinks are so close
+# In mixtures of experts: within 4e-3, one of ten has another expert for some of its tokens.
+SHORTER = (STEPS, (1e-3, 2.5e-4), (2.5e-4, 6e-5), (6e-5, 1.5e-5))
 # How far a matrix may lie from its differences, beside what the two steps differ by: one direction is held to 2 %.
 ALLOWED = 0.02
 # Rounding of a write in models whose modules cast to float32, and in those that stay in float64.
@@ -98,8 +100,9 @@ class Truth:
         """Take an edit, a model in which it is in force, and token ids ``[pos]``."""
         self.edit, self.model, self.tokens = edit, model, tokens
         self.exact = MODELS[edit.case].exact
-        self.steps = FINE if self.exact and edit.expected == "measured" else STEPS
-        self._changes: dict[tuple[int, str, int], Any] = {}
+        smooth = (FINE,) if self.exact else SHORTER if edit.kind == "experts" else (STEPS,)
+        self.ladder = smooth if edit.expected == "measured" else (STEPS,)
+        self._changes: dict[tuple[int, str, int, tuple[float, float]], Any] = {}
 
     def run(self, layer: int, move_at: str = "", moves: Tensor | None = None) -> dict[str, Tensor]:
         """One pass, with the stream moved at a hook point, a row for each move: what is read and written there."""
@@ -117,14 +120,16 @@ class Truth:
             self.model.run_with_hooks(self.tokens[None].expand(rows, -1), return_type=None, fwd_hooks=hooks)
         return kept
 
-    def changes(self, layer: int, point: str, src: int) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], float]:
+    def changes(
+        self, layer: int, point: str, src: int, steps: tuple[float, float]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], float]:
         """Central differences of what is written, ``[column, pos, d]`` for each step; the unmoved pass; the length."""
-        if (key := (layer, point, src)) not in self._changes:
+        if (key := (layer, point, src, steps)) not in self._changes:
             still = self.run(layer)
             stream = still[point][0]
             length, width = float(stream[src].norm()), stream.shape[1]
             found: dict[str, list[Tensor]] = defaultdict(list)
-            for step in self.steps:
+            for step in steps:
                 moves = stream.new_zeros(2 * width, *stream.shape)
                 moves[:width, src] = step * length * torch.eye(width).to(stream)
                 moves[width:, src] = -moves[:width, src]
@@ -137,13 +142,19 @@ class Truth:
         """Return the matrix by differences in all coordinates, and how far it may be off."""
         between = "hook_resid_mid" in self.names(layer)
         point = "hook_resid_mid" if between and sublayer == "mlp" else "hook_resid_pre"
-        found, still, length = self.changes(layer, point, src)
-        wide, narrow = (change[:, dest].mT for change in found[sublayer])
-        width = len(narrow)
-        if sublayer == "block" and src == dest:
-            wide, narrow = (each - torch.eye(width).to(each) for each in (wide, narrow))
-        rounding = ROUNDING[self.exact] * float(still[sublayer][0, dest].norm()) * width**0.5 / (self.steps[1] * length)
-        noise = float((wide - narrow).norm())
+        wide = narrow = torch.empty(0)
+        noise = rounding = 0.0
+        for steps in self.ladder:
+            found, still, length = self.changes(layer, point, src, steps)
+            wide, narrow = (change[:, dest].mT for change in found[sublayer])
+            width = len(narrow)
+            if sublayer == "block" and src == dest:
+                wide, narrow = (each - torch.eye(width).to(each) for each in (wide, narrow))
+            written = float(still[sublayer][0, dest].norm())
+            rounding = ROUNDING[self.exact] * written * width**0.5 / (steps[1] * length)
+            noise = float((wide - narrow).norm())
+            if noise <= ALLOWED * float(narrow.norm()) + rounding:
+                break
         # a staircase has no derivative: whatever is returned for one is wrong
         noise = noise if noise <= 0.2 * float(narrow.norm()) + rounding else 0.0
         return narrow + (narrow - wide) / 15, noise + rounding
@@ -217,6 +228,7 @@ def _jacobians(edit: Edit, user: Any, trace: tlc.Trace, truth: Truth, outcome: O
     last = trace.n_tokens - 1
     src = rng.randrange(max(1, last)) if edit.src is None else edit.src
     dests = (src, rng.randint(src + 1, last)) if src < last else (src,)
+    dests = dests if trace.causal or src == 0 else (*dests, rng.randrange(src))
     expected = {(name, dest): truth.jacobian(edit.layer, name, src, dest) for name in trace.sublayers for dest in dests}
 
     def operator(name: str, dest: int) -> tlc.JacobianOperator:

@@ -7,6 +7,7 @@ the weights), PyTorch's own state around the measurement, or the input.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,15 +15,47 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from cases import CASES, part
+from architectures import boot
+from cases import CASES, Case, part
+from packed import packed_and_plain
 from torch import Tensor, nn
 from torch_settings import default_dtype, matmul_precision
+
+import tlcoupling as tlc
 
 Verdict = Literal["measured", "refused", "said"]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Hooks = list[tuple[str, Callable[..., Any]]]
 
-MODELS = {case.name: case for case in CASES}
+PACKED = importlib.util.find_spec("bitsandbytes") is not None  # which packs weights in 4 bits
+
+
+def _of_architecture(name: str) -> Callable[[torch.dtype], Any]:
+    return lambda dtype: boot(name).to(dtype)
+
+
+def _packed(dtype: torch.dtype) -> Any:
+    """In float32 a Llama in 4 bits, in float64 what its weights stand for."""
+    packed, plain = packed_and_plain("nf4", on_avx512=False)
+    return packed if dtype == torch.float32 else plain.to(dtype)
+
+
+def _fresh_weights(name: str) -> Callable[[torch.dtype], Any]:
+    """The baseline of a model."""
+    return lambda dtype: tlc.random_baseline(next(case for case in CASES if case.name == name).build(dtype).eval())
+
+
+BASELINES = ("bridge-llama", "bridge-gpt2", "bridge-gemma2")
+MODELS = {
+    case.name: case
+    for case in (
+        *CASES,
+        Case("mamba", _of_architecture("MambaForCausalLM"), exact=False),
+        Case("bert", _of_architecture("BertForMaskedLM"), exact=False),
+        Case("llama-nf4", _packed, exact=False),
+        *(Case(f"baseline of {name}", _fresh_weights(name), exact=False) for name in BASELINES),
+    )
+}
 SEPARATE = ("bridge-llama", "bridge-gemma2", "bridge-qwen3", "bridge-mistral")  # a module for each projection
 PLAIN = ("bridge-gpt2", "bridge-pythia", "native-layernorm")
 DENSE = (*SEPARATE, *PLAIN, "bridge-mpt")
@@ -601,7 +634,7 @@ def training(rng: random.Random) -> Edit:
 def looped(rng: random.Random) -> Edit:
     """A decoder that runs its stack twice, skips a block, or runs two in the other order."""
     case, layer = _draw(rng, ("bridge-llama", "bridge-mistral"))
-    name = rng.choice(["twice", "a block twice", "other order"])
+    name = rng.choice(["twice", "twice", "twice", "a block twice", "other order"])
 
     @contextmanager
     def change(model: Any) -> Iterator[None]:
@@ -692,25 +725,119 @@ def _padded(ids: list[int], before: int = 0, behind: int = 0) -> dict[str, list[
     return {"input_ids": [row], "attention_mask": [mask]}
 
 
+_CHANGES: dict[str, tuple[Wrap, Verdict]] = {
+    "untouched": (lambda call: call, "measured"),
+    "scaled": (on_output(lambda out: 1.5 * out), "measured"),
+    "bent": (on_output(lambda out: out + 0.5 * torch.tanh(out)), "measured"),
+    "detached": (on_output(lambda out: 0.5 * out + 0.5 * out.detach()), "refused"),
+    "under no_grad": (lambda call: torch.no_grad()(call), "refused"),
+}
+
+
 def experts(rng: random.Random) -> Edit:
-    """Routed experts, with a graph and without."""
-    layer = rng.randrange(N_LAYERS)
-    cut = rng.random() < 0.5
+    """Routed experts that do more than their weights say, or run without a graph."""
+    case, layer = _draw(rng, ("bridge-mixtral", "bridge-qwen3-next"))
+    name = rng.choice(sorted(_CHANGES))
+    wrap, expected = _CHANGES[name]
 
     @contextmanager
     def change(model: Any) -> Iterator[None]:
-        if cut:
-            module = next(one for name, one in model.blocks[layer].named_modules() if name.endswith("experts"))
-            module.__dict__["forward"] = torch.no_grad()(module.forward)
+        module = next(one for name, one in model.blocks[layer].named_modules() if name.endswith("experts"))
+        with _in_place(module, wrap):
+            yield
+
+    return Edit("experts", name, expected, case, layer, change)
+
+
+def mixer(rng: random.Random) -> Edit:
+    """A recurrence in attention's place."""
+    layer, name = rng.randrange(4), rng.choice([*_CHANGES, "by position"])
+    wrap, expected = _CHANGES.get(name, (by_position(0.2), "measured"))
+    return Edit("mixer", name, expected, "mamba", layer, replaced(layer, "mixer", wrap))
+
+
+def encoder(rng: random.Random) -> Edit:
+    """A bidirectional encoder, measured whole, forwards and backwards: one of its linear layers changed."""
+    layer, index = rng.randrange(4), rng.randrange(6)
+    name = rng.choice([*_CHANGES, "adapter", "by position"])
+    more: dict[str, tuple[Wrap, Verdict]] = {
+        "adapter": (adapter(index), "measured"),
+        "by position": (by_position(0.2), "measured"),
+    }
+    wrap, expected = {**_CHANGES, **more}[name]
+    if expected == "refused":
+        index = 5  # of what the block writes: of a part, half of a derivative may be less than 2 % of it
+
+    @contextmanager
+    def change(model: Any) -> Iterator[None]:
+        linear = [one for one in model.original_model.bert.encoder.layer[layer].modules() if type(one) is nn.Linear]
+        with _in_place(linear[index], wrap):
+            yield
+
+    return Edit("encoder", f"{name}, linear layer {index}", expected, "bert", layer, change)
+
+
+def baseline(rng: random.Random) -> Edit:
+    """Fresh weights in a model's place, as they are or with a change."""
+    case, layer = rng.choice(BASELINES), rng.randrange(N_LAYERS)
+    name = rng.choice(["untouched", "scaled", "bent"])  # MLPs of fresh weights are so small that a cut may be below 2 %
+    wrap, expected = _CHANGES[name]
+    return Edit("baseline", name, expected, f"baseline of {case}", layer, replaced(layer, "mlp", wrap))
+
+
+def four_bits(rng: random.Random) -> Edit:
+    """Weights in 4 bits, against what they stand for in float64: with a change, a hook, or a packed layer's own."""
+    layer = rng.randrange(2)
+    name = rng.choice([*_CHANGES, "hook", "forward of a packed layer"])
+    if name == "hook":
+        hooks = [(f"blocks.{layer}.hook_mlp_out", lambda x, hook: 0.5 * x)]
+        return Edit("4 bits", name, "measured", "llama-nf4", layer, hooks=hooks, dtype=torch.float32)
+    if name != "forward of a packed layer":
+        wrap, expected = _CHANGES[name]
+        change = replaced(layer, rng.choice(["mlp", "ln1", "ln2"]), wrap)
+        return Edit("4 bits", name, expected, "llama-nf4", layer, change, dtype=torch.float32)
+
+    @contextmanager
+    def doubled(model: Any) -> Iterator[None]:
+        linear = part(model, layer, "mlp.out")  # refused before it is called
+        linear.__dict__["forward"] = on_output(lambda out: 2 * out)(linear.forward)
         yield
 
-    expected: Verdict = "refused" if cut else "measured"
-    return Edit("experts", "under no_grad" if cut else "as they are", expected, "bridge-mixtral", layer, change)
+    return Edit("4 bits", name, "refused", "llama-nf4", layer, doubled, dtype=torch.float32)
+
+
+def long_prompt(rng: random.Random) -> Edit:
+    """The end of a long prompt, whose other positions are left out where that gives the same."""
+    case, layer = _draw(rng, ("bridge-llama", "bridge-qwen3", "bridge-gpt2", "bridge-pythia"))
+    length = rng.randrange(20, 30)
+
+    def of_length(out: Tensor) -> Tensor:
+        return out * (1 + 0.02 * out.shape[1])
+
+    def of_all_before(out: Tensor) -> Tensor:
+        count = torch.arange(1, out.shape[1] + 1).to(out)[:, None]
+        return out + 0.5 * out.cumsum(1) / count
+
+    def of_the_last(out: Tensor) -> Tensor:
+        return out + 0.3 * torch.tanh(out) * (torch.arange(out.shape[1]) > 17).to(out)[:, None]
+
+    wraps = {
+        "untouched": lambda call: call,
+        "by position": by_position(0.05),
+        "by length": on_output(of_length),
+        "reads all before": on_output(of_all_before),
+        "reads its neighbour": shifting(0.4),
+        "bent from 18 on": on_output(of_the_last),
+    }
+    name = rng.choice(sorted(wraps))
+    ids, src = [rng.randrange(2, 48) for _ in range(length)], length - rng.randrange(2, 5)
+    change = replaced(layer, "mlp", wraps[name])
+    return Edit("long prompt", f"{name}, {length} tokens", "measured", case, layer, change, prompt=ids, src=src)
 
 
 def untouched(rng: random.Random) -> Edit:
     """A model as it is, any of the list."""
-    case, layer = _draw(rng, tuple(MODELS))
+    case, layer = _draw(rng, tuple(case.name for case in CASES))
     return Edit("untouched", case, "measured", case, layer)
 
 
@@ -730,7 +857,7 @@ KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
     (module_hook, 6),
     (context, 13),
     (dtype, 7),
-    (experts, 4),
+    (experts, 8),
     (prompt, 13),
     (cut_graph, 6),
     (frozen_norm, 5),
@@ -745,6 +872,11 @@ KINDS: list[tuple[Callable[[random.Random], Edit], int]] = [
     (late_hook, 2),
     (held, 5),
     (looped, 3),
+    (mixer, 7),
+    (encoder, 8),
+    (baseline, 5),
+    (long_prompt, 12),
+    *([(four_bits, 6)] if PACKED else []),
 ]
 COUNT = sum(share for _, share in KINDS)
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.offline import booted
 
 # By width: the size of the MLP, the query heads and the key heads of SmolLM2-135M, Llama-3.2-1B, Llama-3-8B and -70B.
 SHAPES = {576: (1536, 9, 3), 2048: (8192, 32, 8), 4096: (14336, 32, 8), 8192: (28672, 64, 8)}
@@ -80,12 +80,4 @@ def bridge(hf_model: Any) -> Any:
     """Return the model as a ``TransformerBridge``, without a network."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    tokenizer = word_tokenizer(VOCABULARY - 1)
-    with offline(), answered_locally(hf_model, tokenizer):
-        return TransformerBridge.boot_transformers(
-            "meta-llama/Llama-3.2-1B",
-            hf_model=hf_model,
-            tokenizer=tokenizer,
-            dtype=hf_model.dtype,
-            device=str(hf_model.device),
-        ).eval()
+    return booted(TransformerBridge, "meta-llama/Llama-3.2-1B", hf_model, word_tokenizer(VOCABULARY - 1))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.resources import files
 from typing import Any
+from unittest import mock
 
 import torch
 from llamas import VOCABULARY, bridge, shaped
@@ -15,9 +17,11 @@ from published import block_jacobians, depth_misalignment
 from torch import Tensor
 
 import tlcoupling as tlc
+from tlcoupling.jacobian.evidence import Evidence
 from tlcoupling.models.smollm2 import smollm2_huggingface
 
 K, WIDTH, LAYERS = 10, 576, 30
+GOALS, GOAL_OF_ALL, GOAL_OF_CHECKS = {28: 0.46, 128: 0.55}, 13.0, 0.12  # seconds on two CPU cores
 Models = tuple[Any, Any, Callable[[int], Tensor]]  # HuggingFace's, TransformerLens's, and a prompt of some length
 
 
@@ -50,7 +54,8 @@ def rows(models: Models, rounds: int, lengths: Sequence[int] = (28, 128), again:
             [partial(depth_misalignment, hf_model, ids[None], K), partial(coupling, model, ids)], rounds, device, again
         )
         gap = (1 - ours[2].values[0, 0, 0] - theirs[2].cpu())[:-1, :-1].abs().max()
-        yield Row(f"{length} tokens, the last one", *theirs[:2], *ours[:2], flops(model, ids, -1))
+        goal = GOALS.get(length)
+        yield Row(f"{length} tokens, the last one", *theirs[:2], *ours[:2], flops(model, ids, -1), goal)
         yield f"{length} tokens: misalignments agree to {gap:.1e} (without the last block, which has the final norm)"
         if length == lengths[0]:
             calls = [partial(first_jacobian, hf_model, ids[None], batched) for batched in (True, False)]
@@ -58,7 +63,30 @@ def rows(models: Models, rounds: int, lengths: Sequence[int] = (28, 128), again:
             yield f"{length} tokens, one block, published: {batched:.3g} s batched, {alone:.3g} s one product at a time"
             every = measured(partial(coupling, model, ids, "all"), device, fresh=True)
             work = f"{length} tokens, all of them (published: one)"
-            yield Row(work, *theirs[:2], every.seconds, every.peak_bytes, flops(model, ids, "all"))
+            yield Row(work, *theirs[:2], every.seconds, every.peak_bytes, flops(model, ids, "all"), GOAL_OF_ALL)
+            yield (
+                f"{length} tokens, the last one: certificate and differences add {checks(model, ids, device):.2f} s "
+                f"(goal: {GOAL_OF_CHECKS} s)"
+            )
+
+
+def checks(model: Any, ids: Tensor, device: torch.device) -> float:
+    """Return the seconds that certificate and differences add to the call, fastest against fastest."""
+    traced = tlc.trace(model, ids)
+    with_them = partial(tlc.depth_coupling, traced, K, sublayers="block")
+
+    def without() -> None:
+        with ExitStack() as stack:
+            for name in ("refusal", "contradiction", "moves"):
+                stack.enter_context(mock.patch.object(Evidence, name, None if name == "moves" else _nothing))
+            with_them()
+
+    (seconds, *_), (alone, *_) = alternating([with_them, without], 2, device)
+    return seconds - alone
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Find nothing wrong."""
 
 
 def first_jacobian(hf_model: Any, ids: Tensor, batched: bool) -> Tensor:

@@ -4,21 +4,29 @@
 
 Both run in one process on the same work, alternating. The table shows the fastest call and the largest memory peak, and
 the ratio of seconds. The published procedure is batched as its authors run it. The machine's peak is the fastest of
-several float32 matrix products; the share of it counts the floating-point operations of the work. This takes about ten
-minutes on two CPU cores, nearly all of it for the published procedure.
+several float32 matrix products; the share of it counts the floating-point operations of the work. Goals are seconds on
+two CPU cores. Then come a report of 28 tokens, and the command line's help. This takes about five and a half minutes on
+two CPU cores, nearly all of it for the published procedure.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import smollm2
 import torch
 import wide_block
-from measure import Row, table
+from measure import Row, measured, table
 from rich.console import Console
 
+import tlcoupling as tlc
 from tlcoupling.linalg.work import measured_rates
 
 
@@ -31,7 +39,8 @@ def main() -> None:
     device = torch.device(options.device)
     peak = measured_rates(device).matmul
     lines: list[Row | str] = []
-    for part in (smollm2.rows(smollm2.trained(device), options.rounds), wide_block.rows(device)):
+    models = smollm2.trained(device)
+    for part in (smollm2.rows(models, options.rounds), wide_block.rows(device), report(models[1], models[2](28))):
         for one in part:
             lines.append(one)
             if isinstance(one, Row):  # show progress: the published procedure takes minutes
@@ -43,6 +52,22 @@ def main() -> None:
     for remark in lines:
         if isinstance(remark, str):
             console.print(remark, highlight=False)
+
+
+def report(model: Any, ids: torch.Tensor) -> Iterator[str]:
+    """Yield remarks on a report, as ``tlcoupling report`` makes it by default, and on the command line's start."""
+    device = next(model.parameters()).device
+    measuring = measured(partial(tlc.analyze, model, ids, token_layers=[0, 15, 29]), device).seconds
+    yield f"report of {len(ids)} tokens: {measuring:.3g} s measuring, without a baseline (goal: 4 s)"
+    with tempfile.TemporaryDirectory() as folder:
+        page = measured(partial(_run, "report", "--output", folder), device).seconds
+    yield f"report of {len(ids)} tokens, from the prompt to the page, with a baseline: {page:.3g} s (goal: 12 s)"
+    yield f"tlcoupling --help: {measured(partial(_run, '--help'), device).seconds:.2g} s (goal: 0.4 s)"
+
+
+def _run(*arguments: str) -> None:
+    command = [sys.executable, "-c", "from tlcoupling.cli import app; app()", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 if __name__ == "__main__":

@@ -54,15 +54,6 @@ def adapter(call: Callable[..., Any]) -> Callable[..., Any]:
     return edited
 
 
-def growing(call: Callable[..., Any]) -> Callable[..., Any]:
-    """What a projection gives grows with the position."""
-
-    def edited(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return call(x, *args, **kwargs) * (1 + 0.2 * torch.arange(x.shape[1]).to(x))[:, None]
-
-    return edited
-
-
 def shifting(call: Callable[..., Any]) -> Callable[..., Any]:
     """An MLP that mixes in its left neighbour (RWKV's token shift)."""
 

@@ -19,8 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from tlcoupling.forward.context import in_eval_mode
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.offline import booted
 
 ALL = ("block", "attn", "mlp")
 
@@ -97,10 +96,7 @@ def huggingface(config: transformers.PretrainedConfig, name: str, architecture: 
         config.architectures = [architecture]
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         model = randomise(model).to(dtype).eval()
-        tokenizer = tiny_tokenizer()
-        with offline(), answered_locally(model, tokenizer):  # transformer-lens 3.0 asks a hub for the config
-            bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=dtype)
-        return in_eval_mode(bridge)
+        return booted(TransformerBridge, name, model, tiny_tokenizer())
 
     return build
 

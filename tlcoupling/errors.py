@@ -20,6 +20,10 @@ class ArgumentError(TLCouplingError, ValueError):
         layer=40 is not allowed; allowed: an int from -30 to 29
     """
 
+    name: str
+    value: object
+    allowed: str
+
     def __init__(self, name: str, value: object, allowed: str) -> None:
         """Store the three parts and format them as one sentence."""
         self.name, self.value, self.allowed = name, value, allowed

@@ -8,12 +8,15 @@ inference mode has no derivatives.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _AUTOCAST = tuple(each for each in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(each))
 
@@ -106,3 +109,16 @@ def full_precision() -> Iterator[None]:
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+def in_full_precision(function: FunctionT) -> FunctionT:
+    """Run a function within ``full_precision``; within another such call it costs nothing."""
+
+    @functools.wraps(function)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        if _thread.inside:
+            return function(*args, **kwargs)
+        with full_precision():
+            return function(*args, **kwargs)
+
+    return cast(FunctionT, within)

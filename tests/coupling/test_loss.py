@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tlcoupling as tlc
 from tlcoupling.coupling.loss import differentiable_triplets
+from tlcoupling.coupling.null import null_coupling
 from tlcoupling.errors import (
     ArgumentError,
     DegenerateSpectrumError,
@@ -31,7 +32,8 @@ def test_its_value_is_that_of_depth_coupling(case: Case, sublayer: str, normaliz
     if sublayer not in trace.sublayers:
         pytest.skip("no MLP")
     measured = tlc.depth_coupling(trace, 3, sublayers=sublayer, tokens=5, normalizer=normalizer)
-    for quantity, truth in (("values", 1 - measured.mean()), ("excess", -measured.mean("excess"))):
+    null = null_coupling(measured.singular_values, measured.frobenius, trace.d_model, normalizer).mean()
+    for quantity, truth in (("values", 1 - measured.mean()), ("excess", null - measured.mean())):
         found = tlc.coupling_loss(
             model, TOKENS, 3, sublayer=sublayer, token=5, normalizer=normalizer, quantity=quantity
         )

@@ -14,6 +14,7 @@ from oracle import REPRESENTATIVE, full_model_jacobian, plain_coupling
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.jacobian.runs import BlockRun
 from tlcoupling.linalg.maps import Projection
 
 each_case = pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
@@ -219,13 +220,13 @@ def test_a_layer_is_run_once_for_all_its_tokens(monkeypatch: pytest.MonkeyPatch,
     """The shared work of all (src, dest) pairs of a layer is not done per pair."""
     trace = tlc.trace(CASES[0].model(), TOKENS)
     runs: list[int] = []
-    real = tlc.Trace.run_attn
+    real = BlockRun._run
 
-    def counted(self: tlc.Trace, layer: int, *arguments: Any) -> torch.Tensor:
-        runs.append(layer)
-        return real(self, layer, *arguments)
+    def counted(self: BlockRun, *arguments: Any) -> Any:
+        runs.append(self.layer)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(tlc.Trace, "run_attn", counted)
+    monkeypatch.setattr(BlockRun, "_run", counted)
     found = tlc.token_coupling(trace, 4) if kind == "token" else tlc.context_coupling(trace, "dest", -1, 4)
     assert runs == [0, 1, 2]
     assert set(found.provenance.engine.values()) == {"analytic"}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from broken import LLAMA, PAIRS, adapter, forward, growing, needs_llama, on_output, shifting
+from broken import LLAMA, PAIRS, adapter, forward, needs_llama, on_output, shifting
 from cases import CASES, TOKENS, Case, part, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,19 +42,90 @@ def test_an_adapter_is_seen_wherever_it_has_a_derivative(first: tuple[int, int])
         torch.testing.assert_close(found, truth, rtol=0, atol=1e-5)
 
 
+GATED = [case for case in CASES if case.name in ("bridge-llama", "bridge-gemma2", "bridge-qwen3", "bridge-mistral")]
+PROJECTIONS = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out"]
+some_pairs = st.lists(st.sampled_from(PAIRS), min_size=1, max_size=3, unique=True)
+
+
+@st.composite
+def wraps(draw: st.DrawFn):
+    """What a projection may do beside applying its weight: adapters, scales, bends, biases, or several of these."""
+    share, number = draw(st.floats(0.01, 1.0)), draw(st.integers(0, 1000))
+    kinds = {
+        "adapter": lambda x, out: out + share * (x @ _random(x, 2, number).mT) @ _random(out, 2, number + 1),
+        "scaled": lambda x, out: (1 + share) * out,
+        "bent": lambda x, out: out + share * torch.tanh(out),
+        "biased": lambda x, out: out + share * _random(out, 1, number)[0],
+        "masked": lambda x, out: out * (_random(out, 1, number)[0] > -share).to(out),
+    }
+    return [kinds[name] for name in draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=3))]
+
+
+def _random(like: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
+    return 0.3 * torch.randn(rows, like.shape[-1], generator=torch.Generator().manual_seed(seed)).to(like)
+
+
 @needs_llama
 @given(
-    path=st.sampled_from(["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.in", "mlp.out", "mlp"]),
+    case=st.sampled_from(GATED),
+    path=st.sampled_from(PROJECTIONS),
     layer=st.integers(0, 2),
-    wrap=st.sampled_from([adapter, growing]),
-    pairs=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=4, unique=True),
+    edits=wraps(),
+    pairs=some_pairs,
 )
-@settings(max_examples=25, deadline=None)
-def test_no_wrapped_projection_passes(path: str, layer: int, wrap, pairs: list[tuple[int, int]]):
-    model = LLAMA.model()
+@settings(max_examples=12, deadline=None)
+def test_no_wrapped_projection_passes(case: Case, path: str, layer: int, edits: list, pairs: list[tuple[int, int]]):
+    def wrap(call):
+        def edited(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            out = call(x, *args, **kwargs)
+            for edit in edits:
+                out = edit(x, out)
+            return out
+
+        return edited
+
+    model = case.model()
     with forward(part(model, layer, path), wrap), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        agree_everywhere(tlc.trace(model, TOKENS), layer, pairs, LLAMA.tolerance)
+        agree_everywhere(tlc.trace(model, TOKENS), layer, pairs, case.tolerance)
+
+
+@st.composite
+def by_position(draw: st.DrawFn):
+    """A module that does something else at each position, or reads positions before its own."""
+    length = len(TOKENS)
+    factors = torch.tensor(draw(st.lists(st.floats(-2.0, 2.0), min_size=length, max_size=length)))
+    lag, share = draw(st.integers(1, length - 1)), draw(st.floats(0.05, 1.0))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        start = max(0, length - x.shape[1])  # a window has the last positions alone
+        return x * factors[start:].to(x)[:, None] if x.shape[1] <= length else x
+
+    def lagged(x: torch.Tensor) -> torch.Tensor:
+        return x + share * torch.cat([torch.zeros_like(x[:, :lag]), x[:, :-lag]], 1)[:, : x.shape[1]]
+
+    def averaged(x: torch.Tensor) -> torch.Tensor:
+        return x + share * x.cumsum(1) / torch.arange(1, x.shape[1] + 1).to(x)[:, None]
+
+    return draw(st.sampled_from([scaled, lagged, averaged]))
+
+
+@needs_llama
+@given(
+    case=st.sampled_from(GATED),
+    path=st.sampled_from([*PROJECTIONS, "mlp", "ln1", "ln2"]),
+    layer=st.integers(0, 2),
+    edit=by_position(),
+    pairs=some_pairs,
+)
+@settings(max_examples=12, deadline=None)
+def test_no_module_that_depends_on_the_position_passes(
+    case: Case, path: str, layer: int, edit, pairs: list[tuple[int, int]]
+):
+    model = case.model()
+    with forward(part(model, layer, path), on_output(edit)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        agree_everywhere(tlc.trace(model, TOKENS), layer, pairs, case.tolerance)
 
 
 def hidden_adapter(call):
@@ -80,6 +151,17 @@ def test_a_projection_that_does_not_apply_its_weight_is_named(path: str, weight:
         trace = tlc.trace(model, TOKENS)
         with pytest.raises(CertificateError, match=rf"{path} of type Linear does not apply {weight}"):
             JacobianEngine(trace, "analytic", [(3, 3), (6, 6)]).operator(1, sublayer, 6, 6)
+
+
+@needs_llama
+def test_queries_that_grow_with_the_position_count_beside_pairs_outside_a_window():
+    """A pair outside of a sliding window is 0 = 0, which proves nothing of the others."""
+    case = next(case for case in CASES if case.name == "bridge-mistral")
+    model = case.model()
+    with forward(
+        part(model, 1, "attn.q"), on_output(lambda q: q * (1 + 0.2 * torch.arange(q.shape[1]).to(q))[:, None])
+    ):
+        agree_everywhere(tlc.trace(model, TOKENS), 1, [(0, 6), (1, 5), (6, 6), (4, 6), (5, 6)], case.tolerance)
 
 
 @needs_llama
@@ -140,7 +222,9 @@ def test_pairs_that_are_announced_are_certified_as_those_that_are_not(case: Case
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error")
         announced = JacobianEngine(trace, "analytic", PAIRS).operator(1, "block", 2, 5).dense()
-        assert torch.equal(announced, JacobianEngine(trace, "analytic", [(5, 5)]).operator(1, "block", 2, 5).dense())
+        other = JacobianEngine(trace, "analytic", [(5, 5)]).operator(1, "block", 2, 5).dense()
+        # HuggingFace's modules compute in float32, and round otherwise in a batch of streams
+        torch.testing.assert_close(announced, other, rtol=0, atol=1e-6)
 
 
 @needs_llama

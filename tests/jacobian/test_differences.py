@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from broken import CUTS, LLAMA, PAIRS, forward, half_detached, needs_llama
@@ -90,6 +92,31 @@ def test_what_autograd_does_not_see_is_refused_with_layer_and_sublayer(kind: str
         checked = tlc.check(model, TOKENS)
         assert not checked.passed
         assert any("differences" in one.what and one.outcome == "refused" for one in checked.findings)
+
+
+@needs_llama
+@pytest.mark.parametrize("through", [False, True], ids=["no derivative", "straight through"])
+@pytest.mark.parametrize("sublayer", ["attn", "mlp"])
+def test_activations_in_int8_are_refused(sublayer: str, through: bool):
+    """As dynamic quantisation does it: each projection reads its input rounded to 127 steps of each row's largest."""
+
+    def rounded(call):
+        def edited(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            scale = x.detach().abs().amax(-1, keepdim=True) / 127
+            whole = scale * (x.detach() / scale).round()
+            return call(x + (whole - x).detach() if through else whole, *args, **kwargs)
+
+        return edited
+
+    model = LLAMA.model(torch.float32)
+    names = {"attn": "qkvo", "mlp": ("gate", "in", "out")}[sublayer]
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(forward(part(model, 1, f"{sublayer}.{name}"), rounded))
+        trace = tlc.trace(model, TOKENS)
+        for which in (sublayer, "block"):
+            with pytest.raises(DerivativeError, match=f"layer 1, {which} .*rounded activations"):
+                tlc.residual_jacobian(trace, 1, which)
 
 
 def test_experts_that_run_without_a_graph_are_refused():

@@ -327,6 +327,23 @@ def test_distributions_are_shares_of_the_tokens():
     ]
 
 
+def test_distributions_leave_sinks_out_and_say_both_medians():
+    analysis = make_analysis([str(i) for i in range(9)], n_layers=4)
+    analysis.growth.norms[2, 0] = 1e4
+    analysis.linearity.lss[0, 0] = 90.0
+    scores = analysis.linearity.lss[0].numpy()
+    without, whole = (
+        figures.distributions({"a": analysis}, include_sinks=include).axes[0] for include in (False, True)
+    )
+    medians = np.median(scores[1:]), np.median(scores)
+    assert without.get_xlim()[1] < 10 < whole.get_xlim()[1]
+    assert [text.get_text() for text in without.get_legend().get_texts()] == [
+        f"a, 8 tokens (without 1 sink: median {medians[0]:.2f}, with {medians[1]:.2f})"
+    ]
+    assert np.isclose([line.get_xdata()[0] for line in without.lines], medians[0]).any()
+    assert [text.get_text() for text in whole.get_legend().get_texts()] == ["a, 9 tokens"]
+
+
 def test_distributions_of_many_prompts_stand_beside_their_baseline():
     model = fresh(1)
     many = tlc.analyze_many(model, {"a": TOKENS, "b": TOKENS.flip(0)}, k=2, tokens="all", baseline=fresh(2))

@@ -334,7 +334,9 @@ def test_many_tokens_stay_small_fast_and_true(browser: Any, tmp_path: Path, n_to
         assert text.startswith("Row 2 “\u2068 token2\u2069”, column 1 “\u2068 token1\u2069”")
         shown = numbers(text.partition("excess")[2])[1]
         precision = page.inner_text("#pairs [data-part=precision]")
-        exact = float(re.search(r"coupling to ± ([0-9.]*[0-9])", precision)[1])
+        said = re.search(r"coupling to ±\u00a0([0-9.]*[0-9])", precision)
+        exact = float(said[1]) if said else 1e-4  # four digits are shown
+        assert bool(said) == (n_tokens > 20)
         matrix = analysis.token_coupling.values[0, layers.index(15), 0].double().fill_diagonal_(NAN)
         pooled = "the mean over a block of 3" in precision.partition("attention")[0]
         assert pooled == (n_tokens == 1000)
@@ -511,3 +513,40 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
     with opened(browser, viz.depth_coupling(make_analysis()).save(tmp_path / "without.html")) as page:
         page.wait_for_selector("html[data-drawn]")
         assert "shared=True" in page.inner_text("#coupling") and "--directions" in page.inner_text("#coupling")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_any_script_is_shown_whole(browser: Any, tmp_path: Path, width: int) -> None:
+    """Tokens may split a character; the prompt is shown whole, and no direction leaks."""
+    text = "日本語、\nשָׁלֵם 👩‍👩‍👧 العربية"
+    tokens = ("日", "本\ufffd", "\ufffd、", "\n", "שָׁ", "לֵם", " \ufffd", "\ufffd", " العربية")
+    analysis = make_analysis(tokens, token_layers=(1,), positions=(4,))
+    provenance = dataclasses.replace(analysis.provenance, text=text)
+    analysis = dataclasses.replace(analysis, provenance=provenance)
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}) as page:
+        wait_for_heads(page, 2)
+        assert page.inner_text("#header blockquote") == text
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        labels = page.locator("#pairs .heatmap").last.locator("text").all_text_contents()
+        assert "4 \u2068שָׁ\u2069" in labels, "the number stays before the token"
+        assert page.locator("#tokens ol button").count() == len(tokens)
+
+
+def test_kinds_of_layers_are_marked_on_the_axes(browser: Any, tmp_path: Path) -> None:
+    coupling = make_analysis().coupling
+    kinds = ["mixer+mlp", "attn+mlp", "mixer+mlp", "mixer+mlp"]
+    provenance = dataclasses.replace(coupling.provenance, settings={"layer_kinds": kinds})
+    mixed = dataclasses.replace(coupling, provenance=provenance)
+    with opened(browser, viz.depth_coupling(mixed).save(tmp_path / "mixed.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        assert all(kind in page.inner_text("#coupling [data-part=kinds]") for kind in set(kinds))
+        pane = page.locator("#coupling .heatmap").first
+        assert [pane.locator(f"rect.kind-{kind}").count() for kind in (0, 1)] == [6, 2]  # on both axes
+        image = page.locator("#coupling .heatmap image").first
+        image.hover(**cell(image, 1, 2, 4))
+        words = "Jacobian of layer 1 (attn+mlp), bases of layer 2 (mixer+mlp)"
+        assert page.inner_text("#coupling [data-part=where]") == words
+    with opened(browser, viz.depth_coupling(coupling).save(tmp_path / "alike.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        assert page.locator("#coupling [data-part=kinds]").is_hidden() and page.locator(".kind-0").count() == 0

@@ -24,7 +24,9 @@ from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.split import POSITIONWISE, splits_of_model, sublayers_of
+from tlcoupling.jacobian.autograd import n_heads_of
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.jacobian.runs import FEW_ROWS
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.linalg.work import Rates, Work, measured_rates
 
@@ -36,6 +38,7 @@ JACOBIAN_CALLS = 60.0  # likewise in making a closed form
 # Passes of a block for each dest whose closed form is certified (backward), for each src (moved to both sides), and for
 # each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
 PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
+PATTERN_STEPS = 20.0  # softmaxes that take as long as what a traced pass does with each number of a pattern, measured
 STAGES = ("Jacobians", "decomposition", "comparison")
 
 
@@ -203,7 +206,12 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
         rates: how fast the machine works.
     """
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    traced = Work(matmul=2.0 * weights * n_tokens, calls=PASS_CALLS * len(model.blocks))
+    patterns = len(model.blocks) * n_heads_of(model.cfg) * float(n_tokens) ** 2  # numbers in them
+    traced = Work(
+        matmul=2.0 * weights * n_tokens + 4.0 * int(getattr(model.cfg, "d_head", 0) or 0) * patterns,
+        calls=PASS_CALLS * len(model.blocks),
+        softmax=PATTERN_STEPS * patterns,
+    )
     checked = sum((_passes_again(schedule) for schedule in schedules.values()), Work())
     stages = [
         Stage(name, "", work.flops, rates.seconds(work))
@@ -242,17 +250,30 @@ def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
 
 def _passes_again(schedule: Schedule) -> Work:
     """Return the work of running blocks again: to certify closed forms, and for each Jacobian by autograd."""
-    work = Work()
+    work, comparison, model = Work(), schedule.comparison, schedule.comparison.model
+    every = {pos for group in comparison.groups for place in group.places for pos in (place.src, place.dest)}
+    # what a model caches of earlier positions stands for them; shapes have no hooks, and count as such a model
+    caches = hasattr(model, "original_model") or not hasattr(model, "hook_dict")
+    closed = all(cost.engine == "analytic" for cost in schedule.costs.values())
+    rows = max(every) + 1 - max(0, min(every) - 1) if caches and closed else comparison.n_tokens
     for batch in schedule.batches:
         places = set().union(*(group.places for group in batch))
-        for layer in schedule.comparison.layers:
+        for layer in comparison.layers:
             of_layer = [place for place in places if place.layer == layer]
             dests, srcs = ({getattr(place, side) for place in of_layer} for side in ("dest", "src"))
             costs = [cost for (one, _), cost in schedule.costs.items() if one == layer]
             by_autograd = sum(cost.engine == "autograd" for cost in costs)
             alone = PASSES_OF_AUTOGRAD * by_autograd * len(of_layer)
-            passes = 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs) + alone
-            work += Work(matmul=costs[0].forward_flops * passes, calls=PASS_CALLS * (CALLS_OF_CHECKS + alone))
+            streams = 2 + PASSES_OF_SRC * len(srcs)
+            few = len(dests) == 1 and streams * rows <= FEW_ROWS  # all in one batch, there and back
+            passes = 2 * streams if few else 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs)
+            products = costs[0].forward_flops * rows / comparison.n_tokens * passes
+            work += Work(
+                matmul=costs[0].forward_flops * alone + (0.0 if few else products),
+                thin=products if few else 0.0,
+                calls=PASS_CALLS * (CALLS_OF_CHECKS + alone),
+                softmax=PATTERN_STEPS * n_heads_of(model.cfg) * rows * comparison.n_tokens * passes,
+            )
     return work
 
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.arguments import Indices, check_index, check_name, check_sublayer, resolve_indices, resolve_one_k
 from tlcoupling.coupling.metric import Normalizer, coupling, off_diagonal_mean
-from tlcoupling.coupling.null import effective_width, null_coupling, unreached_of
+from tlcoupling.coupling.null import null_coupling
 from tlcoupling.errors import ArgumentError, DegenerateSpectrumError, UnsupportedModelError
 from tlcoupling.forward.block import Block
 from tlcoupling.forward.context import in_training_mode, measured
@@ -114,7 +114,7 @@ def coupling_loss(
     if in_training_mode(model):
         _require_repeatable(model, ids)
     ends = {layer: _ends(Block.read(model, layer, splits[layer]), sublayer) for layer in chosen}
-    jacobians, streams = _jacobians(model, ids, ends, pos)
+    jacobians = _jacobians(model, ids, ends, pos)
     parts = [differentiable_triplets(jacobian, size) for jacobian in jacobians]
     home = jacobians[0].device  # device of the loss; a device map may have put other layers elsewhere
     u, s, v = (torch.stack([part.to(home) for part in each]) for each in zip(*parts, strict=True))
@@ -125,11 +125,8 @@ def coupling_loss(
     if quantity == "values":
         return 1 - off_diagonal_mean(values)
     frobenius = torch.stack([jacobian.norm().to(home) for jacobian in jacobians])
-    missed = [unreached_of(*each) for each in zip(u.detach(), v.detach(), streams, strict=True)]
-    of_u, of_v = (effective_width(side, side) for side in zip(*missed, strict=True))
-    width = (of_u * of_v).sqrt()
-    null = null_coupling(s[:, None], frobenius[:, None], model.cfg.d_model, normalizer, absolute, width)
-    return off_diagonal_mean(null - values)
+    null = null_coupling(s, frobenius, model.cfg.d_model, normalizer, absolute)  # of the whole width, which is constant
+    return off_diagonal_mean(null[:, None] - values)
 
 
 def _require_split(model: Any, ids: Tensor, splits: Sequence[Split]) -> None:
@@ -184,10 +181,8 @@ def _ends(block: Block, sublayer: str) -> tuple[str, str]:
     return block.sublayers[sublayer].reads, block.sublayers[sublayer].write
 
 
-def _jacobians(
-    model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], pos: int
-) -> tuple[list[Float[Tensor, "d d"]], Float[Tensor, "layer d"]]:
-    """Return the Jacobians at one position with their graph, all from one forward pass, and what they read.
+def _jacobians(model: Any, ids: Tensor, ends: Mapping[int, tuple[str, str]], pos: int) -> list[Float[Tensor, "d d"]]:
+    """Return the Jacobians at one position with their graph, all from one forward pass.
 
     Args:
         model: the model.
@@ -242,7 +237,7 @@ def _jacobians(
     ).require(leaning(stream) * stream.norm(dim=-1, keepdim=True))
     if reason is not None:
         warnings.warn(reason, stacklevel=5)
-    return jacobians, stream
+    return jacobians
 
 
 def _written(

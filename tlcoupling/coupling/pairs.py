@@ -16,7 +16,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.groups import Group, Place, visits
+from tlcoupling.coupling.groups import Group, Place, Visit, visits
 from tlcoupling.coupling.metric import coupling, subspace_overlap
 from tlcoupling.coupling.null import effective_width, null_coupling, null_std, unreached_of
 from tlcoupling.coupling.options import Options
@@ -45,26 +45,29 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
         for batch, order in zip(schedule.batches, orders, strict=True):
             held: dict[str, dict[Place, Spectrum]] = {name: {} for name in sublayers}
             compared: dict[int, dict[str, dict[str, Tensor]]] = {}
-            waiting: list[Place] = []
-            for visit in order:
-                waiting.append(visit.place)
-                if len(waiting) == schedule.workers * schedule.stack or visit.finished:
-                    wanted = list(product(waiting, sublayers))  # a place's sublayers in a row: they share matrices
-                    made = [_decomposition(jacobians, schedule, name, place) for place, name in wanted]
-                    for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
-                        held[name][place] = spectrum
-                    del made
-                    give_back_memory()
-                    for _ in waiting:
-                        next(ticks)
-                    waiting = []
-                for index in visit.finished:
-                    compared[index] = {
-                        name: _compare(jacobians.trace, name, batch[index], known, options, workers)
-                        for name, known in held.items()
-                    }
-                for name, place in product(sublayers, visit.dropped):
-                    del held[name][place]
+            waiting: list[Visit] = []
+            for visit, following in zip(order, [*order[1:], None], strict=True):
+                waiting.append(visit)
+                # groups across depth end in a row, each with a Jacobian of the last layer: decompose these together
+                ends = visit.finished and not (following and following.finished)
+                if len(waiting) < schedule.workers * schedule.stack and not ends:
+                    continue
+                wanted = [(each.place, name) for each in waiting for name in sublayers]  # a place's share matrices
+                made = [_decomposition(jacobians, schedule, name, place) for place, name in wanted]
+                for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
+                    held[name][place] = spectrum
+                del made
+                give_back_memory()
+                for each in waiting:
+                    next(ticks)
+                    for index in each.finished:
+                        compared[index] = {
+                            name: _compare(jacobians.trace, name, batch[index], known, options, workers)
+                            for name, known in held.items()
+                        }
+                    for name, place in product(sublayers, each.dropped):
+                        del held[name][place]
+                waiting = []
             cells += [compared[index] for index in range(len(batch))]
     next(ticks, None)
     # a group of each layer lies on that layer's device, so they meet on the CPU

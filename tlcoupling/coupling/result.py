@@ -385,9 +385,8 @@ def measure(
     schedule = make_schedule(
         Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
     )
-    jacobians = JacobianEngine(
-        trace, options.engine, {(place.src, place.dest) for group in groups for place in group.places}
-    )
+    pairs = {(place.src, place.dest) for group in groups for place in group.places}
+    jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
     fields = compare_groups(jacobians, schedule, progress)
     _warn_of_undetermined(fields, sublayers, groups)
     if "sublayer" not in kind._axes["values"]:

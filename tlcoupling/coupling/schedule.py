@@ -21,6 +21,7 @@ from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.split import Split
 from tlcoupling.jacobian.autograd import vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
+from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 
@@ -28,7 +29,8 @@ from tlcoupling.memory import free_memory
 STACKED, STACKED_ON_DEVICE = 2**22, 2**29
 HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
-BUFFERS = 64 * 2**20  # bytes of a linear algebra library's buffers and of threads, for each worker (assumed)
+# Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
+BUFFERS, BUFFERS_ON_DEVICE = 32 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ class Schedule:
     methods: dict[tuple[int, str], Method]
     peak_bytes: float
     free_bytes: float
+
+    @property
+    def forms(self) -> bool:
+        """Whether the matrices of all that is measured are formed; of a head, its attention is tested by products."""
+        of_heads = any(place.head is not None for group in self.comparison.groups for place in group.places)
+        return not of_heads and all(method.name != "products" for method in self.methods.values())
 
 
 def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule:
@@ -199,22 +207,28 @@ def _peak_bytes(
     projected = item * comparison.columns * k * (2.0 * d + 3.0 * k)
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
     results = 7.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
-    at_work = 0.0
+    n_sublayers, square = len(comparison.sublayers), float(item * d**2)
+    # Krylov's bases of each Jacobian that is decomposed, and a copy of its matrix beside those of the others
+    decomposing = n_sublayers * (square + 3.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
+    one = other = 0.0  # the place that is being formed, and each that waits or is decomposed
     for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
         at_once = min(COLUMNS, max(PROBES, comparison.columns * k))
         products = cost.column_bytes * (vectors_at_once(cost.column_bytes, free) if by_autograd else at_once)
-        forming = cost.dense_bytes + 5.0 * len(comparison.sublayers) * item * d**2  # and the decomposition of a place's
+        forming = cost.dense_bytes + 5.0 * n_sublayers * square  # and the decomposition of a place's
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
-        at_work = max(at_work, cost.run_bytes + needed)
+        one = max(one, cost.run_bytes + needed)
+        # a block's matrix, and those of its sublayers that it is made of, as far as they are not kept anyway
+        waiting = {"matrix kept": 3.0 - n_sublayers, "matrix dropped": 3.0, "products": 0.0}[method] * square
+        other = max(other, products if method == "products" else waiting + decomposing)
     kept = _kept_bytes(comparison, groups) if keep else 0.0
     if not comparison.on_host:  # one is formed at a time there, and its matrix waits for those of the stack
-        at_work += (stack - 1) * 3.0 * len(comparison.sublayers) * item * d**2
-        workers = stack = 1
-    tensors = kept + bases + item * results + workers * stack * (projected + at_work)
-    return tensors + workers * BUFFERS
+        other, workers = 3.0 * n_sublayers * square, 1
+    at_work = one + (workers * stack - 1) * other
+    buffers = BUFFERS if comparison.on_host else BUFFERS_ON_DEVICE
+    return kept + bases + item * results + workers * (projected + buffers) + at_work
 
 
 def _refusal(comparison: Comparison, costs: Iterable[Cost], peak: float, free: float) -> str:

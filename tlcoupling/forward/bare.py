@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
-from tlcoupling.forward.context import in_eval_mode, require_own_state
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.context import require_own_state
+from tlcoupling.forward.offline import booted
 from tlcoupling.forward.quantised import quantisation_of
 
 
@@ -63,17 +63,14 @@ def bridge_around(model: Any, tokenizer: Any = None) -> Any:
         ) from error
     memo: dict[int, Any] = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
     memo.update({id(one): one.detach() for one in model.buffers()})
-    first = next(model.parameters())
     own = _no_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
     try:
         same = copy.deepcopy(model, memo).eval()
         same.__dict__.pop("forward", None)  # accelerate's mixed-precision wrapper
         same.config.architectures = [name]
-        with warnings.catch_warnings(), offline(), answered_locally(same, own):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            bridge: Any = TransformerBridge.boot_transformers(
-                name, hf_model=same, tokenizer=own, device=first.device, dtype=first.dtype
-            )
+            bridge = booted(TransformerBridge, name, same, own)
     except Exception as error:  # of any type: TransformerLens raises many for unknown architectures
         quantisation_of(model, "")
         raise UnsupportedModelError(
@@ -82,7 +79,7 @@ def bridge_around(model: Any, tokenizer: Any = None) -> Any:
         ) from error
     if tokenizer is None:
         bridge.tokenizer = None
-    return in_eval_mode(bridge)
+    return bridge
 
 
 def _without_peft(model: Any) -> Any:

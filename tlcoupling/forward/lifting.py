@@ -90,7 +90,7 @@ def _linear(part: Any, x: Tensor) -> Tensor:
 @contextmanager
 def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
     """Hold each part of a block (norm, attention, MLP) in float32 while it is called, one at a time."""
-    if not _needs_lift(block):
+    if not needs_lift(block):
         yield
         return
     # a bridge's wrapped block is made of the same parts
@@ -116,7 +116,8 @@ def lifted_model(model: Any) -> Iterator[None]:
         yield
 
 
-def _needs_lift(module: nn.Module) -> bool:
+def needs_lift(module: nn.Module) -> bool:
+    """Return whether a module has half-precision or quantised weights or buffers."""
     if any(is_packed(part) for part in module.modules()):
         return True
     tensors = (chain(part._parameters.values(), part._buffers.values()) for part in module.modules())
@@ -125,7 +126,7 @@ def _needs_lift(module: nn.Module) -> bool:
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:
     """Lift a module whenever it is called, while the stack is open."""
-    if not _needs_lift(module):
+    if not needs_lift(module):
         return
     lift: list[Any] = []
 

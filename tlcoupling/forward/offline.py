@@ -10,6 +10,29 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from tlcoupling.forward.context import in_eval_mode
+
+
+def booted(
+    bridge_class: Any, name: str, hf_model: Any, tokenizer: Any, processor: Any | None = None, **options: Any
+) -> Any:
+    """Return a bridge around a HuggingFace model on its own device and dtype, in eval mode, without a network.
+
+    Args:
+        bridge_class: TransformerLens's ``TransformerBridge``, or a class derived from it.
+        name: the model's name on a hub, or that of its architecture.
+        hf_model: the model.
+        tokenizer: its tokenizer.
+        processor: of a model of images or sound.
+        **options: passed on to ``boot_transformers``.
+    """
+    first = next(hf_model.parameters())
+    with offline(), answered_locally(hf_model, tokenizer, processor):
+        bridge = bridge_class.boot_transformers(
+            name, hf_model=hf_model, tokenizer=tokenizer, device=first.device, dtype=first.dtype, **options
+        )
+    return in_eval_mode(bridge)
+
 
 @contextmanager
 def answered_locally(hf_model: Any, tokenizer: Any, processor: Any | None = None) -> Iterator[None]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError
 from tlcoupling.forward.bare import hooked_model
@@ -34,7 +34,7 @@ from tlcoupling.forward.hooked import (
     require_supported,
 )
 from tlcoupling.forward.inputs import read_inputs
-from tlcoupling.forward.lifting import lifted_parts
+from tlcoupling.forward.lifting import lifted, lifted_parts, needs_lift
 from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_text
 from tlcoupling.forward.quantised import dtype_of, quantisation_of
@@ -206,7 +206,8 @@ class Trace(Stream):
 
     def _points_now(self, names: Iterable[str]) -> dict[str, Any]:
         """Return the hook points by name, read again if the model has replaced one of ``names``."""
-        if not all(in_place(self.model, self._points[name]) for name in names if name in self._points):
+        points = {id(point): point for name in names if (point := self._points.get(name)) is not None}
+        if not all(in_place(self.model, point) for point in points.values()):
             points = hook_points(self.model)
             self._points.clear()
             self._points.update(points)
@@ -238,7 +239,9 @@ class Trace(Stream):
         tokens, names = self.tokens[rows], self.str_tokens[rows]
         resid = self.resid[:, rows]
         cut = replace(self, resid=resid, writes=writes, edits=None, tokens=tokens, str_tokens=names, first=first)
-        return replace(cut, _calls=made)
+        cut = replace(cut, _calls=made)
+        vars(cut).update(_parameters=self._parameters, _lifts=self._lifts)  # of the same blocks
+        return cut
 
     def past(self, layer: int) -> Past | None:
         """Return the keys and values of the positions before a window; None in a trace of all positions."""
@@ -261,7 +264,8 @@ class Trace(Stream):
         block = self.model.blocks[layer]
         reads, after = self.point(layer, "hook_resid_pre"), self.point(layer + 1, "hook_resid_pre")
         with ExitStack() as stack:
-            stack.enter_context(lifted_parts(self.model, block))
+            if self._needs_lift(layer):
+                stack.enter_context(lifted_parts(self.model, block))
             stack.enter_context(self._hooks.attached(layer))
             given = resid_pre
             if has_user_hooks([reads]):
@@ -297,6 +301,26 @@ class Trace(Stream):
         """x^l on the device of its block, with a batch axis."""
         return self.input_of(layer, "block")
 
+    @cached_property
+    def _parameters(self) -> list[Tensor]:
+        """A parameter of each block, which goes where the block goes."""
+        return [next(block.parameters()) for block in self.model.blocks]
+
+    @cached_property
+    def _lifts(self) -> dict[tuple[int, torch.dtype], bool]:
+        """Whether a block has weights to lift, by layer and by the dtype of a parameter, as far as it was asked for."""
+        return {}
+
+    def lifted(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Hold the half-precision weights of a module of a block in float32 for a while."""
+        return lifted(self.model, module) if self._needs_lift(layer) else contextlib.nullcontext()
+
+    def _needs_lift(self, layer: int) -> bool:
+        key = layer, self._parameters[layer].dtype  # another one once the model is converted
+        if key not in self._lifts:
+            self._lifts[key] = needs_lift(self.model.blocks[layer])
+        return self._lifts[key]
+
     def attention(self, layers: Iterable[int]) -> str:
         """Return what the attention of some layers is called.
 
@@ -311,7 +335,7 @@ class Trace(Stream):
 
     def input_of(self, layer: int, sublayer: str) -> Float[Tensor, "1 pos d_model"]:
         """``read_by`` on the device of its block, with a batch axis."""
-        return self.read_by(layer, sublayer).to(next(self.model.blocks[layer].parameters()).device)[None]
+        return self.read_by(layer, sublayer).to(self._parameters[layer].device)[None]
 
     def mlp_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """Return what the MLP reads; x^l in a block without one."""
@@ -354,37 +378,6 @@ class Trace(Stream):
         with torch.no_grad(), attn.keep_unnormed(unnormed.append):
             written = self.run_attn(layer, self.block_input(layer), {hook_z: torch.zeros_like})
         return unnormed[0][0] if unnormed else written[0]
-
-    @measured
-    def run_mlp_in_block(
-        self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
-    ) -> Float[Tensor, "1 pos d_model"]:
-        """Run one block again as far as its MLP's write, with the MLP reading ``stream`` at all positions."""
-        written: list[Tensor] = []
-
-        def stop(tensor: Tensor) -> None:
-            written.append(tensor)
-            raise Done
-
-        resid_pre, mlp = stream, self.block(layer).mlp
-        hooks = {**hooks, mlp.write: stop}
-        if mlp.reads != "hook_resid_pre":
-            resid_pre = self.block_input(layer)
-            hooks[mlp.reads] = lambda tensor: stream
-        with contextlib.suppress(Done):
-            self.run_block(layer, resid_pre, hooks)
-        return written[0]
-
-    @measured
-    def run_mlp(
-        self, layer: int, stream: Float[Tensor, "1 pos d_model"], hooks: Mapping[str, Hook]
-    ) -> Float[Tensor, "1 pos d_model"]:
-        """Run the MLP sublayer of one block, its norms included, on any rows of what it reads."""
-        block = self.block(layer)
-        before, behind = block.mlp.before, block.mlp.behind
-        with lifted_parts(self.model, block.module), attached(self._named(layer, hooks)):
-            out = block.mlp.module(stream if before is None else before(stream))
-            return out if behind is None else behind(out)
 
     def _named(self, layer: int, hooks: Mapping[str, Hook]) -> list[tuple[Any, Hook]]:
         return [(self.point(layer, name), hook) for name, hook in hooks.items()]

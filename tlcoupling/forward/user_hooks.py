@@ -33,10 +33,12 @@ def has_user_hooks(points: Collection[Any]) -> bool:
 
     A module in the place of a point counts as a hook on it.
     """
-    if any(isinstance(point, Splice) for point in points):
-        return True
-    lens = (hook for point in points for hook in (*point.fwd_hooks, *point.bwd_hooks))
-    return any(not _is_its_own(hook) for hook in lens) or has_module_hooks(points)
+    for point in points:
+        if isinstance(point, Splice):
+            return True
+        if (point.fwd_hooks or point.bwd_hooks) and not all(map(_is_its_own, (*point.fwd_hooks, *point.bwd_hooks))):
+            return True
+    return has_module_hooks(points)
 
 
 def has_module_hooks(modules: Iterable[nn.Module]) -> bool:
@@ -44,8 +46,11 @@ def has_module_hooks(modules: Iterable[nn.Module]) -> bool:
 
     TransformerLens puts the hooks of its points there too, by functions of its own.
     """
-    functions = (function for module in modules for table in _TABLES for function in getattr(module, table).values())
-    return any(not _of_library(function) for function in functions)
+    for module in modules:
+        tables = (each for table in _TABLES if (each := module.__dict__[table]))  # nearly all are empty
+        if any(not _of_library(function) for table in tables for function in table.values()):
+            return True
+    return False
 
 
 def has_global_hooks() -> bool:
@@ -81,8 +86,9 @@ def hooked_layers(points: Mapping[str, Any], blocks: nn.ModuleList) -> frozenset
     """
     if has_global_hooks():
         return frozenset(range(len(blocks)))
-    touched = {name: point for name, point in points.items() if has_user_hooks([point])}
-    known = {id(point) for point in points.values()}
+    known = {id(point): point for point in points.values()}  # a point has several names
+    hooked = {number for number, point in known.items() if has_user_hooks([point])}
+    touched = {name: point for name, point in points.items() if id(point) in hooked}
 
     def acts(layer: int) -> bool:
         reads = points[block_hook(layer, "hook_resid_pre")]

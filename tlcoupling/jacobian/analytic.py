@@ -2,8 +2,7 @@ r"""The analytic engine: Jacobians in closed form from the activations of one bl
 
 The formula is in ``formula``; here its parts are read: the derivatives of norms (``norms``), the attention core
 (``attention``, ``scores``), the slopes of the activation, the weights. One pair (src, dest) is taken at a time. What
-all pairs of a layer share is computed once: one run of its attention, one of its MLP at the requested positions, norms
-and weights.
+all pairs of a layer share is computed once: a run of the block (``runs``), norms and weights.
 
 What a block does is read from how it behaves, not from its class. What a norm does, the rotation at a position and the
 scores behind a pattern are each taken from the block's activations and checked against them. Where they do not fit, the
@@ -12,11 +11,9 @@ sublayer is ``Uncovered`` and goes to autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -25,15 +22,13 @@ from torch import Tensor, nn
 
 from tlcoupling.errors import StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.block import Sublayer, Uncovered, close
-from tlcoupling.forward.lifting import lifted
-from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.flow import NormFlow, attention_flow, mlp_flow
 from tlcoupling.jacobian.formula import READS, attention_map, block_map, mlp_map
 from tlcoupling.jacobian.mixture import Mixture
 from tlcoupling.jacobian.norms import Norm
 from tlcoupling.jacobian.readings import HeadNorm, Latent, head_readings
-from tlcoupling.jacobian.runs import Run, Runner, run_sublayer
+from tlcoupling.jacobian.runs import VALUES, BlockRun, Run
 from tlcoupling.linalg.maps import Identity, Shared, Zero
 from tlcoupling.linalg.operator import JacobianOperator
 
@@ -42,55 +37,38 @@ _BEHIND_ATTN, _BEHIND_MLP = "the norm behind the attention", "the norm behind th
 _NAMES = {"attn": "attention", "mlp": "MLP"}
 # By weight: the part of the sublayer's module that applies it, as a bridge names it.
 _PARTS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
-_ATTN_VALUES = ("q", "k", "v", "z", "rot_q", "rot_k", "cos", "sin", "pattern", "out")
-_MLP_VALUES = ("pre", "pre_linear", "post", "out")
 
 
 class AnalyticLayer:
-    """The closed forms of one block, from runs of its own sublayers.
+    """The closed forms of one block, from a run of its own modules.
 
     Attributes:
-        trace: the trace of the model.
+        run: the run of the block.
         layer: block index.
     """
 
-    def __init__(self, trace: Trace, layer: int, dests: Iterable[int] = ()) -> None:
-        """Take a layer. Its attention is run once, for its activations, when they are first needed.
-
-        Args:
-            trace: a trace of the model.
-            layer: block index.
-            dests: positions whose MLP will be requested, to be run together; others are run one at a time.
-        """
-        self.trace, self.layer = trace, layer
-        self.block = trace.block(layer)
-        self.d_model = trace.d_model
-        self.resid_pre = trace.block_input(layer)[0]
-        self.mlp_input = trace.mlp_input(layer)[0]
-        self._dests = tuple(sorted(set(dests)))
-        self._mlp_run: tuple[tuple[int, ...], Run] | None = None  # the last one, with its positions
-        self._mlp_slopes: list[Float[Tensor, "row d_mlp"]] = []  # of that run; empty where they are unknown
+    def __init__(self, run: BlockRun) -> None:
+        """Take a layer."""
+        self.run, self.trace, self.layer, self.block = run, run.trace, run.layer, run.block
+        self.d_model = self.trace.d_model
+        self.resid_pre = self.trace.block_input(self.layer)[0]
+        self.mlp_input = self.trace.mlp_input(self.layer)[0]
         self._mixture_at: tuple[tuple[int, ...], Mixture] | None = None
-        self._mlp_alone = True  # until it turns out that only its block can run the MLP
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
-        self._applied: set[Run] = set()  # the runs whose activations are known to be what the weights make
+        self._applied: set[str] = set()  # sublayers whose activations are known to be what the weights make
         self._norms: dict[nn.Module, Norm] = {}
         self._shared: dict[str, tuple[tuple[int, ...], JacobianOperator]] = {}
 
     @cached_property
-    def attn_run(self) -> Run:
-        """The run of the attention.
-
-        Raises:
-            Uncovered: the block has another mixer in its place.
-            StaleTraceError: its output differs from that of the trace.
-        """
+    def _attn_run(self) -> Run:
         attn = self.block.mixer
         if attn.kind != "attn":
             raise Uncovered(f"{type(attn.module).__name__} is no attention, and has no closed form")
-        run = self._run(attn.name, self.trace.run_attn, self.trace.block_input(self.layer))
-        self.trace.check_current(attn.name, self.layer, run.out)
-        return run
+        return self.run.of(attn.name)
+
+    @cached_property
+    def _mlp_run(self) -> Run:
+        return self.run.of("mlp")
 
     def sublayer(self, name: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """Return the Jacobian of ``block``, of the attention or of ``mlp`` (or of one head's share of the attention).
@@ -106,8 +84,6 @@ class AnalyticLayer:
     def flow(self, name: str) -> JacobianOperator:
         """Return the derivative of what a sublayer writes, at all positions, by the whole stream that it reads.
 
-        The MLP has to have been announced at all positions (``dests``).
-
         Raises:
             Uncovered, StaleTraceError: see ``sublayer``; a mixture of experts has none yet.
         """
@@ -115,7 +91,7 @@ class AnalyticLayer:
             return self._mlp_flow() if name == "mlp" else self._attention_flow()
 
     def _attention_flow(self) -> JacobianOperator:
-        attn, run = self.block.mixer, self.attn_run
+        attn, run = self.block.mixer, self._attn_run
         before = self._norm_flow(attn.before, _BEFORE_ATTN, self.resid_pre)
         behind = self._norm_flow(attn.behind, _BEHIND_ATTN, run.unnormed)
         return attention_flow(self._core, self._attn_factor * self._weights(attn)["W_O"], before, behind)
@@ -125,9 +101,7 @@ class AnalyticLayer:
         if mlp.has_experts:
             raise Uncovered("a mixture of experts has no closed form for all positions at once")
         self._mlp(0)  # the checks of one position are those of its run
-        run, positions = self.mlp_run(0)
-        if len(positions) < len(self.mlp_input):
-            raise Uncovered("the MLP did not run on all positions")
+        run = self._mlp_run
         before = self._norm_flow(mlp.before, _BEFORE_MLP, self.mlp_input)
         behind = self._norm_flow(mlp.behind, _BEHIND_MLP, run.unnormed)
         weights = self._weights(mlp)
@@ -171,7 +145,7 @@ class AnalyticLayer:
 
     def _attn(self, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """J_attn; a head's share of the write is taken before the norm behind the attention, which mixes the heads."""
-        attn, run = self.block.mixer, self.attn_run
+        attn, run = self.block.mixer, self._attn_run
         core = self._core
         if head is not None:
             self.block.output_of_heads(run.values.get("attn.hook_z"))  # refuses what cannot be split
@@ -181,23 +155,23 @@ class AnalyticLayer:
 
     def _mlp(self, pos: int) -> JacobianOperator:
         """J_mlp at a position."""
-        mlp, (run, positions) = self.block.mlp, self.mlp_run(pos)
-        row = positions.index(pos)
+        mlp, run = self.block.mlp, self._mlp_run
         before = self._norm(mlp.before, _BEFORE_MLP, self.mlp_input, pos)
-        behind = self._norm(mlp.behind, _BEHIND_MLP, run.unnormed, row)
+        behind = self._norm(mlp.behind, _BEHIND_MLP, run.unnormed, pos)
         factor = mlp.write_factor(run.values.get(mlp.gives), run.out)
         if mlp.has_experts:
             where = f"of layer {self.layer} at position {self.trace.first + pos}"
-            slopes, weights, mixing = self._mixture(positions).at(row, where)
+            positions = tuple(self.run.dests) if pos in self.run.dests else (pos,)
+            slopes, weights, mixing = self._mixture(positions).at(positions.index(pos), where)
             return mlp_map(slopes, weights, before, behind, factor, mixing)
         if not self._mlp_slopes:
             raise Uncovered("hook_post of the MLP is not a function of hook_pre (and hook_pre_linear)")
-        weights, slopes = self._weights(mlp), [slope[row] for slope in self._mlp_slopes]
-        *inputs, post, _ = mlp.points(*_MLP_VALUES)
+        weights, slopes = self._weights(mlp), [slope[pos] for slope in self._mlp_slopes]
+        *inputs, post, _ = mlp.points(*VALUES["mlp"])
         units = run.values[post].shape[-1]
         read = [part for name in inputs if name in run.values for part in run.values[name].split(units, dim=-1)]
         made = dict(zip(READS[len(slopes)], read, strict=True))
-        self._require_applied(mlp, run, self.mlp_input[list(positions)], made, run.values[post])
+        self._require_applied(mlp, run, self.mlp_input, made, run.values[post])
         return mlp_map(slopes, weights, before, behind, factor)
 
     def _mixture(self, positions: tuple[int, ...]) -> Mixture:
@@ -205,59 +179,16 @@ class AnalyticLayer:
         if self._mixture_at is None or self._mixture_at[0] != positions:
             mlp, stream = self.block.mlp, self.mlp_input[list(positions)]
             norm = self._read_norm(mlp.before, _BEFORE_MLP, self.mlp_input)
-            with lifted(self.trace.model, mlp.module):
+            with self.trace.lifted(self.layer, mlp.module):
                 mixture = Mixture.read(mlp.module, stream if norm is None else norm(stream))
             self._mixture_at = (positions, mixture)
         return self._mixture_at[1]
-
-    def mlp_run(self, pos: int) -> tuple[Run, tuple[int, ...]]:
-        """Return a run of the MLP that includes a position, and the positions of its rows.
-
-        The MLP runs alone on the requested rows. Where its module cannot, it runs inside its block on all rows.
-
-        Raises:
-            StaleTraceError: its output differs from that of the trace.
-        """
-        if self._mlp_run is None or pos not in self._mlp_run[0]:
-            self._mlp_run = self._run_mlp(self._dests if pos in self._dests else (pos,))
-            self._mlp_slopes = self._activation_slopes(self._mlp_run[1])
-        rows, run = self._mlp_run
-        return run, rows
-
-    def _run_mlp(self, rows: tuple[int, ...]) -> tuple[tuple[int, ...], Run]:
-        """Run the MLP on some rows, or inside its block on all rows; return the rows that it ran on, and the run."""
-        if self._mlp_alone:
-            try:
-                run = self._run("mlp", self.trace.run_mlp, self.mlp_input[None, list(rows)])
-                self.trace.check_current("mlp", self.layer, run.out, rows)
-                return rows, run
-            except (TypeError, ValueError, RuntimeError, AttributeError, StaleTraceError):
-                # the MLPs of BLOOM and MPT add the residual stream themselves; that of OPT is not a module
-                self._mlp_alone = False
-        run = self._run("mlp", self.trace.run_mlp_in_block, self.mlp_input[None])
-        self.trace.check_current("mlp", self.layer, run.out)
-        return tuple(range(len(self.mlp_input))), run
-
-    def _run(self, name: str, runner: Runner, stream: Float[Tensor, "1 row d_model"]) -> Run:
-        sublayer = self.block.sublayers[name]
-        points = sublayer.points(*(_ATTN_VALUES if sublayer.kind == "attn" else _MLP_VALUES))
-        tables: dict[str, Tensor] = {}
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tables.update(_rotation(args, kwargs))
-
-        attends = sublayer.kind == "attn"
-        with sublayer.module.register_forward_pre_hook(keep, with_kwargs=True) if attends else nullcontext():
-            run = run_sublayer(self.trace, self.layer, sublayer, runner, points, stream)
-        # by the names of an attention in its usual slot: a decoder with cross-attention calls it self_attn
-        usual = {f"attn.{name.partition('.')[2]}": value for name, value in run.values.items()} if attends else {}
-        return replace(run, values={**tables, **usual, **run.values})
 
     def _weights(self, sublayer: Sublayer) -> Mapping[str, Tensor]:
         """The weights of a sublayer, lifted to the dtype of the work."""
         if sublayer.name not in self._lifted:
             latent = self._latent if sublayer.kind == "attn" else None
-            with lifted(self.trace.model, sublayer.module):
+            with self.trace.lifted(self.layer, sublayer.module):
                 weights = sublayer.weights() if latent is None else {"W_O": latent.write()}
             self._lifted[sublayer.name] = {name: weight.to(self.resid_pre) for name, weight in weights.items()}
         return self._lifted[sublayer.name]
@@ -285,7 +216,7 @@ class AnalyticLayer:
         Raises:
             Uncovered: the module that applies a weight does something else (an adapter, a parametrisation).
         """
-        if run in self._applied:
+        if sublayer.name in self._applied:
             return
         weights = self._weights(sublayer)
         norm = self._read_norm(sublayer.before, f"the norm before the {_NAMES[sublayer.kind]}", stream)
@@ -306,7 +237,7 @@ class AnalyticLayer:
                 where = sublayer.part_of.slot if part is None else f"{sublayer.part_of.slot}.{_PARTS[name]}"
                 kind = type(sublayer.module if part is None else part).__name__
                 raise Uncovered(f"{where} of type {kind} does not apply {name}: its output is not x {name} + b")
-        self._applied.add(run)
+        self._applied.add(sublayer.name)
 
     def _norm(
         self, module: nn.Module | None, name: str, inputs: Float[Tensor, "row d_model"] | None, row: int
@@ -324,37 +255,36 @@ class AnalyticLayer:
         if module is None or inputs is None:
             return None
         if module not in self._norms:
-            with lifted(self.trace.model, module):
+            with self.trace.lifted(self.layer, module):
                 self._norms[module] = Norm.read(module, inputs, name)
         return self._norms[module]
 
-    def _activation_slopes(self, run: Run) -> list[Float[Tensor, "row d_mlp"]]:
-        """Return the slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP) at each row of a run.
+    @cached_property
+    def _mlp_slopes(self) -> list[Float[Tensor, "pos d_mlp"]]:
+        """The slopes of hook_post on hook_pre (and on hook_pre_linear of a gated MLP).
 
-        The activation is pointwise, so the gradient of the sum of its outputs is the diagonal of its derivative.
-
-        Returns:
-            One tensor of slopes for each input, two for one that holds both (ModernBERT); an empty list where a hook
-            point or a derivative is missing.
+        One tensor for each input, two for one that holds both (ModernBERT); none where a hook point or a derivative is
+        missing.
         """
-        *inputs, output, _ = self.block.mlp.points(*_MLP_VALUES)
-        known = [name for name in inputs if name in run.values]
-        if inputs[0] not in known or output not in run.values:
+        values = self._mlp_run.values
+        *inputs, output, _ = self.block.mlp.points(*VALUES["mlp"])
+        known = [name for name in inputs if name in values]
+        if inputs[0] not in known or output not in values:
             return []
-        slopes, units = run.slopes(output, known), run.values[output].shape[-1]
+        slopes, units = self.run.slopes(output, known), values[output].shape[-1]
         found = [slope for slope in slopes if slope is not None]
         return [part for slope in found for part in slope.split(units, dim=-1)] if len(found) == len(slopes) else []
 
     @cached_property
     def _latent(self) -> Latent | None:
         """The weights of latent attention; None where the attention is another."""
-        with lifted(self.trace.model, self.block.attn.module):
+        with self.trace.lifted(self.layer, self.block.attn.module):
             latent = Latent.of(self.block.attn.module)
             return None if latent is None else latent.to(self.resid_pre)
 
     @cached_property
     def _core(self) -> AttentionCore:
-        attn, run = self.block.attn, self.attn_run
+        attn, run = self.block.attn, self._attn_run
         values, weights = dict(run.values), self._weights(attn)
         norm = self._read_norm(attn.before, _BEFORE_ATTN, self.resid_pre)
         normed = self.resid_pre if norm is None else norm(self.resid_pre)
@@ -378,7 +308,7 @@ class AnalyticLayer:
     @cached_property
     def _attn_factor(self) -> float:
         attn = self.block.mixer
-        return attn.write_factor(self.attn_run.values.get(attn.gives), self.attn_run.out)
+        return attn.write_factor(self._attn_run.values.get(attn.gives), self._attn_run.out)
 
 
 @contextmanager
@@ -390,18 +320,6 @@ def _uncovered_where_it_fails() -> Iterator[None]:
         raise
     except Exception as error:
         raise Uncovered(f"reading the sublayer failed with {type(error).__name__}: {error}") from error
-
-
-def _rotation(args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The cosines and sines that an attention is called with, which only some bridges show at hook points."""
-    for given in (*args, *kwargs.values()):
-        pair = given if isinstance(given, (tuple, list)) else (given,)
-        if len(pair) == 1 and isinstance(given, Tensor) and given.is_complex():
-            pair = (given.real, given.imag)
-        if len(pair) == 2 and all(isinstance(table, Tensor) and table.is_floating_point() for table in pair):
-            names = ("attn.hook_cos", "attn.hook_sin")
-            return {name: table.detach().flatten(0, -3)[0] for name, table in zip(names, pair, strict=True)}
-    return {}
 
 
 def _columns(weight: Float[Tensor, "..."], axes: torch.Size) -> Float[Tensor, "d_model n"]:

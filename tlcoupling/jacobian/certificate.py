@@ -14,10 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import at_once
-from tlcoupling.jacobian.runs import Run
+from tlcoupling.jacobian.runs import BlockRun
 from tlcoupling.linalg.operator import JacobianOperator
 
 # Relative gap allowed between an analytic product and the module's own derivative along the same probe. Float32
@@ -30,22 +28,21 @@ Pair = tuple[int, int]  # src, dest
 class ModuleProducts:
     """J^T y of a block's sublayers by their own modules, for one random y.
 
-    The graphs are those of the runs that the closed form reads: nothing is run again. The MLP runs on the measured
-    positions alone where it can, and gives what it gave among all of them.
+    The graphs are those of the run that the closed form reads: nothing is run again.
 
     Attributes:
         cotangent: y.
     """
 
-    def __init__(self, closed: AnalyticLayer, pairs: Iterable[Pair] = ()) -> None:
-        """Take a layer.
+    def __init__(self, run: BlockRun, pairs: Iterable[Pair] = ()) -> None:
+        """Take a run.
 
         Args:
-            closed: its closed forms.
+            run: of a block.
             pairs: (src, dest) that will be asked for: they share backward passes.
         """
-        self._closed, self._pairs = closed, frozenset(pairs)
-        self.cotangent = random_vector(closed.trace, closed.layer, closed.layer)
+        self._run, self._pairs = run, frozenset(pairs)
+        self.cotangent = run.cotangent
         self._attn: dict[Pair, Float[Tensor, " d_model"]] = {}
         self._mlp: dict[int, tuple[Float[Tensor, " d_model"], float]] = {}
 
@@ -53,7 +50,7 @@ class ModuleProducts:
         """J_attn^T y at ``src``, for y at ``dest``."""
         if (src, dest) not in self._attn:
             pairs = self._pairs if (src, dest) in self._pairs else {(src, dest)}
-            for one, pulled in self._pulled(self._closed.attn_run, {dest for _, dest in pairs}):
+            for one, pulled in self._pulled(self._run.block.mixer.name, {dest for _, dest in pairs}):
                 self._attn |= {pair: pulled[pair[0]].clone() for pair in pairs if pair[1] == one}
         return self._attn[src, dest]
 
@@ -67,30 +64,21 @@ class ModuleProducts:
 
     def _mlp_at(self, dest: int) -> tuple[Float[Tensor, " d_model"], float]:
         if dest not in self._mlp:
-            run, positions = self._closed.mlp_run(dest)
             announced = {pos for _, pos in self._pairs}
-            wanted = announced.intersection(positions) if dest in announced else {dest}
-            rows = {positions.index(pos): pos for pos in wanted}
-            for row, pulled in self._pulled(run, rows):
+            for one, pulled in self._pulled("mlp", announced if dest in announced else {dest}):
                 lengths = pulled.norm(dim=-1)
-                own = float(lengths[row])
-                lengths[row] = 0.0
+                own = float(lengths[one])
+                lengths[one] = 0.0
                 other = float(lengths.max())
-                self._mlp[rows[row]] = pulled[row].clone(), other / own if own > 0 else float(other > 0)
+                self._mlp[one] = pulled[one].clone(), other / own if own > 0 else float(other > 0)
         return self._mlp[dest]
 
-    def _pulled(self, run: Run, rows: Iterable[int]) -> Iterator[tuple[int, Float[Tensor, "pos d_model"]]]:
-        """Yield J^T y at all positions for y at each of some rows of a run."""
+    def _pulled(self, sublayer: str, rows: Iterable[int]) -> Iterator[tuple[int, Float[Tensor, "pos d_model"]]]:
+        """Yield J^T y at all positions for y at each of some rows of what a sublayer writes."""
         order = sorted(rows)
-        chunk = at_once(self._closed.trace, self._closed.layer) if len(order) > 1 else 1
+        chunk = at_once(self._run.trace, self._run.layer) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
-            yield from zip(some, run.pull(self.cotangent, some), strict=True)
-
-
-def random_vector(trace: Trace, layer: int, seed: int) -> Float[Tensor, " d_model"]:
-    """Draw a random vector of length 1, the same for the same seed, on the device of a block."""
-    vector = torch.randn(trace.d_model, generator=torch.Generator().manual_seed(seed), dtype=trace.resid.dtype)
-    return (vector / vector.norm()).to(trace.block_input(layer).device)
+            yield from zip(some, self._run.pull(sublayer, some), strict=True)
 
 
 def misses(

@@ -17,6 +17,7 @@ from tlcoupling.jacobian.autograd import AutogradJacobian
 from tlcoupling.jacobian.certificate import Pair
 from tlcoupling.jacobian.evidence import Evidence
 from tlcoupling.jacobian.held import HeldJacobian
+from tlcoupling.jacobian.runs import BlockRun
 from tlcoupling.linalg.operator import JacobianOperator
 
 EngineName = Literal["auto", "analytic", "autograd"]
@@ -25,16 +26,18 @@ EngineName = Literal["auto", "analytic", "autograd"]
 class _Layer:
     """One layer of a trace: its closed forms, and what the model itself says of them."""
 
-    def __init__(self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair]) -> None:
+    def __init__(self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair], formed: bool) -> None:
         self.trace, self.layer, self._hooked, self._pairs = trace, layer, hooked, frozenset(pairs)
+        self._formed = formed
 
     @cached_property
     def closed(self) -> AnalyticLayer:
-        return AnalyticLayer(self.trace, self.layer, {dest for _, dest in self._pairs})
+        dests = {dest for _, dest in self._pairs}
+        return AnalyticLayer(BlockRun(self.trace, self.layer, dests, self.evidence.moves))
 
     @cached_property
     def evidence(self) -> Evidence:
-        return Evidence(self.trace, self.layer, self._hooked, self._pairs)
+        return Evidence(self.trace, self.layer, self._hooked, self._pairs, self._formed)
 
     def refusal(self, sublayer: str, src: int, dest: int) -> str | None:
         return self.evidence.refusal(self.closed, sublayer, src, dest)
@@ -65,7 +68,9 @@ class JacobianEngine:
             confirmed it.
     """
 
-    def __init__(self, trace: Trace, engine: EngineName = "auto", pairs: Iterable[Pair] = ()) -> None:
+    def __init__(
+        self, trace: Trace, engine: EngineName = "auto", pairs: Iterable[Pair] = (), formed: bool = False
+    ) -> None:
         """Take a trace.
 
         Args:
@@ -73,6 +78,7 @@ class JacobianEngine:
             engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
             pairs: (src, dest) that will be asked for: what they share in a layer is then done at once. One layer is
                 held at a time, so ask for all that is needed of a layer before the next.
+            formed: whether the matrices of closed forms will be asked for: they are then tested as matrices.
 
         Raises:
             ArgumentError: an unknown engine.
@@ -80,7 +86,7 @@ class JacobianEngine:
         require_trace(trace)
         check_name("engine", engine, get_args(EngineName))
         self.trace, self.engine = trace, engine
-        self._pairs = frozenset(pairs)
+        self._pairs, self._formed = frozenset(pairs), formed
         self.hooked = trace.hooked_layers | trace.layers_hooked_now()
         self.difference_gap = 0.0
         self._whole: _Layer | None = None
@@ -152,7 +158,7 @@ class JacobianEngine:
     def _layer(self, layer: int) -> _Layer:
         """A layer on all positions; one is held at a time."""
         if self._whole is None or self._whole.layer != layer:
-            self._whole = _Layer(self.trace, layer, layer in self.hooked, self._pairs)
+            self._whole = _Layer(self.trace, layer, layer in self.hooked, self._pairs, self._formed)
         return self._whole
 
     def _narrowed(self) -> tuple[int, Trace | None]:
@@ -170,7 +176,7 @@ class JacobianEngine:
             return None
         if self._part is None or self._part.layer != layer:
             pairs = [(start - self._first, end - self._first) for start, end in self._pairs]
-            self._part = _Layer(self._window, layer, False, pairs)
+            self._part = _Layer(self._window, layer, False, pairs, self._formed)
         part, key = self._part, (layer, sublayer, src, dest)
         there = (sublayer, src - self._first, dest - self._first)
         try:

@@ -22,7 +22,9 @@ from tlcoupling.linalg.operator import JacobianOperator
 class Evidence:
     """What the model itself says of one layer's Jacobians."""
 
-    def __init__(self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair] = ()) -> None:
+    def __init__(
+        self, trace: Trace, layer: int, hooked: bool, pairs: Iterable[Pair] = (), formed: bool = False
+    ) -> None:
         """Take a layer.
 
         Args:
@@ -30,15 +32,17 @@ class Evidence:
             layer: block index.
             hooked: whether hooks of the user's act in the block.
             pairs: (src, dest) that will be asked for: they share runs of the block and backward passes.
+            formed: test closed forms as matrices, which their user wants.
         """
         pairs = frozenset(pairs)
         self.layer, self._topology = layer, trace.topology
         self._names = tuple(trace.writes)
         self._has_mlp = trace.mlp_out is not None
-        self._pairs = pairs
+        self._pairs, self._formed = pairs, formed
         self._modules: ModuleProducts | None = None
         self._differences = BlockDifferences(trace, layer, hooked, pairs)
         self._refusals: dict[tuple[str, int, int], str | None] = {}
+        self._products: dict[tuple[str, int, int], tuple[JacobianOperator, Float[Tensor, " d_model"]]] = {}
 
     def refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         """Return why the closed form of a pair cannot be used, None where it can.
@@ -66,13 +70,18 @@ class Evidence:
         return self._differences.require(operator, sublayer, src, dest, self._product(operator, sublayer, src, dest))
 
     @property
+    def moves(self) -> Float[Tensor, "move pos d_model"] | None:
+        """How the differences move x^l; None where they take another run."""
+        return self._differences.moves
+
+    @property
     def gap(self) -> float:
         """The largest relative distance of a Jacobian's product from a difference that confirmed it."""
         return self._differences.gap
 
     def _refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         sequential = self._topology == "sequential"
-        modules = self._modules = self._modules or ModuleProducts(closed, self._pairs)
+        modules = self._modules = self._modules or ModuleProducts(closed.run, self._pairs)
         if sublayer == "block":
             if not self._names:
                 raise Uncovered("the block is not split into sublayers, of which a closed form is made")
@@ -85,6 +94,9 @@ class Evidence:
         if sublayer == "mlp" and src != dest:
             return self._mixing(modules, dest)
         operator = closed.sublayer(sublayer, src, dest)
+        self._differences.ran = closed.run.moved
+        if self._formed:
+            operator.dense()  # which its products use from now on: they read fewer numbers than the weights are
         truth = modules.mlp(dest) if sublayer == "mlp" else modules.attn(src, dest)
         gap = misses(
             operator,
@@ -110,5 +122,9 @@ class Evidence:
         )
 
     def _product(self, operator: JacobianOperator, sublayer: str, src: int, dest: int) -> Float[Tensor, " d_model"]:
-        """The product of a Jacobian with the direction of its difference quotient."""
-        return operator.mv(self._differences.quotient(sublayer, src, dest).direction.to(operator.device))
+        """The product of a Jacobian with the direction of its difference quotient; taken once."""
+        key = (sublayer, src, dest)
+        if key not in self._products or self._products[key][0] is not operator:
+            direction = self._differences.quotient(*key).direction
+            self._products[key] = operator, operator.mv(direction.to(operator.device))
+        return self._products[key][1]

@@ -15,6 +15,10 @@ class NormMap(JacobianOperator):
     x_hat is the normalised input, r = sqrt(mean(x_c^2) + eps) the scale it was divided by, g the gain.
     """
 
+    normalized: Float[Tensor, " d"]
+    scale: Float[Tensor, ""]
+    gain: Float[Tensor, " d"]
+    centered: bool
     _light = True
 
     def __init__(
@@ -50,6 +54,9 @@ class HeadMap(JacobianOperator):
     Several heads may read the same group (grouped-query attention).
     """
 
+    blocks: Float[Tensor, "head d_out d_in"]
+    groups: Int[Tensor, " head"]
+    n_groups: int
     _light = True
 
     def __init__(self, blocks: Float[Tensor, "head d_out d_in"], groups: Int[Tensor, " head"], n_groups: int) -> None:
@@ -74,6 +81,10 @@ class HeadMap(JacobianOperator):
 
 class BlockMap(JacobianOperator):
     """A sequential block from its sublayers: J = J_attn + J_mlp (delta I + J_attn)."""
+
+    attn: JacobianOperator
+    mlp: JacobianOperator
+    skip: bool
 
     def __init__(self, attn: JacobianOperator, mlp: JacobianOperator, skip: bool) -> None:
         """Take both sublayers' Jacobians, and whether src = dest (delta = 1)."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError
-from tlcoupling.precision import full_precision
+from tlcoupling.precision import in_full_precision
 
 
 class JacobianOperator(ABC):
@@ -58,7 +58,7 @@ class JacobianOperator(ABC):
         """Take the products of every kind of operator in full precision: users keep operators and use them anywhere."""
         super().__init_subclass__(**kwargs)
         for name in {"mm", "rmm", "dense"} & vars(cls).keys():
-            setattr(cls, name, full_precision()(_converting(vars(cls)[name])))
+            setattr(cls, name, in_full_precision(_converting(vars(cls)[name])))
 
     @abstractmethod
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
@@ -119,6 +119,9 @@ def _converting(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Composition(JacobianOperator):
     """A B: first B, then A."""
 
+    left: JacobianOperator
+    right: JacobianOperator
+
     def __init__(self, left: JacobianOperator, right: JacobianOperator) -> None:
         """Compose two operators.
 
@@ -159,6 +162,8 @@ class Composition(JacobianOperator):
 class Sum(JacobianOperator):
     """A + B + ..., all of one shape."""
 
+    terms: tuple[JacobianOperator, ...]
+
     def __init__(self, terms: Sequence[JacobianOperator]) -> None:
         """Add operators.
 
@@ -190,6 +195,8 @@ class Sum(JacobianOperator):
 
 class Transpose(JacobianOperator):
     """A^T."""
+
+    inner: JacobianOperator
 
     def __init__(self, inner: JacobianOperator) -> None:
         """Transpose an operator."""

@@ -26,12 +26,14 @@ class Work:
         thin: floating-point operations of products with few columns.
         svd: floating-point operations of decompositions of small matrices.
         calls: small module calls. They stand for the time that Python and PyTorch add to each step.
+        softmax: numbers put through a softmax, which stand for all steps that take numbers one by one.
     """
 
     matmul: float = 0.0
     thin: float = 0.0
     svd: float = 0.0
     calls: float = 0.0
+    softmax: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """Both."""
@@ -56,24 +58,27 @@ class Rates:
         thin: on all threads.
         svd: on one thread.
         calls: on one thread.
-        threads: worker threads that can share the last two; 1 for a machine of which this is unknown.
+        softmax: on all threads.
+        threads: worker threads that can share ``svd`` and ``calls``; 1 for a machine of which this is unknown.
     """
 
     matmul: float
     thin: float
     svd: float
     calls: float
+    softmax: float
     threads: int = 1
 
     def seconds(self, work: Work, workers: int = 1) -> float:
         """Return the seconds that some work takes with ``workers`` threads."""
         alone = work.svd / self.svd + work.calls / self.calls
-        return work.matmul / self.matmul + work.thin / self.thin + alone / min(workers, self.threads)
+        together = work.matmul / self.matmul + work.thin / self.thin + work.softmax / self.softmax
+        return together + alone / min(workers, self.threads)
 
     @classmethod
     def typical(cls, matmul: float) -> Rates:
         """Return the rates of a machine of which only one is known, with shares as measured on a CPU."""
-        return cls(matmul, thin=0.8 * matmul, svd=0.2 * matmul, calls=2e5)
+        return cls(matmul, thin=0.8 * matmul, svd=0.2 * matmul, calls=2e5, softmax=0.02 * matmul)
 
 
 @functools.cache
@@ -107,6 +112,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> 
             thin=2.0 * size**2 * 16 / fastest(lambda: square @ columns),
             svd=2 * 20.0 * 128**3 / fastest(lambda: torch.linalg.svd(stack)),
             calls=100 / fastest(lambda: [module(x) for _ in range(100)]),
+            softmax=square.numel() / fastest(lambda: square.softmax(-1)),
             threads=torch.get_num_threads(),
         )
 

@@ -18,7 +18,7 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import in_eval_mode, measured
 from tlcoupling.forward.hooked import require_supported
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.offline import booted
 from tlcoupling.forward.stacks import Stack
 from tlcoupling.models.generators import generators_kept
 
@@ -117,10 +117,7 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)
     bridge = type(model.model if isinstance(model, Stack) else model)
-    with offline(), answered_locally(fresh, tokenizer, getattr(model, "processor", None)):
-        return bridge.boot_transformers(
-            model.cfg.model_name, hf_model=fresh, tokenizer=tokenizer, device=like.device, dtype=like.dtype
-        )
+    return booted(bridge, model.cfg.model_name, fresh, tokenizer, getattr(model, "processor", None))
 
 
 def _native(model: Any, seed: int, like: Tensor) -> Any:

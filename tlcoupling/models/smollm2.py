@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from tlcoupling.errors import ModelLoadError
-from tlcoupling.forward.context import in_eval_mode
-from tlcoupling.forward.offline import answered_locally, offline
+from tlcoupling.forward.offline import answered_locally, booted, offline
 
 NAME = "smollm2-135m"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,12 +50,9 @@ def load_bridge(
         device = get_device()
     hf_model, tokenizer = smollm2_huggingface()
     hf_model = hf_model.to(device=device, dtype=dtype)
-    with offline(), answered_locally(hf_model, tokenizer):
-        model = transformer_bridge.boot_transformers(
-            HUB_NAME, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **kwargs
-        )
+    model = booted(transformer_bridge, HUB_NAME, hf_model, tokenizer, **kwargs)
     model.cfg.default_prepend_bos = False
-    return in_eval_mode(model)
+    return model
 
 
 def load_hooked(

@@ -26,6 +26,7 @@ from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.jacobian.held import HeldJacobian
 from tlcoupling.jacobian.parts import BlockMap
+from tlcoupling.jacobian.runs import BlockRun
 from tlcoupling.linalg.maps import Identity
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.slices.sites import Site, Stage
@@ -111,7 +112,7 @@ class Flows:
         try:
             if not trace.writes:
                 raise Uncovered("the block is not split into sublayers, of which a closed form is made")
-            layers = AnalyticLayer(trace, layer, range(trace.n_tokens))
+            layers = AnalyticLayer(BlockRun(trace, layer))
             closed = (layers.flow(next(iter(trace.writes))), layers.flow("mlp") if "mlp" in trace.writes else None)
         except Uncovered as reason:
             return self._refuse(f"layer {layer}: {reason}")

@@ -46,6 +46,7 @@ def depth(
         **_metric(result),
         "sublayers": result.sublayers,
         "layers": result.layers,
+        "kinds": result.provenance.settings.get("layer_kinds"),
         "ks": result.ks,
         "positions": result.positions,
         "tokens": [visible(token) for token in result.tokens],

@@ -70,10 +70,13 @@
     };
   };
 
+  /** Whether an array's numbers are coarser than the four digits that the page shows. */
+  tlc.isCoarse = ({ scale }) => scale > 1e-4;
+
   /** How exact an array's numbers are, in words. */
   tlc.precision = ({ scale }) => {
     const digits = Math.max(0, Math.ceil(-Math.log10(scale / 2)));
-    return `± ${(Math.ceil((scale / 2) * 10 ** digits) / 10 ** digits).toFixed(digits)}`;
+    return `±\u00a0${(Math.ceil((scale / 2) * 10 ** digits) / 10 ** digits).toFixed(digits)}`;
   };
 
   /** How many digits of an array's numbers mean something: at most four. */

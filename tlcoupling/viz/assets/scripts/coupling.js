@@ -2,6 +2,8 @@ tlc.sections.coupling = (section, data) => {
   const { sublayers, layers } = data;
   const n = layers.length;
   const view = tlc.view(n);
+  const kindNames = [...new Set(data.kinds ?? [])];
+  const named = (l) => `layer ${layers[l]}${data.kinds ? ` (${data.kinds[layers[l]]})` : ""}`;
   const shown = { token: -1, k: -1, cell: null, quantity: "excess" };
   const part = (name) => tlc.part(section, name);
   const unpack = (part) => ({ ...part, values: tlc.array(part.values), null: tlc.array(part.null), std: tlc.array(part.std) });
@@ -32,7 +34,7 @@ tlc.sections.coupling = (section, data) => {
 
   const point = (l, m) => {
     shown.cell = [l, m];
-    part("where").textContent = `Jacobian of layer ${layers[l]}, bases of layer ${layers[m]}`;
+    part("where").textContent = `Jacobian of ${named(l)}, bases of ${named(m)}`;
     for (const { map, readout, set, s } of panes) {
       map.point(l, m);
       const cell = set.cell(s, l, m);
@@ -49,6 +51,7 @@ tlc.sections.coupling = (section, data) => {
     const row = sublayers.map((sublayer, s) => {
       const map = tlc.heatmap({
         labels: layers.map(String),
+        kinds: layers.flatMap((layer) => (data.kinds ? [kindNames.indexOf(data.kinds[layer])] : [])),
         axes: { row: "Jacobian of layer", column: "bases of layer" },
         label: `${sublayer}, ${set.name}, ${n} by ${n} layers`,
         view,
@@ -164,14 +167,17 @@ tlc.sections.coupling = (section, data) => {
     shown.quantity = quantity;
     drawMaps();
   }));
+  part("kinds").hidden = !data.kinds;
+  part("kinds").append("Kinds of layers, on the axes:", ...tlc.legend(kindNames.map((name, i) => [`kind-${i % 4}`, name])));
   part("no-fresh").hidden = Boolean(data.fresh);
-  part("precision").textContent = `A cell’s coupling is exact to ${tlc.precision(data.values)}; means are not rounded.`;
+  part("precision").hidden = !tlc.isCoarse(data.values);
+  part("precision").textContent = `Precision of a cell: ${tlc.precision(data.values)}. Means are not rounded.`;
   part("where").textContent = "Point at a cell, or focus a row of panes and use the arrow keys.";
   part("legend").append(
     ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),
   );
   tlc.choice.on(["token", "k"], draw);
-  if (data.shared) shared.show(...data.shared.start);
+  if (data.shared) shared.show(...data.shared.start, null, ", the pair with the most excess");
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));
   tlc.inScheme(() => {
     if (shown.token >= 0) drawMaps();

@@ -25,7 +25,7 @@ tlc.part = (section, name) => section.querySelector(`[data-part="${name}"]`);
 
 /** Format a number; an undefined one (null in the data) is a dash. */
 tlc.number = (value, digits = 4) =>
-  value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
+  value === null || value === undefined ? "–" : value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 /** Text whose direction, right to left or left to right, does not leak into what stands beside it. */
 tlc.isolated = (text) => `\u2068${text}\u2069`;

@@ -156,9 +156,9 @@ tlc.viewButtons = (view, current) => {
  * A square pane whose rows and columns have the same labels.
  * labels: of rows and columns; axes: {row, column} titles; turned: whether labels are long, and vertical below the columns;
  * view: the window that it shows; onpoint(row, column): called when the pointer or a key reaches a cell;
- * onchoose(row, column): on a click or Enter.
+ * onchoose(row, column): on a click or Enter; kinds: a number for each row and column, which has a mark of that kind.
  */
-tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, view = tlc.view(labels.length), onpoint, onchoose = () => {} }) => {
+tlc.heatmap = ({ labels, axes, label, kinds = [], turned = false, side = 254, view = tlc.view(labels.length), onpoint, onchoose = () => {} }) => {
   const small = turned && innerWidth < 480; // a shrunk pane has fewer and larger labels
   const longest = labels.reduce((most, text) => Math.max(most, text.length), 0);
   const margin = turned ? Math.min(40 + (small ? 9.5 : 5.8) * longest, 150) : 46;
@@ -191,6 +191,12 @@ tlc.heatmap = ({ labels, axes, label, turned = false, side = 254, view = tlc.vie
       const turn = turned ? { transform: `rotate(-90 ${x} ${y})`, "text-anchor": "end" } : { "text-anchor": "middle" };
       texts.push(tlc.svg("text", { x, y, ...turn }, labels[view.column + i]));
     }
+    kinds.forEach((kind, i) => {
+      const [r, c] = [i - view.row, i - view.column];
+      const mark = (x, y, width, height) => texts.push(tlc.svg("rect", { class: `kind-${kind % 4}`, x, y, width, height }));
+      if (r >= 0 && r < view.size) mark(left - 4, top + r * cell, 3, cell);
+      if (c >= 0 && c < view.size) mark(left + c * cell, top + side + 1, cell, 3);
+    });
     names.replaceChildren(...texts);
   };
 

@@ -261,8 +261,8 @@ tlc.sections.pairs = (section, data) => {
   const coarsest = data.kinds.flatMap((kind) => [kind.values, kind.fresh?.values]).filter(Boolean).sort((a, b) => b.scale - a.scale)[0];
   const blocks = (of) => (of > 1 ? `, the mean over a block of ${of} × ${of} tokens` : "");
   const exact = [
-    coarsest && `coupling to ${tlc.precision(coarsest)}${blocks(data.kinds[0].pool)}`,
-    attention && `attention to ± 0.004 or better${attention.pool > 1 ? ` (the mean over heads${blocks(attention.pool)})` : ""}`,
+    coarsest && (tlc.isCoarse(coarsest) || data.kinds[0].pool > 1) && `coupling to ${tlc.precision(coarsest)}${blocks(data.kinds[0].pool)}`,
+    attention && `attention to ±\u00a00.004 or better${attention.pool > 1 ? ` (the mean over heads${blocks(attention.pool)})` : ""}`,
   ].filter(Boolean);
   part("precision").textContent = exact.length ? `Precision of a cell: ${exact.join("; ")}. Means over all tokens are not rounded.` : "";
   part("readout").textContent = "Point at a cell, or focus a pane and use the arrow keys.";

@@ -55,14 +55,14 @@ tlc.sharedDirections = (section, data) => {
       ),
     );
     part("tokens").replaceChildren(table);
-    const best = (side) => Math.max(...order.flatMap((rank) => scores[shown.column][side][rank]));
+    const best = (side) => order.flatMap((rank) => scores[shown.column][side][rank]).reduce((sum, one, _, all) => sum + one / all.length, 0);
     part("scores").textContent =
-      `Tokens of layer ${to}’s singular vectors, both ends. Best score of a token here: writes ${tlc.number(best(0), 2)} logits per unit (random directions ${tlc.number(random[0], 2)}), ` +
-      `reads, cosine with the embedding, ${tlc.number(best(1), 2)} (random ${tlc.number(random[1], 2)}). Tokens near the random score mean little.`;
+      `Tokens of layer ${to}’s singular vectors, both ends. The best token’s score, mean over these directions: writes ${tlc.number(best(0), 2)} logits per unit (random directions ${tlc.number(random[0], 2)}), ` +
+      `reads, cosine with the embedding, ${tlc.number(best(1), 2)} (random ${tlc.number(random[1], 2)}). Tokens near the random score (point at them) mean little.`;
   };
 
   return {
-    show(row, column, cell) {
+    show(row, column, cell, note = "") {
       const [r, c] = [row, column].map((layer) => layers.indexOf(layer));
       const measured = r >= 0 && c >= 0;
       part("missing").hidden = measured;
@@ -72,7 +72,7 @@ tlc.sharedDirections = (section, data) => {
         return;
       }
       [shown.row, shown.column] = [r, c];
-      part("title").textContent = `Jacobian of layer ${row}, bases of layer ${column}${cell ? `: coupling ${tlc.number(cell.coupling)}, null ${tlc.number(cell.null)}${cell.undetermined ? tlc.undeterminedBases.readout : ""}` : ""}`;
+      part("title").textContent = `Jacobian of layer ${row}, bases of layer ${column}${note}${cell ? `: coupling ${tlc.number(cell.coupling)}, null ${tlc.number(cell.null)}${cell.undetermined ? tlc.undeterminedBases.readout : ""}` : ""}`;
       draw();
       if (shown.cell) point(...shown.cell);
     },
