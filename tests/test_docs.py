@@ -35,6 +35,8 @@ def test_the_reference_covers_every_public_name():
     assert public - {*documented} == set()
     assert len(documented) == len({*documented})  # none twice: a link would have two targets
     for name in documented:  # none that is gone
+        if name == "viz.Live" and importlib.util.find_spec("anywidget") is None:
+            continue
         holder = tlc
         for part in name.split("."):
             holder = getattr(holder, part)
