@@ -65,8 +65,8 @@ class BlockRun:
 
     The graph is cut at what later sublayers of a sequential block read: each sublayer has a graph of its own. Where a
     single dest is measured, x^l stands in the batch two or three times. One backward pass then gives the derivatives of
-    all sublayers and of the activation, each in a stream in which the others have no part. Moved streams, whose writes give
-    differences, run along.
+    all sublayers and of the activation, each in a stream in which the others have no part. Moved streams, whose writes
+    give differences, run along.
 
     Attributes:
         trace: the trace of the model.
