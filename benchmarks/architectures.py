@@ -20,6 +20,7 @@ import signal
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,9 @@ MEMORY, SECONDS = 6 << 30, 300
 
 WIDTH, LAYERS, HEADS, VOCABULARY, WINDOW = 32, 4, 4, 60, 4
 TOKENS = torch.tensor([7, 23, 3, 41, 11, 9, 30, 17, 5])
+DECODER_TOKENS = torch.tensor([0, 12, 3, 41, 8, 9, 30, 17, 5])
+STACKS = ("encoder", "decoder")
+MEASURED = ("block", "attn", "mixer", "cross_attn", "mlp", "heads")
 # (src, dest): at the first position, at a later one, inside a window and outside of it; backwards where that is a pair.
 PAIRS = ((0, 0), (5, 5), (4, 6), (0, 8))
 BACKWARDS = ((6, 4),)
@@ -84,6 +88,22 @@ _WAVE = dict(
     num_feat_extract_layers=2,
     num_conv_pos_embeddings=8,
     num_conv_pos_embedding_groups=2,
+)
+_TWO_STACKS = (
+    "BartForConditionalGeneration",
+    "BlenderbotForConditionalGeneration",
+    "Florence2ForConditionalGeneration",
+    "LEDForConditionalGeneration",
+    "LongT5ForConditionalGeneration",
+    "M2M100ForConditionalGeneration",
+    "MBartForConditionalGeneration",
+    "MT5ForConditionalGeneration",
+    "MarianMTModel",
+    "PegasusForConditionalGeneration",
+    "SwitchTransformersForConditionalGeneration",
+    "T5ForConditionalGeneration",
+    "T5Gemma2ForConditionalGeneration",
+    "T5GemmaForConditionalGeneration",
 )
 _SPECIAL: dict[str, dict[str, Any]] = {
     "ASTForAudioClassification": dict(max_length=32, num_mel_bins=24, patch_size=8, frequency_stride=8, time_stride=8),
@@ -149,6 +169,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         expert_layer_period=2,
         expert_layer_offset=1,
     ),
+    "LEDForConditionalGeneration": dict(attention_window=4),
     "Lfm2ForCausalLM": dict(layer_types=["conv", "conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "conv", "full_attention", "conv"], num_dense_layers=1),
     "Mamba2ForCausalLM": dict(num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=4),
@@ -175,10 +196,14 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def architectures() -> list[str]:
-    """The architectures of the installed TransformerLens that have a class in transformers, sorted."""
+    """The architectures of the installed TransformerLens that have a class in transformers, sorted.
+
+    Each stack of an encoder-decoder is one: ``"T5ForConditionalGeneration encoder"``.
+    """
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-    return sorted(name for name in SUPPORTED_ARCHITECTURES if hasattr(hf, name))
+    names = sorted(name for name in SUPPORTED_ARCHITECTURES if hasattr(hf, name))
+    return [f"{name} {stack}".rstrip() for name in names for stack in (STACKS if name in _TWO_STACKS else ("",))]
 
 
 def small_config(config_class: Any, special: dict[str, Any]) -> Any:
@@ -219,8 +244,10 @@ def boot(name: str) -> Any:
     return booted(TransformerBridge, name, huggingface(name), _no_tokenizer())
 
 
-def prompt(model: Any) -> Any:
+def prompt(model: Any, stack: str = "") -> Any:
     """What a model is run on: token ids, pixels, a spectrogram or a waveform."""
+    if stack:  # as many as LED's windows take: it pads others
+        return torch.cat([TOKENS, TOKENS[:-6]])
     torch.manual_seed(1)
     if getattr(model.cfg, "is_visual_model", False):
         return {"pixel_values": torch.randn(1, 3, 12, 12)}
@@ -230,7 +257,30 @@ def prompt(model: Any) -> Any:
     return TOKENS
 
 
-def difference(model: Any, inputs: Tensor, layer: int, src: int, dest: int, move: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Real:
+    """A real model, as differences see it.
+
+    Attributes:
+        blocks: the blocks of the measured stack.
+        run: one forward pass of all of it.
+    """
+
+    blocks: Any
+    run: Callable[[], Any]
+
+    @classmethod
+    def of(cls, model: Any, stack: str = "") -> Real:
+        """The real model of a bridge, or one stack of it, on its prompt."""
+        given = prompt(model, stack)
+        if stack:
+            blocks, decoder = getattr(model, f"{stack}_blocks"), DECODER_TOKENS[None]
+            return cls(blocks, lambda: model(given[None], decoder_input=decoder, return_type=None))
+        inputs = next(iter(given.values())) if isinstance(given, dict) else given[None]
+        return cls(model.blocks, lambda: model(inputs, return_type=None))
+
+
+def difference(real: Real, layer: int, src: int, dest: int, move: Tensor) -> Tensor:
     """The change of what a block adds at dest, per unit of a move of what it reads at src: the real model runs whole.
 
     Nothing of the library is used: the stream is moved by a hook on the block's module, and read from what it returns.
@@ -250,7 +300,7 @@ def difference(model: Any, inputs: Tensor, layer: int, src: int, dest: int, move
     def keep(module: Any, args: Any, output: Any) -> None:
         given.append((output[0] if isinstance(output, (tuple, list)) else output)[0, dest].clone())
 
-    block = model.blocks[layer]
+    block = real.blocks[layer]
     for sign in (1.0, -1.0):
         handles = [
             block.register_forward_pre_hook(partial(shift, sign), with_kwargs=True),
@@ -258,7 +308,7 @@ def difference(model: Any, inputs: Tensor, layer: int, src: int, dest: int, move
         ]
         try:
             with torch.no_grad():
-                model(inputs, return_type=None)
+                real.run()
         finally:
             for handle in handles:
                 handle.remove()
@@ -266,7 +316,7 @@ def difference(model: Any, inputs: Tensor, layer: int, src: int, dest: int, move
     return (given[0] - given[1]) / (2 * size) - (move / size if src == dest else 0.0)
 
 
-def gap(model: Any, inputs: Tensor, trace: tlc.Trace, jacobian: Any, layer: int, src: int, dest: int) -> float:
+def gap(real: Real, trace: tlc.Trace, jacobian: Any, layer: int, src: int, dest: int) -> float:
     """How far a block's Jacobian lies from the differences, as a multiple of what is allowed."""
     stream = trace.resid[layer, src]
     generator = torch.Generator().manual_seed(layer)
@@ -274,7 +324,7 @@ def gap(model: Any, inputs: Tensor, trace: tlc.Trace, jacobian: Any, layer: int,
     move = move / move.norm()
     product, gaps = jacobian.mv(move.to(jacobian.dtype)), []
     for step in STEPS:
-        found = difference(model, inputs, layer, src, dest, step * stream.norm() * move)
+        found = difference(real, layer, src, dest, step * stream.norm() * move)
         allowed = TOLERANCE * torch.maximum(found.norm(), product.norm()) + NOTHING
         gaps.append(float((product - found).norm() / allowed))
     return min(gaps)
@@ -306,24 +356,25 @@ class Row:
     def __str__(self) -> str:
         """One line of the table."""
         engines = dict(self.engines)
-        cells = ["yes" if name in engines else "" for name in ("block", "attn", "mixer", "mlp", "heads")]
+        cells = ["yes" if name in engines else "" for name in MEASURED]
         return "| " + " | ".join((f"`{self.name}`", self.blocks, *cells, self.note)) + " |"
 
 
 def measure(name: str) -> Row:
-    """Measure one architecture."""
+    """Measure one architecture, or one stack of it."""
+    architecture, _, stack = name.partition(" ")
     _stand_in_for_torchvision()
     warnings.simplefilter("ignore")
     try:
-        model = boot(name)
+        model = boot(architecture)
     except (ImportError, AttributeError, NotImplementedError) as error:
         return Row(name, note=f"TransformerLens does not boot it: {type(error).__name__}")
-    given = prompt(model)
+    options = {"stack": stack, "decoder_input": DECODER_TOKENS} if stack else {}
     try:
-        trace = tlc.trace(model, given)
+        trace = tlc.trace(model, prompt(model, stack), **options)
     except UnsupportedModelError as error:
         return Row(name, note=f"refused: {error.reason}")
-    inputs = next(iter(given.values())) if isinstance(given, dict) else given[None]
+    real = Real.of(model, stack)
     pairs = PAIRS if trace.causal else PAIRS + BACKWARDS
     jacobians, worst = JacobianEngine(trace, "auto", pairs), 0.0
     for layer in range(trace.n_layers):
@@ -331,7 +382,7 @@ def measure(name: str) -> Row:
             for src, dest in pairs:
                 jacobian = jacobians.operator(layer, sublayer, src, dest)
                 if sublayer == "block":
-                    worst = max(worst, gap(model, inputs, trace, jacobian, layer, src, dest))
+                    worst = max(worst, gap(real, trace, jacobian, layer, src, dest))
     engines = {part: _engine(used) for part, used in jacobians.used.items()}
     if heads := _heads(trace):
         engines["heads"] = heads
@@ -393,8 +444,8 @@ def measure_apart(name: str) -> Row:
 
 
 HEADER = (
-    "| architecture | blocks | block | attn | mixer | mlp | heads | note |",
-    "|---|---|---|---|---|---|---|---|",
+    "| architecture | blocks | " + " | ".join(MEASURED) + " | note |",
+    "|" + "---|" * (len(MEASURED) + 3),
 )
 
 
@@ -422,7 +473,8 @@ def main(arguments: list[str]) -> None:
         rows.append(measure_apart(name))
         engines = ", ".join(f"{name}: {engine}" for name, engine in rows[-1].engines)
         print(rows[-1], f"{rows[-1].gap:.2f} of what is allowed from differences; {engines}", flush=True)
-    print(f"{sum(row.measured for row in rows)} of {len(rows)} measured at block level")
+    measured = {row.name.partition(" ")[0] for row in rows if row.measured}
+    print(f"{len(measured)} of {len({row.name.partition(' ')[0] for row in rows})} measured at block level")
     if "--write" in arguments:
         write(rows)
 

@@ -1,53 +1,52 @@
-"""How far 4 bits move SmolLM2-135M: coupling, linearity and growth of NF4 beside the float32 model.
+"""How far 4 bits move SmolLM2-135M: coupling, linearity and growth of NF4 beside the float32 model; memory.
 
 Needs bitsandbytes and the weights of ``load_model("smollm2-135m")``, which were themselves dequantised from 4 bits
-(Q4_1): what is called float32 here is that model.
+(Q4_1): what is called float32 here is that model. The 4-bit model is what transformers' ``BitsAndBytesConfig`` loads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import tempfile
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from torch import nn
+import transformers
 
 import tlcoupling as tlc
-from tlcoupling.forward.quantised import dequantised
+from tlcoupling.forward.quantised import dequantised, state_of
+from tlcoupling.models.smollm2 import smollm2_huggingface
 
 K = 10
 
 
-def linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield each linear layer of a model's blocks, with the module that holds it and its name there."""
-    for holder in model.blocks.modules():
-        for name, part in list(holder.named_children()):
-            if type(part) is nn.Linear:
-                yield holder, name, part
+def packed(kind: str) -> Any:
+    """Return SmolLM2-135M with block weights in 4 bits, as transformers loads it."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        smollm2_huggingface()[0].save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, attn_implementation="eager", device_map="cpu"
+        ).eval()
 
 
-def rounded(kind: str, packed: bool) -> Any:
-    """Return SmolLM2-135M with block weights in 4 bits, or with these dequantised to float32."""
-    model = tlc.load_model("smollm2-135m", device="cpu")
-    made: dict[int, nn.Module] = {}  # a layer may be reached by several names
-    for holder, name, linear in linears(model):
-        if id(linear) not in made:
-            layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, torch.float32, quant_type=kind)
-            layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=kind, module=layer)
-            made[id(linear)] = layer.to("cpu").eval()
-            if not packed:
-                linear.weight.data = dequantised(layer)
-        if packed:
-            holder._modules[name] = made[id(linear)]
-    return model
+def unpacked(model: Any) -> Any:
+    """Return SmolLM2-135M with the dequantised weights of a 4-bit model in float32."""
+    plain, _ = smollm2_huggingface()
+    for layer, linear in zip(model.model.layers.modules(), plain.model.layers.modules(), strict=True):
+        if state_of(layer) is not None:
+            linear.weight.data = dequantised(layer)
+    return plain.eval()
 
 
-def measured(model: Any, prompt: str) -> tuple[tlc.Trace, dict[str, torch.Tensor]]:
+def measured(model: Any, tokens: Any) -> tuple[tlc.Trace, dict[str, torch.Tensor]]:
     """Return the trace of a prompt and what is compared, one number or one matrix each."""
-    trace = tlc.trace(model, prompt)
+    trace = tlc.trace(model, tokens)
     coupling, growth = tlc.depth_coupling(trace, K, tokens=-1), tlc.growth(trace)
     values = {
         f"coupling, {name}": coupling.mean("values")[index].flatten()[0] for index, name in enumerate(trace.sublayers)
@@ -63,25 +62,45 @@ def measured(model: Any, prompt: str) -> tuple[tlc.Trace, dict[str, torch.Tensor
     return trace, {**values, **excess, **line, **rate}
 
 
+def resident(name: str) -> float:
+    """Memory of this process in MB: ``VmRSS`` now, ``VmHWM`` at its highest (Linux)."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def memory(model: Any, tokens: Any) -> str:
+    """Return what a measurement of a 4-bit model holds at its peak beyond the model."""
+    tlc.residual_jacobian(tlc.trace(model, tokens), 0)  # what libraries allocate once
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest counts from here
+    tlc.depth_coupling(tlc.trace(model, tokens), K, tokens=-1, sublayers="block", progress=False)
+    layers = [
+        sum(4 * part.in_features * part.out_features for part in layer.modules() if state_of(part) is not None)
+        for layer in model.model.layers
+    ]
+    return (
+        f"a measurement takes {resident('VmHWM') - before:.0f} MB more at its peak; one layer's weights are "
+        f"{layers[0] / 2**20:.0f} MB in float32, those of all layers {sum(layers) / 2**20:.0f} MB"
+    )
+
+
 def main() -> None:
-    """Print the table, and how far each 4-bit model lies from its own dequantised copy."""
+    """Print the table, how far the 4-bit model lies from its own dequantised copy, and what it takes of memory."""
     prompt = json.loads((files("tlcoupling") / "data/prompts.json").read_text())["landmarks"]
-    plain, base = measured(tlc.load_model("smollm2-135m", device="cpu"), prompt)
-    columns, remarks = {"float32": base}, []
-    for kind in ("nf4",):
-        trace, columns[kind] = measured(rounded(kind, packed=True), prompt)
-        copy, own = measured(rounded(kind, packed=False), prompt)
-        stream = (trace.resid - copy.resid).norm() / copy.resid.norm()
-        worst = max(float((columns[kind][name] - value).abs()) for name, value in own.items())
-        moved = (trace.resid - plain.resid).norm() / plain.resid.norm()
-        remarks.append(
-            f"{kind}: stream {stream:.1e} from that of its dequantised copy, numbers of the table at most {worst:.1e}; "
-            f"stream {moved:.2f} from that of float32"
-        )
-    print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    model = packed("nf4")
+    tokens = tlc.trace(model, prompt, tokenizer=smollm2_huggingface()[1]).tokens
+    remark = memory(model, tokens)
+    trace, ours = measured(model, tokens)
+    copy, own = measured(unpacked(model), tokens)
+    plain, base = measured(smollm2_huggingface()[0].eval(), tokens)
+    print("| | float32 | NF4 |\n|---|---|---|")
     for name in base:
-        print(f"| {name} | " + " | ".join(f"{column[name]:.4f}" for column in columns.values()) + " |")
-    print("\n" + "\n".join(remarks))
+        print(f"| {name} | {base[name]:.4f} | {ours[name]:.4f} |")
+    worst = max(float((ours[name] - value).abs()) for name, value in own.items())
+    stream, moved = ((trace.resid - other.resid).norm() / other.resid.norm() for other in (copy, plain))
+    print(f"\nstream {stream:.1e} from that of its dequantised copy, numbers of the table at most {worst:.1e}")
+    print(f"stream {moved:.2f} from that of float32\n{remark}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from cases import TOKENS, randomise, tiny_tokenizer
+from cases import TOKENS, randomise, relative_error, tiny_tokenizer
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, StaleTraceError, UnsupportedModelError
@@ -85,3 +87,24 @@ def test_a_step_of_training_shows_in_an_earlier_trace():
     with pytest.raises(StaleTraceError, match="layer 1"):
         tlc.residual_jacobian(trace, 1)
     assert (tlc.trace(model, TOKENS).resid[2] - trace.resid[2]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "down_proj", "gate_proj"]])
+def test_a_lora_model_goes_straight_in_and_is_the_merged_one(targets: list[str]):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    lora = peft.get_peft_model(llama(), config).eval()
+    trace = tlc.trace(lora, TOKENS)
+    merged = tlc.trace(copy.deepcopy(lora).merge_and_unload().eval(), TOKENS)
+    assert relative_error(trace.resid, merged.resid) < 1e-5  # float32, the products in another order
+    assert relative_error(trace.resid[-1], tlc.trace(llama(), TOKENS).resid[-1]) > 1e-2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # adapters go to autograd
+        for sublayer in trace.sublayers:
+            ours, theirs = (tlc.residual_jacobian(one, 1, sublayer, 2, 4).dense() for one in (trace, merged))
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5), sublayer
+            ours, theirs = (tlc.residual_jacobian(one, 1, sublayer).dense() for one in (trace, merged))
+            assert relative_error(ours, theirs) < 1e-4, sublayer
+        coupling, exact = (tlc.depth_coupling(one, 3).values for one in (trace, merged))
+    assert (coupling - exact).abs().max() < 1e-3
+    assert any("lora" in name for name, _ in lora.named_parameters())  # left as it was

@@ -1,7 +1,8 @@
-"""4-bit weights of bitsandbytes against the same model with dequantised weights; what is refused, and why."""
+"""Weights of bitsandbytes and torchao against the same model with dequantised weights; what is refused, and why."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import tlcoupling as tlc
 from tlcoupling.errors import StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.lifting import lifted
-from tlcoupling.forward.quantised import quantisation_of, state_of
+from tlcoupling.forward.quantised import dequantised, quantisation_of, state_of
 
 BRIDGED = any(case.name == "bridge-llama" for case in CASES)
 
@@ -98,24 +99,158 @@ def test_a_layer_at_a_time_is_held_in_float32():
     assert quantisation_of(first) == "bitsandbytes nf4"
 
 
+def small_llama(**changes: Any) -> Any:
+    """A small random Llama of HuggingFace's."""
+    if not BRIDGED:
+        pytest.skip("a HuggingFace model is seen through a bridge")
+    import transformers as hf
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
+    return randomise(hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, **sizes, **changes))).eval()
+
+
+def require_same(packed: Any, plain: Any, quantisation: str) -> None:
+    """A quantised model is measured as the one with dequantised weights, by both engines."""
+    trace, truth = tlc.trace(packed, TOKENS), tlc.trace(plain, TOKENS)
+    assert trace.weight_processing["quantisation"] == quantisation
+    assert relative_error(trace.resid, truth.resid) < 1e-6
+    for sublayer in trace.sublayers:
+        exact = tlc.residual_jacobian(truth, 1, sublayer, engine="autograd").dense()
+        for engine in ("analytic", "autograd"):
+            found = tlc.residual_jacobian(trace, 1, sublayer, engine=engine).dense()
+            assert relative_error(found, exact) < 1e-5, (sublayer, engine)  # float32
+    coupling, exact = (tlc.depth_coupling(each, 3).values for each in (trace, truth))
+    assert (coupling - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_what_transformers_loads_in_4_bits_goes_straight_in(kind: str, compute: torch.dtype, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    plain = small_llama()
+    plain.save_pretrained(tmp_path)
+    import transformers as hf
+
+    config = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
+    packed = hf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
+    for layer, linear in zip(packed.model.layers.modules(), plain.model.layers.modules(), strict=True):
+        if state_of(layer) is not None:
+            linear.weight.data = dequantised(layer)
+    require_same(packed, plain, f"bitsandbytes {kind}")
+
+
+def torchao_config(name: str, **options: Any) -> Any:
+    return getattr(pytest.importorskip("torchao.quantization"), name)(**options)
+
+
 @pytest.mark.parametrize(
-    ("name", "tensor", "reason"),
+    ("name", "options", "quantisation"),
     [
-        ("qweight", torch.zeros(4, 4, dtype=torch.int32), "in a format that is not read"),
-        ("W_q", torch.zeros(4, 4, dtype=torch.uint8), "in a format that is not read"),
-        ("weight", torch.zeros(4, 4).to(torch.float8_e4m3fn), "with activations rounded beside it"),
+        ("IntxWeightOnlyConfig", {"weight_dtype": torch.int4}, "torchao int4"),
+        ("IntxWeightOnlyConfig", {"weight_dtype": torch.int8}, "torchao int8"),
+        ("Int8WeightOnlyConfig", {}, "torchao int8"),
+        ("Float8WeightOnlyConfig", {}, "torchao float8_e4m3fn"),
     ],
 )
-@pytest.mark.parametrize("buffer", [True, False])
-def test_packed_weights_are_refused_wherever_they_lie(name: str, tensor: torch.Tensor, reason: str, buffer: bool):
-    """GPTQ, AWQ, HQQ and MXFP4 keep theirs in buffers, or in parameters without a gradient."""
-    module = nn.Module()
-    if buffer:
-        module.register_buffer(name, tensor)
-    else:
-        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    with pytest.raises(UnsupportedModelError, match=rf"blocks\.0\.{name} is quantised \(.*{reason}"):
-        quantisation_of(nn.ModuleList([module]))
+def test_weights_that_torchao_rounds_alone_are_their_dequantised_ones(name: str, options: dict, quantisation: str):
+    config, packed = torchao_config(name, **options), small_llama()
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
+
+    quantize_(packed.model.layers, config)
+    plain = small_llama()
+    for layer, linear in zip(packed.model.layers.modules(), plain.model.layers.modules(), strict=True):
+        if isinstance(linear, nn.Linear):
+            linear.weight.data = dequantised(layer)
+    require_same(packed, plain, quantisation)
+
+
+@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+def test_activations_that_torchao_rounds_are_refused(name: str):
+    config, packed = torchao_config(name), small_llama()
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
+
+    quantize_(packed.model.layers, config)
+    with pytest.raises(UnsupportedModelError, match="^quantised weights: .*rounds activations") as raised:
+        tlc.trace(packed, TOKENS)
+    assert raised.value.reason == "quantised weights"
+
+
+def test_llm_int8_is_refused_because_it_rounds_activations(tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    small_llama().save_pretrained(tmp_path)
+    import transformers as hf
+
+    config = hf.BitsAndBytesConfig(load_in_8bit=True)
+    packed = hf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
+    with pytest.raises(UnsupportedModelError, match="^quantised weights: .*LLM.int8, which rounds activations"):
+        tlc.trace(packed, TOKENS)
+
+
+class Packed(nn.Module):
+    """A linear layer whose weights are held in another format; what it gives is of no matter here."""
+
+    def __init__(self, linear: nn.Linear, parameters: bool, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, tensor in tensors.items():
+            if parameters:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# By format: the tensors that hold a layer of n x m weights, by the names and shapes of their libraries.
+STAND_INS: dict[str, Any] = {
+    "GPTQ": lambda n, m: dict(
+        parameters=False,
+        qweight=zeros(torch.int32, m // 8, n),
+        qzeros=zeros(torch.int32, m // 32, n // 8),
+        scales=zeros(torch.float16, m // 32, n),
+        g_idx=zeros(torch.int32, m),
+    ),
+    "AWQ": lambda n, m: dict(
+        parameters=False,
+        qweight=zeros(torch.int32, m, n // 8),
+        qzeros=zeros(torch.int32, m // 32, n // 8),
+        scales=zeros(torch.float16, m // 32, n),
+    ),
+    "HQQ": lambda n, m: dict(parameters=True, W_q=zeros(torch.uint8, n * m // 128, 64)),
+    "MXFP4": lambda n, m: dict(
+        parameters=True, weight_blocks=zeros(torch.uint8, n, m // 32, 16), weight_scales=zeros(torch.uint8, n, m // 32)
+    ),
+    "BitLinear": lambda n, m: dict(
+        parameters=False, weight=zeros(torch.uint8, n // 4, m), weight_scale=zeros(torch.float32, 1)
+    ),
+    "fp8": lambda n, m: dict(
+        parameters=True, weight=zeros(torch.float8_e4m3fn, n, m), weight_scale_inv=zeros(torch.float32, 1, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_other_formats_are_refused(name: str, bare: bool):
+    """In a bare model, and in a bridge: TransformerLens fails to make one of some, with an error of its own."""
+    model = small_llama()
+    for part, linear in list(model.model.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            model.model.layers.set_submodule(part, Packed(linear, **STAND_INS[name](*linear.weight.shape)).eval())
+    if not bare:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        boot = TransformerBridge.boot_transformers
+        model = boot("LlamaForCausalLM", hf_model=model, tokenizer=tiny_tokenizer(), dtype=torch.float32).eval()
+    rounded = "activations rounded beside it" if name == "fp8" else "in a format that is not read"
+    with pytest.raises(UnsupportedModelError, match=f"^quantised weights: .* is quantised .*{rounded}") as raised:
+        tlc.trace(model, TOKENS)
+    assert raised.value.reason == "quantised weights"
 
 
 def test_masks_and_indices_are_no_packed_weights():

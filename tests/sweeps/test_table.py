@@ -134,3 +134,28 @@ def test_without_pyarrow_the_error_says_what_to_install(
         with pytest.raises(StoreError, match="the table needs pyarrow: pip install pyarrow"):
             use()
     assert not (tmp_path / "table.parquet").exists() and store.keys() == {cell.key}
+
+
+def test_a_hybrid_beside_a_plain_decoder_tells_kinds_of_layers_apart(tmp_path: Path):
+    if not hasattr(_transformer_bridge(), "boot_native"):
+        pytest.skip("Jamba needs transformer-lens 4")
+    import architectures
+    from small_sweeps import plan_of, save_model, word_tokenizer
+
+    save_model(tmp_path / "plain")
+    architectures.huggingface("JambaForCausalLM").save_pretrained(tmp_path / "hybrid")
+    word_tokenizer(40).save_pretrained(tmp_path / "hybrid")
+    plan = plan_of(tmp_path, ["plain", "hybrid"], 1, settings={"k": [2, 4]})
+    store = tlc.sweep(plan, tmp_path / "store").store
+    table = store.table().set_index(["model", "sublayer", "k"]).sort_index()
+    assert (table["status"] == "measured").all()
+    assert set(table.loc["plain"].index.levels[0]) >= {"block", "attn", "mlp"}
+    assert table.loc["plain", ["layer_kinds", "excess_same_kind", "excess_other_kind"]].isna().all(axis=None)
+    hybrid = table.loc["hybrid"]
+    assert set(hybrid.index.get_level_values(0)) == {"block", "mixer", "mlp"}
+    kinds = json.loads(hybrid["layer_kinds"].iloc[0])
+    assert kinds == ["mixer+mlp", "mixer+mlp", "attn+mlp", "mixer+mlp"]
+    same, other = hybrid["excess_same_kind"], hybrid["excess_other_kind"]
+    # 6 of the 12 ordered pairs of layers are of two mixers, 6 of a mixer and the attention
+    np.testing.assert_allclose((same + other) / 2, hybrid["excess"], rtol=1e-6, atol=1e-8)
+    assert not np.allclose(same, other)

@@ -24,6 +24,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
+from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
@@ -302,7 +303,7 @@ def couplings_of_tokens(traced: Trace, layers: Sequence[int], settings: Mapping[
         settings: arguments of ``token_coupling``, with ``sublayers``.
     """
     couplings: dict[str, Any] = {"token_coupling": token_coupling(traced, layers=layers, **settings)}
-    reach = tuple(name for name in settings["sublayers"] if name != "mlp")  # an MLP reaches no other token
+    reach = tuple(name for name in settings["sublayers"] if name not in POSITIONWISE)
     for fixed in ("src", "dest") if reach else ():
         couplings[f"context_{fixed}"] = _context(traced, fixed, {**settings, "sublayers": reach, "layers": layers})
     return couplings

@@ -14,6 +14,7 @@ from tlcoupling.arguments import Indices, resolve_indices
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
+from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.operator import JacobianOperator
@@ -121,7 +122,7 @@ def _spread_tokens(model: Any) -> list[int]:
 def _pairs(traced: Trace, sublayer: str) -> list[tuple[int, int]]:
     """The last position, and, where a sublayer reads others, one from the middle to it."""
     last = traced.n_tokens - 1
-    return sorted({(last, last)} if sublayer == "mlp" else {(last, last), (last // 2, last)})
+    return sorted({(last, last)} if sublayer in POSITIONWISE else {(last, last), (last // 2, last)})
 
 
 def _differences(traced: Trace, layers: Sequence[int]) -> Finding:

@@ -23,7 +23,7 @@ from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.inputs import read_inputs
-from tlcoupling.forward.split import splits_of_model, sublayers_of
+from tlcoupling.forward.split import POSITIONWISE, splits_of_model, sublayers_of
 from tlcoupling.jacobian.autograd import n_heads_of
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.jacobian.runs import FEW_ROWS
@@ -283,7 +283,7 @@ def _pairs_of_tokens(
     """Return what ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
     if not layers:
         return {}
-    positions, reach = range(n_tokens), tuple(name for name in sublayers if name != "mlp")
+    positions, reach = range(n_tokens), tuple(name for name in sublayers if name not in POSITIONWISE)
     pairs = {"token-wise": (tuple(sublayers), token_groups(layers, layers, positions))}
     if reach:  # an MLP reaches no other token
         pairs["fixed src"] = (reach, context_groups(layers, "src", 0, positions))

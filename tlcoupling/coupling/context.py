@@ -12,6 +12,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import OrderedCoupling, measure
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -104,9 +105,10 @@ def context_coupling(
     """
     require_trace(trace)
     check_name("fixed", fixed, get_args(Fixed))
-    reaching = tuple(name for name in trace.sublayers if name != "mlp")
-    if "mlp" in (names := resolve_sublayers(sublayers or reaching, trace.sublayers, trace.refusal)):
-        raise ArgumentError("sublayers", "mlp", f"{', '.join(reaching)}: an MLP does not reach another position")
+    reaching = tuple(name for name in trace.sublayers if name not in POSITIONWISE)
+    names = resolve_sublayers(sublayers or reaching, trace.sublayers, trace.refusal)
+    if apart := [name for name in names if name in POSITIONWISE]:
+        raise ArgumentError("sublayers", apart[0], f"{', '.join(reaching)}: it does not reach another position")
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     default = 0 if fixed == "src" else -1
     held = check_index("position", default if position is None else position, trace.n_tokens)

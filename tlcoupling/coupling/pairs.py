@@ -24,7 +24,7 @@ from tlcoupling.coupling.schedule import HOST, Schedule
 from tlcoupling.coupling.spectra import Decomposition, Spectrum, spectra_of
 from tlcoupling.coupling.workers import Workers
 from tlcoupling.forward.trace import Trace
-from tlcoupling.jacobian.autograd import GraphJacobian, input_of
+from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
 from tlcoupling.memory import give_back_memory
@@ -177,7 +177,7 @@ def _effective_widths(
     missed: dict[str, dict[Place, Tensor]] = {"u": {}, "v": {}}
     for place in group.places:
         triplets = known[place].triplets
-        both = unreached_of(triplets.u, triplets.v, input_of(trace, place.layer, sublayer)[0, place.src])
+        both = unreached_of(triplets.u, triplets.v, trace.input_of(place.layer, sublayer)[0, place.src])
         missed["u"][place], missed["v"][place] = (each.to(device) for each in both)
     return {
         row + column: effective_width(

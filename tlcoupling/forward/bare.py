@@ -16,6 +16,7 @@ from torch import nn
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.offline import booted
+from tlcoupling.forward.quantised import quantisation_of
 
 
 def hooked_model(model: Any, tokenizer: Any = None) -> Any:
@@ -47,7 +48,8 @@ def bridge_around(model: Any, tokenizer: Any = None) -> Any:
     """Return a bridge on the weights of a bare model, in eval mode, with eager attention.
 
     Raises:
-        UnsupportedModelError: TransformerLens cannot wrap the model; PEFT has learned a prompt, which is no module.
+        UnsupportedModelError: TransformerLens cannot wrap the model, as where its weights are packed; PEFT has learned
+            a prompt, which is no module.
     """
     model = _without_peft(model)
     name = type(model).__name__
@@ -70,6 +72,7 @@ def bridge_around(model: Any, tokenizer: Any = None) -> Any:
             warnings.simplefilter("ignore")
             bridge = booted(TransformerBridge, name, same, own)
     except Exception as error:  # of any type: TransformerLens raises many for unknown architectures
+        quantisation_of(model, "")
         raise UnsupportedModelError(
             f"not a hooked model: TransformerLens cannot wrap this {name} ({type(error).__name__}: {error}); allowed: "
             "a HuggingFace model of an architecture that it supports, with all weights on this process"

@@ -48,18 +48,16 @@ class Sublayer:
         module: the attention, the mixer or the MLP; None where the block has no module of the slot's name.
         before: the norm that the module reads through; None where it reads the stream itself.
         behind: the norm between the module and the stream; None where there is none. Where it is, c is 1.
-        reads: the hook point of x, the stream that it reads.
     """
 
     part_of: Part
     module: Any
     before: nn.Module | None
     behind: nn.Module | None
-    reads: str
 
     @property
     def name(self) -> str:
-        """``"attn"``, ``"mixer"`` or ``"mlp"``, as the whole model calls it."""
+        """``"attn"``, ``"mixer"``, ``"cross_attn"`` or ``"mlp"``, as the whole model calls it."""
         return self.part_of.name
 
     @property
@@ -71,6 +69,11 @@ class Sublayer:
     def write(self) -> str:
         """The hook point of what it adds to the stream."""
         return self.part_of.write
+
+    @property
+    def reads(self) -> str:
+        """The hook point of x, the stream that it reads."""
+        return self.part_of.reads
 
     @property
     def gives(self) -> str:
@@ -102,11 +105,11 @@ class Sublayer:
             ``[d_mlp, d_model]`` of an MLP.
 
         Raises:
-            Uncovered: it is a recurrent mixer; a weight is missing, or has another number of axes, as those of experts
-                have.
+            Uncovered: it is a recurrent mixer or a cross-attention; a weight is missing, or has another number of axes,
+                as those of experts have.
         """
         if self.kind not in _WEIGHTS:
-            raise Uncovered(f"{type(self.module).__name__} is neither an attention nor an MLP")
+            raise Uncovered(f"{type(self.module).__name__} is neither a self-attention nor an MLP")
         names, axes = _WEIGHTS[self.kind]
         weights: dict[str, Tensor] = {}
         for name in names:
@@ -187,14 +190,12 @@ class Block:
         module = model.blocks[layer]
         one_norm = split.topology == "parallel" and getattr(module, "ln2", None) is None  # it feeds both sublayers
         sublayers = {}
-        for index, part in enumerate(split.parts):
-            second = index > 0
+        for number, part in enumerate(split.parts, start=1):
             sublayers[part.name] = Sublayer(
                 part,
                 getattr(module, part.slot, None),
-                _norm(module, "ln2" if second and not one_norm else "ln1"),
-                _norm(module, "ln2_post" if second else "ln1_post"),
-                "hook_resid_mid" if second and split.topology == "sequential" else "hook_resid_pre",
+                _norm(module, "ln1" if one_norm else f"ln{number}"),
+                _norm(module, f"ln{number}_post"),
             )
         return cls(model, layer, split, sublayers)
 

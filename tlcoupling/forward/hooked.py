@@ -56,9 +56,11 @@ def require_supported(model: Any, in_training: bool = False) -> None:
     if not hasattr(model, "blocks"):
         lists = [name for name, _ in model.named_children() if name.endswith("blocks")]
         reason = "encoder-decoder" if "decoder_blocks" in lists else "looped depth" if lists else "no blocks"
+        hint = ". tlc.trace(..., stack='encoder' or 'decoder') measures one; its trace.model is taken here"
+        hint = hint if reason == "encoder-decoder" else ""
         raise UnsupportedModelError(
             f"{reason}: {model_name_of(model)} has no one list of blocks that a residual stream passes once, in order"
-            + (f"; its lists are {', '.join(lists)}" if lists else "")
+            + (f"; its lists are {', '.join(lists)}{hint}" if lists else "")
         )
     quantisation_of(model.blocks)
     points = hook_points(model)
@@ -129,12 +131,18 @@ class BlockCall:
         return cls(args[1:], kept, stream, caches)
 
     def run(self, block: nn.Module, resid_pre: Tensor) -> Tensor:
-        """Run the block on another residual stream, ``[1, pos, d_model]`` to ``[1, pos, d_model]``."""
+        """Run the block on other residual streams, ``[batch, pos, d_model]`` to ``[batch, pos, d_model]``."""
+
+        def repeated(value: Any) -> Any:
+            """What cross-attention reads, for each stream: T5 would cut one up among several."""
+            is_stream = isinstance(value, Tensor) and value.ndim == 3 and len(value) == 1
+            return value.expand(len(resid_pre), -1, -1) if is_stream else value
+
+        args = [repeated(value) for value in self.args]
+        kwargs = {name: repeated(value) for name, value in self.kwargs.items()}
         if self.stream is None:
-            out = block(resid_pre, *self.args, **self.kwargs)
-        else:
-            out = block(*self.args, **{self.stream: resid_pre}, **self.kwargs)
-        return stream_in(out)
+            return stream_in(block(resid_pre, *args, **kwargs))
+        return stream_in(block(*args, **{self.stream: resid_pre}, **kwargs))
 
 
 def stream_in(output: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The float32 lift of half-precision and 4-bit weights, a module at a time: no model is held in float32 whole."""
+"""The float32 lift of half-precision and quantised weights, a module at a time: no model is held in float32 whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.quantised import dequantised, state_of
+from tlcoupling.forward.quantised import dequantised, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -34,19 +34,19 @@ def _float32_activations(model: Any) -> Iterator[None]:
 
 @contextmanager
 def lifted(model: Any, module: nn.Module) -> Iterator[None]:
-    """Hold one module's half-precision and 4-bit weights and its buffers in float32 for a while.
+    """Hold one module's half-precision and quantised weights and its buffers in float32 for a while.
 
     Works on a module at a time, so that a large model is never held in float32 whole. The model's own tensors are put
     aside, not converted, so that a graph recorded meanwhile keeps the float32 ones.
     """
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     lifts: dict[int, Tensor] = {}  # a tensor may be reached by several names
+    packed = [part for part in module.modules() if is_packed(part)]
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
-                if tensor is not None and tensor.dtype in HALF:
+                if tensor is not None and tensor.dtype in HALF and not (name == "weight" and is_packed(part)):
                     kept.append((table, name, tensor))
-    packed = [part for part in module.modules() if state_of(part) is not None]
     forwards = [part.__dict__.get("forward") for part in packed]
     for part, forward in zip(packed, forwards, strict=True):
         if forward is not None and not hasattr(part, "_hf_hook"):  # accelerate's moves tensors between devices
@@ -117,8 +117,8 @@ def lifted_model(model: Any) -> Iterator[None]:
 
 
 def needs_lift(module: nn.Module) -> bool:
-    """Return whether a module has half-precision or 4-bit weights or buffers."""
-    if any(state_of(part) is not None for part in module.modules()):
+    """Return whether a module has half-precision or quantised weights or buffers."""
+    if any(is_packed(part) for part in module.modules()):
         return True
     tensors = (chain(part._parameters.values(), part._buffers.values()) for part in module.modules())
     return any(tensor is not None and tensor.dtype in HALF for tensor in chain.from_iterable(tensors))

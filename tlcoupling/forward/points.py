@@ -75,7 +75,7 @@ def in_place(model: Any, point: Any) -> bool:
     return now is (point.module if isinstance(point, Splice) else point)
 
 
-def _spliced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _spliced(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Go through the modules that are named as hook points and are none."""
     from transformer_lens.hook_points import HookPoint
 

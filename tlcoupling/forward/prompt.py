@@ -215,6 +215,8 @@ def _pads_excluded(model: Any, tokens: Int[Tensor, " pos"]) -> slice:
     pad = getattr(tokenizer, "pad_token_id", None)
     text = [] if pad is None else (tokens != pad).nonzero().flatten().tolist()
     roles = [name for name in ("bos", "eos", "unk") if pad == getattr(tokenizer, f"{name}_token_id", None)]
+    if pad is not None and pad == getattr(model, "start_token", None):  # T5's decoder begins with a pad
+        roles.insert(0, "bos")
     if pad is None or len(tokens) == 0 or ("bos" in roles and len(tokens) == 1):
         return slice(None)
     shown = f"{pad} ({getattr(tokenizer, 'pad_token', None)!r})"

@@ -8,25 +8,30 @@ a sublayer is called (its ``name``) is the same in all blocks, so that layers ca
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from tlcoupling.forward.points import hook_points
 
-Topology = Literal["sequential", "parallel", "single", "opaque"]
-Kind = Literal["attn", "mixer", "mlp"]
+Topology = Literal["sequential", "parallel", "cross", "single", "opaque"]
+Kind = Literal["attn", "mixer", "cross_attn", "mlp"]
 
 # How TransformerLens names the modules that read other positions, and those that do not.
-_MIXERS = ("attn", "linear_attn", "mamba", "mixer", "ssm", "conv", "time_mix")
+_MIXERS = ("attn", "self_attn", "linear_attn", "mamba", "mixer", "ssm", "conv", "time_mix")
 _MLPS = ("mlp", "channel_mix")
+# Sublayers that read no other position of their stream: cross-attention reads those of the encoder.
+POSITIONWISE = ("cross_attn", "mlp")
 # What a recurrence keeps that attention does not: decays, and convolutions along the positions.
 _DECAYS = ("A_log", "time_decay", "recurrent_param")
 # How HuggingFace names the projection of an attention to its queries.
 _QUERIES = (
     "q_proj", "qkv_proj", "query", "query_key_value", "c_attn", "q_attn", "qkv", "Wqkv", "q_a_proj", "q_b_proj", "q",
 )  # fmt: skip
+
+# The slots of the sublayers in the order in which they run, and the hook points of their writes.
+_GROUPS = ((_MIXERS, "hook_attn_out"), (("cross_attn",), "hook_cross_attn_out"), (_MLPS, "hook_mlp_out"))
 
 
 def block_hook(layer: int, name: str) -> str:
@@ -39,17 +44,19 @@ class Part:
     """One sublayer of a block.
 
     Attributes:
-        name: ``"attn"``, ``"mixer"`` or ``"mlp"``. A model has ``mixer`` where not all of its blocks begin with
-            attention; it is then the name of the attention in the others too.
+        name: ``"attn"``, ``"mixer"``, ``"cross_attn"`` or ``"mlp"``. A model has ``mixer`` where not all of its blocks
+            begin with attention; it is then the name of the attention in the others too.
         kind: what it is in this block.
         slot: the name of its module in the block, with which the names of its hook points begin.
         write: the hook point of what it adds to the stream.
+        reads: the hook point of the stream that it reads.
     """
 
     name: str
     kind: Kind
     slot: str
     write: str
+    reads: str = "hook_resid_pre"
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Split:
 
     Attributes:
         topology: ``"sequential"`` (the second sublayer reads what the first one wrote), ``"parallel"`` (both read the
-            block's input), ``"single"`` (one sublayer), or ``"opaque"`` (not split).
+            block's input), ``"cross"`` (attention, cross-attention and MLP in sequence), ``"single"`` (one sublayer),
+            or ``"opaque"`` (not split).
         parts: the sublayers, in the order in which they run; none of an opaque block.
         kind: what the block is made of, such as ``"attn+mlp"``; known of an opaque block too.
     """
@@ -79,11 +87,10 @@ class Split:
 
 
 # The blocks of plain decoders, as their hook points tell.
-SEQUENTIAL = Split(
-    "sequential", (Part("attn", "attn", "attn", "hook_attn_out"), Part("mlp", "mlp", "mlp", "hook_mlp_out")), "attn+mlp"
-)
-ATTENTION = Split("single", SEQUENTIAL.parts[:1], "attn")
-PARALLEL = Split("parallel", SEQUENTIAL.parts, "attn+mlp")
+_ATTN, _MLP = Part("attn", "attn", "attn", "hook_attn_out"), Part("mlp", "mlp", "mlp", "hook_mlp_out")
+SEQUENTIAL = Split("sequential", (_ATTN, replace(_MLP, reads="hook_resid_mid")), "attn+mlp")
+ATTENTION = Split("single", (_ATTN,), "attn")
+PARALLEL = Split("parallel", (_ATTN, _MLP), "attn+mlp")
 
 
 def splits_of(
@@ -125,7 +132,7 @@ def sublayers_of(splits: Iterable[Split]) -> tuple[str, ...]:
 
 def _named(split: Split, name: str) -> Split:
     mixer, *rest = split.parts
-    return Split(split.topology, (Part(name, mixer.kind, mixer.slot, mixer.write), *rest), split.kind)
+    return replace(split, parts=(replace(mixer, name=name), *rest))
 
 
 def _split(hook_names: Container[str], layer: int, attn_only: bool, block: nn.Module | None) -> Split:
@@ -134,24 +141,37 @@ def _split(hook_names: Container[str], layer: int, attn_only: bool, block: nn.Mo
         plain = alias.removeprefix("hook_").removesuffix("_out")
         return found or ([plain] if block_hook(layer, alias) in hook_names else [])
 
-    mixers = slots(_MIXERS, "hook_attn_out")
-    mlps = [] if attn_only else slots(_MLPS, "hook_mlp_out")
-    parts = []
-    for slot, alias in [*((slot, "hook_attn_out") for slot in mixers), *((slot, "hook_mlp_out") for slot in mlps)]:
-        kind: Kind = "mlp" if slot in _MLPS else _kind_of(slot, block)
-        aliased = block_hook(layer, alias) in hook_names
-        parts.append(Part(kind, kind, slot, alias if aliased else f"{slot}.hook_out"))
+    def first(*names: str) -> str:
+        return next((name for name in names if block_hook(layer, name) in hook_names), names[-1])
+
+    groups = {alias: slots(candidates, alias) for candidates, alias in _GROUPS}
+    if attn_only:
+        groups["hook_mlp_out"] = []
+    parts: list[Part] = []
+    kinds: list[Kind] = []
+    for alias, found in groups.items():
+        norm = f"ln{len(parts) + 1}_post.hook_out"
+        held: list[Kind] = [_kind_of(slot, block) for slot in found]
+        kinds += held
+        if found:
+            parts.append(Part(held[0], held[0], found[0], first(alias, norm, f"{found[0]}.hook_out")))
     if not parts:
         return Split("opaque", (), "block" if block is None else _kind_within(block))
-    label = "+".join(part.kind for part in parts)
-    mid = block_hook(layer, "hook_resid_mid") in hook_names
-    topology: Topology = "single" if len(parts) == 1 else "sequential" if mid else "parallel"
-    return Split(topology, (*parts[:1], *parts[len(mixers) :]) if mixers else tuple(parts), label)
+    topology: Topology = "single" if len(kinds) == 1 else "parallel"
+    if topology == "parallel" and block_hook(layer, "hook_resid_mid") in hook_names:
+        topology = "cross" if groups["hook_cross_attn_out"] else "sequential"
+        reads = ("hook_resid_pre", "hook_resid_mid", first("hook_resid_mid2", "ln3.hook_in"))
+        parts = [replace(part, reads=name) for part, name in zip(parts, reads, strict=False)]
+    return Split(topology, tuple(parts), "+".join(kinds))
 
 
 def _kind_of(slot: str, block: nn.Module | None) -> Kind:
     """What a slot of a block holds."""
     module = getattr(block, slot, None)
+    if slot in _MLPS:
+        return "mlp"
+    if slot == "cross_attn":
+        return "cross_attn"
     if module is None:
         return "attn" if slot == "attn" else "mixer"
     if _recurs(module):

@@ -5,6 +5,7 @@ It comes from the activations of a trace or of a cache; nothing here runs a mode
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,16 @@ from tlcoupling.errors import (
     UnsupportedModelError,
 )
 from tlcoupling.forward.cache import fetch, how_to_cache, plain
-from tlcoupling.forward.split import Split, Topology, block_hook, splits_of, splits_of_model, sublayers_of, topology_of
+from tlcoupling.forward.split import (
+    Part,
+    Split,
+    Topology,
+    block_hook,
+    splits_of,
+    splits_of_model,
+    sublayers_of,
+    topology_of,
+)
 
 # Rounding of x + a + m against what the model itself added up, relative to the norm of the sum.
 IDENTITY_TOLERANCE = {
@@ -61,7 +71,7 @@ class Stream:
 
     @property
     def topology(self) -> Topology:
-        """How the sublayers are arranged: ``"sequential"``, ``"parallel"``, ``"single"``; ``"opaque"`` without."""
+        """How the sublayers are arranged: ``"sequential"``, ``"parallel"``, ``"cross"``, ``"single"``, ``"opaque"``."""
         return topology_of(self.splits)
 
     @property
@@ -103,8 +113,15 @@ class Stream:
 
     @cached_property
     def resid_mid(self) -> Float[Tensor, "layer pos d_model"]:
-        """x^l + a^l, what the MLP of a sequential block reads."""
+        """x^l + a^l, what the second sublayer of a sequential block reads."""
         return self.resid[:-1] + next(iter(self.writes.values()))
+
+    def read_by(self, layer: int, sublayer: str) -> Float[Tensor, "pos d_model"]:
+        """What a sublayer, or the block, reads: x^l, with the writes of those before it where they run in sequence."""
+        if sublayer == "block" or self.topology not in ("sequential", "cross"):
+            return self.resid[layer]
+        before = itertools.takewhile(lambda name: name != sublayer, self.writes)
+        return sum((self.writes[name][layer] for name in before), self.resid[layer])
 
     @property
     def after_writes(self) -> Float[Tensor, "layer pos d_model"]:
@@ -158,9 +175,10 @@ class Stream:
         stream = cls(resid, writes, tuple(splits), edits)
         stream._check_finite()
         stream._check_identity(IDENTITY_TOLERANCE[first.dtype])
-        mids = [block_hook(layer, "hook_resid_mid") for layer in layers]
-        if stream.topology == "sequential" and all(name in activations for name in mids):
-            stream._check_resid_mid(stack(mids), IDENTITY_TOLERANCE[first.dtype])
+        for part in splits[0].parts[1:]:
+            reads = [block_hook(layer, part.reads) for layer in layers]
+            if stream.topology in ("sequential", "cross") and all(name in activations for name in reads):
+                stream._check_reads(part, stack(reads), IDENTITY_TOLERANCE[first.dtype])
         return stream
 
     def _check_finite(self) -> None:
@@ -191,12 +209,14 @@ class Stream:
         layer = int((~(worst <= tolerance)).nonzero()[0])
         raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.splits[layer])
 
-    def _check_resid_mid(self, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
-        gap = relative_gap(self.resid_mid, hooked).amax(-1)
+    def _check_reads(self, part: Part, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
+        """Check that a sublayer reads the stream behind those before it."""
+        read = torch.stack([self.read_by(layer, part.name) for layer in range(self.n_layers)])
+        gap = relative_gap(read, hooked).amax(-1)
         if (gap <= tolerance).all():
             return
         layer = int((~(gap <= tolerance)).nonzero()[0])
-        raise mid_is_another(layer, float(gap[layer]), tolerance, self.splits[layer])
+        raise mid_is_another(layer, float(gap[layer]), tolerance, self.splits[layer], part)
 
 
 def relative_gap(
@@ -233,12 +253,14 @@ def writes_do_not_add_up(layer: int, gap: float, tolerance: float, split: Split)
     )
 
 
-def mid_is_another(layer: int, gap: float, tolerance: float, split: Split) -> ResidualIdentityError:
-    """The error of a block whose MLP does not read x^l + a^l."""
+def mid_is_another(layer: int, gap: float, tolerance: float, split: Split, part: Part) -> ResidualIdentityError:
+    """The error of a block with a sublayer that does not read x^l plus the writes before it."""
+    writes = " and ".join(one.write for one in split.parts[: split.names.index(part.name)])
+    reader, after = ("the MLP", "attention") if part.name == "mlp" else (part.name, "the sublayers before it")
     return ResidualIdentityError(
-        f"block {layer}: resid_pre plus {split.parts[0].write} misses {block_hook(layer, 'hook_resid_mid')} by "
-        f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so the MLP does not read the stream after "
-        "attention, and its Jacobian would be that of another input. Hooks that edit hook_resid_mid do this, and so do "
+        f"block {layer}: resid_pre plus {writes} misses {block_hook(layer, part.reads)} by "
+        f"{gap:.2e} of its norm (allowed: {tolerance:.0e}), so {reader} does not read the stream after "
+        f"{after}, and its Jacobian would be that of another input. Hooks that edit {part.reads} do this, and so do "
         "autoencoders in its place: edit hook_attn_out instead"
     )
 

@@ -39,6 +39,7 @@ from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_text
 from tlcoupling.forward.quantised import dtype_of, quantisation_of
 from tlcoupling.forward.split import Split, block_hook, splits_of_model
+from tlcoupling.forward.stacks import Stack, StackName, stack_of
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 from tlcoupling.forward.window import Past, windowed
@@ -144,10 +145,15 @@ class Trace(Stream):
             tokens=tuple(self.tokens.tolist()),
             str_tokens=self.str_tokens,
             text=self.text,
-            settings={**settings, **self._kind_settings, **self.hook_settings},
+            settings={**settings, **self._stack_settings, **self._kind_settings, **self.hook_settings},
             engine=engine or {},
             seconds=seconds,
         )
+
+    @property
+    def _stack_settings(self) -> dict[str, Any]:
+        """What a provenance says of the stack of an encoder-decoder; empty of other models."""
+        return self.model.settings() if isinstance(self.model, Stack) else {}
 
     @property
     def _kind_settings(self) -> dict[str, Any]:
@@ -293,7 +299,7 @@ class Trace(Stream):
 
     def block_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """x^l on the device of its block, with a batch axis."""
-        return self.resid[layer].to(self._parameters[layer].device)[None]
+        return self.input_of(layer, "block")
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
@@ -323,14 +329,17 @@ class Trace(Stream):
         """
         return {self.block(layer).attn.name for layer in layers}.pop()
 
-    def reads_mid(self, layer: int, sublayer: str) -> bool:
-        """Whether a sublayer reads what another one has written to."""
-        return sublayer != "block" and self.block(layer).sublayers[sublayer].reads == "hook_resid_mid"
+    def reads(self, layer: int, sublayer: str) -> str:
+        """Return the hook point of the stream that a sublayer, or the block, reads."""
+        return "hook_resid_pre" if sublayer == "block" else self.block(layer).sublayers[sublayer].reads
+
+    def input_of(self, layer: int, sublayer: str) -> Float[Tensor, "1 pos d_model"]:
+        """``read_by`` on the device of its block, with a batch axis."""
+        return self.read_by(layer, sublayer).to(self._parameters[layer].device)[None]
 
     def mlp_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
-        """What the MLP reads: x_mid in a sequential block, x^l in another one; placed as ``block_input``."""
-        stream = self.resid_mid if self.topology == "sequential" else self.resid
-        return stream[layer].to(self._parameters[layer].device)[None]
+        """Return what the MLP reads; x^l in a block without one."""
+        return self.input_of(layer, "mlp" if "mlp" in self.writes else "block")
 
     @measured
     def run_attn(
@@ -410,6 +419,8 @@ def trace(
     prepend_bos: bool | None = None,
     attention_mask: Any | None = None,
     tokenizer: Any | None = None,
+    stack: StackName | None = None,
+    decoder_input: Any | None = None,
 ) -> Trace:
     """Run a model once on a prompt and keep its residual stream.
 
@@ -438,9 +449,13 @@ def trace(
         attention_mask: for token ids: 1 for each token of the prompt and 0 for each pad before or behind it. Without
             it, pads are told by the tokenizer's pad token, where that cannot be text.
         tokenizer: of a bare model, for prompts that are text.
+        stack: of an encoder-decoder: whose stream is traced, ``"encoder"`` or ``"decoder"``. Positions are those of
+            that stack. ``trace.model`` is then that stack as a model of its own, with the other's input held.
+        decoder_input: of an encoder-decoder: what the decoder reads, text or token ids with the start token. An encoder
+            does not depend on it.
 
     Raises:
-        UnsupportedModelError: an encoder-decoder, several parallel streams, a looped decoder, quantised or offloaded
+        UnsupportedModelError: several parallel streams, a looped decoder, quantised or offloaded
             weights, or a module in training mode. docs/models.md lists the reasons.
         ArgumentError: an empty prompt, a batch larger than one, token ids out of range or more than the context holds,
             ids that may be pads or text, a mask with zeros between ones, placeholders of images; hooks on points that
@@ -458,6 +473,7 @@ def trace(
         >>> trace = tlc.trace(model, "When Mary and John went to the store")  # doctest: +SKIP
     """
     model = hooked_model(model, tokenizer)
+    model, prompt, attention_mask = stack_of(model, stack, prompt, decoder_input, prepend_bos, attention_mask)
     require_supported(model)
     inputs = read_inputs(model, prompt, prepend_bos, attention_mask)
     points, splits = hook_points(model), splits_of_model(model)
@@ -472,6 +488,9 @@ def trace(
         record = record_forward(model, inputs, known, outputs if edited else (), wrap=not (hooked or fwd_hooks))
     user_hooks.require_fired()
     stream, refusal = _split_stream(record, splits, edited, bool(hooked))
+    if inputs.is_text and stream.n_tokens != inputs.tensor.shape[1]:
+        allowed = f"a length that the model does not pad: its blocks run on {stream.n_tokens} positions"
+        raise ArgumentError("prompt", f"{inputs.tensor.shape[1]} tokens", allowed)
     return Trace(
         **{each.name: getattr(stream, each.name) for each in fields(stream)},
         model=model,
@@ -530,6 +549,6 @@ def recorded(splits: Sequence[Split]) -> list[str]:
     """The hook points that a trace records."""
     names = [block_hook(len(splits) - 1, "hook_resid_post")]
     for layer, split in enumerate(splits):
-        mid = ["hook_resid_mid"] if split.topology == "sequential" else []
-        names += [block_hook(layer, name) for name in ("hook_resid_pre", *(p.write for p in split.parts), *mid)]
+        of_parts = dict.fromkeys(name for part in split.parts for name in (part.reads, part.write))
+        names += [block_hook(layer, name) for name in {"hook_resid_pre": None, **of_parts}]
     return names

@@ -125,6 +125,8 @@ class AnalyticLayer:
             return Zero(self.d_model, self.resid_pre)
         if name == "mlp":
             return self._share("mlp", (dest,), self._mlp)
+        if name == "cross_attn":
+            raise Uncovered("cross-attention has no closed form")
         if name != "block":
             return self._share("attn", (src, dest), self._attn)
         attn = self.sublayer(self.block.mixer.name, src, dest)

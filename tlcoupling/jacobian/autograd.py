@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlcoupling.errors import HookError
+from tlcoupling.forward.hooked import Hook
 from tlcoupling.forward.trace import Trace
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
@@ -201,14 +202,9 @@ def _linearize(
     trace: Trace, layer: int, sublayer: str, src: int, dest: int, head: int | None
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, "1 pos d"]]:
     """The output at dest as a function of a leaf: the residual stream that the sublayer reads."""
-    leaf = input_of(trace, layer, sublayer).clone().requires_grad_()
+    leaf = trace.input_of(layer, sublayer).clone().requires_grad_()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         return output_at(trace, layer, sublayer, src, dest, head, leaf, check=True), leaf
-
-
-def input_of(trace: Trace, layer: int, sublayer: str) -> Float[Tensor, "1 pos d"]:
-    """What a sublayer reads."""
-    return trace.mlp_input(layer) if trace.reads_mid(layer, sublayer) else trace.block_input(layer)
 
 
 def output_at(
@@ -223,15 +219,14 @@ def output_at(
 ) -> Float[Tensor, " d"]:
     """What a sublayer puts out at dest when it reads ``stream``; a block's own x^l is taken off it for src = dest."""
     resid_pre, block = trace.block_input(layer), trace.block(layer)
-    reads_mid = trace.reads_mid(layer, sublayer)
+    reads = trace.reads(layer, sublayer)
+    whole = reads == "hook_resid_pre"
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
         return lambda tensor: kept.__setitem__(name, tensor)
 
-    hooks = {}
-    if reads_mid:
-        hooks["hook_resid_mid"] = lambda tensor: stream
+    hooks: dict[str, Hook] = {} if whole else {reads: lambda tensor: stream}
     source = "" if sublayer == "block" else block.sublayers[sublayer].write  # "" is no point
     if head is not None:
         (source,) = block.attn.points("z")
@@ -239,7 +234,7 @@ def output_at(
         if trace.point(layer, name) is not None:
             hooks[name] = keep(name)
     with block.attn.keep_unnormed(keep("unnormed")) if head is not None else nullcontext():
-        resid_post = trace.run_block(layer, resid_pre if reads_mid else stream, hooks)
+        resid_post = trace.run_block(layer, stream if whole else resid_pre, hooks)
     if check:
         trace.check_current("block", layer, resid_post[0])
     if head is not None:

@@ -15,6 +15,7 @@ a ladder of steps. It tells four things apart:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -294,7 +295,7 @@ class BlockDifferences:
         """The moves of x^l that show all announced pairs, ahead and back; None where hooks act, or they are many."""
         if self._hooked or not 0 < 2 * len(self._sources) * self._trace.n_tokens <= FEW_ROWS:
             return None
-        return self._moves(self._sources, False, STEP, -STEP)[2]
+        return self._moves(self._sources, "block", STEP, -STEP)[2]
 
     def quotient(self, sublayer: str, src: int, dest: int) -> Quotient:
         """Return the difference of a sublayer at ``dest`` for a move of its input at ``src``.
@@ -304,12 +305,12 @@ class BlockDifferences:
         """
         key = (sublayer, src, dest)
         if key not in self._known:
-            inside = src != dest and self._inside(sublayer)
+            of = sublayer if src != dest and self._inside(sublayer) else "block"
             wanted = self._pairs if (src, dest) in self._pairs else {(src, dest)}
             by_src: dict[int, set[int]] = {}
             for one, other in wanted:
                 by_src.setdefault(one, set()).add(other)
-            self._measure(by_src, inside)
+            self._measure(by_src, of)
         return self._known[key]
 
     def require(
@@ -335,8 +336,7 @@ class BlockDifferences:
         if product.norm() == 0 and one.value.norm() <= one.rounding and self._constant(sublayer, src, dest):
             return None
         trace, layer = self._trace, self.layer
-        inside = self._inside(sublayer)
-        stream = self._input(inside)[0]
+        stream = trace.input_of(layer, sublayer)[0]
         seeds = (_seed(layer, src) + 1 + index for index in range(_DIRECTIONS))
         directions = torch.stack([self._direction(stream, src, seed) for seed in seeds])
         wrote = trace.resid.diff(dim=0) if sublayer == "block" else trace.writes[sublayer]
@@ -345,9 +345,9 @@ class BlockDifferences:
         def moved(moves: Float[Tensor, "move d"]) -> Float[Tensor, "move 1 d"]:
             whole = stream.new_zeros(len(moves), *stream.shape)
             whole[:, src] = moves
-            still = self._run(inside, whole[:1] * 0, batched)
+            still = self._run(sublayer, whole[:1] * 0, batched)
             chunk = at_once(trace, layer)
-            runs = [self._run(inside, part, batched) for part in whole.split(chunk)]
+            runs = [self._run(sublayer, part, batched) for part in whole.split(chunk)]
             return torch.cat([self._change(run, still, sublayer, [dest]) for run in runs])
 
         function = Function(
@@ -366,13 +366,13 @@ class BlockDifferences:
             batched = False  # modules may do otherwise on a batch
             return function.verdict(directions)
 
-    def _measure(self, by_src: Mapping[int, Iterable[int]], inside: bool) -> None:
-        """Take the differences for moves at each src, of x^l or of what the MLP reads ``inside`` the block."""
-        for src, direction, step, (up, down) in self._moved(by_src, inside, STEP, -STEP):
-            for name in ("mlp",) if inside else self._trace.sublayers:
+    def _measure(self, by_src: Mapping[int, Iterable[int]], of: str) -> None:
+        """Take the differences for moves at each src of what a sublayer reads, or of x^l for the block and all."""
+        for src, direction, step, (up, down) in self._moved(by_src, of, STEP, -STEP):
+            for name in self._trace.sublayers if of == "block" else (of,):
                 dests = sorted(by_src[src])
                 for dest, change in zip(dests, self._change(up, down, name, dests)[0], strict=True):
-                    self._keep(name, src, dest, direction, change / (2 * step), step, inside)
+                    self._keep(name, src, dest, direction, change / (2 * step), step, of)
 
     def _constant(self, sublayer: str, src: int, dest: int) -> bool:
         """Return whether what a sublayer writes at ``dest`` stays when its input at ``src`` moves by its own length.
@@ -382,7 +382,7 @@ class BlockDifferences:
         if (sublayer, src, dest) not in self._constants:
             pairs = self._pairs if (src, dest) in self._pairs else {(src, dest)}
             sources = {one for one, _ in pairs}
-            for one, _, _, (up, down) in self._moved(sources, self._inside(sublayer), 1.0, -0.5):
+            for one, _, _, (up, down) in self._moved(sources, sublayer, 1.0, -0.5):
                 dests = sorted(end for start, end in pairs if start == one)
                 for end, change in zip(dests, self._change(up, down, sublayer, dests)[0], strict=True):
                     still = change.norm() <= _ROUNDING * self._written(sublayer, end).to(change)
@@ -390,13 +390,13 @@ class BlockDifferences:
         return self._constants[sublayer, src, dest]
 
     def _moved(
-        self, sources: Iterable[int], inside: bool, ahead: float, back: float
+        self, sources: Iterable[int], of: str, ahead: float, back: float
     ) -> Iterator[tuple[int, Float[Tensor, " d"], Float[Tensor, ""], tuple[dict[str, Tensor], dict[str, Tensor]]]]:
         """Move the input at each source, some sources in a batch of runs.
 
         Args:
             sources: positions.
-            inside: move what the MLP reads ``inside`` the block, not x^l.
+            of: the sublayer whose input is moved.
             ahead: how far in one run, relative to the length of the input there.
             back: how far in the other.
 
@@ -406,9 +406,9 @@ class BlockDifferences:
         order = sorted(sources)
         chunk = max(1, at_once(self._trace, self.layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
-            directions, steps, moves = self._moves(some, inside, ahead, back)
-            known = self.ran if some == self._sources and not inside and ahead == STEP else {}
-            ran = known or self._run(inside, moves, self._batched)
+            directions, steps, moves = self._moves(some, of, ahead, back)
+            known = self.ran if some == self._sources and of == "block" and ahead == STEP else {}
+            ran = known or self._run(of, moves, self._batched)
             for index, src in enumerate(some):
                 up, down = (
                     {name: rows[which : which + 1] for name, rows in ran.items()}
@@ -417,10 +417,10 @@ class BlockDifferences:
                 yield src, directions[index], steps[index], (up, down)
 
     def _moves(
-        self, sources: list[int], inside: bool, ahead: float, back: float
+        self, sources: list[int], of: str, ahead: float, back: float
     ) -> tuple[Float[Tensor, "src d_model"], Float[Tensor, " src"], Float[Tensor, "move pos d_model"]]:
         """Return each source's direction, the length of its move ahead, and the moves: all ahead, then all back."""
-        stream = self._input(inside)[0]
+        stream = self._trace.input_of(self.layer, of)[0]
         directions = torch.stack([self._direction(stream, src, _seed(self.layer, src)) for src in sources])
         lengths = stream[sources].norm(dim=-1)
         lengths = torch.where(lengths > 0, lengths, 1.0)
@@ -437,14 +437,12 @@ class BlockDifferences:
         mixed = sum((rows[src] / _length(rows[src]) for rows in read), random_vector(self._trace, self.layer, seed))
         return mixed / _length(mixed)
 
-    def _keep(
-        self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, inside: bool
-    ) -> None:
-        trace = self._trace
-        if self._inside(name) and not inside:
+    def _keep(self, name: str, src: int, dest: int, direction: Tensor, value: Tensor, step: Tensor, of: str) -> None:
+        if self._inside(name) and of == "block":
             if src != dest:
                 return
-            direction = direction + self._known[next(iter(trace.writes)), src, dest].value
+            before = itertools.takewhile(lambda other: other != name, self._trace.writes)
+            direction = sum((self._known[other, src, dest].value for other in before), direction)
         rounding = _ROUNDING * self._written(name, dest).to(step) / step
         self._known[name, src, dest] = Quotient(direction, value.clone(), rounding)
 
@@ -469,18 +467,18 @@ class BlockDifferences:
         lengths = self._trace.resid[self.layer + 1].norm(dim=-1).to(rest)[dests]
         return writes + rest * (rest.norm(dim=-1) > _ROUNDING * lengths)[..., None]
 
-    def _run(self, inside: bool, moves: Float[Tensor, "move pos d"], batched: bool) -> dict[str, Tensor]:
-        """What the sublayers write in runs with the stream moved, and what the block adds beside it."""
+    def _run(self, of: str, moves: Float[Tensor, "move pos d"], batched: bool) -> dict[str, Tensor]:
+        """What the sublayers write in runs with a sublayer's input moved, and what the block adds beside it."""
         if batched:
             try:
-                return self._run_together(inside, moves)
+                return self._run_together(of, moves)
             except Exception:  # whatever a module raises that takes no batch; one by one it shows what it is
                 self._batched = False
-        runs = [self._run_together(inside, move[None]) for move in moves]
+        runs = [self._run_together(of, move[None]) for move in moves]
         return {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
 
     @torch.no_grad()
-    def _run_together(self, inside: bool, moves: Float[Tensor, "move pos d"]) -> dict[str, Tensor]:
+    def _run_together(self, of: str, moves: Float[Tensor, "move pos d"]) -> dict[str, Tensor]:
         trace, layer = self._trace, self.layer
         kept: dict[str, Tensor] = {}
         hooks: dict[str, Hook] = {
@@ -488,10 +486,10 @@ class BlockDifferences:
             for name, sublayer in trace.block(layer).sublayers.items()
         }
         read = resid_pre = trace.block_input(layer)
-        if inside:
-            mid = self._input(inside) + moves
+        if self._inside(of):
+            moved = trace.input_of(layer, of) + moves
             resid_pre = resid_pre.expand(len(moves), -1, -1).contiguous()
-            hooks["hook_resid_mid"] = lambda tensor: mid
+            hooks[trace.reads(layer, of)] = lambda tensor: moved
         else:
             read = resid_pre = resid_pre + moves
         resid_post = trace.run_block(layer, resid_pre.clone(), hooks)
@@ -500,10 +498,7 @@ class BlockDifferences:
 
     def _inside(self, sublayer: str) -> bool:
         """Return whether a sublayer reads the stream behind another one."""
-        return self._trace.reads_mid(self.layer, sublayer)
-
-    def _input(self, inside: bool) -> Float[Tensor, "1 pos d"]:
-        return self._trace.mlp_input(self.layer) if inside else self._trace.block_input(self.layer)
+        return self._trace.reads(self.layer, sublayer) != "hook_resid_pre"
 
 
 def _writes(trace: Trace, name: str) -> list[Tensor]:

@@ -85,6 +85,8 @@ class Evidence:
         if sublayer == "block":
             if not self._names:
                 raise Uncovered("the block is not split into sublayers, of which a closed form is made")
+            if self._topology == "cross":
+                raise Uncovered("cross-attention has no closed form")
             refused = self.refusal(closed, self._names[0], src, dest)
             if self._has_mlp and (sequential or src == dest):
                 refused = refused or self.refusal(closed, "mlp", dest, dest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -60,7 +62,12 @@ def _sums(block: nn.Module) -> dict[str, Tensor]:
     A version counter would miss what is written through ``.data``. The weight of a 4-bit layer is made with the scales
     in its quantisation state too.
     """
-    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    tensors: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    for name, tensor in list(tensors.items()):
+        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None:  # torchao's: the bits are those of the tensors that it holds
+            del tensors[name]
+            tensors |= {f"{name}.{part}": getattr(tensor, part) for part in flatten()[0]}
     for name, module in block.named_modules():
         state = state_of(module)
         for place, each in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):

@@ -63,10 +63,10 @@ class _Graph:
 class BlockRun:
     """One run of a block on x^l, made when something of it is asked for.
 
-    The graph is cut at what the MLP of a sequential block reads: each sublayer has a graph of its own. Where a single
-    dest is measured, x^l stands in the batch two or three times. One backward pass then gives the derivatives of both
-    sublayers and of the activation, each in a stream in which the others have no part. Moved streams, whose writes give
-    differences, run along.
+    The graph is cut at what later sublayers of a sequential block read: each sublayer has a graph of its own. Where a
+    single dest is measured, x^l stands in the batch two or three times. One backward pass then gives the derivatives of
+    all sublayers and of the activation, each in a stream in which the others have no part. Moved streams, whose writes
+    give differences, run along.
 
     Attributes:
         trace: the trace of the model.
@@ -203,7 +203,7 @@ class BlockRun:
     @property
     def _cut(self) -> bool:
         """Whether one sublayer reads what another one has written to."""
-        return any(sublayer.reads == "hook_resid_mid" for sublayer in self.block.sublayers.values())
+        return any(sublayer.reads != "hook_resid_pre" for sublayer in self.block.sublayers.values())
 
     def _run(self, copies: int, moves: Float[Tensor, "move pos d_model"]) -> _Graph:
         start, sublayers = self.trace.block_input(self.layer), self.block.sublayers
@@ -213,9 +213,9 @@ class BlockRun:
         points: dict[str, Tensor] = {}
         unnormed: dict[str, Tensor] = {}
 
-        def cut(tensor: Tensor) -> Tensor:
-            leaves["hook_resid_mid"] = tensor.detach().clone().requires_grad_()
-            return leaves["hook_resid_mid"]
+        def cut(tensor: Tensor, reads: str) -> Tensor:
+            leaves[reads] = tensor.detach().clone().requires_grad_()
+            return leaves[reads]
 
         def keep(name: str) -> Hook:
             def record(tensor: Tensor) -> Tensor:
@@ -230,7 +230,8 @@ class BlockRun:
         def keep_tables(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values.update(_rotation(args, kwargs))
 
-        hooks: dict[str, Hook] = {"hook_resid_mid": cut} if self._cut else {}
+        inside = {each.reads for each in sublayers.values()} - {"hook_resid_pre"}
+        hooks: dict[str, Hook] = {reads: partial(cut, reads=reads) for reads in inside}
         with ExitStack() as stack:
             for name, sublayer in sublayers.items():
                 each = (*sublayer.points(*VALUES.get(sublayer.kind, ())), sublayer.write)
@@ -246,6 +247,8 @@ class BlockRun:
         moved = {**writes, "rest": resid_post - streams - sum(writes.values())} if len(moves) else {}
         moved = {name: each[copies:] for name, each in moved.items()}
         shown = {name: value[0] for name, value in values.items()}
+        # by the names of an attention in its usual slot: a decoder with cross-attention calls it self_attn
+        shown |= {name.replace("self_attn.", "attn."): value for name, value in shown.items() if "self_attn." in name}
         runs = {
             name: Run(shown, unnormed[name][0] if name in unnormed else None, write[0])
             for name, write in writes.items()

@@ -19,6 +19,7 @@ from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import in_eval_mode, measured
 from tlcoupling.forward.hooked import require_supported
 from tlcoupling.forward.offline import booted
+from tlcoupling.forward.stacks import Stack
 from tlcoupling.models.generators import generators_kept
 
 _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; random weights have 1 / sqrt(d)
@@ -76,6 +77,9 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             fresh = _huggingface(model, original, first)
         else:
             fresh = _native(model, seed, first)
+        whole: Any = fresh
+        if isinstance(model, Stack):
+            fresh = Stack(whole, model.name, model.other)
         _process_alike(model, fresh)
     fresh.cfg.default_prepend_bos = getattr(model.cfg, "default_prepend_bos", None)
     for switch in _SWITCHES:
@@ -87,7 +91,8 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
             "are not centred, which shifts residual streams by their mean",
             stacklevel=3,
         )
-    return in_eval_mode(fresh)
+    in_eval_mode(whole)
+    return fresh
 
 
 def _hooked(model: Any, seed: int, like: Tensor) -> Any:
@@ -111,7 +116,8 @@ def _huggingface(model: Any, original: Any, like: Tensor) -> Any:
         )
     fresh = type(original)(copy.deepcopy(original.config)).to(device=like.device, dtype=like.dtype).eval()
     tokenizer = copy.deepcopy(model.tokenizer)
-    return booted(type(model), model.cfg.model_name, fresh, tokenizer, getattr(model, "processor", None))
+    bridge = type(model.model if isinstance(model, Stack) else model)
+    return booted(bridge, model.cfg.model_name, fresh, tokenizer, getattr(model, "processor", None))
 
 
 def _native(model: Any, seed: int, like: Tensor) -> Any:

@@ -8,9 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.headline import coupling_test
 from tlcoupling.analysis.summary import coupling_rows
+from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError, StoreError
 from tlcoupling.results.atomic import replacing
 from tlcoupling.sweeps.cells import Cell, ModelFacts
@@ -42,10 +45,13 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "k": ("int64", "number of singular vectors compared"),
     "k_asked": ("string", "k as written in the plan: a number, or a fraction of d_model"),
     "sublayer": ("string", "block, attn, mixer or mlp"),
+    "layer_kinds": ("string", "what each layer is made of, as a JSON list; missing where all layers are alike"),
     "coupling": ("double", f"coupling c_K, {_MEAN}"),
     "null": ("double", f"coupling expected for independent random bases, {_MEAN}"),
     "null_std": ("double", f"standard deviation of the null for a single pair, {_MEAN}"),
     "excess": ("double", "coupling - null"),
+    "excess_same_kind": ("double", "mean of the excess over pairs of layers of one kind; missing as layer_kinds is"),
+    "excess_other_kind": ("double", "mean of the excess over pairs of layers of different kinds; missing likewise"),
     "excess_determined": (
         "double",
         "its mean over the pairs whose singular vectors are determined (see undetermined); missing if there is none",
@@ -197,15 +203,36 @@ def rows_of_cell(cell: Cell, analysis: Analysis, facts: ModelFacts, draws: int =
     }
     test = coupling_test(coupling, draws) if draws else None
     asked = [str(k) for k in cell.settings.k for _ in coupling.sublayers]
-    for row, k in zip(coupling_rows(coupling, test), asked, strict=True):
+    for row, k, kinds in zip(coupling_rows(coupling, test), asked, _kind_columns(coupling), strict=True):
         path = straight.paths.index(row.sublayer)
         yield {
             **shared,
             **asdict(row),
+            **kinds,
             "k_asked": k,
             "lss": straight.lss[path, at].nanmean().item(),
             "straightness": straight.straightness[path, at].nanmean().item(),
         }
+
+
+def _kind_columns(coupling: DepthCoupling) -> Iterator[dict[str, Any]]:
+    """Yield the columns that tell kinds of layers apart, in the order of ``coupling_rows``; none where all are one."""
+    of_layers = coupling.provenance.settings.get("layer_kinds")
+    if of_layers is None:
+        yield from ({} for _ in coupling.ks for _ in coupling.sublayers)
+        return
+    kinds = [of_layers[layer] for layer in coupling.layers]
+    same = torch.tensor([[one == other for other in kinds] for one in kinds])
+    apart = ~torch.eye(len(kinds), dtype=torch.bool)
+    means = [coupling.excess[..., pairs].double().mean(-1).nanmean(1) for pairs in (same & apart, ~same)]
+    for column in range(len(coupling.ks)):
+        for row in range(len(coupling.sublayers)):
+            within, between = (mean[row, column].item() for mean in means)
+            yield {
+                "layer_kinds": json.dumps(kinds),
+                "excess_same_kind": within,
+                "excess_other_kind": between,
+            }
 
 
 def require_one_kind(table: Any, by: Sequence[str]) -> None:

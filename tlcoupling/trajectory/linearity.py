@@ -107,7 +107,7 @@ class Path:
 
     Args:
         name: the path's name.
-        steps_per_layer: 2 for the path through the sublayers.
+        steps_per_layer: number of sublayers for the path through all of them.
     """
 
     def __init__(self, name: str, steps_per_layer: int = 1) -> None:
@@ -179,8 +179,8 @@ def make_paths(splits: Sequence[Split]) -> dict[str, Path]:
     """Return the paths of a model, without steps."""
     block, *sublayers = sublayers_of(splits)
     paths = {block: Path(block)}
-    if topology_of(splits) == "sequential":
-        paths["sublayer"] = Path("sublayer", 2)
+    if topology_of(splits) in ("sequential", "cross"):
+        paths["sublayer"] = Path("sublayer", len(sublayers))
     return paths | {name: Path(name) for name in sublayers}
 
 

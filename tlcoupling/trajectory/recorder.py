@@ -171,7 +171,7 @@ class TrajectoryRecorder:
             mid = self._held["hook_resid_pre"] + self._held[split.parts[0].write]
             gap = float(relative_gap(mid, row).max())
             if not gap <= self._tolerance:
-                raise mid_is_another(layer, gap, self._tolerance, split)
+                raise mid_is_another(layer, gap, self._tolerance, split, split.parts[1])
             self._mid_norms.append(length(mid))
         self._held[name] = row
         if name == "hook_resid_post":
