@@ -131,7 +131,8 @@ class Live(AnyWidget):
         from IPython.display import display
 
         self._saved = display(_html(self._static()), display_id=True)
-        display(self._repr_mimebundle_()[0], raw=True)
+        if (bundle := self._repr_mimebundle_()) is not None:
+            display(bundle[0], raw=True)
 
 
 def _html(text: str) -> Any:
