@@ -69,28 +69,26 @@ def resident(name: str) -> float:
     return int(found[1]) / 1024
 
 
-def memory(model: Any, tokens: Any) -> str:
-    """Return what a measurement of a 4-bit model holds at its peak beyond the model."""
-    tlc.residual_jacobian(tlc.trace(model, tokens), 0)  # what libraries allocate once
+def peak(model: Any, tokens: Any) -> float:
+    """Return the memory in MB that a measurement holds at its peak beyond what was there before."""
+    trace = tlc.trace(model, tokens)
+    tlc.residual_jacobian(trace, 0)  # what libraries allocate once
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest counts from here
-    tlc.depth_coupling(tlc.trace(model, tokens), K, tokens=-1, sublayers="block", progress=False)
-    layers = [
-        sum(4 * part.in_features * part.out_features for part in layer.modules() if state_of(part) is not None)
-        for layer in model.model.layers
-    ]
-    return (
-        f"a measurement takes {resident('VmHWM') - before:.0f} MB more at its peak; one layer's weights are "
-        f"{layers[0] / 2**20:.0f} MB in float32, those of all layers {sum(layers) / 2**20:.0f} MB"
-    )
+    tlc.depth_coupling(trace, K, tokens=-1, sublayers="block", progress=False)
+    return resident("VmHWM") - before
 
 
 def main() -> None:
     """Print the table, how far the 4-bit model lies from its own dequantised copy, and what it takes of memory."""
     prompt = json.loads((files("tlcoupling") / "data/prompts.json").read_text())["landmarks"]
     model = packed("nf4")
-    tokens = tlc.trace(model, prompt, tokenizer=smollm2_huggingface()[1]).tokens
-    remark = memory(model, tokens)
+    tokens = tlc.trace(model, prompt, tokenizer=smollm2_huggingface()[1], prepend_bos=False).tokens
+    layers = [
+        sum(4 * part.in_features * part.out_features for part in layer.modules() if state_of(part) is not None)
+        for layer in model.model.layers
+    ]
+    in_4_bits, in_float32 = (peak(each, tokens) for each in (model, unpacked(model)))
     trace, ours = measured(model, tokens)
     copy, own = measured(unpacked(model), tokens)
     plain, base = measured(smollm2_huggingface()[0].eval(), tokens)
@@ -100,7 +98,11 @@ def main() -> None:
     worst = max(float((ours[name] - value).abs()) for name, value in own.items())
     stream, moved = ((trace.resid - other.resid).norm() / other.resid.norm() for other in (copy, plain))
     print(f"\nstream {stream:.1e} from that of its dequantised copy, numbers of the table at most {worst:.1e}")
-    print(f"stream {moved:.2f} from that of float32\n{remark}")
+    print(f"stream {moved:.2f} from that of float32")
+    print(
+        f"beyond the model, a measurement holds {in_4_bits:.0f} MB at its peak, and {in_float32:.0f} MB of the float32 "
+        f"copy; weights of one layer are {layers[0] / 2**20:.0f} MB in float32, of all {sum(layers) / 2**20:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

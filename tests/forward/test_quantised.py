@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, TOKENS, relative_error
+from cases import CASES, TOKENS, randomise, relative_error, tiny_tokenizer
 from packed import packed_and_plain
 from torch import nn
 
