@@ -332,7 +332,7 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "zero MLP": _patched(("jacobian.evidence.Evidence._mixing", nothing)),
     "differences": _patched(("jacobian.differences.BlockDifferences.require", nothing)),
     "residual identity": _patched(
-        ("forward.stream.Stream._check_identity", nothing), ("forward.stream.Stream._check_resid_mid", nothing)
+        ("forward.stream.Stream._check_identity", nothing), ("forward.stream.Stream._check_reads", nothing)
     ),
     "staleness": _patched(
         ("forward.trace.Trace.check_current", nothing), ("forward.trace._CACHE_TOLERANCE", defaultdict(lambda: 1e9))

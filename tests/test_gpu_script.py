@@ -30,7 +30,7 @@ def test_each_part_runs(gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert gpu.main() == 0
     printed = capsys.readouterr().out
     assert printed.endswith("failed: nothing\n") and all(f"[{part}: " in printed for part in parts)
-    shown = {line.split("  ")[0].strip() for line in printed.splitlines()}
+    shown = {line.split(": ")[0] for line in printed.splitlines()}
     assert {"8 tokens, the last one", "12 tokens, the last one", "one block of d = 96, 28 tokens"} <= shown
     monkeypatch.setattr("gpu.smollm2.rows", lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small", "--parts", "table", "solvers"])

@@ -165,8 +165,8 @@ def test_what_the_norm_behind_reads_is_kept_while_the_block_runs(case: Case, blo
 
 def test_a_factor_is_found_where_there_is_one_and_only_there():
     given = torch.randn(5, 8, dtype=torch.float64)
-    plain = Sublayer(ATTN, nn.Identity(), None, None, "hook_resid_pre")
-    normed = Sublayer(ATTN, nn.Identity(), None, nn.LayerNorm(8), "hook_resid_pre")
+    plain = Sublayer(ATTN, nn.Identity(), None, None)
+    normed = Sublayer(ATTN, nn.Identity(), None, nn.LayerNorm(8))
     assert plain.write_factor(given, 0.22 * given) == pytest.approx(0.22, rel=1e-12)
     assert normed.write_factor(given, 0.22 * given) == 1.0
     assert plain.write_factor(None, given) == 1.0
@@ -190,7 +190,7 @@ def test_a_weight_that_a_module_refuses_is_none():
     assert weight_of(module, "W_V") is None
     assert weight_of(module, "W_K") is module.W_K
     assert weight_of(nn.Linear(2, 2), "training") is None  # not a tensor
-    attn = Sublayer(ATTN, module, None, None, "hook_resid_pre")
+    attn = Sublayer(ATTN, module, None, None)
     with pytest.raises(UnsupportedModelError, match=r"layer 3 \(Compressed\) has no W_O to split it"):
         Block(None, 3, ATTENTION, {"attn": attn}).output_of_heads(torch.ones(1, 5, 2, 4))
 
@@ -199,7 +199,7 @@ def test_experts_have_weights_with_another_number_of_axes():
     module = nn.Module()
     module.W_in, module.W_out = torch.ones(4, 6, 8), torch.ones(4, 8, 6)
     with pytest.raises(Uncovered, match="W_in of Module has 3 axes, not 2"):
-        Sublayer(MLP, module, None, None, "hook_resid_mid").weights()
+        Sublayer(MLP, module, None, None).weights()
 
 
 def test_a_part_under_another_name_has_no_closed_form():

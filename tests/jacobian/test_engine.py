@@ -305,7 +305,7 @@ def test_a_trace_of_changed_weights_is_refused(engine: str):
 def test_values_that_do_not_fit_each_other_go_to_autograd(q: Any, k: Any, v: Any, pattern: Any):
     shapes = {"q": q, "k": k, "v": v, "pattern": pattern}
     values = {f"attn.hook_{name}": torch.zeros(shape) for name, shape in shapes.items()}
-    attn = Sublayer(SEQUENTIAL.parts[0], torch.nn.Identity(), None, None, "hook_resid_pre")
+    attn = Sublayer(SEQUENTIAL.parts[0], torch.nn.Identity(), None, None)
     with pytest.raises(Uncovered, match="have shapes"):
         AttentionCore.from_values(Block(None, 0, ATTENTION, {"attn": attn}), values, {})
 

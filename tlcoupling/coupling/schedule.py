@@ -30,7 +30,7 @@ STACKED, STACKED_ON_DEVICE = 2**22, 2**29
 HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
 # Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
-BUFFERS, BUFFERS_ON_DEVICE = 32 * 2**20, 64 * 2**20
+BUFFERS, BUFFERS_ON_DEVICE = 56 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)

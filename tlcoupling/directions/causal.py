@@ -151,7 +151,7 @@ def causal_effect(
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
             raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
-        if not traced.causal:
+        if not traced.hooked_layers and not traced.causal:  # a hook of yours may read what it likes
             raise UnsupportedModelError(
                 f"{traced.model_name} is bidirectional: it reads the tokens it would have to predict, so its "
                 "next-token loss says nothing"

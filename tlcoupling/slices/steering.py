@@ -199,7 +199,7 @@ def steering_effect(
         traced = trace(model, prompt, prepend_bos=prepend_bos)
         if traced.n_tokens < 2:
             raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
-        if not traced.causal:
+        if not traced.hooked_layers and not traced.causal:
             raise UnsupportedModelError(f"{traced.model_name} is bidirectional, and predicts no next token")
         chosen = tuple(check_index("tokens", token, int(traced.model.cfg.d_vocab)) for token in as_list(tokens))
         steered = _Steered(traced, vector, layer, resolve_indices("positions", positions, traced.n_tokens))
