@@ -101,8 +101,8 @@ def _matrix(picture: Matrix) -> tuple[str, str]:
     frame = f'<rect width="{columns}" height="{rows}" fill="none" stroke="currentColor" stroke-opacity=".4"/>'
     drawing = (
         f'<svg role="img" aria-label="{_text(picture.title)}" width="{side * columns:.0f}" height="{side * rows:.0f}" '
-        f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" shape-rendering="crispEdges" style="overflow:visible" '
-        f'stroke-width="{max(rows, columns) / 150:.3f}">{"".join(paths)}{frame}</svg>'
+        f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" shape-rendering="crispEdges" '
+        f'style="overflow:visible" stroke-width="{max(rows, columns) / 150:.3f}">{"".join(paths)}{frame}</svg>'
     )
     meaning = f"; blue above {picture.zero}, orange below" if picture.centred else ""
     return drawing, f"{picture.axes[0]} ↓ {picture.axes[1]} →, {number(low)} to {number(high)}{meaning}"
