@@ -261,7 +261,7 @@ def _row(name: str, joined: Joined, families: Sequence[str], confidence: float) 
         over_clusters = jackknife(lambda rows: partial_correlation(x[rows], y[rows]).r, clusters, confidence)
         row |= over_clusters._asdict()
         row["rho"], row["rho_p"] = spearmanr(x, y)
-        if len(x) <= _FEW:
+        if independent and len(x) <= _FEW:
             row["rho_p"] = _p_over_orders(x, y)
     else:
         warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=4)
