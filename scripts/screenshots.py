@@ -49,7 +49,7 @@ def notebook_page(analysis: tlc.Analysis, folder: Path) -> Path:
 
 
 def opened(browser: Any, path: Path, width: int, height: int, scheme: str = "light") -> Any:
-    """Open a page without a network; return it when it is drawn."""
+    """Open a page without a network."""
     size = {"width": width, "height": height}
     page = browser.new_context(offline=True, viewport=size, color_scheme=scheme).new_page()
     page.goto(path.resolve().as_uri(), wait_until="domcontentloaded")
