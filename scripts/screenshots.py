@@ -65,7 +65,7 @@ def pictures(folder: Path) -> None:
     with sync_playwright() as driver:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
         browser = driver.chromium.launch(executable_path=chromium, args=arguments)
-        page = opened(browser, report, 1280, 1960)  # to the end of the first row of panes
+        page = opened(browser, report, 1280, 2080)  # to the end of the first row of panes
         page.wait_for_selector("html[data-drawn]")
         page.screenshot(path=DOCS / "report.png")
         page.add_style_tag(content="#controls { position: static }")  # it would lie over the picture
