@@ -55,7 +55,7 @@ def coupling_loss(
     r"""Return 1 - coupling of the layers' Jacobians, differentiable with respect to the model's parameters.
 
     c is the mean coupling over ordered pairs of different layers (``depth_coupling(...).mean()``). With
-    ``quantity="excess"`` the loss is c_null - c, about 0 for random weights at every width and K. Here c_null is that of
+    ``quantity="excess"`` the loss is c_null - c, about 0 for random weights at every width and K. This c_null is of
     the whole width; ``depth_coupling(...).excess`` takes the effective width. Minimising the loss couples the layers; a
     negative weight uncouples them. Add it to the task loss:
 
