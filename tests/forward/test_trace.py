@@ -113,6 +113,17 @@ def test_a_cache_is_held_against_the_model_at_each_position(case: Case, dtype: t
 
 
 @pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
+def test_a_block_of_which_a_part_has_been_converted_is_refused(case: Case):
+    """What has to be lifted is known from before; the block's first parameter is that of another part."""
+    model = case.build(torch.float32).eval()
+    trace = tlc.trace(model, TOKENS)
+    tlc.residual_jacobian(trace, 1)
+    model.blocks[1].mlp.bfloat16()
+    with pytest.raises(StaleTraceError, match="mlp of layer 1"):
+        tlc.residual_jacobian(trace, 1)
+
+
+@pytest.mark.parametrize("case", OF_EACH_CLASS, ids=str)
 def test_a_model_that_has_changed_at_one_short_position_is_refused(case: Case):
     model = case.model(torch.float32)
     trace = tlc.trace(model, TOKENS, fwd_hooks=massive_first(1e4))

@@ -302,13 +302,13 @@ class Trace(Stream):
         return self.input_of(layer, "block")
 
     @cached_property
-    def _parameters(self) -> list[Tensor]:
-        """A parameter of each block, which goes where the block goes."""
-        return [next(block.parameters()) for block in self.model.blocks]
+    def _parameters(self) -> list[list[Tensor]]:
+        """The parameters of each block, which go where the block goes."""
+        return [list(block.parameters()) for block in self.model.blocks]
 
     @cached_property
-    def _lifts(self) -> dict[tuple[int, torch.dtype], bool]:
-        """Whether a block has weights to lift, by layer and by the dtype of a parameter, as far as it was asked for."""
+    def _lifts(self) -> dict[tuple[int, frozenset[torch.dtype]], bool]:
+        """Whether a block has weights to lift, by layer and by its parameters' dtypes, as far as it was asked for."""
         return {}
 
     def lifted(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
@@ -316,7 +316,7 @@ class Trace(Stream):
         return lifted(self.model, module) if self._needs_lift(layer) else contextlib.nullcontext()
 
     def _needs_lift(self, layer: int) -> bool:
-        key = layer, self._parameters[layer].dtype  # another one once the model is converted
+        key = layer, frozenset(each.dtype for each in self._parameters[layer])  # others once a part is converted
         if key not in self._lifts:
             self._lifts[key] = needs_lift(self.model.blocks[layer])
         return self._lifts[key]
@@ -335,7 +335,7 @@ class Trace(Stream):
 
     def input_of(self, layer: int, sublayer: str) -> Float[Tensor, "1 pos d_model"]:
         """``read_by`` on the device of its block, with a batch axis."""
-        return self.read_by(layer, sublayer).to(self._parameters[layer].device)[None]
+        return self.read_by(layer, sublayer).to(self._parameters[layer][0].device)[None]
 
     def mlp_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """Return what the MLP reads; x^l in a block without one."""
