@@ -55,7 +55,7 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
     """Replace two marks by tables.
 
     ``<!-- table of module.NAME -->`` by that of a dictionary of columns, ``<!-- rows of FILE -->`` by those of a CSV
-    file of ``benchmarks/statistics.py``, one table for each group.
+    file of ``benchmarks/chance.py``, one table for each group.
     """
 
     def table(match: re.Match[str]) -> str:

@@ -25,10 +25,16 @@ COLUMNS = ("transformer-lens", "transformers", "numpy")
 
 
 def resolved(neighbour: str) -> dict[str, str]:
-    """Return the newest releases that install together with tlcoupling and a neighbour; none where none do."""
+    """Return the newest releases that install together with tlcoupling and a neighbour; none where none do.
+
+    Raises:
+        RuntimeError: uv failed for another reason, such as a registry that does not answer.
+    """
     command = ["uv", "--quiet", "pip", "compile", "-", "--python-version", PYTHON, "--no-header", "--no-annotate"]
     given = f"tlcoupling @ {ROOT.as_uri()}\ntorch=={TORCH}\n{neighbour}\n"
     done = subprocess.run(command, cwd=ROOT, input=given, capture_output=True, text=True)
+    if done.returncode and "No solution found" not in done.stderr:
+        raise RuntimeError(f"uv cannot resolve {neighbour}: {done.stderr}")
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", done.stdout, re.MULTILINE))
 
 

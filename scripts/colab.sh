@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "$1") wheel=$(realpath "$2")
 tmp=$(mktemp -d)
 server=
-trap '[ -z "$server" ] || kill "$server"; rm -rf "$tmp"' EXIT
+trap '[ -z "$server" ] || kill "$server"; chmod -R u+w "$tmp"; rm -rf "$tmp"' EXIT
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 IPYTHONDIR="$tmp/ipython"
 
 step() {

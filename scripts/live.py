@@ -54,6 +54,8 @@ def served(command: Sequence[str], path: str, folder: Path) -> Iterator[str]:
                 break
             except OSError:
                 continue
+        else:
+            raise TimeoutError(f"no answer from {command[0]} in a minute: see {log.name}")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()

@@ -63,7 +63,7 @@ def compile_pins(python: str, pins: list[str], *options: str) -> list[str]:
 
 
 def resolves(python: str, torch: str) -> str:
-    """Return what is wrong with a Python and a torch as far as it shows without installing torch, if anything."""
+    """Return whether the dependencies resolve for a Python and a torch, and the package compiles, without a torch."""
     try:
         compile_pins(python, [f"torch=={torch}"])
     except subprocess.CalledProcessError:

@@ -49,7 +49,7 @@ def notebook_page(analysis: tlc.Analysis, folder: Path) -> Path:
 
 
 def opened(browser: Any, path: Path, width: int, height: int, scheme: str = "light") -> Any:
-    """Open a page without a network; return it when it is drawn."""
+    """Open a page without a network."""
     size = {"width": width, "height": height}
     page = browser.new_context(offline=True, viewport=size, color_scheme=scheme).new_page()
     page.goto(path.resolve().as_uri(), wait_until="domcontentloaded")
@@ -65,7 +65,7 @@ def pictures(folder: Path) -> None:
     with sync_playwright() as driver:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
         browser = driver.chromium.launch(executable_path=chromium, args=arguments)
-        page = opened(browser, report, 1280, 1960)  # to the end of the first row of panes
+        page = opened(browser, report, 1280, 2080)  # to the end of the first row of panes
         page.wait_for_selector("html[data-drawn]")
         page.screenshot(path=DOCS / "report.png")
         page.add_style_tag(content="#controls { position: static }")  # it would lie over the picture

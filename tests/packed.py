@@ -9,6 +9,8 @@ import torch
 from cases import randomise, tiny_tokenizer
 from torch import nn
 
+from tlcoupling.forward.offline import booted
+
 
 def packed_and_plain(kind: str, on_avx512: bool) -> tuple[Any, Any]:
     """A small Llama in 4 bits, and the same with the dequantised weights in float32."""
@@ -40,8 +42,7 @@ def packed_and_plain(kind: str, on_avx512: bool) -> tuple[Any, Any]:
             weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             linear.weight.data = weight.float()
 
-    def boot(model: Any) -> Any:
-        options: dict[str, Any] = dict(tokenizer=tiny_tokenizer(), dtype=torch.float32)
-        return TransformerBridge.boot_transformers("meta-llama/Llama-3.2-1B", hf_model=model, **options).eval()
-
-    return boot(packed), boot(plain)
+    first, second = (
+        booted(TransformerBridge, "meta-llama/Llama-3.2-1B", each, tiny_tokenizer()) for each in (packed, plain)
+    )
+    return first, second

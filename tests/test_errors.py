@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -27,26 +28,36 @@ def test_argument_error_names_argument_value_and_what_is_allowed():
     assert len(str(ArgumentError("tokens", list(range(1000)), "fewer"))) < 300
 
 
-model = fresh(0)
-analysis = tlc.analyze(model, TOKENS, k=2, attention=False)
+@functools.cache
+def model() -> Any:
+    return fresh(0)
+
+
+@functools.cache
+def analysis() -> tlc.Analysis:
+    return tlc.analyze(model(), TOKENS, k=2, attention=False)
+
 
 # What people get wrong first, and what the message tells them to write instead.
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
-    "a list of prompts": (lambda: tlc.trace(model, ["one", "two"]), "tlc.analyze_many measures several"),
-    "a list of one prompt": (lambda: tlc.analyze(model, ["one"]), "a string .*tlc.analyze_many measures several"),
-    "a batch": (lambda: tlc.trace(model, TOKENS.expand(2, -1)), "tlc.analyze_many measures several"),
-    "a batch of a tokenizer": (lambda: tlc.trace(model, {"input_ids": TOKENS.expand(2, -1)}), "tlc.analyze_many"),
-    "pixels": (lambda: tlc.trace(model, {"pixel_values": TOKENS}), "input_ids, or text"),
+    "a list of prompts": (lambda: tlc.trace(model(), ["one", "two"]), "tlc.analyze_many measures several"),
+    "a list of one prompt": (lambda: tlc.analyze(model(), ["one"]), "a string .*tlc.analyze_many measures several"),
+    "a batch": (lambda: tlc.trace(model(), TOKENS.expand(2, -1)), "tlc.analyze_many measures several"),
+    "a batch of a tokenizer": (lambda: tlc.trace(model(), {"input_ids": TOKENS.expand(2, -1)}), "tlc.analyze_many"),
+    "pixels": (lambda: tlc.trace(model(), {"pixel_values": TOKENS}), "input_ids, or text"),
     "a name": (lambda: tlc.analyze("gpt2", "text"), r"tlc.load_model\('gpt2'\) loads one by name"),
     "a name to train": (lambda: tlc.TrainingMonitor("gpt2", ["text"]), r"tlc.load_model\('gpt2'\)"),
-    "a trace as a model": (lambda: tlc.analyze(analysis.trace, TOKENS), "whose model is trace.model"),
-    "a model as a trace": (lambda: tlc.depth_coupling(model), r"tlc.trace\(model, prompt\)"),
+    "a trace as a model": (lambda: tlc.analyze(analysis().trace, TOKENS), "whose model is trace.model"),
+    "a model as a trace": (lambda: tlc.depth_coupling(model()), r"tlc.trace\(model, prompt\)"),
     "a fraction of the tokens": (
-        lambda: tlc.analyze(model, TOKENS, tokens=1.0),
+        lambda: tlc.analyze(model(), TOKENS, tokens=1.0),
         "an int from -7 to 6, several .*'all'",
     ),
-    "singular values of a trace": (lambda: tlc.singular_value_profile(analysis.trace), r"tlc.depth_coupling\(trace\)"),
-    "singular values of all": (lambda: tlc.singular_value_profile(analysis), "an analysis's coupling"),
+    "singular values of a trace": (
+        lambda: tlc.singular_value_profile(analysis().trace),
+        r"tlc.depth_coupling\(trace\)",
+    ),
+    "singular values of all": (lambda: tlc.singular_value_profile(analysis()), "an analysis's coupling"),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES, TOKENS
+from small_sweeps import plan_of, save_model, word_tokenizer  # with it, benchmarks/ is on the path
 from sweep_cells import cell_of, measured
 
 import tlcoupling as tlc
@@ -112,9 +112,10 @@ def test_the_table_tells_weights_loads_and_measurements_apart(store: tlc.SweepSt
 
 
 @pytest.mark.skipif(not hasattr(_transformer_bridge(), "boot_native"), reason="needs transformer-lens 4")
-def test_a_hybrids_mixer_has_a_row(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    model = importlib.import_module("architectures").boot("JambaForCausalLM")
+def test_a_hybrids_mixer_has_a_row():
+    import architectures
+
+    model = architectures.boot("JambaForCausalLM")
     cell = Cell(model="hybrid", prompt=(1, 2, 3, 4, 5), settings=Settings.of(k=2, sublayers=["mixer", "mlp"]))
     analysis = tlc.analyze(model, list(cell.prompt), attention=False, **cell.settings.arguments())
     rows = list(rows_of_cell(cell, analysis, cells.ModelFacts.of(model)))
@@ -136,11 +137,9 @@ def test_without_pyarrow_the_error_says_what_to_install(
     assert not (tmp_path / "table.parquet").exists() and store.keys() == {cell.key}
 
 
+@pytest.mark.skipif(not hasattr(_transformer_bridge(), "boot_native"), reason="Jamba needs transformer-lens 4")
 def test_a_hybrid_beside_a_plain_decoder_tells_kinds_of_layers_apart(tmp_path: Path):
-    if not hasattr(_transformer_bridge(), "boot_native"):
-        pytest.skip("Jamba needs transformer-lens 4")
     import architectures
-    from small_sweeps import plan_of, save_model, word_tokenizer
 
     save_model(tmp_path / "plain")
     architectures.huggingface("JambaForCausalLM").save_pretrained(tmp_path / "hybrid")

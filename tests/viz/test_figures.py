@@ -393,6 +393,17 @@ def test_a_table_without_nulls_says_so():
     assert len(figure.axes) == 1  # no width, no colour bar
 
 
+def test_correlations_draw_the_null_of_a_coupling_and_none_of_an_excess():
+    result = tlc.correlate()
+    for predictor, null in (("coupling", "null"), ("excess", None)):
+        axes = result.plot(coupling=predictor).axes[0]
+        _, *nulls, points = axes.collections if null else (None, *axes.collections)
+        drawn = [np.asarray(one.get_offsets())[:, 0] for one in (points, *nulls)]
+        assert len(drawn) == (2 if null else 1)
+        for name, x in zip((predictor, null), drawn, strict=False):
+            np.testing.assert_allclose(x, result.by_model()[name])
+
+
 def test_names_cover_neither_each_other_nor_points():
     given = table(20, coupling=np.linspace(0.1, 0.11, 20), score=50 + np.linspace(0, 0.5, 20) ** 2)
     figure = figures.coupling_against_score(given)
@@ -601,11 +612,14 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path):
             "table='2 different weights of m@0'",
         ),
         (lambda a: figures.training(monitored(), k=10), "k=10 is not allowed; allowed: one that was measured: 3, 5"),
+        (lambda a: figures.distributions({"a": a.growth}), r"result='Growth'.*tlc.analyze\("),
+        (lambda a: figures.pictures(a.headline()), "result='str'.*a result of tlcoupling"),
         (lambda a: figures.coupling_against_score(table(2)), "three models or more"),
         (lambda a: figures.coupling_against_score(table(), score="mmlu"), "score='mmlu' .* a column of the table"),
         (lambda a: figures.coupling_against_score(table(null=[1.0])), "columns of one length"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_drawn_is_an_error(call: Any, message: str):
     with pytest.raises(ArgumentError, match=message):
         call(make_analysis())

@@ -69,6 +69,9 @@ def test_another_baseline_than_was_measured_is_refused(model: Any):
     wrong = tlc.viz.Live(result)
     wrong.chosen = {"layer": 0, "token": None, "k": 2}
     assert "another model" in wrong.status
+    shallow = tlc.viz.Live(result, baseline=fresh(5, n_layers=2))
+    shallow.chosen = {"layer": 0, "token": None, "k": 2}
+    assert "another model" in shallow.status
     right = tlc.viz.Live(result, baseline=other)
     right.chosen = {"layer": 0, "token": None, "k": 2}
     assert right.status == "" and right.result.baseline.token_coupling.layers == (0,)  # pyright: ignore

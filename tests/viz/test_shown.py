@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import warnings
@@ -82,8 +83,6 @@ def results() -> dict[str, Result]:
             tlc.linearization_gap(trace, sizes=(1e-3, 1e-2)),
             readout(),
             tlc.causal_effect(model, [TOKENS, TOKENS[:5]], 2, draws=3),
-            tlc.steering_effect(model, [TOKENS, TOKENS[:5]], torch.ones(96).cumsum(0), 1, draws=2),
-            tlc.jacobian_lens(model, [TOKENS, TOKENS[:5]], skip_first_positions=0, sketch=4),
             tlc.correlate(),
             tlc.jacobian_lens(model, [TOKENS[:5], TOKENS], skip_first_positions=0, layers=[0, 1], sketch=8),
             tlc.steering_effect(model, [TOKENS[:5], TOKENS], torch.ones(96), 1, [0.5, 2.0], draws=3, positions=[-1]),
@@ -163,6 +162,49 @@ def test_the_chance_level_stands_beside_every_coupling(results: dict[str, Result
         assert list(shown(results[name]).columns[1:]) == ["coupling", "null", "excess"]
     scores = shown(results["Linearity"]).pictures[0]
     assert isinstance(scores, Lines) and scores.chance is not None and scores.chance[0] == 3**0.5
+
+
+def test_the_chance_level_stands_beside_every_effect_of_steering(results: dict[str, Result]):
+    effect: Any = results["SteeringEffect"]
+    one = shown(effect)
+    random = [f"random, same {control}" for control in effect._coords()["control"]]
+    assert list(one.columns[1:-1]) == ["the direction", *random, "change of the loss", *random]
+    for at, row in enumerate(one.rows):
+        truth = [
+            number
+            for own, control in ((effect.kl, effect.control_kl), (effect.loss, effect.control_loss))
+            for number in (own[:, at].mean().item(), *(control[:, at, c].mean().item() for c in range(len(random))))
+        ]
+        assert list(row[1:-1]) == pytest.approx(truth)
+
+
+def test_only_numbers_with_a_chance_level_of_zero_are_called_above_chance(results: dict[str, Result]):
+    assert "blue above chance" in results["DepthCoupling"]._repr_html_()  # pyright: ignore
+    assert "blue above 0" in results["HeadSteps"]._repr_html_()  # pyright: ignore
+
+
+def test_fresh_weights_are_shown_over_the_tokens_of_the_model_beside_them():
+    analysis, other = make_analysis(), make_analysis(n_layers=4)
+    norms = analysis.growth.norms.clone()
+    norms[:, 0] *= 1000  # a sink of the model alone
+    scores = other.linearity.lss.clone()
+    scores[:, 0] = 40
+    other = replace(other, linearity=replace(other.linearity, lss=scores))
+    analysis = replace(analysis, growth=replace(analysis.growth, norms=norms), baseline=other)
+    summary = analysis.summary()["fresh"]
+    for row, fresh_weights in zip(shown(analysis).rows, summary, strict=True):
+        assert row[3] == pytest.approx(fresh_weights, nan_ok=True)
+    assert dict(zip(analysis.summary()["finding"], summary, strict=True))["line-shape score"] < 3
+
+
+def test_what_has_no_chance_level_is_not_called_not_found():
+    rows = {row[0]: row for row in shown(make_analysis()).rows}
+    assert isinstance(rows["line-shape score"][-1], bool)
+    assert math.isnan(rows["growth by MLP"][2]) and math.isnan(rows["growth by MLP"][-1])
+
+
+def test_a_test_says_which_token_and_k_it_shows(results: dict[str, Result]):
+    assert shown(results["CouplingTest"]).below.endswith(", pos 6, k 2")
 
 
 def test_a_large_result_stays_small():

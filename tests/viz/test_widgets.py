@@ -510,6 +510,17 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
         pane.click(**cell(pane, 1, 2, 4))
         assert "Layers 1 and 2 are not both among those kept: 0, 2." in page.inner_text("#coupling")
         assert page.evaluate("typeof window.x") == "undefined"
+    # the coupling in the title is that of the matrix, not of the token and K that are chosen
+    analysis = make_analysis(shared=shared, positions=(1, 3), ks=(2, 3))
+    with opened(browser, viz.write_html(analysis, tmp_path / "several.html")) as page:
+        page.wait_for_selector("html[data-drawn]")
+        page.evaluate("tlc.choice.set('token', 1); tlc.choice.set('k', 3)")
+        assert page.inner_text("#coupling-title").endswith("token 1")
+        pane = page.locator("#coupling .heatmap image").first
+        pane.click(**cell(pane, 2, 0, 4))
+        coupling, null = numbers(page.inner_text(title).partition(": ")[2])
+        assert coupling == pytest.approx(float(analysis.coupling.values[0, 1, 0, 2, 0]), abs=6e-5)
+        assert null == pytest.approx(float(analysis.coupling.null[0, 1, 0, 2, 0]), abs=6e-5)
     with opened(browser, viz.depth_coupling(make_analysis()).save(tmp_path / "without.html")) as page:
         page.wait_for_selector("html[data-drawn]")
         assert "shared=True" in page.inner_text("#coupling") and "--directions" in page.inner_text("#coupling")

@@ -116,8 +116,7 @@ class Analysis(Result):
         import pandas as pd
 
         rows = self._findings(include_sinks, self._p())
-        kept = self._kept(include_sinks)
-        fresh = [] if self.baseline is None else findings(*self.baseline._measured(), kept=kept)
+        fresh = self._fresh_findings(include_sinks)
         others = {
             "with_sinks": {one.name: one.value for one in self._findings(True)},
             "fresh": {one.name: one.value for one in fresh},
@@ -140,6 +139,12 @@ class Analysis(Result):
     def _findings(self, include_sinks: bool, p: float = math.nan) -> list[Finding]:
         fresh = None if self.baseline is None else self.baseline.growth
         return findings(*self._measured(), fresh=fresh, kept=self._kept(include_sinks), p=p)
+
+    def _fresh_findings(self, include_sinks: bool) -> list[Finding]:
+        """Return the findings of the baseline over the tokens that count in this one."""
+        if self.baseline is None:
+            return []
+        return findings(*self.baseline._measured(), kept=self._kept(include_sinks))
 
     def _measured(self) -> tuple[DepthCoupling, Linearity, Growth]:
         return self.coupling, self.linearity, self.growth

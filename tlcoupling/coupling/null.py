@@ -6,7 +6,7 @@ mean and the variance of Q follow from moments of ||M||_F^2 and |M_ii|. Then, by
 
     E c = 1 - sqrt(E Q) (1 - Var Q / (8 (E Q)^2)) / norm(S1),      std(c) = std(Q) / (2 sqrt(E Q) norm(S1)).
 
-None of this is in the paper. ``benchmarks/statistics.py`` holds it against draws of bases.
+None of this is in the paper. ``benchmarks/chance.py`` holds it against draws of bases.
 """
 
 from __future__ import annotations

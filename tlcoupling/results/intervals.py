@@ -8,7 +8,7 @@ Then
 
 has nearly Student's distribution with n - 1 degrees of freedom. T rises with w, so its quantiles give the ends
 m - s T^-1(q). Simulated, 95 % intervals cover the mean of normal units in 94.4 % of samples or more and of lognormal
-ones (sigma 0.5) in 93.2 % or more, from 6 units on (``benchmarks/statistics.py``). With fewer units no method that was
+ones (sigma 0.5) in 93.2 % or more, from 6 units on (``benchmarks/chance.py``). With fewer units no method that was
 tried reaches 93 %, so there is no interval.
 """
 

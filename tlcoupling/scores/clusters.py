@@ -35,7 +35,7 @@ def jackknife(
     sqrt((G - 1) / G sum_g (z_(g) - mean z_(g))^2) (Efron 1982), and z over it has nearly Student's distribution with
     G - 2 degrees of freedom. Clusters may differ in size; each row may be its own. Simulated at 4 to 28 clusters of
     1 or 10 rows (random walks, trends, shared levels), 3 to 6 % of p-values are at most 0.05 by chance, and 95 %
-    intervals cover in 94 to 98 % of samples (``benchmarks/statistics.py``). Rows with heavy tails (lognormal, sigma 1)
+    intervals cover in 94 to 98 % of samples (``benchmarks/chance.py``). Rows with heavy tails (lognormal, sigma 1)
     reach 10 %.
 
     Args:

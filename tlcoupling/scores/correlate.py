@@ -29,7 +29,7 @@ from tlcoupling.scores.tables import Joined, Missing, join, published_points, re
 if TYPE_CHECKING:
     import pandas
 
-_FEW = 8  # models, all of whose orders are tried
+_FEW = 8  # with as many models or fewer, the rank correlation's p-value tries all their orders
 GIVEN = ("null", "same width", "parameters", "depth")
 
 
@@ -261,7 +261,7 @@ def _row(name: str, joined: Joined, families: Sequence[str], confidence: float) 
         over_clusters = jackknife(lambda rows: partial_correlation(x[rows], y[rows]).r, clusters, confidence)
         row |= over_clusters._asdict()
         row["rho"], row["rho_p"] = spearmanr(x, y)
-        if len(x) <= _FEW:
+        if independent and len(x) <= _FEW:
             row["rho_p"] = _p_over_orders(x, y)
     else:
         warnings.warn(f"{name} or the score is the same for all models that have it: no correlation", stacklevel=4)
@@ -293,9 +293,8 @@ def _p_over_orders(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
     first, second = (rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
     sums = np.abs(second[np.array(list(permutations(range(len(x)))))] @ first)
-    return float(
-        np.mean(sums >= abs(second @ first) - 1e-9)
-    )  # ranks are halves: their sums differ by 1/4 or not at all
+    # ranks are multiples of 1/2, so that their sums differ by 1/4 or not at all
+    return float(np.mean(sums >= abs(second @ first) - 1e-9))
 
 
 def _p_over_clusters(correlation: Callable[[NDArray[np.bool_]], float], clusters: Sequence[str]) -> float:

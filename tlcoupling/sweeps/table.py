@@ -54,7 +54,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "excess_other_kind": ("double", "mean of the excess over pairs of layers of different kinds; missing likewise"),
     "excess_determined": (
         "double",
-        "its mean over the pairs whose singular vectors are determined (see undetermined); missing if there is none",
+        "mean of the excess over the pairs whose singular vectors are determined (see undetermined); missing if there "
+        "is none",
     ),
     "p": (
         "double",
@@ -65,15 +66,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "excess_high": ("double", "upper end"),
     "overlap_u": ("double", f"overlap of the subspaces written to, {_MEAN}"),
     "overlap_v": ("double", f"overlap of the subspaces read from, {_MEAN}"),
-    "overlap_null_u": (
-        "double",
-        f"overlap_u of random subspaces, K over the effective width, {_MEAN}; K / d_model if measured by version 0.1",
-    ),
-    "overlap_null_v": ("double", "the same of overlap_v, which is smaller by what a norm projects out"),
+    "overlap_null_u": ("double", f"overlap_u of random subspaces: K over the effective width, {_MEAN}"),
+    "overlap_null_v": ("double", "overlap_v of random subspaces, likewise: a norm makes the effective width smaller"),
     "undetermined": (
         "int64",
         "pairs of singular vectors, of the K of each layer and measured token, that nearly equal singular values leave "
-        "undetermined; missing if measured by version 0.1",
+        "undetermined",
     ),
     "lss": ("double", "line-shape score of the sublayer's path, mean over the measured tokens"),
     "straightness": ("double", "distance over length of that path, mean over the measured tokens"),

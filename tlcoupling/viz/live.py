@@ -114,8 +114,8 @@ class Live(AnyWidget):
         own, measured = self.result.trace, self.result.baseline
         assert own is not None and measured is not None
         found = trace(random_baseline(own.model) if self._model is None else self._model, own.tokens)
-        norms = found.resid.norm(dim=-1).cpu()
-        if not torch.allclose(norms, measured.growth.norms.to(norms), rtol=1e-3):
+        norms, known = found.resid.norm(dim=-1).cpu(), measured.growth.norms
+        if norms.shape != known.shape or not torch.allclose(norms, known.to(norms), rtol=1e-3):
             raise ArgumentError("baseline", "another model", "the model that was measured as the baseline")
         return found
 

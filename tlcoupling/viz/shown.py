@@ -56,7 +56,8 @@ class Matrix:
         values: the numbers, ``[row, column]``; NaN where there is none.
         axes: names of rows and columns.
         labels: labels of rows and columns.
-        centred: whether 0 is chance, so that colours diverge around it.
+        centred: whether colours diverge around 0.
+        zero: what 0 is, in words.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Matrix:
     axes: tuple[str, str]
     labels: tuple[Sequence[Any], Sequence[Any]]
     centred: bool = True
+    zero: str = "chance"
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,15 @@ def _coupling(result: Coupling) -> Shown:
 def _analysis(result: Analysis) -> Shown:
     found = result._findings(False)
     fresh = result.baseline is not None
-    others = {one.name: one.value for one in result.baseline._findings(False)} if result.baseline is not None else {}
+    others = {one.name: one.value for one in result._fresh_findings(False)}
     rows = [
-        (one.name, one.value, one.chance, *([others.get(one.name, math.nan)] if fresh else []), one.found)
+        (
+            one.name,
+            one.value,
+            one.chance,
+            *([others.get(one.name, math.nan)] if fresh else []),
+            one.found if one.found or math.isfinite(one.chance) else math.nan,  # nothing to differ from
+        )
         for one in found
     ]
     columns = ("", "value", "chance", *(["fresh weights"] if fresh else []), "found")
@@ -165,14 +173,15 @@ def _many(result: ManyAnalyses) -> Shown:
     for index, name in enumerate(result.sublayers):
         numbers = [float(means(result, quantity)[index, 0]) for quantity in _AGAINST_NULL]
         rows.append((f"coupling of {name}", *numbers, float(means(other, "excess")[index, 0]) if other else math.nan))
-    for name, quantity in (("line-shape score", "lss"), ("expodistance", "expodistance"), ("growth rate", "rate")):
+    straight = f"line-shape score of the {result.paths[0]} path"
+    for name, quantity in ((straight, "lss"), ("expodistance", "expodistance"), ("growth rate", "rate")):
         here, there = (
             math.nan if one is None else float(means(one, quantity).reshape(-1)[0]) for one in (result, other)
         )
         rows.append((name, here, math.nan, math.nan, there))
     by_prompt = {"excess of " + result.sublayers[0]: result._by_prompt("excess")[:, 0, 0]}
     picture = Lines("excess by prompt", "prompt", result.names, by_prompt, chance=torch.zeros(len(result.names)))
-    columns = ("", "value", "null", "excess", "baseline (excess)")
+    columns = ("", "value", "null", "excess", "baseline: excess, or value")
     return Shown(
         f"{counted(len(result.names), 'prompt')}, K = {result.ks[0]}",
         columns if other else columns[:-1],
@@ -209,7 +218,8 @@ def _test(result: CouplingTest) -> Shown:
         for row, name in enumerate(names)
     ]
     columns = ("", "excess", "chance's std", "low", "high", "p")
-    below = f"{result.draws} draws, {result.confidence:.0%} intervals: what chance adds, taken off the excess"
+    where = "".join(f", {axis} {one[0]}" for axis, one in zip(result.axes[1:-1], result.labels[1:-1], strict=True))
+    below = f"{result.draws} draws, {result.confidence:.0%} intervals: the excess less what chance adds{where}"
     return Shown(below, columns, rows, pictures)
 
 
@@ -311,7 +321,7 @@ def _head_steps(result: HeadSteps) -> Shown:
     for index in share.abs().nan_to_num().flatten().argsort(descending=True)[:3].tolist():
         rows.append((f"head {index % n_heads} of layer {index // n_heads}", float(share.flatten()[index])))
     labels = (range(len(share)), range(n_heads))
-    picture = Matrix("share of the step, mean over tokens", share, ("layer", "head"), labels)
+    picture = Matrix("share of the step, mean over tokens", share, ("layer", "head"), labels, zero="0")
     below = f"{counted(len(share), 'layer')}, {counted(len(result.tokens), 'token')}; shares of a step sum to 1"
     return Shown(below, ("share of the block's step", "mean"), rows, [picture])
 
@@ -413,16 +423,17 @@ def _causal(result: CausalEffect) -> Shown:
 
 @shown.register
 def _steering(result: SteeringEffect) -> Shown:
-    controls = result.control_kl.double().mean((0, 3))
-    columns = [result.kl.double().mean(0), *controls.unbind(1), result.loss.double().mean(0), result.linear_gap.mean(0)]
+    kl, loss, gap = (each.double().mean(0) for each in (result.kl, result.loss, result.linear_gap))
+    controls, losses = (each.double().mean((0, 3)).unbind(1) for each in (result.control_kl, result.control_loss))
+    columns = [kl, *controls, loss, *losses, gap]
     rows = [
         (f"scale {scale:g}", *numbers)
         for scale, *numbers in zip(result.scales, *(each.tolist() for each in columns), strict=True)
     ]
-    random = {f"random, same {name}": values for name, values in zip(CONTROLS, columns[1:3], strict=True)}
-    lines = {"the direction": columns[0], **random}
+    random = {f"random, same {name}": values for name, values in zip(CONTROLS, controls, strict=True)}
+    lines = {"the direction": kl, **random}
     picture = Lines("KL of the next token, nats", "scale", [f"{scale:g}" for scale in result.scales], lines)
-    headings = ("KL, nats", "the direction", *random, "loss", "linear gap")
+    headings = ("KL, nats", "the direction", *random, "change of the loss", *random, "linear gap")
     return Shown(f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}", headings, rows, [picture])
 
 
@@ -431,10 +442,10 @@ def _lens(result: JacobianLens) -> Shown:
     norms, errors = result.matrices.double().flatten(1).norm(dim=1), result.error.double()
     chosen = dict.fromkeys((0, len(norms) // 2, len(norms) - 1))
     rows = [(f"layer {result.layers[at]}", float(norms[at]), float(errors[at])) for at in chosen]
-    picture = Lines("‖J‖ of the transport", "layer", result.layers, {"to the last layer": norms})
+    picture = Lines("‖J‖_F of the transport", "layer", result.layers, {"to the last layer": norms})
     cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
     below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
-    return Shown(below, ("", "‖J‖", "standard error, relative"), rows, [picture])
+    return Shown(below, ("", "‖J‖_F", "standard error, relative"), rows, [picture])
 
 
 @shown.register

@@ -102,9 +102,9 @@ def _matrix(picture: Matrix) -> tuple[str, str]:
     drawing = (
         f'<svg role="img" aria-label="{_text(picture.title)}" width="{side * columns:.0f}" height="{side * rows:.0f}" '
         f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" shape-rendering="crispEdges" '
-        f'stroke-width="{max(rows, columns) / 150:.3f}">{"".join(paths)}{frame}</svg>'
+        f'style="overflow:visible" stroke-width="{max(rows, columns) / 150:.3f}">{"".join(paths)}{frame}</svg>'
     )
-    meaning = "; blue above chance, orange below" if picture.centred else ""
+    meaning = f"; blue above {picture.zero}, orange below" if picture.centred else ""
     return drawing, f"{picture.axes[0]} ↓ {picture.axes[1]} →, {number(low)} to {number(high)}{meaning}"
 
 

@@ -102,8 +102,8 @@ def coupling_against_score(
     points, the figure says so. The colour then still shows the width, with which the null grows.
 
     Args:
-        table: a DataFrame or a mapping of columns, with one row per model; or the result of ``tlc.correlate``, which
-            has a null and a width of its own.
+        table: a DataFrame or a mapping of columns, with one row per model; or the result of ``tlc.correlate``, whose
+            own width is drawn, and whose own null if ``coupling`` is a coupling.
         name: column with the models' names.
         coupling: column with the coupling, or the excess.
         score: column with the score.
@@ -117,7 +117,8 @@ def coupling_against_score(
     if isinstance(table, Correlations):
         if coupling not in table.predictors:
             coupling = next((one for one in table.predictors if one.startswith(coupling)), coupling)
-        null, width, table = coupling.replace("coupling", "null", 1), "width", table.by_model()
+        null = coupling.replace("coupling", "null", 1) if coupling.startswith("coupling") else None
+        width, table = "width", table.by_model()
     allowed = "a DataFrame or a mapping of columns, or tlc.correlate(...)"
     require_kind("table", table, (Mapping, pd.DataFrame), allowed)
     columns = {title: list(table[title]) for title in table}

@@ -14,6 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.headline import without_sinks
 from tlcoupling.analysis.many import ManyAnalyses
+from tlcoupling.arguments import as_list
 from tlcoupling.errors import ArgumentError
 from tlcoupling.text import counted
 from tlcoupling.viz.figures.select import index_of, measured_on, require_kind
@@ -108,9 +109,9 @@ def _gathered(
     if isinstance(result, Analysis):
         result = {result.provenance.model_name: result}
     require_kind("result", result, Mapping, 'tlc.analyze_many(...), or analyses by model name, {"trained": [...]}')
-    lists: dict[str, list[Analysis]] = {
-        str(name): [given] if isinstance(given, Analysis) else list(given) for name, given in result.items()
-    }
+    lists: dict[str, list[Analysis]] = {str(name): as_list(given) for name, given in result.items()}
+    for one in (one for many in lists.values() for one in many):
+        require_kind("result", one, Analysis, "analyses by model name, of tlc.analyze(model, prompt)")
     if not lists or not all(lists.values()):
         raise ArgumentError("result", result, "one analysis or more of each model")
     first = next(iter(lists.values()))[0]

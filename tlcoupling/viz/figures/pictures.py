@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tlcoupling.results.base import Result
-from tlcoupling.viz.figures.select import measured_on
+from tlcoupling.viz.figures.select import measured_on, require_kind
 from tlcoupling.viz.figures.style import (
     DIVERGING,
     NULL,
@@ -40,6 +40,7 @@ def pictures(result: Result) -> Figure:
     Args:
         result: any result.
     """
+    require_kind("result", result, Result, "a result of tlcoupling")
     one = shown(result)
     drawn = one.pictures
     columns = min(COLUMNS, max(len(drawn), 1))

@@ -12,12 +12,12 @@ tlc.sections.coupling = (section, data) => {
   const digits = tlc.digits(data.values);
   const isOne = (l, m) => data.diagonal_is_one && l === m;
 
-  /** All numbers of a model's sublayer s at row l and column m, for a token index; undefined where it is 1 by definition. */
-  const cellOf = (model, s, l, m, token = shown.token) => {
+  /** All numbers of a model's sublayer s at row l and column m, for indices of token and K; undefined where it is 1 by definition. */
+  const cellOf = (model, s, l, m, token = shown.token, k = shown.k) => {
     if (isOne(l, m)) return undefined;
-    const at = [s, token, shown.k, l];
+    const at = [s, token, k, l];
     const cell = tlc.comparison(model.values.at(...at, m), model.null.at(...at), model.std.at(...at));
-    return model === models.trained ? { ...cell, undetermined: Boolean(undetermined?.at(s, token, shown.k, m)) } : cell;
+    return model === models.trained ? { ...cell, undetermined: Boolean(undetermined?.at(s, token, k, m)) } : cell;
   };
   const minus = (a, b) =>
     a && b && Object.fromEntries(["excess", "coupling"].map((q) => [q, a[q] === null || b[q] === null ? null : a[q] - b[q]]));
@@ -42,9 +42,12 @@ tlc.sections.coupling = (section, data) => {
     }
   };
   const shared = tlc.sharedDirections(section, data.shared);
+  // what two layers share was measured of blocks, at one token and the first K, whatever is chosen now
+  const ofShared = [sublayers.indexOf("block"), data.positions.indexOf(data.shared?.position)];
   const choose = (l, m) => {
     tlc.choice.set("layer", layers[l]);
-    shared.show(layers[l], layers[m], shown.token >= 0 && cellOf(models.trained, 0, l, m));
+    const [s, token] = ofShared;
+    shared.show(layers[l], layers[m], s >= 0 && token >= 0 && cellOf(models.trained, s, l, m, token, 0));
   };
   const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
   const panes = sets.flatMap((set) => {

@@ -1,6 +1,6 @@
 /* What two blocks share: the matrix behind their coupling, and the tokens of the directions on its diagonal. */
 
-/** Fill the part of a section that shows a pair of layers; return {show(row layer, column layer, cell of coupling)}. */
+/** Fill the part of a section that shows a pair of layers; return {show(row layer, column layer, cell of their coupling at its token, or nothing)}. */
 tlc.sharedDirections = (section, data) => {
   const part = (name) => tlc.part(section, `shared${name && "-"}${name}`);
   if (!data) {

@@ -2,10 +2,10 @@
 
 Each row has what is to hold, what simulation found, its standard error and the number of simulations.
 
-    python benchmarks/statistics.py                        # all rows: about four minutes of one core
-    python benchmarks/statistics.py --rows null intervals  # some groups of rows
-    python benchmarks/statistics.py --write                # also replace these rows in docs/concepts/chance.csv
-    python benchmarks/statistics.py --quick                # a tenth of the simulations
+    python benchmarks/chance.py                        # all rows: about four minutes of one core
+    python benchmarks/chance.py --rows null intervals  # some groups of rows
+    python benchmarks/chance.py --write                # also replace these rows in docs/concepts/chance.csv
+    python benchmarks/chance.py --quick                # a tenth of the simulations
 """
 
 from __future__ import annotations
