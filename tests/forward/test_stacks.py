@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_the_other_stack_is_part_of_the_input():
 
 
 def test_a_stack_is_a_model_for_all_that_takes_one():
-    model, trace = traced(T5, "decoder")
+    _, trace = traced(T5, "decoder")
     again = tlc.trace(trace.model, DECODER)
     assert torch.equal(again.resid, trace.resid) and tlc.growth(again).provenance.settings["stack"] == "decoder"
     report = tlc.analyze(trace.model, DECODER, k=3)
@@ -126,9 +127,13 @@ def test_a_stack_is_a_model_for_all_that_takes_one():
         tlc.context_coupling(trace, "dest", -1, k=3, sublayers="cross_attn")
     effect = tlc.causal_effect(trace.model, [DECODER], 2, sublayer="mlp", layers=[1], draws=1)
     assert effect.effect.isfinite().all()
-    with torch.no_grad():
-        logits = architectures.Real.of(model, "decoder").run
-        assert (tlc.read_directions(trace, 1, "cross_attn").scores.isfinite().all() and logits() is None) or True
+    assert tlc.read_directions(trace, 1, "cross_attn").scores.isfinite().all()
+
+
+def test_a_stack_can_be_copied():
+    _, trace = traced(T5, "decoder")
+    again = tlc.trace(copy.copy(trace.model), DECODER)
+    assert torch.equal(again.resid, trace.resid)
 
 
 def test_hooks_of_a_stack_act_by_its_own_names():

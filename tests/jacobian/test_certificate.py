@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -40,6 +42,17 @@ def test_an_adapter_is_seen_wherever_it_has_a_derivative(first: tuple[int, int])
         found = tlc.token_coupling(trace, k=3, tokens="all", layers=1).values
         truth = tlc.token_coupling(trace, k=3, tokens="all", layers=1, engine="autograd").values
         torch.testing.assert_close(found, truth, rtol=0, atol=1e-5)
+
+
+@needs_llama
+def test_a_layer_keeps_no_matrix_of_a_pair_that_is_done_with():
+    """What is promised of memory counts the matrices that are held: a long prompt has more pairs than fit."""
+    trace = tlc.trace(LLAMA.model(), TOKENS)
+    engine = JacobianEngine(trace, pairs=[(pos, pos) for pos in range(len(TOKENS))], formed=True)
+    made = [weakref.ref(engine.operator(1, "attn", pos, pos)) for pos in range(len(TOKENS))]
+    gc.collect()
+    assert engine.used == {"attn": "analytic"}
+    assert all(operator() is None for operator in made[:-1])
 
 
 GATED = [case for case in CASES if case.name in ("bridge-llama", "bridge-gemma2", "bridge-qwen3", "bridge-mistral")]

@@ -55,8 +55,9 @@ def coupling_loss(
     r"""Return 1 - coupling of the layers' Jacobians, differentiable with respect to the model's parameters.
 
     c is the mean coupling over ordered pairs of different layers (``depth_coupling(...).mean()``). With
-    ``quantity="excess"`` the loss is c_null - c, about 0 for random weights at every width and K. Minimising it couples
-    the layers; a negative weight uncouples them. Add it to the task loss:
+    ``quantity="excess"`` the loss is c_null - c, about 0 for random weights at every width and K. This c_null is of
+    the whole width; ``depth_coupling(...).excess`` takes the effective width. Minimising the loss couples the layers; a
+    negative weight uncouples them. Add it to the task loss:
 
         (task_loss + 0.1 * tlc.coupling_loss(model, tokens, layers=[4, 5, 6])).backward()
 
@@ -78,7 +79,8 @@ def coupling_loss(
         tokens: a prompt, as in ``trace``.
         k: number of singular vectors to compare, or a fraction of d_model.
         layers: at least two block indices; by default all.
-        sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+        sublayer: ``"block"``, or a sublayer that all blocks have, such as ``"attn"`` or ``"mlp"``. Of a sublayer, one
+            more forward pass checks that the writes add up to the stream.
         token: the position.
         quantity: ``"values"`` or ``"excess"``.
         normalizer: as in ``depth_coupling``.

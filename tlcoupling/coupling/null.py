@@ -1,6 +1,7 @@
 r"""The coupling that independent Haar-random bases give: its mean and its standard deviation, in closed form.
 
-Let D be the singular values of J1, f = ||J1||_F, and u, v Haar-random unit vectors. With M = U2^T J1 V2 and
+Let D be the singular values of J1, f = ||J1||_F, and u, v Haar-random unit vectors of R^w, with w the effective width
+(``effective_width``): the width d, less what both Jacobians miss. With M = U2^T J1 V2 and
 Q = || abs(M) - S1 ||_F^2 = ||M||_F^2 + sum S1^2 - 2 sum_i s_i |M_ii|, the coupling is c = 1 - sqrt(Q) / norm(S1). The
 mean and the variance of Q follow from moments of ||M||_F^2 and |M_ii|. Then, by the delta method,
 

@@ -33,7 +33,7 @@ def weight_only(tensor: Any) -> bool:
     if not type(tensor).__module__.startswith("torchao.") or getattr(tensor, "act_pre_scale", None) is not None:
         return False
     said = [getattr(tensor, name) for name in _ACTIVATIONS if hasattr(tensor, name)]
-    return said == [None] * len(said) != []
+    return bool(said) and all(each is None for each in said)
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -38,7 +38,9 @@ class Stack:
         self.start_token = _start_token(model) if name == "decoder" else None
 
     def __getattr__(self, name: str) -> Any:
-        """What the whole model says."""
+        """What the whole model says; copying asks for special methods before there is one."""
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self.model, name)
 
     @property

@@ -238,8 +238,8 @@ class Trace(Stream):
         writes = {name: write[:, rows] for name, write in self.writes.items()}
         tokens, names = self.tokens[rows], self.str_tokens[rows]
         resid = self.resid[:, rows]
-        cut = replace(self, resid=resid, writes=writes, edits=None, tokens=tokens, str_tokens=names, first=first)
-        cut = replace(cut, _calls=made)
+        rest = {"tokens": tokens, "str_tokens": names, "first": first, "_calls": made}
+        cut = replace(self, resid=resid, writes=writes, edits=None, **rest)
         vars(cut).update(_parameters=self._parameters, _lifts=self._lifts)  # of the same blocks
         return cut
 

@@ -215,10 +215,12 @@ def residual_jacobian(
 
     - block: d (x^{l+1}_dest - x^l_dest) / d x^l_src for src = dest, d x^{l+1}_dest / d x^l_src otherwise: a position
       reaches a later one without a skip, so nothing is subtracted there.
-    - attn: d a^l_dest / d x^l_src; with ``head``, of that head's share of a^l (of ``hook_z`` through the output
+    - attn (mixer): d a^l_dest / d x^l_src; with ``head``, of that head's share of a^l (of ``hook_z`` through the output
       projection: before a post-norm, and before hooks on the write).
     - mlp: d m^l_dest / d x_mid_dest in a sequential block, d m^l_dest / d x^l_dest in a parallel one; zero for
       src != dest.
+    - cross_attn of a decoder with an encoder: what it writes at dest by the stream that it reads there, behind the
+      self-attention; zero for src != dest.
 
     Rows are output coordinates, columns input coordinates. Source: arXiv 2407.07810, section 3. Products that you take
     of it are as precise as ``torch.set_float32_matmul_precision`` has it then; measurements take theirs at its highest.
@@ -226,10 +228,10 @@ def residual_jacobian(
     Args:
         trace: a trace of the model.
         layer: block index, from -L to L - 1.
-        sublayer: ``"block"``, ``"attn"`` or ``"mlp"``.
+        sublayer: ``"block"``, or one of ``trace.sublayers``: ``"attn"`` (or ``"mixer"``), ``"cross_attn"``, ``"mlp"``.
         src: input position, from -pos to pos - 1.
-        dest: output position, not before src.
-        head: head index, only with ``sublayer="attn"``.
+        dest: output position, not before src in a causal model.
+        head: head index, only of an attention.
         engine: ``"auto"``, ``"analytic"`` or ``"autograd"``; see ``JacobianEngine``.
 
     Returns:

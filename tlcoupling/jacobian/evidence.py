@@ -6,6 +6,7 @@ either engine's Jacobian against central differences of what is run (``differenc
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 from jaxtyping import Float
@@ -42,7 +43,7 @@ class Evidence:
         self._modules: ModuleProducts | None = None
         self._differences = BlockDifferences(trace, layer, hooked, pairs)
         self._refusals: dict[tuple[str, int, int], str | None] = {}
-        self._products: dict[tuple[str, int, int], tuple[JacobianOperator, Float[Tensor, " d_model"]]] = {}
+        self._products: dict[tuple[str, int, int], tuple[weakref.ref[JacobianOperator], Tensor]] = {}
 
     def refusal(self, closed: AnalyticLayer, sublayer: str, src: int, dest: int) -> str | None:
         """Return why the closed form of a pair cannot be used, None where it can.
@@ -124,7 +125,8 @@ class Evidence:
     def _product(self, operator: JacobianOperator, sublayer: str, src: int, dest: int) -> Float[Tensor, " d_model"]:
         """The product of a Jacobian with the direction of its difference quotient; taken once."""
         key = (sublayer, src, dest)
-        if key not in self._products or self._products[key][0] is not operator:
+        if key not in self._products or self._products[key][0]() is not operator:
             direction = self._differences.quotient(*key).direction
-            self._products[key] = operator, operator.mv(direction.to(operator.device))
+            # an operator may hold its matrix, and a layer has as many as pairs: none is kept alive here
+            self._products[key] = weakref.ref(operator), operator.mv(direction.to(operator.device))
         return self._products[key][1]
