@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from cases import CASES, TOKENS, Case
@@ -82,3 +83,22 @@ def head_jacobians(trace: tlc.Trace, layer: int, pos: int) -> list[torch.Tensor]
     """Return each head's Jacobian, by autograd through the block's modules."""
     heads = range(trace.model.cfg.n_heads)
     return [tlc.residual_jacobian(trace, layer, "attn", pos, pos, head, engine="autograd").dense() for head in heads]
+
+
+def graph_between(
+    model: Any, tokens: torch.Tensor, entry: str, end: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation at a hook point as a leaf, and what a forward pass makes of it at a later one, or its logits."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def enter(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        kept["leaf"] = tensor.detach().clone().requires_grad_()
+        return kept["leaf"]
+
+    def leave(tensor: torch.Tensor, hook: Any) -> None:
+        kept["out"] = tensor
+
+    hooks = [(entry, enter), *(() if end is None else ((end, leave),))]
+    with torch.enable_grad():
+        given = model.run_with_hooks(tokens[None], return_type=None if end else "logits", fwd_hooks=hooks)
+    return kept["leaf"], given if end is None else kept["out"]

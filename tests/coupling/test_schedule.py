@@ -231,7 +231,7 @@ if {small}:
     model, prompt = CASES[0].model(torch.float32), TOKENS
 else:
     model = tlc.load_model("smollm2-135m")
-    prompt = list(range(1, 29))
+    prompt = list(range(1, 1 + {length}))
 options = dict(k=4 if {small} else 10, tokens=list(range(-{n_tokens}, 0)), engine={engine!r}, layers={layers})
 promised = tlc.estimate(model, prompt, **options).memory_bytes
 process, ended = psutil.Process(), threading.Event()
@@ -251,13 +251,21 @@ print(promised, peak - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("small", "n_tokens", "engine", "layers"),
-    [(True, 7, "auto", None), (False, 1, "auto", None), (False, 8, "auto", None), (False, 1, "autograd", [3, 4])],
+    ("small", "length", "n_tokens", "engine", "layers"),
+    [
+        (True, 7, 7, "auto", None),
+        (False, 28, 1, "auto", None),
+        (False, 28, 8, "auto", None),
+        (False, 512, 1, "auto", None),
+        (False, 28, 1, "autograd", [3, 4]),
+    ],
 )
-def test_resident_memory_stays_within_what_is_promised(small: bool, n_tokens: int, engine: str, layers: Any):
+def test_resident_memory_stays_within_what_is_promised(
+    small: bool, length: int, n_tokens: int, engine: str, layers: Any
+):
     """In a process of its own, so that memory that earlier tests left free hides nothing."""
     tests = Path(__file__).parent
-    code = PEAK.format(tests=str(tests), small=small, n_tokens=n_tokens, engine=engine, layers=layers)
+    code = PEAK.format(tests=str(tests), small=small, length=length, n_tokens=n_tokens, engine=engine, layers=layers)
     run = subprocess.run([sys.executable, "-c", code], cwd=tests.parent, capture_output=True, text=True, check=True)
     promised, peak = map(float, run.stdout.split()[-2:])
     assert peak <= promised, f"{peak / 2**20:.0f} MiB of {promised / 2**20:.0f} promised"

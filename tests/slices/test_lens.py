@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FEW, TOKENS, Case, relative_error
+from oracle import graph_between
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
@@ -17,23 +18,12 @@ PROMPTS = {"one": TOKENS, "two": torch.tensor([3, 17, 28, 9, 40])}
 
 def definition(model: Any, tokens: torch.Tensor, layer: int, skipped: int) -> torch.Tensor:
     """The mean over sources of the sum over targets of d x^L by the block's output, row by row through the model."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def enter(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
-        kept["leaf"] = tensor.detach().clone().requires_grad_()
-        return kept["leaf"]
-
-    def leave(tensor: torch.Tensor, hook: Any) -> None:
-        kept["out"] = tensor
-
-    last = len(model.blocks) - 1
-    with torch.enable_grad():
-        hooks = [(f"blocks.{layer}.hook_resid_post", enter), (f"blocks.{last}.hook_resid_post", leave)]
-        model.run_with_hooks(tokens[None], return_type=None, fwd_hooks=hooks)
+    points = (f"blocks.{one}.hook_resid_post" for one in (layer, len(model.blocks) - 1))
+    leaf, out = graph_between(model, tokens, *points)
     valid = list(range(skipped, len(tokens) - 1))
     rows = []
-    for number in kept["out"][0, valid].sum(0):
-        (pulled,) = torch.autograd.grad(number, kept["leaf"], retain_graph=True)
+    for number in out[0, valid].sum(0):
+        (pulled,) = torch.autograd.grad(number, leaf, retain_graph=True)
         rows.append(pulled[0, valid].mean(0))
     return torch.stack(rows)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from broken import CUTS, forward, half_detached
 from cases import CASES, FEW, TOKENS, Case, built_here, relative_error
+from oracle import graph_between
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, CertificateError, DerivativeError, HookError, StaleTraceError
@@ -32,21 +33,10 @@ def truth(trace: tlc.Trace, source: tuple[Any, ...], target: tuple[Any, ...]) ->
     What is added to hook_resid_mid is added to the attention's write: a bridge's hook_resid_mid is beside the stream.
     """
     entry = hook_name(("attn_out", source[1]) if source[0] == "resid_mid" else source)
-    kept: dict[str, torch.Tensor] = {}
-
-    def enter(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
-        kept["leaf"] = tensor.detach().clone().requires_grad_()
-        return kept["leaf"]
-
-    def leave(tensor: torch.Tensor, hook: Any) -> None:
-        kept["out"] = tensor
-
-    with torch.enable_grad():
-        hooks = [(entry, enter), (hook_name(target), leave)]
-        trace.model.run_with_hooks(trace.tokens[None], return_type=None, fwd_hooks=hooks)
+    leaf, out = graph_between(trace.model, trace.tokens, entry, hook_name(target))
     rows = []
-    for number in of_site(kept["out"], target)[0, list(DEST)].flatten():
-        (pulled,) = torch.autograd.grad(number, kept["leaf"], retain_graph=True)
+    for number in of_site(out, target)[0, list(DEST)].flatten():
+        (pulled,) = torch.autograd.grad(number, leaf, retain_graph=True)
         rows.append(of_site(pulled, source)[0, list(SRC)].flatten())
     return torch.stack(rows)
 
@@ -121,18 +111,9 @@ def test_modes_and_composition():
 def test_logits(case: Case):
     """Chosen logits, their difference and all of them, against a backward pass from the model's own logits."""
     trace = tlc.trace(case.model(), TOKENS)
-    kept: list[torch.Tensor] = []
-
-    def enter(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
-        kept.append(tensor.detach().clone().requires_grad_())
-        return kept[0]
-
-    with torch.enable_grad():
-        logits = trace.model.run_with_hooks(
-            trace.tokens[None], return_type="logits", fwd_hooks=[("blocks.1.hook_resid_pre", enter)]
-        )
+    leaf, logits = graph_between(trace.model, trace.tokens, "blocks.1.hook_resid_pre")
     rows = torch.stack(
-        [torch.autograd.grad(logits[0, -1, token], kept[0], retain_graph=True)[0][0, 2] for token in (5, 9)]
+        [torch.autograd.grad(logits[0, -1, token], leaf, retain_graph=True)[0][0, 2] for token in (5, 9)]
     )
     chosen = tlc.slice_jacobian(trace, ("resid_pre", 1), ("logits", [5, 9]), src=2)
     assert relative_error(chosen.dense(), rows) < 10 * case.tolerance

@@ -16,14 +16,14 @@ from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
+from tlcoupling.coupling.schedule import BUFFERS, Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.inputs import read_inputs
-from tlcoupling.forward.split import POSITIONWISE, splits_of_model, sublayers_of
+from tlcoupling.forward.split import POSITIONWISE, Split, splits_of_model, sublayers_of
 from tlcoupling.jacobian.autograd import n_heads_of
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.jacobian.runs import FEW_ROWS
@@ -39,6 +39,7 @@ JACOBIAN_CALLS = 60.0  # likewise in making a closed form
 # each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
 PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
 PATTERN_STEPS = 20.0  # softmaxes that take as long as what a traced pass does with each number of a pattern, measured
+PATTERNS = 6.0  # patterns of one layer that a traced pass holds at once, with scores, masks and copies; measured
 STAGES = ("Jacobians", "decomposition", "comparison")
 
 
@@ -190,10 +191,36 @@ def estimate(
         n_measured=len(positions),
         ks=options.k,
         stages=stages,
-        memory_bytes=max(schedule.peak_bytes for schedule in schedules.values()),
+        memory_bytes=memory_with_trace(
+            model, splits, n_tokens, dtype, max(schedule.peak_bytes for schedule in schedules.values())
+        ),
         free_bytes=min(schedule.free_bytes for schedule in schedules.values()),
         rates=rates,
     )
+
+
+def memory_with_trace(
+    model: Any, splits: Sequence[Split], n_tokens: int, dtype: torch.dtype, peak_bytes: float
+) -> float:
+    """Return the memory beyond the model of a measurement and of the trace that it is taken on, at most.
+
+    The stream and the writes count twice: as the pass records them and as the trace stacks them, since an allocator may
+    keep what the first were in.
+
+    Args:
+        model: the model, or the shapes of its weights.
+        splits: how each block is split.
+        n_tokens: length of the prompt.
+        dtype: of the trace.
+        peak_bytes: of the measurement beyond its trace.
+    """
+    cfg, n_layers, size = model.cfg, len(splits), int(getattr(model.cfg, "d_head", 0) or 0)
+    streams = 1 + n_layers * (1 + len(splits[0].names))
+    groups = int(getattr(cfg, "n_key_value_heads", 0) or n_heads_of(cfg))
+    held = float(n_tokens) * (2 * streams * cfg.d_model + 2 * n_layers * groups * size)
+    logits = float(n_tokens) * int(getattr(cfg, "d_vocab", 0) or 0)
+    patterns = PATTERNS * n_heads_of(cfg) * float(n_tokens) ** 2
+    return dtype.itemsize * held + max(dtype.itemsize * (logits + patterns) + BUFFERS, peak_bytes)
 
 
 def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rates: Rates) -> tuple[Stage, ...]:

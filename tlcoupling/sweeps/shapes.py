@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlcoupling.analysis.estimate import stages_of
+from tlcoupling.analysis.estimate import memory_with_trace, stages_of
 from tlcoupling.arguments import check_int, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
@@ -216,7 +216,7 @@ def cell_cost(shape: Shape, cell: Cell, rates: Rates) -> CellCost:
     return CellCost(
         flops=sum(stage.flops for stage in stages),
         seconds=sum(stage.seconds for stage in stages),
-        memory_bytes=schedule.peak_bytes,
+        memory_bytes=memory_with_trace(model, shape.splits, n_tokens, torch.float32, schedule.peak_bytes),
         file_bytes=4.0 * (pairs + per_row + trajectories) + _HEADER,
     )
 

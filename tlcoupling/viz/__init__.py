@@ -8,7 +8,6 @@ themselves. ``figures`` draws for print with matplotlib, which is imported at it
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tlcoupling.viz import plots
@@ -42,16 +41,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import ``figures`` and ``Live`` at their first use."""
     if name == "Live":
-        return _live()
+        remedy = "live notebooks need anywidget: pip install anywidget"
+        return plots.with_remedy("live", remedy, "anywidget", "traitlets").Live
     if name != "figures":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return plots.figures()
-
-
-def _live() -> Any:
-    try:
-        return import_module(f"{__name__}.live").Live
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("anywidget", "traitlets"):
-            raise
-        raise ImportError("live notebooks need anywidget: pip install anywidget") from error

@@ -36,12 +36,21 @@ def figures() -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    return with_remedy("figures", "figures need matplotlib: pip install matplotlib", "matplotlib")
+
+
+def with_remedy(module: str, remedy: str, *packages: str) -> Any:
+    """Import a module of ``tlcoupling.viz`` that needs packages which may be missing.
+
+    Raises:
+        ImportError: one of the packages is not installed; the message is ``remedy``.
+    """
     try:
-        return import_module("tlcoupling.viz.figures")
+        return import_module(f"tlcoupling.viz.{module}")
     except ImportError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
+        if (error.name or "").partition(".")[0] not in packages:
             raise
-        raise ImportError("figures need matplotlib: pip install matplotlib") from error
+        raise ImportError(remedy) from error
 
 
 def _draw(result: Result, **options: Any) -> Any:
