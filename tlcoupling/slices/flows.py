@@ -75,7 +75,7 @@ class Flows:
         """Return the derivative between two places of a block: its ends (None), or sites within it.
 
         Raises:
-            as ``block``.
+            DerivativeError: as ``block``, whose other errors it raises too.
         """
         whole = self.block(layer)
         first, last = start or Site(layer), end or Site(layer + 1)

@@ -63,7 +63,7 @@ def steering_vector(
         Triplets: ``v`` holds unit directions in columns, ``u`` how the target moves, ``s`` by how much.
 
     Raises:
-        as ``slice_jacobian`` and ``truncated_svd``.
+        ValueError: as ``slice_jacobian`` and ``truncated_svd``.
 
     Example:
         >>> vectors = tlc.steering_vector(trace, 3, ("resid_post", 20), k=8)  # doctest: +SKIP
