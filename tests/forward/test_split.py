@@ -140,12 +140,24 @@ def test_a_loss_of_sublayers_that_do_not_add_up_is_refused(sublayer: Any):
         tlc.coupling_loss(architectures.boot("BertForMaskedLM"), TOKENS, k=2, layers=[0, 1], sublayer=sublayer)
 
 
-def test_a_loss_of_blocks_whose_output_no_hook_point_sees_is_refused():
+@pytest.mark.parametrize("sublayer", ["block", "attn", "mlp"])
+def test_a_loss_of_blocks_whose_output_no_hook_point_sees_is_refused(sublayer: Any):
     gpt1, _ = traced("OpenAIGPTLMHeadModel")
     with pytest.raises(
         UnsupportedModelError, match=r"not call blocks\.0\.hook_resid_post.*tlc\.depth_coupling measures"
     ):
-        tlc.coupling_loss(gpt1, TOKENS, k=2, layers=[0, 1])
+        tlc.coupling_loss(gpt1, TOKENS, k=2, layers=[0, 1], sublayer=sublayer)
+
+
+def test_blocks_whose_output_no_hook_point_sees_are_measured_by_what_the_modules_give():
+    """GPT-1's blocks give a list, so TransformerLens's hook point behind them is never called: a cache lacks it."""
+    gpt1, trace = traced("OpenAIGPTLMHeadModel")
+    assert "blocks.3.hook_resid_post" not in gpt1.run_with_cache(trace.tokens[None])[1]
+    given = []
+    handle = gpt1.blocks[-1].register_forward_hook(lambda module, args, output: given.append(output[0]))
+    gpt1(trace.tokens[None], return_type=None)
+    handle.remove()
+    assert torch.equal(trace.resid[-1], given[0][0])
 
 
 @pytest.mark.parametrize(
