@@ -13,6 +13,7 @@ from cases import TOKENS, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError, UnsupportedModelError
+from tlcoupling.forward.inputs import picture_of
 from tlcoupling.forward.split import splits_of
 from tlcoupling.models.load import _transformer_bridge
 
@@ -112,6 +113,32 @@ def test_a_causal_effect_needs_a_next_token_and_a_sublayer():
     gpt1, _ = traced("OpenAIGPTLMHeadModel")
     with pytest.warns(UserWarning, match="whole"), pytest.raises(ArgumentError, match="'mlp'.*none in this.*block 0:"):
         tlc.causal_effect(gpt1, [TOKENS], 2)
+
+
+def test_the_image_goes_with_its_patches(tmp_path: Path):
+    """The page shows it: the pixels that the patches cover, each channel from its lowest to its highest value."""
+    vit, _ = traced("ViTModel")
+    pixels = architectures.prompt(vit)["pixel_values"]
+    analysis = tlc.analyze(vit, {"pixel_values": pixels}, k=2)
+    assert analysis.tokens[:2] == ("[CLS]", "patch 0,0") and analysis.tokens[-1] == "patch 2,2"
+    assert analysis.prompt == "no text, but 10 positions: [CLS] … patch 2,2"
+    shares = pixels[0] - pixels[0].amin((1, 2), keepdim=True)
+    shares = shares / shares.amax((1, 2), keepdim=True)
+    assert (analysis.picture.permute(2, 0, 1) - 255 * shares).abs().max() <= 0.5
+    saved = tlc.load(analysis.save(tmp_path / "result.safetensors"))
+    assert torch.equal(saved.picture, analysis.picture)
+    ast, _ = traced("ASTForAudioClassification")
+    assert picture_of(ast, architectures.prompt(ast)) is None and picture_of(traced("MambaForCausalLM")[0], [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "shown"), [((1, 300, 520), (256, 256, 1)), ((4, 13, 9), (12, 8, 1)), ((3, 4, 4), (4, 4, 3))]
+)
+def test_images_of_any_size_and_channels_are_shown(shape: tuple[int, ...], shown: tuple[int, ...]):
+    vit, _ = traced("ViTModel")  # patches of four by four pixels
+    picture = picture_of(vit, {"pixel_values": torch.randn(1, *shape)})
+    assert tuple(picture.shape) == shown and picture.amin() == 0 and picture.amax() == 255
+    assert picture_of(vit, {"pixel_values": torch.ones(1, *shape)}).amax() == 0  # nothing to rescale
 
 
 def test_a_recurrence_reaches_later_tokens():
