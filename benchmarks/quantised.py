@@ -99,7 +99,8 @@ def main() -> None:
     print(f"stream {moved:.2f} from that of float32")
     print(
         f"beyond the model, a measurement holds {in_4_bits:.0f} MB of tensors at its peak, and {in_float32:.0f} MB of "
-        f"the float32 copy; weights of one layer are {layers[0] / 2**20:.0f} MB in float32, of all {sum(layers) / 2**20:.0f} MB"
+        f"the float32 copy; the weights of one layer are {layers[0] / 2**20:.0f} MB in float32, of all "
+        f"{sum(layers) / 2**20:.0f} MB"
     )
 
 

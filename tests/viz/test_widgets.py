@@ -182,7 +182,7 @@ def test_patches_are_shown_on_the_image(browser: Any, tmp_path: Path, width: int
     analysis = image_analysis()
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 844}) as page:
-        pane, readout = page.locator("#pairs .picture"), page.locator("#pairs .readout").first
+        readout = page.locator("#pairs .readout").first
         over = page.get_by_label("Over the image", exact=True)
         wait_for_heads(page, 2)
 

@@ -89,7 +89,7 @@ class Analysis(Result):
 
     @property
     def prompt(self) -> str:
-        """Return the prompt as text, decoded whole where that is known; what stands in its place for images and sound."""
+        """Return the prompt as text, decoded whole where that is known; of images and sound, the positions."""
         if self.provenance.tokens and max(self.provenance.tokens) < 0:
             return f"no text, but {counted(len(self.tokens), 'position')}: {self.tokens[0]} … {self.tokens[-1]}"
         return self.provenance.text or "".join(self.tokens)
