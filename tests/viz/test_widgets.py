@@ -485,6 +485,23 @@ def test_the_address_chooses_layer_and_token(browser: Any, tmp_path: Path, analy
 
 
 @pytest.mark.parametrize("width", [1280, 390])
+def test_no_text_of_a_chart_lies_on_another(browser: Any, tmp_path: Path, width: int) -> None:
+    analysis = make_analysis(n_layers=12)
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 844}) as page:
+        page.wait_for_selector("html[data-drawn]")
+        crossed = page.evaluate(
+            "[...document.querySelectorAll('svg.chart')].flatMap(svg => {"
+            "const all = [...svg.querySelectorAll('text')].filter(one => one.textContent);"
+            "const boxes = all.map(one => one.getBoundingClientRect());"
+            "const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;"
+            "return all.flatMap((one, i) => all.slice(i + 1).flatMap((other, j) =>"
+            "apart(boxes[i], boxes[i + 1 + j]) ? [] : [`${one.textContent} on ${other.textContent}`])); })"
+        )
+        assert crossed == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_headline_is_on_the_first_screen(browser: Any, tmp_path: Path, width: int) -> None:
     """Also of a long prompt and a long name."""
     analysis = make_analysis([" lorem ipsum"] * 200, token_layers=())

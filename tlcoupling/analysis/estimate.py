@@ -272,7 +272,8 @@ def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
     vocabulary = float(cfg.d_vocab) * cfg.d_model
     # logits are followed through autograd, forwards and backwards, and embeddings multiplied; each time, the numbers
     # come from memory
-    read = Work(thin=(4.0 + 2.0) * found * vocabulary, softmax=(2.0 + 1.0) * (len(comparison.layers) + 1) * vocabulary)
+    passes = len(comparison.layers) + 1
+    read = Work(thin=(4.0 + 2.0) * found * vocabulary, softmax=(2.0 + 1.0) * passes * vocabulary)
     parts = {"matrices": decomposed + work["comparison"], "tokens": decomposed + read}
     return tuple(Stage(f"shared block: {name}", "", part.flops, rates.seconds(part)) for name, part in parts.items())
 

@@ -76,7 +76,7 @@ class SharedDirections(Result):
 
 
 def compared(n_layers: int, ks: Sequence[int]) -> tuple[range, int]:
-    """Return the layers, at most ``LAYERS`` and evenly spaced, and the singular vectors of each, at most ``VECTORS``."""
+    """Return the layers, at most ``LAYERS`` and evenly spaced, and how many singular vectors, at most ``VECTORS``."""
     return range(0, n_layers, -(-n_layers // LAYERS)), min(ks[0], VECTORS)
 
 
