@@ -265,7 +265,7 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
 
 
 def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
-    """List the work of ``shared_directions``: each Jacobian is decomposed twice, for the matrices and for the tokens."""
+    """List the work of ``shared_directions``: each Jacobian is decomposed twice, for matrices and for tokens."""
     comparison, work = schedule.comparison, {stage: work for (_, stage), work in _by_stage(schedule).items()}
     cfg, found = comparison.model.cfg, len(comparison.layers) * max(comparison.options.k) + RANDOM_DIRECTIONS
     decomposed = work["Jacobians"] + work["decomposition"] + _passes_again(schedule)
