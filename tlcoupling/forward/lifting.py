@@ -81,8 +81,8 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
     weights = [part._parameters["weight"] for part in packed]
     try:
         for part in packed:
-            weight = _once(part._parameters["weight"], partial(_dense, part))
-            part._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            stored: Any = part._parameters["weight"]
+            part._parameters["weight"] = nn.Parameter(_once(stored, partial(_dense, part)), requires_grad=False)
             # bitsandbytes' own forward repacks what it holds on some CPUs, and has no second derivative
             part.__dict__["forward"] = partial(_linear, part)
         for table, name, tensor in kept:
