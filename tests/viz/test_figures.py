@@ -471,7 +471,7 @@ def test_fresh_weights_are_a_line_of_their_own_beside_training():
 # text, size, colour
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=30))
 def test_any_text_becomes_a_label_that_can_be_drawn(text: str):
     """Of characters that the font has, none of which breaks the line or turns it round."""
