@@ -323,7 +323,9 @@ def test_many_tokens_stay_small_and_true_below_the_headline(browser: Any, tmp_pa
         page.wait_for_selector("html[data-drawn]")
         print_weight(f"{n_tokens} tokens", path, page)
         marks = page.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")
-        assert marks[:2] == ["header", "summary"] and len(marks) > 3  # the headline is there before large panes are drawn
+        assert (
+            marks[:2] == ["header", "summary"] and len(marks) > 3
+        )  # the headline is there before large panes are drawn
         page.locator("#pairs .zoom").nth(1).focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowDown")
