@@ -43,7 +43,9 @@ _ROWS = (
     Neighbour("circuit-tracer", "tests/test_beside.py -k circuit_tracer"),
     Neighbour("nnsight", "tests/test_beside.py -k nnsight"),
     Neighbour("nnterp", "tests/test_beside.py -k nnterp", ("nnsight<0.8",)),  # imports what 0.8 has removed
-    Neighbour("tuned-lens", "tests/test_beside.py -k tuned_lens", ("transformer-lens<4",)),  # asks for HookedTransformer
+    Neighbour(
+        "tuned-lens", "tests/test_beside.py -k tuned_lens", ("transformer-lens<4",)
+    ),  # asks for HookedTransformer
     Neighbour("peft", "tests/forward/test_bare.py -k lora"),
     Neighbour("bitsandbytes", "tests/forward/test_quantised.py"),
     Neighbour("accelerate", "tests/training/test_monitor.py -k trainer"),
@@ -115,7 +117,9 @@ def run(name: str) -> float:
 
 
 def _must(command: Sequence[str], failed: str, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{failed}\n{done.stdout[-4000:]}")
     return done.stdout

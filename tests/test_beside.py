@@ -16,6 +16,7 @@ from cases import CASES, TOKENS, randomise, relative_error, tiny_tokenizer
 from families import families
 
 import tlcoupling as tlc
+from tlcoupling.errors import HookError
 from tlcoupling.models.load import _transformer_bridge
 
 needs_bridge = pytest.mark.skipif(_transformer_bridge() is None, reason="a HuggingFace model is seen through a bridge")
@@ -27,9 +28,8 @@ def gpt2() -> Any:
     return randomise(hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
 
 
-def same_trajectories(cache: dict[str, torch.Tensor], model: Any) -> None:
+def same_trajectories(cache: dict[str, torch.Tensor], trace: tlc.Trace) -> None:
     """Linearity and growth of a cache are those of a trace: the same float32 numbers, added up in the same order."""
-    trace = tlc.trace(model, TOKENS)
     for measure, names in ((tlc.linearity, ("lss", "straightness")), (tlc.growth, ("norms", "alpha", "expodistance"))):
         ours, theirs = measure(trace), measure(cache)
         for name in names:
@@ -42,6 +42,7 @@ def same_trajectories(cache: dict[str, torch.Tensor], model: Any) -> None:
 def test_what_nnsight_saves_goes_into_linearity_and_growth():
     nnsight = pytest.importorskip("nnsight")
     model, cache = gpt2(), {}
+    trace = tlc.trace(model, TOKENS)  # before the other package adds modules of its own
     traced = nnsight.NNsight(model)
     with traced.trace(TOKENS[None]):
         for layer in range(model.config.n_layer):
@@ -51,7 +52,7 @@ def test_what_nnsight_saves_goes_into_linearity_and_growth():
             cache[f"blocks.{layer}.hook_resid_mid"] = block.ln_2.input.save()
             cache[f"blocks.{layer}.hook_mlp_out"] = block.mlp.output.save()
             cache[f"blocks.{layer}.hook_resid_post"] = block.output.save()
-    same_trajectories(cache, model)
+    same_trajectories(cache, trace)
 
 
 @needs_bridge
@@ -60,6 +61,7 @@ def test_what_nnterp_saves_goes_into_linearity_and_growth():
     """By the names that it gives to the parts of every architecture."""
     nnterp = pytest.importorskip("nnterp")
     model, cache = gpt2(), {}
+    trace = tlc.trace(model, TOKENS)  # before the other package adds modules of its own
     traced = nnterp.StandardizedTransformer(model, tokenizer=tiny_tokenizer(), check_renaming=False)
     with traced.trace(TOKENS[None]):
         for layer in range(model.config.n_layer):
@@ -70,7 +72,7 @@ def test_what_nnterp_saves_goes_into_linearity_and_growth():
     for layer in range(model.config.n_layer):
         mid = cache[f"blocks.{layer}.hook_resid_pre"] + cache[f"blocks.{layer}.hook_attn_out"]
         cache[f"blocks.{layer}.hook_resid_mid"] = mid
-    same_trajectories(cache, model)
+    same_trajectories(cache, trace)
 
 
 @needs_bridge
@@ -84,6 +86,36 @@ def test_tuned_lens_reads_the_stream_of_a_trace():
         last = lens(trace.resid[-1], trace.n_layers - 1)
         torch.testing.assert_close(last, logits, rtol=1e-4, atol=1e-4)  # float32
         assert relative_error(lens(trace.resid[0], 0), logits) > 0.1
+
+
+def test_a_replacement_model_of_circuit_tracer_is_measured_as_its_model_or_refused():
+    """Its forward pass is the model's. Its hooks stop gradients, so that a derivative through them is not a Jacobian."""
+    replacement = pytest.importorskip("circuit_tracer.replacement_model.replacement_model_transformerlens")
+    from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 3, "d_model": 32, "n_ctx": 32, "d_head": 8, "d_mlp": 48, "d_vocab": 50}
+    config = HookedTransformerConfig(**sizes, act_fn="gelu", seed=0, dtype=torch.float64, device="cpu")
+    plain = randomise(HookedTransformer(config)).eval()
+    transcoders = {
+        layer: SingleLayerTranscoder(32, 64, torch.relu, layer, device=torch.device("cpu"), dtype=torch.float64)
+        for layer in range(3)
+    }
+    model = replacement.TransformerLensReplacementModel.from_config(
+        config, TranscoderSet(transcoders, "ln2.hook_normalized", "hook_mlp_out")
+    ).eval()
+    renamed = {"mlp.": "mlp.old_mlp.", "unembed.": "unembed.old_unembed."}
+    for name, tensor in plain.state_dict().items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        model.state_dict()[name].copy_(tensor)
+    ours, theirs = tlc.trace(model, TOKENS), tlc.trace(plain, TOKENS)
+    torch.testing.assert_close(ours.resid, theirs.resid, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tlc.linearity(ours).lss, tlc.linearity(theirs).lss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(tlc.growth(ours).alpha, tlc.growth(theirs).alpha, rtol=1e-9, atol=1e-12)
+    for sublayer in ("block", "attn", "mlp"):
+        with pytest.raises(HookError):
+            tlc.residual_jacobian(ours, 1, sublayer)
 
 
 def watched_run(folder: Path, report_to: str, logger: Any) -> tlc.TrainingMonitor:

@@ -143,7 +143,11 @@ def test_mpi_ends_the_job_of_a_killed_rank_and_a_rerun_goes_on(plan: tlc.Plan, t
     pytest.importorskip("mpi4py")
     if not shutil.which("mpirun"):
         pytest.skip("needs Debian's package openmpi-bin")
-    script, toml, store = tmp_path / "script.py", tmp_path / "plan.toml", tlc.SweepStore(tmp_path / "store", create=True)
+    script, toml, store = (
+        tmp_path / "script.py",
+        tmp_path / "plan.toml",
+        tlc.SweepStore(tmp_path / "store", create=True),
+    )
     script.write_text(_SWEEP_BY_MPI)
     prompts = [cell.prompt for cell in plan.groups[0].cells]
     toml.write_text(
