@@ -3,7 +3,7 @@
     python benchmarks/many_cells.py                                   # 1000 cells, two processes
     python benchmarks/many_cells.py --cells 10000 --executor dask     # needs distributed
 
-The model is a tiny random Llama, so the time is mostly what a sweep costs beside the measurement: files and bookkeeping.
+The model is a tiny random Llama: most of the time is what a sweep costs beside the measurement, files and bookkeeping.
 Memory is flat if that of each process grows by less than 10 kB a cell from a third of its life on. The last line says
 whether it was, and so does the exit code (0 or 1).
 """

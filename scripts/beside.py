@@ -5,9 +5,9 @@
     python scripts/beside.py --run peft nnsight    # install these rows of the table, and run their tests
     python scripts/beside.py --run all
 
-A row is installed in an environment of its own, ``.venv-beside/NAME``, on top of the environment that runs this script:
-only what differs from that is installed. A test that is skipped is a failure here. Needs ``uv`` (in the extra ``dev``) for
-the table, and a package registry. UV_FIND_LINKS can name a folder with a build of torch.
+A row is installed in an environment of its own, ``.venv-beside/NAME``, on top of the environment that runs this
+script: only what differs from that is installed. A test that is skipped is a failure here. Needs ``uv`` (in the extra
+``dev``) for the table, and a package registry. UV_FIND_LINKS can name a folder with a build of torch.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _ROWS = (
     Neighbour("sae-lens", "tests/forward/test_saelens.py"),
     Neighbour("circuit-tracer", "tests/test_beside.py -k circuit_tracer"),
     Neighbour("nnsight", "tests/test_beside.py -k nnsight"),
-    Neighbour("nnterp", "tests/test_beside.py -k nnterp", ("nnsight<0.8",)),  # imports what 0.8 has removed
-    Neighbour(
-        "tuned-lens", "tests/test_beside.py -k tuned_lens", ("transformer-lens<4",)
-    ),  # asks for HookedTransformer
+    # imports what nnsight 0.8 has removed
+    Neighbour("nnterp", "tests/test_beside.py -k nnterp", ("nnsight<0.8",)),
+    # asks for HookedTransformer
+    Neighbour("tuned-lens", "tests/test_beside.py -k tuned_lens", ("transformer-lens<4",)),
     Neighbour("peft", "tests/forward/test_bare.py -k lora"),
     Neighbour("bitsandbytes", "tests/forward/test_quantised.py"),
     Neighbour("accelerate", "tests/training/test_monitor.py -k trainer"),
@@ -92,7 +92,8 @@ def requirements(name: str) -> list[str]:
         raise SystemExit(f"docs/howto/beside.md has no row of {name!r}: one of {', '.join(NEIGHBOURS)}")
     version, *versions, _ = cells[1].split(" | ")
     own, *also = version.split(", ")
-    return [f"{name}=={own}", *(one.replace(" ", "==") for one in also), *map("==".join, zip(COLUMNS, versions))]
+    pinned = [f"{column}=={one}" for column, one in zip(COLUMNS, versions, strict=True)]
+    return [f"{name}=={own}", *(one.replace(" ", "==") for one in also), *pinned]
 
 
 def run(name: str) -> float:

@@ -89,7 +89,7 @@ def test_tuned_lens_reads_the_stream_of_a_trace():
 
 
 def test_a_replacement_model_of_circuit_tracer_is_measured_as_its_model_or_refused():
-    """Its forward pass is the model's. Its hooks stop gradients, so that a derivative through them is not a Jacobian."""
+    """Its forward pass is the model's. Its hooks stop gradients: a derivative through them is not a Jacobian."""
     replacement = pytest.importorskip("circuit_tracer.replacement_model.replacement_model_transformerlens")
     from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -187,7 +187,7 @@ def test_a_trainers_run_is_read_back_from_wandb(tmp_path: Path, monkeypatch: pyt
 
 
 def rows_of_wandb(path: Path) -> list[dict[str, float]]:
-    """The rows of an offline run's history, from its file: a header of 7 bytes, and records in the format of LevelDB's log.
+    """The rows of an offline run's history, from its file: a header of 7 bytes, then records in LevelDB's log format.
 
     Each block of 32 KiB holds chunks (4 bytes of checksum, 2 of length, 1 of kind: 1 whole, 2 first, 3 middle, 4 last).
     """
@@ -209,7 +209,7 @@ def rows_of_wandb(path: Path) -> list[dict[str, float]]:
 
 
 def test_a_jacobian_of_low_rank_is_a_factored_matrix():
-    """The attention core of a head has no more rank than the head's width: so the triplets of its top values are all."""
+    """The attention core of a head has no more rank than the head's width, so its top triplets are all of it."""
     from transformer_lens import FactoredMatrix
 
     model = next(case for case in CASES if case.name == "bridge-llama" or case.name == "hooked-gated").model()

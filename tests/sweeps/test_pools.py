@@ -1,6 +1,6 @@
 """Sweeps through executors of other packages, each with a worker that is killed in mid-cell, and the re-run.
 
-Each test is skipped where its package is absent. ``scripts/beside.py --run distributed executorlib mpi4py`` installs them.
+Each is skipped where its package is absent: ``scripts/beside.py --run distributed executorlib mpi4py`` installs them.
 """
 
 from __future__ import annotations
