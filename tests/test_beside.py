@@ -180,6 +180,7 @@ def test_a_trainers_run_is_read_back_from_wandb(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("WANDB_SILENT", "true")
     with wandb.init(project="test") as run:
         monitor = watched_run(tmp_path, "wandb", run)
+    wandb.teardown()  # the process that writes the file ends, and has written all of it
     (path,) = tmp_path.rglob("*.wandb")
     rows = [row for row in rows_of_wandb(path) if "tlcoupling/coupling/block/k4" in row]
     require_logged({row["tlcoupling/step"]: row for row in rows}, monitor)
