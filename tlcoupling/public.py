@@ -30,6 +30,7 @@ from tlcoupling.models.load import load_model
 from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
+from tlcoupling.slices.atlas import SensitivityAtlas, sensitivity_atlas
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
 from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
 from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
@@ -65,6 +66,7 @@ __all__ = [
     "ManyAnalyses",
     "Plan",
     "ProjectedJacobians",
+    "SensitivityAtlas",
     "SingularValueProfile",
     "SliceJacobian",
     "SlurmExecutor",
@@ -106,6 +108,7 @@ __all__ = [
     "random_directions",
     "read_directions",
     "residual_jacobian",
+    "sensitivity_atlas",
     "singular_value_profile",
     "slice_jacobian",
     "steering_effect",

@@ -152,7 +152,7 @@ def slice_jacobian(
     size = chain.shape[0] // trace.n_tokens
     leave = Placement(trace.n_tokens, dests, "stack", size, chain).T
     inner = leave @ chain @ enter
-    _require_followed(trace, inner, start, end, enter, leave)
+    require_followed(trace, inner, start, end, enter, leave)
     if end.readout == "logits":
         inner = _readout(trace, end, dests) @ inner
         size = inner.shape[0] // len(dests)
@@ -197,7 +197,7 @@ def _mean(count: int, size: int, like: JacobianOperator) -> JacobianOperator:
     return Projection(eye.repeat(1, count) / count)
 
 
-def _require_followed(
+def require_followed(
     trace: Trace, jacobian: JacobianOperator, start: Site, end: Site, enter: Placement, leave: JacobianOperator
 ) -> None:
     """Hold the chain against a central difference of the model run from one site to the other.
