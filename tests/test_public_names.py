@@ -57,6 +57,8 @@ NAMES = [
     "coupling_loss",
     "depth_coupling",
     "estimate",
+    "estimate_atlas",
+    "estimate_slice",
     "growth",
     "head_alignment",
     "head_coupling",

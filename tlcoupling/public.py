@@ -4,6 +4,7 @@ from tlcoupling import parity, viz
 from tlcoupling.analysis.analyze import Analysis, analyze
 from tlcoupling.analysis.checking import Check, check
 from tlcoupling.analysis.estimate import Estimate, estimate
+from tlcoupling.analysis.estimate_slices import estimate_atlas, estimate_slice
 from tlcoupling.analysis.many import ManyAnalyses, analyze_many
 from tlcoupling.coupling.alignment import HeadAlignment, head_alignment
 from tlcoupling.coupling.chance import CouplingTest
@@ -90,6 +91,8 @@ __all__ = [
     "coupling_loss",
     "depth_coupling",
     "estimate",
+    "estimate_atlas",
+    "estimate_slice",
     "growth",
     "head_alignment",
     "head_coupling",
