@@ -69,10 +69,10 @@ def estimate_slice(
     start, end = source_of(trace, source), target_of(trace, target)
     if not start.before(end):
         raise ArgumentError("target", target, f"a hook point that comes after source={source}")
-    counts = []
-    for name, positions, mode in (("src", src, src_mode), ("dest", dest, dest_mode)):
-        check_name(f"{name}_mode", mode, get_args(Mode))
-        counts.append(len(resolve_indices(name, positions, trace.n_tokens)) if mode == "stack" else 1)
+    for name, mode in (("src_mode", src_mode), ("dest_mode", dest_mode)):
+        check_name(name, mode, get_args(Mode))
+    moved, read = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
+    counts = [len(each) if mode == "stack" else 1 for each, mode in ((moved, src_mode), (read, dest_mode))]
     blocks = range(start.layer, end.layer if end.stage == "pre" else end.layer + 1)
     d, costs = trace.d_model, _Counts(trace, engine)
     size_out = d * counts[1]
