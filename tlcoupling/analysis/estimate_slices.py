@@ -77,7 +77,8 @@ def estimate_slice(
     d, costs = trace.d_model, _Counts(trace, engine)
     size_out = d * counts[1]
     if end.readout == "logits":
-        size_out = counts[1] * (int(trace.model.cfg.d_vocab) if end.tokens is None else len(end.signs or end.tokens))
+        chosen = int(trace.model.cfg.d_vocab) if end.tokens is None else len(end.tokens)
+        size_out = counts[1] * (1 if end.signs else chosen)
     size = min(d * counts[0], size_out)
     k = check_int("k", k, 1, size, "the size of the slice")
     product = sum(costs.product(block) for block in blocks)
