@@ -4,9 +4,9 @@
     python benchmarks/many_cells.py --cells 10000 --executor dask     # needs distributed
 
 The model is a tiny random Llama: most of the time is what a sweep costs beside the measurement, files and bookkeeping.
-Memory is flat if that of each process grows by less than 10 kB a cell from a third of the cells on. A process settles
-over its first few hundred cells: plans of fewer than some thousands show that instead. The last line says whether it was
-flat, and so does the exit code (0 or 1).
+Memory is flat if that of each process grows by less than 10 kB a cell, from a third of the cells on. A process settles
+over its first few hundred cells: plans of fewer than some thousands show that instead. The last line says whether it
+was flat, and so does the exit code (0 or 1).
 """
 
 from __future__ import annotations
