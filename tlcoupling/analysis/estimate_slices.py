@@ -187,7 +187,7 @@ class _Counts:
     def checks(self, passes: int) -> Work:
         """A block run so many times, at all positions."""
         softmax = PATTERN_STEPS * self._heads * float(self.trace.n_tokens) ** 2
-        return Work(matmul=self._forward, calls=PASS_CALLS / 2, softmax=softmax) * passes
+        return Work(matmul=self._forward, calls=PASS_CALLS, softmax=softmax) * passes
 
     def jacobians(self, blocks: range, pos: int) -> Work:
         """Making the blocks' Jacobians at one position, and checking them."""
