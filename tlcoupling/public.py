@@ -30,6 +30,8 @@ from tlcoupling.models.load import load_model
 from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
+from tlcoupling.slices.detached import DetachedComparison, DetachedMap, compare_detached, detached_map
+from tlcoupling.slices.features import FeatureMap, feature_map
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
 from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
 from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
@@ -51,8 +53,11 @@ __all__ = [
     "Correlations",
     "CouplingTest",
     "DepthCoupling",
+    "DetachedComparison",
+    "DetachedMap",
     "DirectionReadout",
     "Estimate",
+    "FeatureMap",
     "Growth",
     "HeadAlignment",
     "HeadCoupling",
@@ -83,11 +88,14 @@ __all__ = [
     "analyze_many",
     "causal_effect",
     "check",
+    "compare_detached",
     "context_coupling",
     "correlate",
     "coupling_loss",
     "depth_coupling",
+    "detached_map",
     "estimate",
+    "feature_map",
     "growth",
     "head_alignment",
     "head_coupling",

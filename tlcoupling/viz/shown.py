@@ -36,6 +36,8 @@ from tlcoupling.parity import PublishedMisalignment
 from tlcoupling.results.base import Result
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations
+from tlcoupling.slices.detached import MAPS, DetachedComparison
+from tlcoupling.slices.features import FeatureMap
 from tlcoupling.slices.lens import JacobianLens
 from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
@@ -446,6 +448,48 @@ def _lens(result: JacobianLens) -> Shown:
     cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
     below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
     return Shown(below, ("", "‖J‖_F", "standard error, relative"), rows, [picture])
+
+
+@shown.register
+def _detached(result: DetachedComparison) -> Shown:
+    errors = result.prediction.double().mean(-1)
+    rows = [
+        ("error of reconstruction", *result.reconstruction.tolist(), math.nan),
+        *(
+            (f"error of prediction, size {size:g}", *numbers, math.nan)
+            for size, numbers in zip(result.sizes, errors.mT.tolist(), strict=True)
+        ),
+        ("largest singular value", *result.singular_values[:, 0].tolist(), math.nan),
+        *(
+            (f"overlap of the two, {side}", overlap, overlap, null)
+            for side, overlap, null in zip(
+                result._coords()["side"], result.overlap.tolist(), result.null.tolist(), strict=True
+            )
+        ),
+    ]
+    values = dict(zip(MAPS, result.singular_values.double(), strict=True))
+    picture = Lines("singular values", "rank", range(result.singular_values.shape[1]), values)
+    return Shown(f"{result.source} → {result.target}", ("", *MAPS, "chance"), rows, [picture])
+
+
+@shown.register
+def _features(result: FeatureMap) -> Shown:
+    effects = (result.values * result.source_acts).double()
+    best = effects.abs().flatten().topk(min(4, effects.numel())).indices.tolist()
+    rows = []
+    for at in best:
+        row, column = divmod(at, effects.shape[1])
+        name = f"feature {result.source_features[column]} → {result.target_features[row]}"
+        rows.append(
+            (name, float(result.values[row, column]), float(result.null[row, column]), float(effects[row, column]))
+        )
+    labels = (result.target_features, result.source_features)
+    axes = ("target feature", "source feature")
+    picture = Matrix(
+        "derivative over that of a random direction", (result.values / result.null).double(), axes, labels, zero="0"
+    )
+    below = f"{result.source} at {result.src} → {result.target} at {result.dest}"
+    return Shown(below, ("", "derivative", "random direction, root mean square", "effect"), rows, [picture])
 
 
 @shown.register
