@@ -33,6 +33,7 @@ from tlcoupling.scores.correlate import Correlations, correlate
 from tlcoupling.slices.detached import DetachedComparison, DetachedMap, compare_detached, detached_map
 from tlcoupling.slices.features import FeatureMap, feature_map
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
+from tlcoupling.slices.relations import SliceRelations, slice_relations
 from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
 from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
 from tlcoupling.sweeps.executors import SlurmExecutor
@@ -72,6 +73,7 @@ __all__ = [
     "ProjectedJacobians",
     "SingularValueProfile",
     "SliceJacobian",
+    "SliceRelations",
     "SlurmExecutor",
     "SteeringEffect",
     "SweepReport",
@@ -116,6 +118,7 @@ __all__ = [
     "residual_jacobian",
     "singular_value_profile",
     "slice_jacobian",
+    "slice_relations",
     "steering_effect",
     "steering_vector",
     "sweep",

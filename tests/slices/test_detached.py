@@ -118,6 +118,8 @@ def test_every_kind_of_target_is_rebuilt(case: Case):
         if target[0] == "logits":
             assert relative_error(made.value, logits[:, [5, 9]].flatten()) < case.tolerance
             assert relative_error(made.shares().sum(0) + made.constant, made.value) < tolerance
+    if case.topology == "sequential":
+        assert tlc.detached_map(trace, ("resid_post", -1), ("resid_mid", 1)).error < tolerance
     assert tlc.detached_map(trace, "logits").value.shape == (logits.shape[-1],)
 
 
@@ -125,10 +127,9 @@ def test_every_kind_of_target_is_rebuilt(case: Case):
 def test_maps_are_those_of_the_frozen_modules(case: Case):
     """From a place within the model, for some positions, to chosen logits."""
     trace = tlc.trace(case.model(), TOKENS)
-    source = ("resid_mid", 1) if case.topology == "sequential" else ("resid_pre", 1)
-    leaf, logits = truth(trace, f"blocks.1.hook_{'attn_out' if case.topology == 'sequential' else 'resid_pre'}", None)
+    leaf, logits = truth(trace, "blocks.1.hook_resid_pre", None)
     cotangents, expected = pulled(leaf, logits[0, list(DEST)][:, [5, 9]])
-    made = tlc.detached_map(trace, ("logits", [5, 9]), source, src=SRC, dest=DEST)
+    made = tlc.detached_map(trace, ("logits", [5, 9]), ("resid_pre", 1), src=SRC, dest=DEST)
     assert relative_error(made.rmm(cotangents), expected[:, 0, list(SRC)].flatten(1).mT) < 10 * case.tolerance
     assert relative_error(made.mm(made.rmm(cotangents)), made.dense() @ expected[:, 0, list(SRC)].flatten(1).mT) < 1e-4
 
@@ -148,7 +149,7 @@ def test_the_two_maps_side_by_side(tmp_path: Path):
         torch.testing.assert_close(float(found.reconstruction[row]), error, rtol=1e-6, atol=1e-13)
     assert found.reconstruction[1] < 1e-12 < 1e-2 < found.reconstruction[0]
     exact, frozen_factors = found.prediction.mean(-1)
-    assert (exact[0] * 10 / exact[1] - 1).abs() < 0.1  # of order 1 in the size
+    assert 5 < exact[1] / exact[0] < 20  # of order 1 in the size, along other directions
     assert (frozen_factors > 0.1).all()
     u = [torch.linalg.svd(one.dense()).U[:, :3] for one in maps]
     torch.testing.assert_close(found.overlap[0], (u[0].mT @ u[1]).square().sum() / 3)

@@ -96,6 +96,7 @@ def results() -> dict[str, Result]:
             tlc.steering_effect(model, [TOKENS[:5], TOKENS], torch.ones(96), 1, [0.5, 2.0], draws=3, positions=[-1]),
             tlc.compare_detached(trace, ("resid_post", -1), k=2, draws=1),
             tlc.feature_map(trace, ("resid_pre", 1), ("resid_post", 1), dictionary(1), dictionary(2), most=6),
+            tlc.slice_relations(trace, [(0, 1), (0, 3)], k=3, draws=2),
             tlc.parity.published(model, TOKENS, 2),
         ]
     read, projected = readout(), made[12]

@@ -236,8 +236,6 @@ def _behind_blocks(trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     model, seen = trace.model, {}
     unembed = getattr(model, "unembed", None)
-    if not isinstance(unembed, nn.Module) or trace.hooked_outside_blocks():
-        raise CertificateError("there is no detached map of logits: no unembedding, or hooks act outside the blocks")
 
     def leave(module: Any, args: Any, output: Tensor) -> Tensor:
         seen["read"], seen["gave"] = args[0].detach()[0], output.detach().requires_grad_()
@@ -247,6 +245,11 @@ def _behind_blocks(trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
+        stack.enter_context(trace.hooks_attached())
+        if not isinstance(unembed, nn.Module) or trace.hooked_outside_blocks():
+            raise CertificateError(
+                "there is no detached map of logits: no unembedding, or hooks act outside the blocks"
+            )
         stack.callback(unembed.register_forward_hook(leave).remove)
         tokens = trace.tokens[None].to(next(model.parameters()).device)
         logits = model(tokens, return_type="logits")

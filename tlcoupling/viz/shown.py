@@ -39,6 +39,7 @@ from tlcoupling.scores.correlate import Correlations
 from tlcoupling.slices.detached import MAPS, DetachedComparison
 from tlcoupling.slices.features import FeatureMap
 from tlcoupling.slices.lens import JacobianLens
+from tlcoupling.slices.relations import SliceRelations
 from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
 from tlcoupling.trajectory.growth import Growth
@@ -436,7 +437,10 @@ def _steering(result: SteeringEffect) -> Shown:
     lines = {"the direction": kl, **random}
     picture = Lines("KL of the next token, nats", "scale", [f"{scale:g}" for scale in result.scales], lines)
     headings = ("KL, nats", "the direction", *random, "change of the loss", *random, "linear gap")
-    return Shown(f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}", headings, rows, [picture])
+    below = f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}"
+    reach = result.reach().nan_to_num(0.0).abs().median()
+    note = f"The linear prediction of the logits is off by a tenth or less up to scale {reach:g} (median; 0: at none)."
+    return Shown(below, headings, rows, [picture], note)
 
 
 @shown.register
@@ -490,6 +494,23 @@ def _features(result: FeatureMap) -> Shown:
     )
     below = f"{result.source} at {result.src} → {result.target} at {result.dest}"
     return Shown(below, ("", "derivative", "random direction, root mean square", "effect"), rows, [picture])
+
+
+@shown.register
+def _relations(result: SliceRelations) -> Shown:
+    gains, stds = result.gain.double().mean(1), result.gain.double().std(1)
+    overlaps = result.overlap.double()
+    order = sorted(range(len(result.pairs)), key=lambda at: result.pairs[at][1] - result.pairs[at][0])
+    names = [f"{a} to {b}" for a, b in result.pairs]
+    rows = [
+        (f"x^{names[at]}", *overlaps[at].tolist(), result.null, float(gains[at]), float(stds[at]))
+        for at in order[:MOST_ROWS]
+    ]
+    values = {f"overlap, {side}": overlaps[order, column] for column, side in enumerate(result._coords()["side"])}
+    chance = torch.full((len(order),), result.null, dtype=torch.float64)
+    picture = Lines("slice and product of top parts", "slice", [names[at] for at in order], values, chance=chance)
+    columns = ("slice", "overlap of writes", "of reads", "chance", "gain by coupling", "its spread over draws")
+    return Shown(f"token {result.position}, K = {result.k}", columns, rows, [picture])
 
 
 @shown.register
