@@ -17,7 +17,9 @@ from tlcoupling.directions.causal import CausalEffect, causal_effect
 from tlcoupling.directions.intervention import add_direction, keep_only, project_out, random_directions
 from tlcoupling.directions.readout import DirectionReadout, read_directions
 from tlcoupling.dynamics.components import TrajectoryComponents, trajectory_components
+from tlcoupling.dynamics.geometry import EigenGeometry, eigen_geometry
 from tlcoupling.dynamics.linearized import LinearizationGap, linearization_gap, linearized
+from tlcoupling.dynamics.lyapunov import LyapunovSpectrum, lyapunov_spectrum
 from tlcoupling.dynamics.spectrum import SingularValueProfile, singular_value_profile
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.forward.trace import Trace, trace
@@ -57,6 +59,7 @@ __all__ = [
     "DetachedComparison",
     "DetachedMap",
     "DirectionReadout",
+    "EigenGeometry",
     "Estimate",
     "FeatureMap",
     "Growth",
@@ -68,6 +71,7 @@ __all__ = [
     "JacobianOperator",
     "Linearity",
     "LinearizationGap",
+    "LyapunovSpectrum",
     "ManyAnalyses",
     "Plan",
     "ProjectedJacobians",
@@ -96,6 +100,7 @@ __all__ = [
     "coupling_loss",
     "depth_coupling",
     "detached_map",
+    "eigen_geometry",
     "estimate",
     "feature_map",
     "growth",
@@ -109,6 +114,7 @@ __all__ = [
     "linearized",
     "load",
     "load_model",
+    "lyapunov_spectrum",
     "parity",
     "project_out",
     "projected_jacobians",

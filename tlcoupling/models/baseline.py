@@ -26,6 +26,11 @@ _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; r
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
+def baseline_model(baseline: Any, model: Any) -> Any:
+    """Return the model that stands beside another one: fresh weights of the same architecture for ``"fresh"``."""
+    return random_baseline(model) if isinstance(baseline, str) and baseline == "fresh" else baseline
+
+
 @measured
 def random_baseline(model: Any, seed: int = 0) -> Any:
     """Return a model of the same architecture with freshly initialised weights.
