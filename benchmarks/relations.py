@@ -28,7 +28,10 @@ def main() -> None:
         pairs = [(a, a + n) for n in arguments.blocks for a in starts(trace.n_layers, n)]
         table = tlc.slice_relations(trace, pairs, k=arguments.k, draws=arguments.draws).to_dataframe()
         means = table.drop(columns=["start", "end"]).groupby("blocks").mean()
-        print(f"{name}, K = {arguments.k}, last token\n\n{means.round(3).to_string()}\n", flush=True)
+        print(
+            f"{name}, K = {arguments.k}, last token\n\n{means.filter(regex='^(?!.*std)').round(3).to_string()}\n",
+            flush=True,
+        )
 
 
 def starts(n_layers: int, n: int) -> Sequence[int]:

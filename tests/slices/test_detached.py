@@ -70,8 +70,15 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 def truth(trace: tlc.Trace, source: str, target: str | None) -> tuple[Tensor, Tensor]:
-    with frozen(trace.model):
-        return graph_between(trace.model, trace.tokens, source, target)
+    """The source as a leaf, and the target in the frozen model; of logits, what a soft-cap does is frozen too."""
+    raw: list[Tensor] = []
+    handle = trace.model.unembed.register_forward_hook(lambda module, args, output: raw.append(output))
+    try:
+        with frozen(trace.model):
+            leaf, out = graph_between(trace.model, trace.tokens, source, target)
+    finally:
+        handle.remove()
+    return leaf, out if target is not None else (out / raw[-1]).detach() * raw[-1]
 
 
 def pulled(leaf: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def test_a_derivative_is_what_pushing_a_feature_does(case: Case, own: bool):
     acts = features(earlier, trace.resid[1, 2]).detach()
     assert acts.topk(5).indices.tolist() == list(found.source_features)
     torch.testing.assert_close(found.source_acts, acts.topk(5).values)
-    step = 1e-4
+    step = 1e-4 if case.exact else 3e-3  # above the rounding of modules that compute in float32
     directions = (3.0 if own else 1.0) * weights(1)["W_dec"]
     for column, feature in enumerate(found.source_features):
         ends = [
@@ -85,7 +85,7 @@ def test_a_derivative_is_what_pushing_a_feature_does(case: Case, own: bool):
             for sign in (1, -1)
         ]
         quotient = ((ends[0] - ends[1]) / (2 * step))[list(found.target_features)]
-        # curvature of order step^2; some modules compute in float32
+        # curvature of order step^2, and that rounding
         tolerance = 1e-5 if case.exact else 2e-2
         assert relative_error(found.values[:, column], quotient.detach()) < tolerance
 

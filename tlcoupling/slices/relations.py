@@ -3,8 +3,9 @@ r"""How a slice follows from the blocks that it runs through: their top directio
 At one token the slice from x^a to x^b is the product of the blocks, P = (I + J^{b-1}) ... (I + J^a). Two questions:
 
 - does its top subspace follow from the blocks' top directions? P_K = prod (I + U_K S_K V_K^T) has nothing else of them;
-- what does coupling add to its singular values? Uncoupled blocks of the same spectra are I + Q J^l R^T with Haar-random
-  rotations Q and R of their own: all that relates one block's bases to another's is gone.
+- what does coupling add to its singular values? Uncoupled blocks of the same spectra are I + Q J^l Q^T, with a
+  Haar-random rotation Q of each block: nothing relates one block's bases to another's any more (``"blocks"``). In
+  I + Q J^l R^T what a block writes is unrelated to what it reads itself, too (``"bases"``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tlcoupling.text import counted
 if TYPE_CHECKING:
     import pandas
 
-SIDES = ("writes", "reads")
+SIDES, CONTROLS = ("writes", "reads"), ("blocks", "bases")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -41,7 +42,8 @@ class SliceRelations(Result):
         overlap: ||B1^T B2||_F^2 / K of the top K singular directions of P and of P_K, left (``"writes"``) and right
             (``"reads"``), ``[pair, side]``.
         singular_values: of P, ``[pair, rank]``.
-        uncoupled: of the product of uncoupled blocks of the same spectra, ``[pair, draw, rank]``.
+        uncoupled: of the product of uncoupled blocks of the same spectra, of either kind of rotation. ``[pair, control,
+            draw, rank]``.
         pairs: (a, b): from x^a to x^b.
         k: K.
         width: d_model.
@@ -50,7 +52,7 @@ class SliceRelations(Result):
 
     overlap: Float[Tensor, "pair side"]
     singular_values: Float[Tensor, "pair rank"]
-    uncoupled: Float[Tensor, "pair draw rank"]
+    uncoupled: Float[Tensor, "pair control draw rank"]
     pairs: tuple[tuple[int, int], ...]
     k: int
     width: int
@@ -59,7 +61,7 @@ class SliceRelations(Result):
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "overlap": ("pair", "side"),
         "singular_values": ("pair", "rank"),
-        "uncoupled": ("pair", "draw", "rank"),
+        "uncoupled": ("pair", "control", "draw", "rank"),
     }
 
     def __repr__(self) -> str:
@@ -68,9 +70,9 @@ class SliceRelations(Result):
         return f"SliceRelations({counted(len(self.pairs), 'slice')} of up to {longest} blocks, K = {self.k})"
 
     def _coords(self) -> dict[str, Sequence[Any]]:
-        ranks, draws = self.singular_values.shape[1], self.uncoupled.shape[1]
+        ranks, draws = self.singular_values.shape[1], self.uncoupled.shape[2]
         pairs = [f"{a} to {b}" for a, b in self.pairs]
-        return {"pair": pairs, "side": SIDES, "rank": range(ranks), "draw": range(draws)}
+        return {"pair": pairs, "side": SIDES, "control": CONTROLS, "rank": range(ranks), "draw": range(draws)}
 
     @property
     def null(self) -> float:
@@ -78,15 +80,16 @@ class SliceRelations(Result):
         return self.k / self.width
 
     @property
-    def gain(self) -> Float[Tensor, "pair draw"]:
+    def gain(self) -> Float[Tensor, "pair control draw"]:
         """The mean over ranks of ln s - ln s of uncoupled blocks: what coupling adds; above 0 where it amplifies."""
-        return (self.singular_values[:, None].log() - self.uncoupled.log()).mean(-1)
+        return (self.singular_values[:, None, None].log() - self.uncoupled.log()).mean(-1)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return one row per slice.
 
-        Columns: ``start``, ``end``, ``blocks``; ``overlap_writes``, ``overlap_reads`` and their ``null``; ``s_1`` and
-        ``uncoupled_s_1``, the mean over draws; ``gain``, its mean over draws, and ``gain_std``, its standard deviation.
+        Columns: ``start``, ``end``, ``blocks``; ``overlap_writes``, ``overlap_reads`` and their ``null``; ``s_1``; for
+        either kind of uncoupled blocks the means over draws of s_1, ``uncoupled_blocks_s_1``, and of the gain,
+        ``gain_blocks``, and its standard deviation, ``gain_blocks_std``; and the same for ``bases``.
         """
         import pandas as pd
 
@@ -98,9 +101,15 @@ class SliceRelations(Result):
                 **{f"overlap_{side}": float(self.overlap[at, column]) for column, side in enumerate(SIDES)},
                 "null": self.null,
                 "s_1": float(self.singular_values[at, 0]),
-                "uncoupled_s_1": float(self.uncoupled[at, :, 0].mean()),
-                "gain": float(self.gain[at].mean()),
-                "gain_std": float(self.gain[at].std()),
+                **{
+                    name: float(value)
+                    for row, control in enumerate(CONTROLS)
+                    for name, value in (
+                        (f"uncoupled_{control}_s_1", self.uncoupled[at, row, :, 0].mean()),
+                        (f"gain_{control}", self.gain[at, row].mean()),
+                        (f"gain_{control}_std", self.gain[at, row].std()),
+                    )
+                },
             }
             for at, (a, b) in enumerate(self.pairs)
         ]
@@ -160,12 +169,13 @@ def slice_relations(
         values.append(s1)
         drawn = []
         for _ in range(draws):
-            product = eye
+            both = [eye, eye]
             for layer in range(a, b):
                 left, right = _haar(eye, generator), _haar(eye, generator)
-                product = product + left @ (blocks[layer] @ (right @ product))
-            drawn.append(torch.linalg.svdvals(product)[:k])
-        uncoupled.append(torch.stack(drawn))
+                others = zip(both, (left.mT, right), strict=True)
+                both = [product + left @ (blocks[layer] @ (other @ product)) for product, other in others]
+            drawn.append(torch.stack([torch.linalg.svdvals(product)[:k] for product in both]))
+        uncoupled.append(torch.stack(drawn, dim=1))
     return SliceRelations(
         provenance=trace.provenance(
             settings={"pairs": chosen, "k": k, "pos": pos, "draws": draws, "seed": seed, "engine": engine},

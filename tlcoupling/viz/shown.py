@@ -561,7 +561,7 @@ def _features(result: FeatureMap) -> Shown:
 
 @shown.register
 def _relations(result: SliceRelations) -> Shown:
-    gains, stds = result.gain.double().mean(1), result.gain.double().std(1)
+    gains, stds = result.gain[:, 0].double().mean(1), result.gain[:, 0].double().std(1)
     overlaps = result.overlap.double()
     order = sorted(range(len(result.pairs)), key=lambda at: result.pairs[at][1] - result.pairs[at][0])
     names = [f"{a} to {b}" for a, b in result.pairs]
