@@ -17,7 +17,7 @@ from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import in_eval_mode, measured
-from tlcoupling.forward.hooked import require_supported
+from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.offline import booted
 from tlcoupling.forward.stacks import Stack
 from tlcoupling.models.generators import generators_kept
@@ -49,7 +49,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         seed: seed of the weights.
 
     Returns:
-        A model of the same class, in eval mode.
+        A model of the same class, in eval mode, whose name says that its weights are fresh.
 
     Raises:
         ArgumentError: ``seed`` is not an int from 0 on.
@@ -86,6 +86,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         if isinstance(model, Stack):
             fresh = Stack(whole, model.name, model.other)
         _process_alike(model, fresh)
+    fresh.cfg.model_name = f"{model_name_of(model)} (fresh weights, seed {seed})"
     fresh.cfg.default_prepend_bos = getattr(model.cfg, "default_prepend_bos", None)
     for switch in _SWITCHES:
         if getattr(model.cfg, switch, False) and not getattr(fresh.cfg, switch, False):
