@@ -35,10 +35,12 @@ def frozen_norm(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return ((output - bias) / inner).detach() * inner + bias
 
 
-def frozen_units(post: Tensor, read: dict[str, Tensor]) -> Tensor:
+def frozen_units(post: Tensor, read: dict[str, Tensor], added: Tensor | float) -> Tensor:
     """What an MLP's units are as a constant factor of what is gated, or else of what they read."""
     last = read.get("linear", read["pre"])[..., -post.shape[-1] :]  # ModernBERT reads a gate and what it gates at once
-    return (post / last).detach() * last
+    if "linear" not in read:
+        return (post / last).detach() * last
+    return ((post - added) / last).detach() * last + added
 
 
 @contextmanager
@@ -58,7 +60,9 @@ def frozen(model: Any) -> Iterator[None]:
                 for name in (where + "mlp.hook_pre", where + "mlp.hook_pre_linear")
                 if name in points
             ]
-            hooks.append((points[where + "mlp.hook_post"], partial(frozen_units, read=read)))
+            # HookedTransformer adds the bias of a gated MLP behind its gate
+            added = 0.0 if hasattr(model, "original_model") else model.blocks[layer].mlp.b_in.detach()
+            hooks.append((points[where + "mlp.hook_post"], partial(frozen_units, read=read, added=added)))
     with ExitStack() as stack:
         stack.enter_context(attached(hooks))
         for module in model.modules():

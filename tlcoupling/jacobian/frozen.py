@@ -46,7 +46,7 @@ class Affine:
         moved = linear.mv(given.flatten()).view_as(made)
         bias = (made - moved).mean(0).expand_as(made)
         if not close(moved + bias, made):
-            raise Uncovered("what a weight makes is not W x + b with one b for all positions")
+            raise Uncovered("with its factors frozen, a part of it is not A x + b with one b for all positions")
         return cls(linear, bias.flatten())
 
     @classmethod
@@ -100,11 +100,10 @@ class FrozenLayer(AnalyticLayer):
         (*gates, read), post = (each.to(normed) for each in self._mlp_values[0]), self._mlp_values[1].to(normed)
         # of gated units the slope on what is gated, which is the gate; of others act(x) / x, in the limit at 0
         factor = self._mlp_slopes[-1] if gates else torch.where(read == 0, self._mlp_slopes[0], post / read)
-        if not close(factor * read, post):
-            raise Uncovered("the MLP's units are not a factor times what they read")
         reads = Affine.fitted(WeightFlow(weights["W_in"].mT, len(read)), normed, read)
         weight = mlp.write_factor(run.values.get(mlp.gives), run.out) * weights["W_out"].mT
-        units = Affine.without_bias(SlopeFlow(factor)).after(reads).after(norm)
+        units = Affine.fitted(SlopeFlow(factor), read, post)  # HookedTransformer adds b_in behind the gate
+        units = units.after(reads).after(norm)
         return self._written(mlp.behind, run, weight, post).after(units)
 
     def _normed(
