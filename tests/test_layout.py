@@ -43,7 +43,9 @@ TESTED_IN = {
     "public": "test_public_names",
     "scores/clusters": "scores/test_correlate",
     "slices/flows": "slices/test_slice",
+    "slices/routes": "slices/test_atlas",
     "slices/sites": "slices/test_slice",
+    "slices/sweep": "slices/test_atlas",
     "sweeps/entries": "sweeps/test_store",
     "sweeps/plan": "sweeps/test_plan_file",
     "sweeps/shapes": "sweeps/test_forecast",
@@ -65,6 +67,7 @@ TESTED_IN = {
 # Test files in folders that are named after no module.
 OF_SEVERAL_MODULES = {
     "forward/test_saelens": "points, hooks and traces, through SAELens itself",
+    "sweeps/test_pools": "executors and runs, through Dask, executorlib and MPI",
     "sweeps/test_slurm": "executors and runs, through a real Slurm",
 }
 

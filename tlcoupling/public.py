@@ -4,6 +4,7 @@ from tlcoupling import parity, viz
 from tlcoupling.analysis.analyze import Analysis, analyze
 from tlcoupling.analysis.checking import Check, check
 from tlcoupling.analysis.estimate import Estimate, estimate
+from tlcoupling.analysis.estimate_slices import estimate_atlas, estimate_slice
 from tlcoupling.analysis.many import ManyAnalyses, analyze_many
 from tlcoupling.coupling.alignment import HeadAlignment, head_alignment
 from tlcoupling.coupling.chance import CouplingTest
@@ -32,6 +33,7 @@ from tlcoupling.models.load import load_model
 from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
+from tlcoupling.slices.atlas import SensitivityAtlas, sensitivity_atlas
 from tlcoupling.slices.detached import DetachedComparison, DetachedMap, compare_detached, detached_map
 from tlcoupling.slices.features import FeatureMap, feature_map
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
@@ -75,6 +77,7 @@ __all__ = [
     "ManyAnalyses",
     "Plan",
     "ProjectedJacobians",
+    "SensitivityAtlas",
     "SingularValueProfile",
     "SliceJacobian",
     "SliceRelations",
@@ -102,6 +105,8 @@ __all__ = [
     "detached_map",
     "eigen_geometry",
     "estimate",
+    "estimate_atlas",
+    "estimate_slice",
     "feature_map",
     "growth",
     "head_alignment",
@@ -122,6 +127,7 @@ __all__ = [
     "random_directions",
     "read_directions",
     "residual_jacobian",
+    "sensitivity_atlas",
     "singular_value_profile",
     "slice_jacobian",
     "slice_relations",
