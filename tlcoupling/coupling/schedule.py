@@ -19,7 +19,7 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.split import Split
-from tlcoupling.jacobian.autograd import vectors_at_once
+from tlcoupling.jacobian.autograd import CHUNK, CHUNK_SHARE, ROWS, vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.jacobian.runs import FEW_ROWS
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS
@@ -30,6 +30,7 @@ from tlcoupling.memory import free_memory
 STACKED, STACKED_ON_DEVICE = 2**22, 2**29
 HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
+ON_ITS_WAY = 1.75  # what vectors on their way back take beyond ``backward_bytes``, with freed memory between; measured
 HOLES = 1.06  # what an allocator takes for kept matrices, with what lies between them; measured
 # Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
 BUFFERS, BUFFERS_ON_DEVICE = 20 * 2**20, 64 * 2**20
@@ -70,7 +71,8 @@ class Again:
         column = cost.backward_bytes * self.rows / n_tokens
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
             return self.streams * (1.5 * column + 6 * n_tokens * key_bytes)
-        return column * (1 + 1.25 * min(max(self.n_dest, 2 * self.n_src), vectors_at_once(column, self.rows, free)))
+        vectors = min(CHUNK, max(1, ROWS // self.rows), max(self.n_dest, 2 * self.n_src))
+        return column + ON_ITS_WAY * max(column, min(vectors * column, CHUNK_SHARE * free))
 
 
 @dataclass(frozen=True)
