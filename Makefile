@@ -12,6 +12,7 @@
 # make release-check TAG=v0.2.0
 #                check that version, tag, changelog and citation fit, then make package
 # make notebooks run the notebooks in demos/, if there are any
+# make paper     set up, then measure the claims of docs/paper.md that docs/paper/numbers.json lacks, and write the page
 # make clean     remove what the commands above wrote (but not the virtual environment)
 #
 # The set-up is a virtual environment in .venv (VENV=... for another place), made once.
@@ -47,7 +48,7 @@ endif
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lane mutants lint types docs notebooks package release-check clean setup setup-dev setup-test
+.PHONY: demo test test-lane mutants lint types docs notebooks paper package release-check clean setup setup-dev setup-test
 
 demo: setup
 	$(BIN)/tlcoupling report --output $(OUT)/report
@@ -87,6 +88,9 @@ ifeq ($(NOTEBOOKS),)
 else
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
 endif
+
+paper: setup-dev $(VENV)/.installed-paper
+	$(BIN)/python benchmarks/paper.py
 
 package: setup-dev
 	scripts/stranger.sh $(BIN)/python

@@ -16,11 +16,16 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from cases import TOKENS, Case  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 import tlcoupling as tlc  # noqa: E402
 import tlcoupling.models.smollm2  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
+
+# A busy machine takes longer, and that is no failure.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PARTS = {  # of the simulations: seconds, not minutes
     "null": 0.05,
-    "rotation": 0.1,
-    "fresh": 0.03,
+    "rotation": 0.025,
+    "fresh": 0.015,
     "tokens": 0.25,
     "overlaps": 0.1,
     "intervals": 0.05,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from cases import CASES, TOKENS, built_here, huggingface, relative_error
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
@@ -47,7 +47,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(drawn=configurations(), dest=st.integers(0, 5), back=st.integers(0, 2))
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, derandomize=True)
 def test_the_engines_agree_on_any_configuration(drawn: dict[str, Any], dest: int, back: int):
     trace = tlc.trace(built_here(drawn), TOKENS[:6])
     src = max(dest - back, 0)
@@ -117,7 +117,7 @@ def mixtures(draw: st.DrawFn) -> tuple[str, Any]:
 
 @pytest.mark.skipif(not BRIDGED, reason="no mixtures on this TransformerLens")
 @given(drawn=mixtures(), dest=st.integers(0, 5), back=st.integers(0, 2))
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, derandomize=True)
 def test_the_engines_agree_on_any_mixture_sink_and_latent_attention(drawn: tuple[str, Any], dest: int, back: int):
     architecture, config = drawn
     trace = tlc.trace(huggingface(config, architecture, architecture)(torch.float64).eval(), TOKENS[:6])

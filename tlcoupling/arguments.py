@@ -135,6 +135,20 @@ def resolve_indices(name: str, value: Indices | None, size: int) -> tuple[int, .
     return indices
 
 
+def resolve_basis_layers(value: Indices | None, layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
+    """Return the layer that gives the bases for each of ``layers``: one for all, one for each, or themselves for None.
+
+    Raises:
+        ArgumentError: an index is out of range, or there are as many as neither one nor ``layers``.
+    """
+    if value is None:
+        return tuple(layers)
+    others = as_list(value) if as_int(value) is None else [value] * len(layers)
+    if len(others) != len(layers):
+        raise ArgumentError("basis_layers", value, f"one layer, or one for each of the {len(layers)} layers")
+    return tuple(check_index("basis_layers", layer, n_layers) for layer in others)
+
+
 def resolve_k(k: KSpec, d_model: int, name: str = "k") -> tuple[int, ...]:
     """Return K as ints. A fraction of d_model is rounded down, to at least 1.
 

@@ -17,7 +17,9 @@ from tlcoupling.directions.causal import CausalEffect, causal_effect
 from tlcoupling.directions.intervention import add_direction, keep_only, project_out, random_directions
 from tlcoupling.directions.readout import DirectionReadout, read_directions
 from tlcoupling.dynamics.components import TrajectoryComponents, trajectory_components
+from tlcoupling.dynamics.geometry import EigenGeometry, eigen_geometry
 from tlcoupling.dynamics.linearized import LinearizationGap, linearization_gap, linearized
+from tlcoupling.dynamics.lyapunov import LyapunovSpectrum, lyapunov_spectrum
 from tlcoupling.dynamics.spectrum import SingularValueProfile, singular_value_profile
 from tlcoupling.errors import TLCouplingError
 from tlcoupling.forward.trace import Trace, trace
@@ -52,6 +54,7 @@ __all__ = [
     "CouplingTest",
     "DepthCoupling",
     "DirectionReadout",
+    "EigenGeometry",
     "Estimate",
     "Growth",
     "HeadAlignment",
@@ -62,6 +65,7 @@ __all__ = [
     "JacobianOperator",
     "Linearity",
     "LinearizationGap",
+    "LyapunovSpectrum",
     "ManyAnalyses",
     "Plan",
     "ProjectedJacobians",
@@ -87,6 +91,7 @@ __all__ = [
     "correlate",
     "coupling_loss",
     "depth_coupling",
+    "eigen_geometry",
     "estimate",
     "growth",
     "head_alignment",
@@ -99,6 +104,7 @@ __all__ = [
     "linearized",
     "load",
     "load_model",
+    "lyapunov_spectrum",
     "parity",
     "project_out",
     "projected_jacobians",

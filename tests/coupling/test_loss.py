@@ -77,7 +77,7 @@ def test_its_gradient_is_that_of_finite_differences(case: Case, sublayer: str, s
     assert slope == pytest.approx(difference, rel=1e-5 if case.exact else 3e-2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), d=st.integers(4, 12), low=st.integers(0, 3))
 def test_triplets_carry_their_derivative(seed: int, d: int, low: int):
     """Also of matrices of low rank, whose other singular values coincide at zero."""

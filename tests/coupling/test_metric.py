@@ -13,7 +13,7 @@ from oracle import haar
 from tlcoupling.coupling.metric import coupling, off_diagonal_mean, subspace_overlap
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), d=st.integers(8, 40), fraction=st.floats(0.05, 1.0))
 def test_properties_of_the_metric(seed: int, d: int, fraction: float):
     torch.manual_seed(seed)

@@ -64,20 +64,37 @@ def test_token_coupling_is_the_formula(case: Case, case_trace: tlc.Trace, normal
 def test_context_coupling_is_the_formula(
     case: Case, case_trace: tlc.Trace, fixed: Any, position: int, normalizer: Any, bases: Any, absolute: bool
 ):
-    """No identity is subtracted from what one token does to another: the oracle subtracts it for src = dest alone."""
-    found = tlc.context_coupling(
-        case_trace, fixed, position, 4, layers=[1], normalizer=normalizer, bases=bases, absolute=absolute
-    )
-    assert found.positions == ((3, 4, 5, 6) if fixed == "src" else (0, 1, 2, 3))
-    assert found.sublayers == ("block", "attn")
-    for s, sublayer in enumerate(found.sublayers):
-        jacobians = [
-            full_model_jacobian(case, 1, sublayer, *((position, pos) if fixed == "src" else (pos, position)))
-            for pos in found.positions
-        ]
-        pairs_of(found.values[s, 0, 0], jacobians, jacobians, 4, normalizer, bases, absolute, 1e3 * case.tolerance)
-        sizes = torch.stack([jacobian.norm() for jacobian in jacobians])
-        torch.testing.assert_close(found.frobenius[s, 0], sizes, rtol=10 * case.tolerance, atol=0)
+    """Within a layer, and in the bases of another one.
+
+    No identity is subtracted from what one token does to another: the oracle subtracts it for src = dest alone.
+    """
+    for basis_layer in (None, 2):
+        found = tlc.context_coupling(
+            case_trace,
+            fixed,
+            position,
+            4,
+            layers=[1],
+            basis_layers=basis_layer,
+            normalizer=normalizer,
+            bases=bases,
+            absolute=absolute,
+        )
+        assert found.positions == ((3, 4, 5, 6) if fixed == "src" else (0, 1, 2, 3))
+        assert found.sublayers == ("block", "attn")
+        for s, sublayer in enumerate(found.sublayers):
+            rows, columns = (
+                [
+                    full_model_jacobian(
+                        case, layer, sublayer, *((position, pos) if fixed == "src" else (pos, position))
+                    )
+                    for pos in found.positions
+                ]
+                for layer in (1, *found.basis_layers)
+            )
+            pairs_of(found.values[s, 0, 0], rows, columns, 4, normalizer, bases, absolute, 1e3 * case.tolerance)
+            sizes = torch.stack([jacobian.norm() for jacobian in rows])
+            torch.testing.assert_close(found.frobenius[s, 0], sizes, rtol=10 * case.tolerance, atol=0)
 
 
 @each_case
@@ -91,6 +108,10 @@ def test_the_kinds_agree_where_they_meet(case: Case, case_trace: tlc.Trace):
         torch.testing.assert_close(across.null[:, 0, :, token, token], depth.null[:, token, :, 0, 2], **close)
         spread = depth.null_std[:, token, :, 0, 2]
         torch.testing.assert_close(across.null_std[:, 0, :, token, token], spread, **close)
+    reached = tlc.context_coupling(case_trace, "dest", 5, 4, tokens=[2, 5], layers=[0], basis_layers=2)
+    for quantity in ("values", "null", "null_std"):  # at 5 -> 5, of layer 0 in the bases of layer 2
+        here, there = getattr(reached, quantity)[:, 0, :, 1, 1], getattr(depth, quantity)[:2, 1, :, 0, 2]
+        torch.testing.assert_close(here, there, **close)
     dest = tlc.context_coupling(case_trace, "dest", 5, 4, tokens=[2, 5], layers=[0])
     torch.testing.assert_close(dest.singular_values[:, 0, 1], depth.singular_values[:2, 1, 0], rtol=1e-5, atol=0)
 
@@ -152,11 +173,16 @@ def test_a_random_model_has_no_excess_across_layers_and_much_within_one():
     across, within = [], []
     for seed in range(8):
         trace = tlc.trace(fresh(seed), TOKENS[:5])
-        shifted = [tlc.token_coupling(trace, 5, basis_layers=[1, 2, 0], normalizer=each) for each in normalizers]
-        across.append(torch.stack([found.excess.mean(dim=(1, 2, 3, 4)) for found in shifted]))
+        means = []
+        for each in normalizers:
+            how = {"basis_layers": [1, 2, 0], "normalizer": each}
+            shifted = [tlc.token_coupling(trace, 5, **how)]
+            shifted += [tlc.context_coupling(trace, fixed, k=5, sublayers="attn", **how) for fixed in ("src", "dest")]
+            means.append(torch.cat([found.excess.mean(dim=(1, 2, 3, 4)) for found in shifted]))
+        across.append(torch.stack(means))
         same = [tlc.token_coupling(trace, 5, layers=[1], normalizer=each) for each in normalizers]
         within.append(torch.stack([found.mean("excess")[:, 0, 0] for found in same]))
-    across, within = torch.stack(across), torch.stack(within)  # [model, normalizer, sublayer]
+    across, within = torch.stack(across), torch.stack(within)  # [model, normalizer, sublayer (and kind)]
     assert (across.mean(0).abs() < 3 * across.std(0) / math.sqrt(len(across))).all()
     assert (within > 10 * across.abs().amax(dim=(0, 2))[:, None]).all()
 
@@ -186,6 +212,8 @@ def test_within_a_layer_a_random_model_has_no_excess_over_the_random_baseline():
         ("token_coupling", {"basis_layers": 3}, r"basis_layers=3 .*from -3 to 2"),
         ("token_coupling", {"k": 33}, r"k=33 .*d_model = 32"),
         ("token_coupling", {"k": 32}, r"k=32 .*numerical rank of this Jacobian \(.* of layer 0, token 0\)"),
+        ("context_coupling", {"basis_layers": [0]}, r"basis_layers=\[0\] .*each of the 3 layers"),
+        ("context_coupling", {"basis_layers": -4}, r"basis_layers=-4 .*from -3 to 2"),
         ("context_coupling", {"fixed": "head"}, r"fixed='head' .*src, dest"),
         ("context_coupling", {"position": 7}, r"position=7 .*from -7 to 6"),
         ("context_coupling", {"position": 6}, r"position=6 .*a src with two or more tokens"),
@@ -237,7 +265,7 @@ def test_results_come_back_and_tabulate(tmp_path):
     trace = tlc.trace(CASES[0].model(), TOKENS)
     for found in (
         tlc.token_coupling(trace, [2, 4], tokens=[0, 3], layers=[1], basis_layers=2),
-        tlc.context_coupling(trace, "dest", 4, [2, 4], layers=[0, 2]),
+        tlc.context_coupling(trace, "dest", 4, [2, 4], layers=[0, 2], basis_layers=[2, 1]),
     ):
         back = tlc.load(found.save(tmp_path / "result.safetensors"))
         assert repr(back) == repr(found)
@@ -247,3 +275,5 @@ def test_results_come_back_and_tabulate(tmp_path):
         column = found.positions.index(3)
         assert row["value"].item() == pytest.approx(float(found.z[1, 0, 1, 0, column]))
         assert found.provenance.settings["layers"] == list(found.layers)
+        assert back.basis_layers == found.basis_layers and "bases of layer" in repr(found)
+        assert found.provenance.settings["basis_layers"] == list(found.basis_layers)

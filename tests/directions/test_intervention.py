@@ -64,7 +64,7 @@ def test_one_subspace_for_each_position_and_batches():
     assert torch.equal(activation, random(4, 7, WIDTH, seed=1))  # not edited in place
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), d=st.integers(3, 40), data=st.data())
 def test_the_control_takes_the_same_share(seed: int, d: int, data: st.DataObject):
     k = data.draw(st.integers(1, d - 1))

@@ -33,7 +33,7 @@ def test_components_rebuild_the_trajectories(case: Case):
     torch.testing.assert_close(from_cache.coordinates, found.coordinates, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_components_follow_a_rotation_and_ignore_a_shift(seed: int):
     trace = tlc.trace(next(case for case in FEW if case.exact).model(), TOKENS)

@@ -118,7 +118,7 @@ def test_derivatives_do_not_need_gradients_switched_on():
         torch.testing.assert_close(found, expected)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(scale=st.floats(0.1, 10.0), seed=st.integers(0, 1000))
 def test_the_linearised_system_is_linear(scale: float, seed: int):
     trace = tlc.trace(EXACT[0].model(), TOKENS)

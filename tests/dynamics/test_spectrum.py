@@ -28,7 +28,7 @@ def coupling_of(values: torch.Tensor, layers: tuple[int, ...] | None = None) -> 
     return made
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(a=st.floats(0.1, 10.0), b=st.floats(0.5, 20.0), n=st.integers(3, 40))
 def test_the_law_is_found_where_it_holds(a: float, b: float, n: int):
     depth = torch.arange(n, dtype=torch.float64)

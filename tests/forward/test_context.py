@@ -122,7 +122,7 @@ combinations = st.lists(st.sampled_from(sorted(CONTEXTS)), max_size=4, unique=Tr
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(st.sampled_from(MODELS), st.sampled_from([torch.float32, torch.float64]), combinations, combinations)
 @pytest.mark.filterwarnings("ignore")
 def test_contexts_in_any_combination_change_no_bit(
@@ -139,7 +139,7 @@ def test_contexts_in_any_combination_change_no_bit(
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(st.sampled_from(MODELS), st.lists(combinations, min_size=2, max_size=2))
 @pytest.mark.filterwarnings("ignore")
 def test_threads_with_contexts_of_their_own_change_no_bit(case: Case, chosen: list[tuple[str, ...]]):

@@ -53,7 +53,7 @@ _words = st.integers(6, 47)
 
 
 @pytest.mark.filterwarnings("ignore:pads")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     ids=st.lists(_words, min_size=1, max_size=8), left=st.integers(0, 6), right=st.integers(0, 6), masked=st.booleans()
 )

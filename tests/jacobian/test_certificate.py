@@ -86,7 +86,7 @@ def _random(like: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
     edits=wraps(),
     pairs=some_pairs,
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_no_wrapped_projection_passes(case: Case, path: str, layer: int, edits: list, pairs: list[tuple[int, int]]):
     def wrap(call):
         def edited(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -131,7 +131,7 @@ def by_position(draw: st.DrawFn):
     edit=by_position(),
     pairs=some_pairs,
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_no_module_that_depends_on_the_position_passes(
     case: Case, path: str, layer: int, edit, pairs: list[tuple[int, int]]
 ):

@@ -66,7 +66,7 @@ def measured_or_refused(trace: tlc.Trace, layer: int, pairs: list[tuple[int, int
     kind=st.sampled_from(["no_grad", "half detached"]),
     pair=st.sampled_from(PAIRS),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_cut_graph_passes(path: str, layer: int, kind: str, pair: tuple[int, int]):
     """Where the cut part has a derivative; else the number is right."""
     model = LLAMA.model()
@@ -221,7 +221,7 @@ def layers(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 # not 0: where all units are dead nothing is relative to the product
 @given(layer=layers(), slope=st.floats(-1.0, -0.05) | st.floats(0.05, 0.9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_kink_is_taken_for_a_false_derivative(layer, slope: float):
     """With up to 256 kinks, some of them within the step, and a slope beyond them."""
     into, at, out = layer
@@ -234,7 +234,7 @@ def test_no_kink_is_taken_for_a_false_derivative(layer, slope: float):
 
 
 @given(layer=layers(), share=st.floats(0.1, 1.0), kind=st.sampled_from([torch.tanh, torch.relu, torch.sin]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_cut_passes_for_a_kink(layer, share: float, kind):
     into, at, out = layer
     slopes = torch.func.jvp(kind, (at,), (torch.ones_like(at),))[1]
@@ -249,7 +249,7 @@ def test_no_cut_passes_for_a_kink(layer, share: float, kind):
 
 # longer ones are flat where they are measured; shorter ones are rounding
 @given(layer=layers(), tread=st.floats(-3.0, -2.2), linear=st.floats(0.0, 1.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_staircase_passes_for_a_kink(layer, tread: float, linear: float):
     """Whatever is added to it: the smallest steps lie on one tread, where its derivative of zero is right."""
     (into, at, out), height = layer, 10**tread

@@ -22,7 +22,7 @@ def with_spectrum(s: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return u * s @ v.mT
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(40, 90),

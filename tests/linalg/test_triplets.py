@@ -44,7 +44,7 @@ def sines_of_spans(one: Triplets, two: Triplets) -> torch.Tensor:
     return torch.stack(found)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     size=st.integers(24, 160),
@@ -72,7 +72,7 @@ def test_where_solvers_differ_the_vectors_are_flagged(
             assert (sines(one, other)[trusted] <= 2 * DETERMINED).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), size=st.integers(24, 160), k=st.integers(1, 8), ratio=st.floats(0.6, 0.98))
 def test_vectors_behind_wide_gaps_are_not_flagged(seed: int, size: int, k: int, ratio: float):
     """Gaps of 2 % of a value that is at least 0.016 of s_1: 3e-4 s_1, while rounding moves entries by 1e-6 s_1."""

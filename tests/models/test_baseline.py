@@ -37,7 +37,8 @@ def test_the_same_architecture_with_its_librarys_weights(case: Case):
     fresh = tlc.random_baseline(model, seed=3)
     assert type(fresh) is type(model) and not fresh.training
     assert {name: str(value) for name, value in vars(model.cfg).items()} == config
-    assert {name: str(value) for name, value in vars(fresh.cfg).items()} == config
+    named = config | {"model_name": f"{config['model_name']} (fresh weights, seed 3)"}
+    assert {name: str(value) for name, value in vars(fresh.cfg).items()} == named
     found = dict(fresh.named_parameters())
     assert found.keys() == before.keys()
     for name, parameter in model.named_parameters():

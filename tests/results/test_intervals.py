@@ -76,7 +76,7 @@ def test_no_spread_no_interval():
     assert float(found["estimate"]) == pytest.approx(0.3) and found["units"].tolist() == [7]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shift=st.floats(-5, 5), scale=st.floats(0.1, 10), seed=st.integers(0, 1000))
 def test_intervals_move_with_their_data(shift: float, scale: float, seed: int):
     values = torch.randn(12, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

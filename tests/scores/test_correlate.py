@@ -212,7 +212,7 @@ def test_leaving_a_family_out_is_the_correlation_of_the_others():
         assert found.r_without[0, index].item() == pytest.approx(expected, abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-50, 50), st.sampled_from([-1, 1]))
 def test_scores_in_other_units_and_rows_in_another_order_change_nothing(
     seed: int, scale: float, shift: float, sign: int

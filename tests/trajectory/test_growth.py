@@ -29,7 +29,7 @@ def test_growth_by_hand():
         torch.testing.assert_close(getattr(found, name), torch.tensor(value, dtype=torch.float64))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rate=st.floats(0.01, 3.0), n=st.integers(2, 40), scale=st.floats(0.1, 10.0))
 def test_expodistance_of_exponential_growth_is_zero(rate: float, n: int, scale: float):
     alpha = torch.full((n, 1), rate, dtype=torch.float64)

@@ -17,7 +17,7 @@ from tlcoupling.trajectory.linearity import line_shape_score
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 40), d=st.integers(2, 64))
 def test_line_shape_score_is_at_least_one(seed: int, n: int, d: int):
     torch.manual_seed(seed)

@@ -247,6 +247,14 @@ def test_singular_values_and_their_fit_are_drawn():
         assert axes.get_yscale() == "log"
 
 
+def test_coupling_by_distance_takes_no_two_models_for_two_prompts():
+    one = make_analysis(n_layers=4).coupling
+    other = replace(one, provenance=replace(one.provenance, model_name="other"))
+    with pytest.raises(ArgumentError, match="result=.*'other'.*those of another as baseline="):
+        figures.coupling_by_distance({"one": one, "other": other})
+    figures.coupling_by_distance(one, baseline=other)
+
+
 def test_coupling_by_distance_draws_profiles_nulls_and_intervals():
     prompts = [replace(make_analysis(n_layers=6).coupling) for _ in range(6)]
     for index, one in enumerate(prompts):
@@ -471,7 +479,7 @@ def test_fresh_weights_are_a_line_of_their_own_beside_training():
 # text, size, colour
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=30))
 def test_any_text_becomes_a_label_that_can_be_drawn(text: str):
     """Of characters that the font has, none of which breaks the line or turns it round."""

@@ -326,6 +326,12 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert len(data_of(viz.attention_and_coupling(both, -2).html)["pairs"]["kinds"]) == 3
     alone = data_of(viz.attention_and_coupling(both.context_dest, 2).html)["pairs"]
     assert alone["attention"] is None and [kind["name"] for kind in alone["kinds"]] == ["context dest"]
+    assert alone["diagonal_is_one"]
+    for one in (both.context_dest, both.token_coupling):  # in the bases of another layer no diagonal is 1
+        assert one is not None
+        across = data_of(viz.attention_and_coupling(dataclasses.replace(one, basis_layers=(0,)), 2).html)["pairs"]
+        assert not across["diagonal_is_one"] and across["kinds"][0]["title"].endswith(", bases of layer 0")
+        assert float(unpacked(across["kinds"][0]["values"])[0, 0, 0, 0, 0]) == pytest.approx(1, abs=1e-3)  # kept
     with pytest.raises(ArgumentError, match=r"layer=1 .* one of \[2\]"):
         viz.attention_and_coupling(both.token_coupling, 1)
     with pytest.raises(ArgumentError, match="layer=9"):

@@ -26,7 +26,7 @@ from tlcoupling.viz.shown import Lines, Matrix, shown
 from tlcoupling.viz.thumbnail import CELLS
 
 LIMIT = 30_000  # bytes of a result's HTML
-BASES = {"Coupling", "OrderedCoupling", "LabelledResult"}  # nothing is measured as these
+BASES = {"Coupling", "OrderedCoupling", "WithinLayers", "LabelledResult"}  # nothing is measured as these
 
 
 def classes() -> list[str]:
@@ -81,6 +81,8 @@ def results() -> dict[str, Result]:
             tlc.trajectory_components(trace),
             tlc.singular_value_profile(analysis.coupling),
             tlc.linearization_gap(trace, sizes=(1e-3, 1e-2)),
+            tlc.eigen_geometry(trace, baseline=other),
+            tlc.lyapunov_spectrum(trace, baseline=other),
             readout(),
             tlc.causal_effect(model, [TOKENS, TOKENS[:5]], 2, draws=3),
             tlc.correlate(),
@@ -162,6 +164,14 @@ def test_the_chance_level_stands_beside_every_coupling(results: dict[str, Result
         assert list(shown(results[name]).columns[1:]) == ["coupling", "null", "excess"]
     scores = shown(results["Linearity"]).pictures[0]
     assert isinstance(scores, Lines) and scores.chance is not None and scores.chance[0] == 3**0.5
+
+
+def test_weights_are_called_shared_only_within_a_layer(results: dict[str, Result]):
+    within: Any = results["ContextCoupling"]
+    assert "share its weights" not in shown(results["DepthCoupling"]).note
+    assert "share its weights" in shown(within).note
+    others = tuple((layer + 1) % 3 for layer in within.layers)
+    assert shown(replace(within, basis_layers=others)).note == ""
 
 
 def test_the_chance_level_stands_beside_every_effect_of_steering(results: dict[str, Result]):

@@ -29,7 +29,7 @@ from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
-from tlcoupling.models.baseline import random_baseline
+from tlcoupling.models.baseline import baseline_model
 from tlcoupling.results.base import Result
 from tlcoupling.trajectory.growth import Growth, growth
 from tlcoupling.trajectory.linearity import Linearity, linearity
@@ -295,7 +295,7 @@ def analyze_baseline(baseline: Any, traced: Trace, **options: Any) -> Analysis:
         traced: the trace of the other model.
         options: those of ``analyze``.
     """
-    fresh = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
+    fresh = baseline_model(baseline, traced.model)
     return replace(analyze(fresh, traced.tokens, **options, attention=False), trace=None)  # a trace keeps its model
 
 

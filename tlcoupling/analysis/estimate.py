@@ -313,6 +313,6 @@ def _pairs_of_tokens(
     positions, reach = range(n_tokens), tuple(name for name in sublayers if name not in POSITIONWISE)
     pairs = {"token-wise": (tuple(sublayers), token_groups(layers, layers, positions))}
     if reach:  # an MLP reaches no other token
-        pairs["fixed src"] = (reach, context_groups(layers, "src", 0, positions))
-        pairs["fixed dest"] = (reach, context_groups(layers, "dest", n_tokens - 1, positions))
+        pairs["fixed src"] = (reach, context_groups(layers, layers, "src", 0, positions))
+        pairs["fixed dest"] = (reach, context_groups(layers, layers, "dest", n_tokens - 1, positions))
     return pairs

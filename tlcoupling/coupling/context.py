@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from tlcoupling.arguments import Indices, KSpec, check_index, check_name, resolve_indices, resolve_sublayers
-from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.arguments import (
+    Indices,
+    KSpec,
+    check_index,
+    check_name,
+    resolve_basis_layers,
+    resolve_indices,
+    resolve_sublayers,
+)
+from tlcoupling.coupling.groups import Group, groups_of_layers
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.result import OrderedCoupling, measure
+from tlcoupling.coupling.result import WithinLayers, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import Trace, require_trace
@@ -22,33 +30,25 @@ Fixed = Literal["src", "dest"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class ContextCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
+class ContextCoupling(WithinLayers, group=("sublayer", "layer"), member="pos"):
     """Coupling of the Jacobians from one token to others, or from others to one, in each layer.
 
     ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are
     ``[sublayer, layer, k, pos, basis_pos]``, where pos is the end that varies. ``Coupling`` explains them.
+    ``mean`` and ``profile`` leave out pairs of equal positions, also if the bases come from another layer.
 
     Attributes:
         fixed: ``"src"`` or ``"dest"``.
         position: the fixed position.
-        positions: the positions at the other end.
-        tokens: their text.
-        layers: the layers measured.
     """
 
     fixed: str
     position: int
-    positions: tuple[int, ...]
-    tokens: tuple[str, ...]
-    layers: tuple[int, ...]
 
     def _described(self) -> str:
         direction = "from" if self.fixed == "src" else "to"
         pairs = counted(len(self.positions), "pair")
-        return f"{counted(len(self.layers), 'layer')}, {pairs} {direction} position {self.position}"
-
-    def _labels(self) -> dict[str, Sequence[Any]]:
-        return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
+        return f"{counted(len(self.layers), 'layer')}, {pairs} {direction} position {self.position}{self._across()}"
 
 
 def context_coupling(
@@ -60,6 +60,7 @@ def context_coupling(
     sublayers: str | Sequence[str] | None = None,
     tokens: Indices = "all",
     layers: Indices | None = None,
+    basis_layers: Indices | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
     absolute: bool = True,
@@ -69,13 +70,13 @@ def context_coupling(
 ) -> ContextCoupling:
     r"""Measure how far the top singular vectors of a layer's Jacobians agree across the context of a token.
 
-    Fixed src s: c_K(J[l, s->t], J[l, s->t']) for t, t' >= s. Fixed dest t: c_K(J[l, s->t], J[l, s'->t]) for s, s' <= t.
-    In a bidirectional model the other end may be any position.
+    Fixed src s: c_K(J[l, s->t], J[l', s->t']) for t, t' >= s. Fixed dest t: c_K(J[l, s->t], J[l', s'->t]) for
+    s, s' <= t. By default l' = l. In a bidirectional model the other end may be any position.
     J[l, s->s] leaves out the identity of the skip connection. J[l, s->t] with s < t has none to leave out. Source:
     arXiv 2407.07810, section 3.
 
     All pairs of a layer share its weights, so they agree even in an untrained model, as in ``token_coupling``: compare
-    the excess with that of a random model.
+    the excess with that of a random model. Across layers (``basis_layers``) a random model has no excess.
 
     Args:
         trace: a trace of the model.
@@ -85,6 +86,7 @@ def context_coupling(
         sublayers: ``"block"``, ``"attn"`` (or ``"mixer"``) or both (the default). An MLP reaches no other position.
         tokens: positions at the other end: several, or ``"all"`` within reach of attention.
         layers: block indices; by default all.
+        basis_layers: the layer l' that gives the bases, one for each layer or one for all; by default l itself.
         normalizer: as in ``depth_coupling``.
         bases: as in ``depth_coupling``.
         absolute: as in ``depth_coupling``.
@@ -97,7 +99,7 @@ def context_coupling(
 
     Raises:
         ArgumentError: an argument out of range; fewer than two tokens within reach; K above the rank of a Jacobian
-            (0 beyond a local attention window).
+            (0 beyond a local attention window); another number of ``basis_layers`` than of layers.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Example:
@@ -114,28 +116,36 @@ def context_coupling(
     held = check_index("position", default if position is None else position, trace.n_tokens)
     positions = _reached(trace, fixed, held, tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
+    others = resolve_basis_layers(basis_layers, chosen, trace.n_layers)
     return measure(
         ContextCoupling,
         trace,
         names,
-        context_groups(chosen, fixed, held, positions),
+        context_groups(chosen, others, fixed, held, positions),
         options,
-        {"fixed": fixed, "position": held, "tokens": list(positions), "layers": list(chosen)},
+        {
+            "fixed": fixed,
+            "position": held,
+            "tokens": list(positions),
+            "layers": list(chosen),
+            "basis_layers": list(others),
+        },
         progress,
         fixed=fixed,
         position=held,
         positions=positions,
         tokens=tuple(trace.str_tokens[pos] for pos in positions),
         layers=chosen,
+        basis_layers=others,
     )
 
 
-def context_groups(layers: Sequence[int], fixed: Fixed, held: int, positions: Sequence[int]) -> list[Group]:
-    """Return the groups to compare: in each layer, the Jacobians from or to one fixed position."""
-    return [
-        Group.of([Place(layer, pos, held) if fixed == "src" else Place(layer, held, pos) for pos in positions])
-        for layer in layers
-    ]
+def context_groups(
+    layers: Sequence[int], basis_layers: Sequence[int], fixed: Fixed, held: int, positions: Sequence[int]
+) -> list[Group]:
+    """Return the groups to compare: in each layer, the Jacobians from or to one position, in a layer's bases."""
+    pairs = [(held, pos) if fixed == "src" else (pos, held) for pos in positions]
+    return groups_of_layers(layers, basis_layers, pairs)
 
 
 def _reached(trace: Trace, fixed: Fixed, held: int, tokens: Indices) -> tuple[int, ...]:

@@ -46,6 +46,16 @@ class Group:
         return {*self.rows, *self.columns}
 
 
+def groups_of_layers(
+    layers: Sequence[int], basis_layers: Sequence[int], pairs: Sequence[tuple[int, int]]
+) -> list[Group]:
+    """Return one group for each layer: its Jacobians at all pairs (src, dest), with the bases of a basis layer."""
+    return [
+        Group(*(tuple(Place(which, dest, src) for src, dest in pairs) for which in both))
+        for both in zip(layers, basis_layers, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Visit:
     """One Jacobian in the order in which they are made.

@@ -349,6 +349,41 @@ class OrderedCoupling(Coupling):
         return {**super()._sets(), **{f"distance {step}": apart == step for step in range(1, len(place))}}
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class WithinLayers(OrderedCoupling):
+    """Coupling of positions, by the layer whose Jacobians are compared and the layer that gives the bases.
+
+    Attributes:
+        positions: the positions compared.
+        tokens: their text.
+        layers: the layers whose Jacobians are compared.
+        basis_layers: for each of these layers, the layer that gives the bases; the layers themselves by default.
+    """
+
+    positions: tuple[int, ...] = field(kw_only=True)
+    tokens: tuple[str, ...] = field(kw_only=True)
+    layers: tuple[int, ...] = field(kw_only=True)
+    basis_layers: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Take the layers themselves where none are named, as in files of version 0.1."""
+        object.__setattr__(self, "basis_layers", self.basis_layers or self.layers)
+
+    def _labels(self) -> dict[str, Sequence[Any]]:
+        return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
+
+    def _shared(self) -> Bool[Tensor, "sublayer layer"]:
+        same = torch.tensor([layer == basis for layer, basis in zip(self.layers, self.basis_layers, strict=True)])
+        return same.expand(len(self.sublayers), -1)
+
+    def _across(self) -> str:
+        """Say where the bases come from, if that is another layer."""
+        if self.layers == self.basis_layers:
+            return ""
+        named = sorted({*self.basis_layers})
+        return f", bases of layer{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
+
+
 @measured
 def measure(
     kind: type[CouplingT],

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
-
-from tlcoupling.arguments import Indices, KSpec, as_int, as_list, check_index, resolve_indices, resolve_sublayers
-from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.arguments import Indices, KSpec, resolve_basis_layers, resolve_indices, resolve_sublayers
+from tlcoupling.coupling.groups import Group, groups_of_layers
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.result import OrderedCoupling, measure
-from tlcoupling.errors import ArgumentError
+from tlcoupling.coupling.result import WithinLayers, measure
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -23,34 +17,16 @@ from tlcoupling.text import counted
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class TokenCoupling(OrderedCoupling, group=("sublayer", "layer"), member="pos"):
+class TokenCoupling(WithinLayers, group=("sublayer", "layer"), member="pos"):
     """Coupling of the Jacobians of all pairs of tokens, in each layer.
 
     ``values``, ``null``, ``null_std``, ``excess``, ``z`` and the overlaps are
     ``[sublayer, layer, k, pos, basis_pos]``. ``Coupling`` explains them. ``mean`` and ``profile`` leave out pairs of
     equal positions, also if the bases come from another layer.
-
-    Attributes:
-        positions: the tokens' positions.
-        tokens: their text.
-        layers: the layers whose Jacobians are compared.
-        basis_layers: for each of these layers, the layer that gives the bases.
     """
 
-    positions: tuple[int, ...]
-    tokens: tuple[str, ...]
-    layers: tuple[int, ...]
-    basis_layers: tuple[int, ...]
-
     def _described(self) -> str:
-        return f"{counted(len(self.layers), 'layer')}, {counted(len(self.positions), 'token')}"
-
-    def _labels(self) -> dict[str, Sequence[Any]]:
-        return {"layer": self.layers, "pos": self.positions, "basis_pos": self.positions}
-
-    def _shared(self) -> Bool[Tensor, "sublayer layer"]:
-        same = torch.tensor([layer == basis for layer, basis in zip(self.layers, self.basis_layers, strict=True)])
-        return same.expand(len(self.sublayers), -1)
+        return f"{counted(len(self.layers), 'layer')}, {counted(len(self.positions), 'token')}{self._across()}"
 
 
 def token_coupling(
@@ -108,11 +84,7 @@ def token_coupling(
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
-    given = chosen if basis_layers is None else basis_layers
-    others = as_list(given) if as_int(given) is None else [given] * len(chosen)
-    if len(others) != len(chosen):
-        raise ArgumentError("basis_layers", basis_layers, f"one layer, or one for each of the {len(chosen)} layers")
-    others = tuple(check_index("basis_layers", layer, trace.n_layers) for layer in others)
+    others = resolve_basis_layers(basis_layers, chosen, trace.n_layers)
     return measure(
         TokenCoupling,
         trace,
@@ -130,7 +102,4 @@ def token_coupling(
 
 def token_groups(layers: Sequence[int], basis_layers: Sequence[int], positions: Sequence[int]) -> list[Group]:
     """Return the groups to compare: in each layer, all positions, with the bases of the same or another layer."""
-    return [
-        Group(*(tuple(Place(which, pos, pos) for pos in positions) for which in pair))
-        for pair in zip(layers, basis_layers, strict=True)
-    ]
+    return groups_of_layers(layers, basis_layers, [(pos, pos) for pos in positions])

@@ -149,13 +149,7 @@ def causal_effect(
     weight_processing, hook_settings, chosen, k = {}, {}, (), 0
     for name, prompt in named.items():
         traced = trace(model, prompt, prepend_bos=prepend_bos)
-        if traced.n_tokens < 2:
-            raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
-        if not traced.hooked_layers and not traced.causal:  # a hook of yours may read what it likes
-            raise UnsupportedModelError(
-                f"{traced.model_name} is bidirectional: it reads the tokens it would have to predict, so its "
-                "next-token loss says nothing"
-            )
+        require_loss(traced, prompt)
         check_sublayer("sublayer", sublayer, tuple(traced.writes) or ("none",), traced.refusal)
         chosen = resolve_indices("layers", layers, traced.n_layers)
         given = (
@@ -189,6 +183,31 @@ def causal_effect(
     )
 
 
+def require_loss(traced: Trace, prompt: Any) -> None:
+    """Check that the model predicts tokens of a prompt.
+
+    Raises:
+        ArgumentError: the prompt has a single token.
+        UnsupportedModelError: the model is bidirectional.
+    """
+    if traced.n_tokens < 2:
+        raise ArgumentError("prompts", prompt, "prompts of at least two tokens: the loss is that of the next token")
+    if not traced.hooked_layers and not traced.causal:  # a hook of yours may read what it likes
+        raise UnsupportedModelError(
+            f"{traced.model_name} is bidirectional: it reads the tokens it would have to predict, so its "
+            "next-token loss says nothing"
+        )
+
+
+def next_token_loss(traced: Trace, hooks: Sequence[Any] = ()) -> Float[Tensor, ""]:
+    """Return the mean next-token loss in nats, with hooks added to those that are attached."""
+    model, tokens = traced.model, traced.tokens
+    ids = tokens[None].to(next(model.parameters()).device)
+    with torch.no_grad():
+        logits = model.run_with_hooks(ids, return_type="logits", fwd_hooks=list(hooks))[0, :-1]
+    return torch.nn.functional.cross_entropy(logits.double().cpu(), tokens[1:])
+
+
 class _Measured:
     """Measures one prompt."""
 
@@ -206,15 +225,7 @@ class _Measured:
         self.k = directions if isinstance(directions, int) else orthonormal(directions).shape[-1]
         self.positions = range(traced.n_tokens - 1)
         self.jacobians = JacobianEngine(traced, engine, {(pos, pos) for pos in self.positions})
-        self.loss = self._loss([])
-
-    def _loss(self, hooks: list[Any]) -> Float[Tensor, ""]:
-        """Return the mean next-token loss, in nats."""
-        model, tokens = self.traced.model, self.traced.tokens
-        ids = tokens[None].to(next(model.parameters()).device)
-        with torch.no_grad():
-            logits = model.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks)[0, :-1]
-        return torch.nn.functional.cross_entropy(logits.double().cpu(), tokens[1:])
+        self.loss = next_token_loss(traced)
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Return effect, control and their shares in one layer."""
@@ -245,6 +256,6 @@ class _Measured:
         """Return the change in loss without the directions, and their share of the write's norm."""
         _, remove = project_out(bases, layer, positions=self.positions)
         write = block_hook(layer, self.traced.block(layer).sublayers[self.sublayer].write)
-        changed = self._loss([(write, remove)]) - self.loss
+        changed = next_token_loss(self.traced, [(write, remove)]) - self.loss
         taken = (bases.mT @ activations[..., None]).norm() / activations.norm()
         return changed, taken.double().cpu()

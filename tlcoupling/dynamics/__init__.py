@@ -1,6 +1,7 @@
 """The forward pass as a discrete dynamical system, x <- x + f^l(x).
 
 ``linearized`` carries a perturbation through the linearised system and compares it with the real model. ``spectrum``
-follows the singular values of the linearised steps along depth. ``components`` computes the principal components of the
-trajectories.
+follows the singular values of the linearised steps along depth. ``geometry`` measures their eigenvalues, normality,
+symmetry and rank, and ``lyapunov`` what their product does to perturbations. ``components`` computes the principal
+components of the trajectories.
 """

@@ -17,13 +17,18 @@ from tlcoupling.arguments import check_int
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import in_eval_mode, measured
-from tlcoupling.forward.hooked import require_supported
+from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.offline import booted
 from tlcoupling.forward.stacks import Stack
 from tlcoupling.models.generators import generators_kept
 
 _CENTERED = 1e-3  # largest |mean| / std of centred weights in half precision; random weights have 1 / sqrt(d)
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+
+
+def baseline_model(baseline: Any, model: Any) -> Any:
+    """Return the model that stands beside another one: fresh weights of the same architecture for ``"fresh"``."""
+    return random_baseline(model) if isinstance(baseline, str) and baseline == "fresh" else baseline
 
 
 @measured
@@ -44,7 +49,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         seed: seed of the weights.
 
     Returns:
-        A model of the same class, in eval mode.
+        A model of the same class, in eval mode, whose name says that its weights are fresh.
 
     Raises:
         ArgumentError: ``seed`` is not an int from 0 on.
@@ -81,6 +86,7 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
         if isinstance(model, Stack):
             fresh = Stack(whole, model.name, model.other)
         _process_alike(model, fresh)
+    fresh.cfg.model_name = f"{model_name_of(model)} (fresh weights, seed {seed})"
     fresh.cfg.default_prepend_bos = getattr(model.cfg, "default_prepend_bos", None)
     for switch in _SWITCHES:
         if getattr(model.cfg, switch, False) and not getattr(fresh.cfg, switch, False):

@@ -97,7 +97,7 @@ def _matrices(
     """
     chosen = slice(None) if layers is None else list(layers)
     values, null, std = (getattr(result, name)[:, chosen].double() for name in ("values", "null", "null_std"))
-    if result.bases == "uv":
+    if _diagonal_is_one(result):
         values = values.masked_fill(torch.eye(values.shape[-1], dtype=torch.bool), math.nan if pool > 1 else 0.0)
 
     def mean(name: str) -> Any:
@@ -255,12 +255,12 @@ def _undetermined(determined: Tensor | None, pool: int = 1) -> dict[str, Any] | 
 def _title(result: TokenCoupling | ContextCoupling) -> dict[str, Any]:
     """Describe in words which Jacobians are compared."""
     if isinstance(result, TokenCoupling):
-        return {"name": "token", "title": "token-wise", "compared": "J[t → t]", "fixed": None}
+        return {"name": "token", "title": f"token-wise{result._across()}", "compared": "J[t → t]", "fixed": None}
     preposition = "from" if result.fixed == "src" else "to"
     compared = f"J[{result.position} → t]" if result.fixed == "src" else f"J[s → {result.position}]"
     return {
         "name": f"context {result.fixed}",
-        "title": f"{preposition} token {result.position}",
+        "title": f"{preposition} token {result.position}{result._across()}",
         "compared": compared,
         "fixed": result.position,
     }
@@ -276,5 +276,10 @@ def _metric(result: DepthCoupling | TokenCoupling | ContextCoupling) -> dict[str
     """Return the metric that was used: its formula, and whether the diagonal is 1 by definition."""
     return {
         "formula": formula(result),
-        "diagonal_is_one": result.bases == "uv",
+        "diagonal_is_one": _diagonal_is_one(result),
     }
+
+
+def _diagonal_is_one(result: DepthCoupling | TokenCoupling | ContextCoupling) -> bool:
+    """Return whether each Jacobian on the diagonal is compared with its own bases."""
+    return result.bases == "uv" and bool(result._shared().all())

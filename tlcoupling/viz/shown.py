@@ -22,15 +22,15 @@ from tlcoupling.analysis.shared import SharedDirections
 from tlcoupling.analysis.summary import growth_summary, linearity_rows
 from tlcoupling.coupling.alignment import HeadAlignment
 from tlcoupling.coupling.chance import CouplingTest
-from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.projected import ProjectedJacobians
-from tlcoupling.coupling.result import Coupling
-from tlcoupling.coupling.token import TokenCoupling
+from tlcoupling.coupling.result import Coupling, WithinLayers
 from tlcoupling.directions.causal import CausalEffect
 from tlcoupling.directions.readout import ENDS, SIDES, DirectionReadout
 from tlcoupling.dynamics.components import TrajectoryComponents
+from tlcoupling.dynamics.geometry import MAPS, EigenGeometry
 from tlcoupling.dynamics.linearized import LinearizationGap
+from tlcoupling.dynamics.lyapunov import LyapunovSpectrum
 from tlcoupling.dynamics.spectrum import SingularValueProfile
 from tlcoupling.parity import PublishedMisalignment
 from tlcoupling.results.base import Result
@@ -132,7 +132,7 @@ def _coupling(result: Coupling) -> Shown:
         for name, matrix in zip(result.sublayers, cells.where(compared, torch.nan), strict=True):
             title = f"{'coupling' if quantity == 'values' else quantity} of {name}"
             pictures.append(Matrix(title, matrix, (axes[0], axes[1]), (members, members), quantity == "excess"))
-    shares = isinstance(result, (TokenCoupling, ContextCoupling))
+    shares = isinstance(result, WithinLayers) and bool(result._shared().any())
     note = "" if not shares else (
         "The null is that of unrelated bases. Tokens of one layer share its weights and couple in a fresh model too: "
         "compare with tlc.random_baseline(model)."
@@ -357,6 +357,68 @@ def _spectrum(result: SingularValueProfile) -> Shown:
     picture = Lines("largest singular value", "layer", result.layers, lines, logarithmic=True)
     below = f"{counted(len(result.layers), 'layer')}, token {result.positions[-1]}; Residual Alignment predicts slope 1"
     return Shown(below, columns, rows, [picture])
+
+
+@shown.register
+def _geometry(result: EigenGeometry) -> Shown:
+    beside = {"": result} if result.baseline is None else {"": result, "baseline": result.baseline}
+    rows, pictures = [], []
+    for at, name in enumerate(result.sublayers):
+        for quantity in ("symmetric", "rotation", "departure"):
+            null = getattr(result, f"{quantity}_null")[at, -1, :, 0]
+            lines = {label or quantity: getattr(one, quantity)[at, -1, :, 0] for label, one in beside.items()}
+            others = [float(values.mean()) for values in list(lines.values())[1:]] or [math.nan]
+            values = lines[quantity]
+            rows.append(
+                (f"{quantity}, {name}", *values[[0, -1]].tolist(), float(values.mean()), float(null.mean()), *others)
+            )
+            pictures.append(Lines(f"{quantity} of J, {name}", "layer", result.layers, lines, null))
+        ranks = {
+            f"{MAPS[index]}{f', {label}' if label else ''}": one.effective_rank[at, -1, :, index]
+            for label, one in beside.items()
+            for index in range(len(MAPS))
+        }
+        pictures.append(Lines(f"effective rank, {name}", "layer", result.layers, ranks, logarithmic=True))
+    note = (
+        "symmetric, rotation: 1 and 0 for a symmetric J. Nearly all eigenvalues of any large random matrix are complex."
+    )
+    below = f"{counted(len(result.layers), 'layer')}, token {result.positions[-1]}; J, chance: random bases"
+    columns = ("", "first layer", "last", "mean", "chance", "baseline")
+    return Shown(below, columns, rows[:MOST_ROWS], pictures, note)
+
+
+@shown.register
+def _lyapunov(result: LyapunovSpectrum) -> Shown:
+    beside = {"": result} if result.baseline is None else {"": result, "baseline": result.baseline}
+    n = len(result.exponents)
+    rows = [
+        (f"exponent {index + 1}", *(float(one.exponents[index]) for one in beside.values()))
+        for index in dict.fromkeys((0, n // 4, n // 2, 3 * n // 4, n - 1))
+    ]
+    rows += [
+        (f"ln s₁ by {name}", *(float(one.growth[:, at, 0].sum()) for one in beside.values()))
+        for at, name in enumerate(result.sublayers)
+    ]
+    pictures = [
+        Lines(
+            "Lyapunov exponents, per layer",
+            "exponent",
+            range(n),
+            {label or "exponent": one.exponents for label, one in beside.items()},
+        )
+    ]
+    for quantity in ("effective_rank", "stable_rank"):
+        ranks = {
+            label or "rank": values for label, one in beside.items() if (values := getattr(one, quantity)) is not None
+        }
+        if ranks:
+            name = quantity.replace("_", " ")
+            rows.append((f"{name} at the end", *(float(values[-1]) for values in ranks.values())))
+            depths = range(len(result.growth) + 1)
+            pictures.append(Lines(f"{name} of the product", "depth", depths, ranks, logarithmic=True))
+    note = "" if len(beside) > 1 else "Fresh weights were not measured: lyapunov_spectrum(..., baseline='fresh')."
+    below = f"{counted(len(result.growth), 'layer')}, token {result.position}"
+    return Shown(below, ("", "value", "baseline")[: 1 + len(beside)], rows, pictures, note)
 
 
 @shown.register

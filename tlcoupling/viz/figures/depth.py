@@ -36,6 +36,8 @@ from tlcoupling.viz.figures.style import (
 )
 from tlcoupling.viz.plain import formula
 
+_ALONE = 4.2  # inches, for one panel: as wide as its title
+
 Couplings: TypeAlias = (
     DepthCoupling | Analysis | Sequence[DepthCoupling | Analysis] | Mapping[str, DepthCoupling | Analysis]
 )
@@ -55,7 +57,7 @@ def singular_values(result: SingularValueProfile, *, token: int | None = None) -
     index = len(result.positions) - 1 if token is None else index_of("token", token, result.positions)
     n, ranks = len(result.sublayers), result.singular_values.shape[-1]
     with style():
-        figure = new_figure(WIDTH if n > 1 else 3.6, 3.0)
+        figure = new_figure(WIDTH if n > 1 else _ALONE, 3.0)
         grid: Any = figure.subplots(1, n, sharey=True, squeeze=False)
         bounds = BoundaryNorm(np.arange(0.5, ranks + 1), ranks)
         colors = depth_colors().resampled(ranks)
@@ -105,7 +107,8 @@ def coupling_by_distance(
         confidence: level of the intervals.
 
     Raises:
-        ArgumentError: K was not measured, there are fewer than two layers, or the couplings differ in layers or metric.
+        ArgumentError: K was not measured, there are fewer than two layers, the couplings differ in layers or metric, or
+            those of one list are of several models.
 
     Warns:
         UserWarning: several couplings have no interval, because they are fewer than 6 or equal.
@@ -121,6 +124,9 @@ def coupling_by_distance(
             first.absolute,
         ):
             raise ArgumentError("baseline" if one in other else "result", one, f"the layers and metric of {first!r}")
+    for argument, group in (("result", many), ("baseline", other)):
+        if len(names := sorted({one.provenance.model_name for one in group})) > 1:
+            raise ArgumentError(argument, names, "couplings of one model over prompts; those of another as baseline=")
     if len(first.layers) < 2:
         raise ArgumentError("result", first, "a coupling of two layers or more")
     n = len(first.sublayers)
@@ -129,7 +135,7 @@ def coupling_by_distance(
     unit = "prompt" if len(many) > 1 else "token"
     count = len(many) if len(many) > 1 else len(first.positions)
     with style():
-        figure = new_figure(WIDTH if n > 1 else 3.6, 2.9)
+        figure = new_figure(WIDTH if n > 1 else _ALONE, 2.9)
         grid: Any = figure.subplots(1, n, sharey=True, squeeze=False)
         for axes, name, which in zip(grid[0], first.sublayers, range(n), strict=True):
             color = SUBLAYER_COLORS.get(name, "#000000")
