@@ -70,7 +70,7 @@ class Again:
         """
         column = cost.backward_bytes * self.rows / n_tokens
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
-            return self.streams * (1.5 * column + 6 * n_tokens * key_bytes)
+            return self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
         vectors = min(CHUNK, max(1, ROWS // self.rows), max(self.n_dest, 2 * self.n_src))
         return column + ON_ITS_WAY * max(column, min(vectors * column, CHUNK_SHARE * free))
 
