@@ -16,7 +16,7 @@ from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import Comparison, Schedule, make_schedule
+from tlcoupling.coupling.schedule import Again, Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.bare import hooked_model
@@ -26,7 +26,6 @@ from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.split import POSITIONWISE, Split, splits_of_model, sublayers_of
 from tlcoupling.jacobian.autograd import n_heads_of
 from tlcoupling.jacobian.engine import EngineName
-from tlcoupling.jacobian.runs import FEW_ROWS
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.linalg.work import Rates, Work, measured_rates
 
@@ -291,13 +290,12 @@ def _passes_again(schedule: Schedule) -> Work:
             costs = [cost for (one, _), cost in schedule.costs.items() if one == layer]
             by_autograd = sum(cost.engine == "autograd" for cost in costs)
             alone = PASSES_OF_AUTOGRAD * by_autograd * len(of_layer)
-            streams = 2 + PASSES_OF_SRC * len(srcs)
-            few = len(dests) == 1 and streams * rows <= FEW_ROWS  # all in one batch, there and back
-            passes = 2 * streams if few else 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs)
+            again = Again(rows, len(srcs), len(dests))
+            passes = 2 * again.streams if again.few else 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs)
             products = costs[0].forward_flops * rows / comparison.n_tokens * passes
             work += Work(
-                matmul=costs[0].forward_flops * alone + (0.0 if few else products),
-                thin=products if few else 0.0,
+                matmul=costs[0].forward_flops * alone + (0.0 if again.few else products),
+                thin=products if again.few else 0.0,
                 calls=PASS_CALLS * (CALLS_OF_CHECKS + alone),
                 softmax=PATTERN_STEPS * n_heads_of(model.cfg) * rows * comparison.n_tokens * passes,
             )
