@@ -4,6 +4,7 @@ from tlcoupling import parity, viz
 from tlcoupling.analysis.analyze import Analysis, analyze
 from tlcoupling.analysis.checking import Check, check
 from tlcoupling.analysis.estimate import Estimate, estimate
+from tlcoupling.analysis.estimate_slices import estimate_atlas, estimate_slice
 from tlcoupling.analysis.many import ManyAnalyses, analyze_many
 from tlcoupling.coupling.alignment import HeadAlignment, head_alignment
 from tlcoupling.coupling.chance import CouplingTest
@@ -32,6 +33,7 @@ from tlcoupling.models.load import load_model
 from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
+from tlcoupling.slices.atlas import SensitivityAtlas, sensitivity_atlas
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
 from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
 from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
@@ -69,6 +71,7 @@ __all__ = [
     "ManyAnalyses",
     "Plan",
     "ProjectedJacobians",
+    "SensitivityAtlas",
     "SingularValueProfile",
     "SliceJacobian",
     "SlurmExecutor",
@@ -93,6 +96,8 @@ __all__ = [
     "depth_coupling",
     "eigen_geometry",
     "estimate",
+    "estimate_atlas",
+    "estimate_slice",
     "growth",
     "head_alignment",
     "head_coupling",
@@ -112,6 +117,7 @@ __all__ = [
     "random_directions",
     "read_directions",
     "residual_jacobian",
+    "sensitivity_atlas",
     "singular_value_profile",
     "slice_jacobian",
     "steering_effect",

@@ -85,6 +85,7 @@ def table(n: int = 8, **columns: Any) -> dict[str, Any]:
         (figures.singular_values, "coupling", r"tlc.singular_value_profile\(coupling\)"),
         (figures.trajectories, "linearity", r"tlc.trajectory_components\(trace\)"),
         (figures.projected_jacobians, "coupling", r"tlc.projected_jacobians\("),
+        (figures.sensitivity_atlas, "coupling", r"tlc.sensitivity_atlas\("),
         (figures.training, "linearity", r"monitor.table\(\)"),
         (figures.coupling_against_score, "linearity", r"tlc.correlate\("),
     ],
@@ -245,6 +246,27 @@ def test_singular_values_and_their_fit_are_drawn():
         np.testing.assert_allclose(fitted, result.fitted[which, 1, :, 0].double())
         assert f"R² = {result.r_squared[which, 1, 0]:.2f}" in axes.get_legend().get_texts()[0].get_text()
         assert axes.get_yscale() == "log"
+
+
+def test_the_atlas_draws_singular_values_their_ratio_and_overlaps_beside_chance():
+    trace, other = (tlc.trace(fresh(seed, n_layers=5), TOKENS) for seed in (0, 1))
+    atlas = tlc.sensitivity_atlas(trace, 2, baseline=other)
+    figure = figures.sensitivity_atlas(atlas, rank=1)
+    values, ratio, _, reads, writes, overlaps = figure.axes[:6]
+    drawn = [np.ma.filled(axes.images[0].get_array(), np.nan) for axes in (values, ratio, reads, writes)]
+    assert atlas.baseline is not None
+    s, beside = (one.singular_values[..., 1].numpy() for one in (atlas, atlas.baseline))
+    np.testing.assert_allclose(drawn[0], s)
+    np.testing.assert_allclose(drawn[1], np.log2(s / beside), rtol=1e-5, atol=1e-6)
+    for matrix, name in zip(drawn[2:], ("reads_as_first", "writes_as_last"), strict=True):
+        np.testing.assert_allclose(matrix[np.triu_indices(5, 1)], atlas.by_pair()[name] - atlas.null, atol=1e-6)
+    first, *_, chance = overlaps.lines
+    np.testing.assert_allclose(first.get_ydata(), atlas.summary()["reads_as_first"], rtol=1e-5)
+    assert set(chance.get_ydata()) == {atlas.null}
+    single = figures.sensitivity_atlas(replace(atlas, baseline=None))
+    assert "what the source writes" in single.axes[1].get_title(loc="left")
+    with pytest.raises(ArgumentError, match="rank=2 "):
+        figures.sensitivity_atlas(atlas, rank=2)
 
 
 def test_coupling_by_distance_takes_no_two_models_for_two_prompts():

@@ -67,6 +67,32 @@ class WeightFlow(StreamMap):
         return cotangent @ self.weight
 
 
+class MatrixFlow(StreamMap):
+    """x -> W_t x, with its own matrix at each position."""
+
+    def __init__(self, weights: Float[Tensor, "pos n m"]) -> None:
+        """Take W_t^T."""
+        self.weights = weights
+        n_tokens, n_in, n_out = weights.shape
+        self._between(n_tokens, n_in, n_out, weights, 2.0 * weights.numel())
+
+    @classmethod
+    def of(cls, flow: JacobianOperator, n_tokens: int) -> MatrixFlow:
+        """Form the matrices of a flow that moves nothing between positions, from its products with unit vectors."""
+        width = flow.shape[1] // n_tokens
+        unit = torch.eye(width, dtype=flow.dtype, device=flow.device)
+        made = flow.mm(unit.repeat(1, n_tokens).mT).mT
+        return cls(rearrange(made, "n (pos m) -> pos n m", pos=n_tokens).contiguous())
+
+    def push(self, tangent: Float[Tensor, "vector pos n"]) -> Float[Tensor, "vector pos m"]:
+        """W_t x."""
+        return (tangent.transpose(0, 1) @ self.weights).transpose(0, 1)
+
+    def pull(self, cotangent: Float[Tensor, "vector pos m"]) -> Float[Tensor, "vector pos n"]:
+        """W_t^T y."""
+        return (cotangent.transpose(0, 1) @ self.weights.mT).transpose(0, 1)
+
+
 class SlopeFlow(StreamMap):
     """x -> a * x, with its own a at each position: the derivative of a pointwise activation."""
 

@@ -7,6 +7,7 @@ against central differences of the block, at each position.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from tlcoupling.jacobian.autograd import BlockGraph, StreamJacobian
 from tlcoupling.jacobian.certificate import TOLERANCE
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.jacobian.flow import MatrixFlow
 from tlcoupling.jacobian.held import HeldJacobian
 from tlcoupling.jacobian.parts import BlockMap
 from tlcoupling.jacobian.runs import BlockRun
@@ -70,6 +72,31 @@ class Flows:
         if layer not in self._whole:
             self._whole[layer] = HeldJacobian(self._checked(layer), self.trace.model.blocks[layer], layer)
         return self._whole[layer]
+
+    def formed(self, layer: int) -> Flows:
+        """Return the same derivative of one block with the MLP's matrix at each position formed.
+
+        A product with a vector is then cheaper by the MLP's width over that of the stream, and forming the matrices
+        costs as much as d_model products.
+
+        Raises:
+            DerivativeError: as ``block``, whose other errors it raises too.
+        """
+        whole, made = self.block(layer), copy.copy(self)
+        closed = self._closed[layer]
+        made._closed, made._whole = {layer: closed}, {layer: whole}
+        if closed is None or closed[1] is None:
+            return made
+        matrices = MatrixFlow.of(closed[1], self.trace.n_tokens)
+        direction = _random(self.trace, layer, 4).flatten()
+        expected = closed[1].mv(direction)
+        if not (matrices.mv(direction) - expected).norm() <= TOLERANCE * expected.norm():
+            return made  # an MLP that moves something between positions
+        made._closed[layer] = closed[0], matrices
+        composed = self._composed((closed[0], matrices), "pre", "pre")
+        assert composed is not None
+        made._whole[layer] = composed
+        return made
 
     def between(self, layer: int, start: Site | None, end: Site | None) -> JacobianOperator:
         """Return the derivative between two places of a block: its ends (None), or sites within it.

@@ -16,6 +16,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.results.base import Result
 from tlcoupling.results.display import draw, markup
 from tlcoupling.scores.correlate import Correlations
+from tlcoupling.slices.atlas import SensitivityAtlas
 from tlcoupling.viz.thumbnail import html_of
 
 # The figures of results that have one of their own; the others are drawn as their pictures.
@@ -25,6 +26,7 @@ _FIGURES: dict[type[Result], str] = {
     DepthCoupling: "depth_coupling",
     ManyAnalyses: "distributions",
     ProjectedJacobians: "projected_jacobians",
+    SensitivityAtlas: "sensitivity_atlas",
     SingularValueProfile: "singular_values",
     TrajectoryComponents: "trajectories",
 }

@@ -36,6 +36,7 @@ from tlcoupling.parity import PublishedMisalignment
 from tlcoupling.results.base import Result
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations
+from tlcoupling.slices.atlas import OVERLAPS, SensitivityAtlas
 from tlcoupling.slices.lens import JacobianLens
 from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
@@ -508,6 +509,30 @@ def _lens(result: JacobianLens) -> Shown:
     cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
     below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
     return Shown(below, ("", "‖J‖_F", "standard error, relative"), rows, [picture])
+
+
+@shown.register
+def _atlas(result: SensitivityAtlas) -> Shown:
+    table = result.summary()
+    chosen = table.iloc[sorted({0, len(table) // 2, len(table) - 1})]
+    columns = ["s", "baseline", "norm_product", *OVERLAPS, "null"]
+    rows = [
+        (f"target − source = {distance}", *numbers)
+        for distance, *numbers in chosen[["distance", *columns]].itertuples(index=False)
+    ]
+    labels, axes = (result.layers, result.layers), ("source", "target")
+    pictures = [
+        Matrix("log₁₀ of the largest singular value", result.singular_values[..., 0].log10(), axes, labels, False)
+    ]
+    left = int((~result.converged & result.singular_values.isfinite()).sum())
+    note = "Skip connections are part of a slice. null: the overlap of independent subspaces. " + (
+        f"{counted(left, 'triplet')} not converged." if left else ""
+    )
+    below = (
+        f"{result.source_site} to {result.target_site}, {counted(len(result.pairs), 'pair')} of layers, K = {result.k}"
+    )
+    headings = ("mean over pairs", "s₁", "s₁ of the baseline", "product of norms", "reads as first", "writes as last")
+    return Shown(below, (*headings, "reads source", "null"), rows, pictures, note)
 
 
 @shown.register

@@ -5,11 +5,12 @@ settings. A figure displays itself in a notebook. ``save`` (or the figure's own 
 SVG and PDF, text stays text. Colours can be told apart with any colour vision. All panels of a figure share stated
 scales, and every coupling is drawn with its null.
 
-``matrices`` draws layer x layer matrices, ``depth`` curves against depth and distance, ``clouds`` points with names,
-``distributions`` histograms, and ``training`` curves over training steps. ``point_labels`` writes names beside points;
-``style`` sets the look of all figures.
+``matrices`` draws layer x layer matrices, ``atlas`` those of slices, ``depth`` curves against depth and distance,
+``clouds`` points with names, ``distributions`` histograms, and ``training`` curves over training steps.
+``point_labels`` writes names beside points; ``style`` sets the look of all figures.
 """
 
+from tlcoupling.viz.figures.atlas import sensitivity_atlas
 from tlcoupling.viz.figures.clouds import coupling_against_score, trajectories
 from tlcoupling.viz.figures.depth import coupling_by_distance, singular_values
 from tlcoupling.viz.figures.distributions import distributions
@@ -26,6 +27,7 @@ __all__ = [
     "pictures",
     "projected_jacobians",
     "save",
+    "sensitivity_atlas",
     "singular_values",
     "style",
     "training",

@@ -106,13 +106,13 @@ def depth_coupling(
         for (row, sublayer), (column, (what, name)) in product(enumerate(first.sublayers), enumerate(columns)):
             axes, pane, is_excess = grid[row, column], panes[row, what, name], what == "excess"
             norm, colors, _ = scales[is_excess]
-            images[is_excess] = _show(axes, pane, norm, colors)
+            images[is_excess] = show_matrix(axes, pane, norm, colors)
             if what != "null":  # it does not depend on the bases
                 dots = np.argwhere(unsure[row, name] & ~np.ma.getmaskarray(pane))
                 axes.plot(dots[:, 1], dots[:, 0], "o", color=FIT, markersize=2, gid="undetermined")
             title = f"{label(name, 20)}: {what}" if name else what
             axes.set_title(f"{title}, mean {round(float(pane.mean()), 4) + 0.0:.4f}" if pane.count() else title)
-            _layer_ticks(axes, results[name].layers)
+            layer_ticks(axes, results[name].layers)
             if column == 0:
                 axes.set_ylabel(f"{sublayer}\nlayer of the Jacobian")
             if row == len(first.sublayers) - 1:
@@ -159,7 +159,7 @@ def projected_jacobians(result: ProjectedJacobians, *, sublayer: str | None = No
         for row, layer in enumerate(result.layers):
             for column, other in enumerate(result.layers):
                 pane = grid[row, column]
-                image = _show(pane, np.ma.masked_invalid(shown[row, column]), norm, SEQUENTIAL)
+                image = show_matrix(pane, np.ma.masked_invalid(shown[row, column]), norm, SEQUENTIAL)
                 pane.set_xticks([])
                 pane.set_yticks([])
                 text = f"{couplings[row, column]:.2f} ({null[row]:.2f})"
@@ -227,12 +227,13 @@ def _described(results: Mapping[str, DepthCoupling], token: int | None) -> str:
     return f"{models} · {where} · {formula(first)}" + (" · diagonal: 1" if first.bases == "uv" else "")
 
 
-def _show(axes: Axes, matrix: np.ndarray, norm: Normalize | None, colors: Colormap) -> AxesImage:
+def show_matrix(axes: Axes, matrix: np.ndarray, norm: Normalize | None, colors: Colormap) -> AxesImage:
+    """Draw a matrix; cells without a value are grey."""
     axes.spines[:].set_visible(False)
     return axes.imshow(matrix, norm=norm, cmap=matrix_colors(colors), interpolation="nearest", aspect="equal")
 
 
-def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
+def layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
     """Label a few layers with their indices."""
     step = next(size for size in (1, 2, 5, 10, 20, 50, 100, 200) if len(layers) <= _TICKS * size)
     ticks = range(0, len(layers), step)
