@@ -5,6 +5,8 @@
 #                a virtual environment of its own, .venv-2.18; LANE=lowest has the lowest version of each dependency
 # make mutants   set up, then break single lines of the sources and check that a test notices each break; some minutes.
 #                BREAKS='stream store' tries only those whose file or description holds one of the words
+# make beside    set up, then install other packages beside this one and run the tests where they meet: two minutes.
+#                NEIGHBOURS=all has every row of docs/howto/beside.md
 # make lint      ruff, check and format, and the import contract
 # make types     pyright
 # make docs      build the documentation site in site/
@@ -22,6 +24,7 @@ VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
 BREAKS ?=
+NEIGHBOURS ?= nnsight nnterp tuned-lens peft tensorboard plotly
 # Small matrices gain nothing from threads: two test processes of one thread each.
 WORKERS ?= -n 2 --dist worksteal
 CONSTRAINTS ?= constraints.txt
@@ -48,7 +51,8 @@ endif
 NOTEBOOKS := $(wildcard demos/*.ipynb)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lane mutants lint types docs notebooks paper package release-check clean setup setup-dev setup-test
+.PHONY: demo test test-lane mutants beside lint types docs notebooks paper package release-check clean setup setup-dev \
+	setup-test
 
 demo: setup
 	$(BIN)/tlcoupling report --output $(OUT)/report
@@ -69,6 +73,9 @@ endif
 
 mutants: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(BREAKS)
+
+beside: setup-dev
+	$(BIN)/python scripts/beside.py --run $(NEIGHBOURS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from tlcoupling.directions.causal import CausalEffect, causal_effect
 from tlcoupling.directions.intervention import add_direction, keep_only, project_out, random_directions
 from tlcoupling.directions.readout import DirectionReadout, read_directions
 from tlcoupling.dynamics.components import TrajectoryComponents, trajectory_components
+from tlcoupling.dynamics.depth_profile import DepthProfile, depth_profile
 from tlcoupling.dynamics.geometry import EigenGeometry, eigen_geometry
 from tlcoupling.dynamics.linearized import LinearizationGap, linearization_gap, linearized
 from tlcoupling.dynamics.lyapunov import LyapunovSpectrum, lyapunov_spectrum
@@ -55,6 +56,7 @@ __all__ = [
     "Correlations",
     "CouplingTest",
     "DepthCoupling",
+    "DepthProfile",
     "DirectionReadout",
     "EigenGeometry",
     "Estimate",
@@ -94,6 +96,7 @@ __all__ = [
     "correlate",
     "coupling_loss",
     "depth_coupling",
+    "depth_profile",
     "eigen_geometry",
     "estimate",
     "estimate_atlas",

@@ -69,3 +69,22 @@ def test_the_null_of_the_overlap_is_k_over_d():
     generator = torch.Generator().manual_seed(1)
     overlaps = torch.stack([subspace_overlap(haar(100, 7, generator).mT @ haar(100, 7, generator)) for _ in range(300)])
     assert abs(overlaps.mean() - 0.07) < 3 * overlaps.std() / math.sqrt(300)
+
+
+def test_the_overlap_is_the_projection_kernel_of_transformer_lens():
+    """Where the installed one has it: its kernel is K times the overlap, and its moments are those of ours."""
+    theirs = pytest.importorskip("transformer_lens.tools.analysis.projection_kernel")
+    d, k, draws, generator = 40, 5, 400, torch.Generator().manual_seed(2)
+    scores = []
+    for draw in range(draws):
+        u1, u2 = haar(d, k, generator), haar(d, k, generator)
+        scores.append(k * subspace_overlap(u1.mT @ u2))
+        if draw < 5:
+            bases = [theirs.SubspaceBasis(u, torch.ones(k), k, k, 0.0, 0.0, (d, k)) for u in (u1, u2)]
+            torch.testing.assert_close(scores[-1], theirs.projection_kernel(*bases).score)
+    found, moments = torch.stack(scores), theirs.random_projection_kernel_moments(d, k)
+    assert moments.mean == pytest.approx(k * k / d)  # K times the null of the overlap
+    assert moments.variance == pytest.approx(2 * k**2 * (d - k) ** 2 / (d**2 * (d - 1) * (d + 2)))
+    assert abs(float(found.mean()) - moments.mean) < 3 * math.sqrt(moments.variance / draws)
+    # the standard error of a variance over 400 draws is 7 % for normal numbers, and these are skewed
+    assert float(found.var()) == pytest.approx(moments.variance, rel=0.3)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, TOKENS, Case
+from cases import CASES, FEW, TOKENS, Case
 
 import tlcoupling as tlc
+from tlcoupling.directions.causal import next_token_loss
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 
@@ -61,3 +62,13 @@ def test_given_directions_and_a_seed():
     change = plain_loss(model, [tlc.project_out(directions, 1, "mlp_out", range(6))]) - plain_loss(model, [])
     assert float(first.effect[0, 0]) == pytest.approx(change)
     assert tlc.causal_effect(model, [TOKENS], directions, layers=[1], draws=1).control_std.isnan().all()
+
+
+def test_the_loss_is_that_of_transformer_lenss_readout():
+    """From transformer-lens 4.3 on: log-probabilities that ``logit_readout`` takes from the last residual stream."""
+    theirs = pytest.importorskip("transformer_lens.tools.analysis.logit_lens")
+    if not hasattr(theirs, "logit_readout"):
+        pytest.skip("logit_readout comes with transformer-lens 4.3")
+    trace = tlc.trace(next(case for case in CASES if case.name == "bridge-gpt2").model(), TOKENS)
+    read = theirs.logit_readout(trace.model, trace.resid[-1, :-1], targets=TOKENS[1:], return_type="log_probs")
+    assert float(next_token_loss(trace)) == pytest.approx(-float(read.values.mean()), rel=1e-6)  # theirs is in float32

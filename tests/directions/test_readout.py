@@ -57,6 +57,20 @@ def test_what_is_written_is_the_derivative_of_the_logits(case: Case):
             torch.testing.assert_close((sign * along)[found.ids[0, rank, end]], found.scores[0, rank, end])
 
 
+def test_what_is_written_is_the_derivative_of_transformer_lenss_readout():
+    """From transformer-lens 4.3 on: central differences of ``logit_readout``, in float64."""
+    theirs = pytest.importorskip("transformer_lens.tools.analysis.logit_lens")
+    if not hasattr(theirs, "logit_readout"):
+        pytest.skip("logit_readout comes with transformer-lens 4.3")
+    case = next(case for case in CASES if case.name == "bridge-gpt2")
+    trace = tlc.trace(case.model(), TOKENS)
+    x, direction = trace.resid[-1, POS], torch.randn(trace.d_model, generator=torch.Generator().manual_seed(0)).double()
+    ends = [theirs.logit_readout(trace.model, (x + step * direction)[None]).values[0] for step in (1e-4, -1e-4)]
+    torch.testing.assert_close(
+        readout_jacobian(trace, POS).mv(direction), (ends[0] - ends[1]) / 2e-4, rtol=1e-5, atol=1e-7
+    )
+
+
 @few
 def test_what_is_read_is_the_cosine_with_embeddings(case: Case):
     trace = tlc.trace(case.model(), TOKENS)

@@ -162,3 +162,16 @@ def test_a_model_of_images_gets_a_baseline_without_an_installer(monkeypatch: pyt
         )
     assert tlc.trace(tlc.random_baseline(model), TOKENS).n_layers == 2
     assert not ran
+
+
+def test_the_weights_are_those_of_transformer_lenss_random_control():
+    """From transformer-lens 4.3 on: ``random_init_bridge`` draws the same weights from the same seed."""
+    theirs = pytest.importorskip("transformer_lens.tools.analysis.interchange")
+    if not hasattr(theirs, "random_init_bridge"):
+        pytest.skip("random_init_bridge comes with transformer-lens 4.3")
+    model = next(case for case in CASES if case.name == "bridge-llama").model(torch.float32)
+    how = {"dtype": torch.float32, "device": "cpu", "tokenizer": model.tokenizer}
+    with answered_locally(model.original_model, model.tokenizer), offline():
+        control = theirs.random_init_bridge(model.cfg.model_name, seed=3, **how)
+    found, drawn = (dict(each.named_parameters()) for each in (tlc.random_baseline(model, seed=3), control))
+    assert found.keys() == drawn.keys() and all(torch.equal(found[name], drawn[name]) for name in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,11 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "name",
-    ["trained_untrained", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pythia_series", "paper_models"))],
+    [
+        "trained_untrained",
+        "pythia_checkpoints",  # 154 times the cells of one checkpoint, whose cost is counted once
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pythia_series", "paper_models")),
+    ],
 )
 def test_the_demos_say_what_their_dry_run_says(name: str):
     """Of the comment at a plan's head: cells, work, size of the results and time, at the rate that it names."""
@@ -96,6 +101,34 @@ def test_the_demos_say_what_their_dry_run_says(name: str):
     said_time, unit = re.search(r"about ([\d.]+) (minutes|hours) on one GPU", said).groups()
     seconds, half = {"minutes": (60, 0.5), "hours": (3600, 0.05)}[unit]  # half of the last digit
     assert float(said_time) == pytest.approx(found.seconds / seconds, abs=half)
+
+
+def test_revisions_of_one_shape_are_counted_once(monkeypatch: pytest.MonkeyPatch):
+    """All 154 checkpoints cost what 154 times one costs, for the work of one."""
+    counted = []
+
+    def counting(*args: Any) -> Any:
+        counted.append(1)
+        return cell_cost(*args)
+
+    monkeypatch.setattr("tlcoupling.sweeps.shapes.cell_cost", counting)
+    shape = {"n_layers": 3, "d_model": 64, "n_heads": 4}
+    one, every = (
+        forecast(
+            tlc.Plan.of(
+                {
+                    "models": [{"name": "EleutherAI/pythia-70m", "checkpoints": checkpoints, "shape": shape}],
+                    "prompts": {"text": ["a", "b c d e f"]},
+                }
+            ),
+            rate=1e12,
+        ).groups[0]
+        for checkpoints in ([1000], "all")
+    )
+    assert len(counted) == 4 and every.n_revisions == 154
+    assert every.flops == pytest.approx(154 * one.flops, rel=1e-12)
+    assert every.seconds == pytest.approx(154 * one.seconds, rel=1e-12)
+    assert every.memory_bytes == one.memory_bytes
 
 
 @pytest.mark.parametrize("name", [name for name in families() if name not in OTHER_FORMS])

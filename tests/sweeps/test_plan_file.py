@@ -126,9 +126,12 @@ def test_the_plans_of_the_demos_are_plans():
     plans = {path.stem: tlc.Plan.read(path) for path in sorted(folder.glob("*.toml"))}
     assert {name: len(plan.cells) for name, plan in plans.items()} == {
         "paper_models": 28 * 12,
+        "pythia_checkpoints": (4 * 154 + 4) * 12,
         "pythia_series": (24 + 12 + 11 + 11 + 4) * 12,
         "trained_untrained": 5 * 4 * 12,
     }
     assert all(group.shape is not None for plan in plans.values() for group in plan.groups)
+    # docs/howto/cluster.md: a job for each model, and for each checkpoint
+    assert (len(plans["paper_models"].groups), len(plans["pythia_checkpoints"].groups)) == (28, 4 * 154)
     # 12 layers of 12 d^2, as GPT-2's are counted
     assert plans["paper_models"].groups[0].shape.weights == 12 * 12 * 768**2

@@ -418,8 +418,9 @@ def test_numbers_go_to_loggers_and_the_cost_is_printed(capsys: pytest.CaptureFix
         means = monitor(100)
     assert monitor(101) is None
     ((step, values),) = logged
-    assert step == 100 and values == {f"tlcoupling/{name}": value for name, value in means.items()}
-    assert scalars == [(name, value, 100) for name, value in values.items()]
+    numbers = {f"tlcoupling/{name}": value for name, value in means.items()}
+    assert step == 100 and values == {**numbers, "tlcoupling/step": 100}
+    assert scalars == [(name, value, 100) for name, value in numbers.items()]
     printed = capsys.readouterr().err
     assert printed.startswith(f"step 100: block/k4 {means['coupling/block/k4']:.4f} (null {means['null/block/k4']:.4f}")
     assert f"{means['seconds']:.2f} s, " in printed and "% of the run so far" in printed

@@ -83,6 +83,7 @@ def results() -> dict[str, Result]:
             tlc.linearization_gap(trace, sizes=(1e-3, 1e-2)),
             tlc.eigen_geometry(trace, baseline=other),
             tlc.lyapunov_spectrum(trace, baseline=other),
+            tlc.depth_profile(model, [TOKENS, TOKENS[:5]], 2, baseline=other),
             readout(),
             tlc.causal_effect(model, [TOKENS, TOKENS[:5]], 2, draws=3),
             tlc.correlate(),

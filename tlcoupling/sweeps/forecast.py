@@ -10,8 +10,9 @@ import torch
 
 from tlcoupling.errors import ArgumentError, PlanError, StoreError
 from tlcoupling.linalg.work import Rates, measured_rates
+from tlcoupling.sweeps.cells import Cell
 from tlcoupling.sweeps.plan import Plan
-from tlcoupling.sweeps.shapes import CellCost, cell_costs
+from tlcoupling.sweeps.shapes import CellCost, Shape, cell_costs
 from tlcoupling.sweeps.source import CellGroup
 from tlcoupling.sweeps.store import SweepStore
 
@@ -116,11 +117,14 @@ def _of_model(model: str, groups: list[CellGroup], kept: set[str], plan: str, ra
         "n_kept": sum(cell.key in kept for cell in cells),
     }
     costs: list[CellCost] = []
+    left: dict[Shape | None, list[Cell]] = {}  # revisions are of one shape: each kind of cell is counted once
     for group in groups:
-        if group.shape is None:
+        left.setdefault(group.shape, []).extend(cell for cell in group.cells if cell.key not in kept)
+    for shape, missing in left.items():
+        if shape is None:
             return ModelForecast(**counts, flops=None, seconds=None, file_bytes=None, memory_bytes=None)
         try:
-            costs += cell_costs(group.shape, [cell for cell in group.cells if cell.key not in kept], rates)
+            costs += cell_costs(shape, missing, rates)
         except ArgumentError as error:
             raise PlanError(f"{plan}: {model}: {error}") from error
     return ModelForecast(

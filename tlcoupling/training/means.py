@@ -33,15 +33,22 @@ def means_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def log_to(loggers: Sequence[Any], step: int, means: Mapping[str, float]) -> None:
-    """Write numbers to the loggers. A failing logger gives a warning and does not stop the training."""
+    """Write numbers to the loggers. A failing logger gives a warning and does not stop the training.
+
+    A Weights & Biases run drops what comes with an earlier step than its own counter's. A Trainer that logs to the same
+    run moves that counter with each of its logs, so the training's step is also a number of its own,
+    ``tlcoupling/step``, and a run that is ahead of it gets the numbers at its own step.
+    """
     shown = {f"tlcoupling/{name}": value for name, value in means.items()}
     for logger in loggers:
         try:
             if hasattr(logger, "add_scalar"):
                 for name, value in shown.items():
                     logger.add_scalar(name, value, step)
+            elif getattr(logger, "step", step) > step:
+                logger.log({**shown, "tlcoupling/step": step})
             else:
-                logger.log(shown, step=step)
+                logger.log({**shown, "tlcoupling/step": step}, step=step)
         except Exception as error:  # of any type that a logger raises
             warnings.warn(f"{type(logger).__name__} did not log step {step}: {describe(error)}", stacklevel=4)
 

@@ -7,6 +7,7 @@ pictures of those kinds that have no figure of their own.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
@@ -28,6 +29,7 @@ from tlcoupling.coupling.result import Coupling, WithinLayers
 from tlcoupling.directions.causal import CausalEffect
 from tlcoupling.directions.readout import ENDS, SIDES, DirectionReadout
 from tlcoupling.dynamics.components import TrajectoryComponents
+from tlcoupling.dynamics.depth_profile import DepthProfile
 from tlcoupling.dynamics.geometry import MAPS, EigenGeometry
 from tlcoupling.dynamics.linearized import LinearizationGap
 from tlcoupling.dynamics.lyapunov import LyapunovSpectrum
@@ -420,6 +422,39 @@ def _lyapunov(result: LyapunovSpectrum) -> Shown:
     note = "" if len(beside) > 1 else "Fresh weights were not measured: lyapunov_spectrum(..., baseline='fresh')."
     below = f"{counted(len(result.growth), 'layer')}, token {result.position}"
     return Shown(below, ("", "value", "baseline")[: 1 + len(beside)], rows, pictures, note)
+
+
+@shown.register
+def _profile(result: DepthProfile) -> Shown:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few prompts: the ends are then missing
+        with_coupling = result.correlation()
+    zeros = torch.zeros_like(result.coupling)
+    chance = {"influence": result.influence_null, "angular_distance": result.angular_null, "cosine": zeros}
+    chance |= dict.fromkeys(("linearity", "linearity_of_write"), result.linearity_null) | {"coupling": zeros}
+
+    def by_layer(one: DepthProfile, name: str, at: int) -> Tensor:
+        return getattr(one, name).reshape(-1, *zeros.shape[1:]).mean(0)[at]
+
+    rows, pictures = [], []
+    for name in (*(each for each in with_coupling.labels[0] if each != "layer"), "coupling"):
+        known = with_coupling.labels[0].index(name) if name != "coupling" else None
+        ends = [] if known is None else [getattr(with_coupling, end)[known, 0] for end in ("estimate", "low", "high")]
+        null = chance[name].reshape(-1, *zeros.shape[1:]).mean(0)[0] if name in chance else None
+        other = math.nan if result.baseline is None else float(by_layer(result.baseline, name, 0).mean())
+        numbers = (float(by_layer(result, name, 0).mean()), math.nan if null is None else float(null.mean()), other)
+        rows.append((name.replace("_", " "), *numbers, *([float(end) for end in ends] or [math.nan] * 3)))
+        lines = {each: by_layer(result, name, at) for at, each in enumerate(result.sublayers)}
+        if result.baseline is not None:
+            lines[f"{result.sublayers[0]}, baseline"] = by_layer(result.baseline, name, 0)
+        pictures.append(Lines(name.replace("_", " "), "layer", result.layers, lines, null))
+    first = result.sublayers[0]
+    columns = (f"mean over layers, {first}", "value", "chance", "baseline", "rho with coupling", "low", "high")
+    below = f"{counted(len(result.prompts), 'prompt')}, {counted(result.n_tokens, 'token')}"
+    note = (
+        "rho: Spearman's over layers, its mean over prompts; smooth profiles go together by chance. See correlation()."
+    )
+    return Shown(below, columns, rows, pictures, note)
 
 
 @shown.register
