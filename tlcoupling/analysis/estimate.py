@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tlcoupling.analysis.shared import compared as compared_directions
 from tlcoupling.arguments import Indices, KSpec, check_int, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.chance import work_of_draws
 from tlcoupling.coupling.context import context_groups
@@ -18,6 +19,7 @@ from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Again, Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
+from tlcoupling.directions.readout import RANDOM_DIRECTIONS
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.context import measured
@@ -126,6 +128,7 @@ def estimate(
     engine: EngineName = "auto",
     solver: SolverName = "auto",
     draws: int = 0,
+    shared: bool = False,
 ) -> Estimate:
     """Estimate what ``trace`` and ``depth_coupling`` (or ``analyze``) would cost; the model is not run.
 
@@ -147,6 +150,7 @@ def estimate(
         engine: as in ``depth_coupling``.
         solver: as in ``depth_coupling``.
         draws: of ``test()`` of the depth-wise coupling; by default it is not counted.
+        shared: as in ``analyze``; by default it is not counted.
 
     Returns:
         ``Estimate``: work, memory and seconds.
@@ -185,6 +189,12 @@ def estimate(
         pairs = len(chosen) * (len(chosen) - 1) // 2
         work = work_of_draws(draws, pairs, len(names) * len(positions), max(options.k))
         stages += (Stage("rotation test", f"{draws} draws", work.flops, rates.seconds(work)),)
+    if shared:
+        few, size = compared_directions(n_layers, options.k)
+        parts = Options.resolve(model.cfg.d_model, size, "frobenius", "uv", True, engine, solver)
+        groups = depth_groups(few, [positions[-1]])
+        schedules["shared"] = make_schedule(Comparison(model, splits, n_tokens, dtype, ("block",), groups, parts))
+        stages += _shared_stages(schedules["shared"], rates)
     return Estimate(
         model_name=model_name_of(model),
         n_tokens=n_tokens,
@@ -254,6 +264,20 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
             name = f"{kind} {sublayer}: {stage}".lstrip()
             stages.append(Stage(name, method, work.flops, rates.seconds(work, schedule.workers)))
     return tuple(stages)
+
+
+def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
+    """List the work of ``shared_directions``: each Jacobian is decomposed twice, for matrices and for tokens."""
+    comparison, work = schedule.comparison, {stage: work for (_, stage), work in _by_stage(schedule).items()}
+    cfg, found = comparison.model.cfg, len(comparison.layers) * max(comparison.options.k) + RANDOM_DIRECTIONS
+    decomposed = work["Jacobians"] + work["decomposition"] + _passes_again(schedule)
+    vocabulary = float(cfg.d_vocab) * cfg.d_model
+    # logits are followed through autograd, forwards and backwards, and embeddings multiplied; each time, the numbers
+    # come from memory
+    passes = len(comparison.layers) + 1
+    read = Work(thin=(4.0 + 2.0) * found * vocabulary, softmax=(2.0 + 1.0) * passes * vocabulary)
+    parts = {"matrices": decomposed + work["comparison"], "tokens": decomposed + read}
+    return tuple(Stage(f"shared block: {name}", "", part.flops, rates.seconds(part)) for name, part in parts.items())
 
 
 def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:

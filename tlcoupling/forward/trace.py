@@ -265,7 +265,7 @@ class Trace(Stream):
         block = self.model.blocks[layer]
         reads, after = self.point(layer, "hook_resid_pre"), self.point(layer + 1, "hook_resid_pre")
         with ExitStack() as stack:
-            if self._needs_lift(layer):
+            if self.lifts(layer):
                 stack.enter_context(lifted_parts(self.model, block))
             stack.enter_context(self._hooks.attached(layer))
             given = resid_pre
@@ -314,9 +314,10 @@ class Trace(Stream):
 
     def lifted(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
         """Hold the half-precision weights of a module of a block in float32 for a while."""
-        return lifted(self.model, module) if self._needs_lift(layer) else contextlib.nullcontext()
+        return lifted(self.model, module) if self.lifts(layer) else contextlib.nullcontext()
 
-    def _needs_lift(self, layer: int) -> bool:
+    def lifts(self, layer: int) -> bool:
+        """Return whether a block has half-precision or quantised weights."""
         key = layer, frozenset(each.dtype for each in self._parameters[layer])  # others once a part is converted
         if key not in self._lifts:
             self._lifts[key] = needs_lift(self.model.blocks[layer])
