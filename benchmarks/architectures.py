@@ -89,22 +89,6 @@ _WAVE = dict(
     num_conv_pos_embeddings=8,
     num_conv_pos_embedding_groups=2,
 )
-_TWO_STACKS = (
-    "BartForConditionalGeneration",
-    "BlenderbotForConditionalGeneration",
-    "Florence2ForConditionalGeneration",
-    "LEDForConditionalGeneration",
-    "LongT5ForConditionalGeneration",
-    "M2M100ForConditionalGeneration",
-    "MBartForConditionalGeneration",
-    "MT5ForConditionalGeneration",
-    "MarianMTModel",
-    "PegasusForConditionalGeneration",
-    "SwitchTransformersForConditionalGeneration",
-    "T5ForConditionalGeneration",
-    "T5Gemma2ForConditionalGeneration",
-    "T5GemmaForConditionalGeneration",
-)
 _SPECIAL: dict[str, dict[str, Any]] = {
     "ASTForAudioClassification": dict(max_length=32, num_mel_bins=24, patch_size=8, frequency_stride=8, time_stride=8),
     "BambaForCausalLM": dict(_MAMBA2, attn_layer_indices=[2]),
@@ -203,7 +187,13 @@ def architectures() -> list[str]:
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     names = sorted(name for name in SUPPORTED_ARCHITECTURES if hasattr(hf, name))
-    return [f"{name} {stack}".rstrip() for name in names for stack in (STACKS if name in _TWO_STACKS else ("",))]
+    return [f"{name} {stack}".rstrip() for name in names for stack in (STACKS if has_two_stacks(name) else ("",))]
+
+
+def has_two_stacks(name: str) -> bool:
+    """Whether an architecture is an encoder-decoder, or has one for its text."""
+    config = getattr(hf, name).config_class()
+    return any(getattr(each, "is_encoder_decoder", False) for each in (config, getattr(config, "text_config", None)))
 
 
 def small_config(config_class: Any, special: dict[str, Any]) -> Any:
@@ -356,7 +346,7 @@ class Row:
     def __str__(self) -> str:
         """One line of the table."""
         engines = dict(self.engines)
-        cells = ["yes" if name in engines else "" for name in MEASURED]
+        cells = [engines.get(name, "") for name in MEASURED]
         return "| " + " | ".join((f"`{self.name}`", self.blocks, *cells, self.note)) + " |"
 
 

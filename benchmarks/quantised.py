@@ -6,15 +6,17 @@ Needs bitsandbytes and the weights of ``load_model("smollm2-135m")``, which were
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 import tlcoupling as tlc
 from tlcoupling.forward.quantised import dequantised, state_of
@@ -62,21 +64,14 @@ def measured(model: Any, tokens: Any) -> tuple[tlc.Trace, dict[str, torch.Tensor
     return trace, {**values, **excess, **line, **rate}
 
 
-def resident(name: str) -> float:
-    """Memory of this process in MB: ``VmRSS`` now, ``VmHWM`` at its highest (Linux)."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
-
-
-def peak(model: Any, tokens: Any) -> float:
-    """Return the memory in MB that a measurement holds at its peak beyond what was there before."""
-    trace = tlc.trace(model, tokens)
-    tlc.residual_jacobian(trace, 0)  # what libraries allocate once
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest counts from here
-    tlc.depth_coupling(trace, K, tokens=-1, sublayers="block", progress=False)
-    return resident("VmHWM") - before
+def peak(measure: Callable[[], Any]) -> int:
+    """Return the most bytes of tensors that a measurement holds at once, beyond those that were there before."""
+    measure()  # what libraries allocate once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        measure()
+    recorded = run.profiler.kineto_results.events()
+    events = sorted((each for each in recorded if each.name() == "[memory]"), key=lambda each: each.start_ns())
+    return max(itertools.accumulate(each.nbytes() for each in events))
 
 
 def main() -> None:
@@ -88,7 +83,10 @@ def main() -> None:
         sum(4 * part.in_features * part.out_features for part in layer.modules() if state_of(part) is not None)
         for layer in model.model.layers
     ]
-    in_4_bits, in_float32 = (peak(each, tokens) for each in (model, unpacked(model)))
+    traces = (tlc.trace(each, tokens) for each in (model, unpacked(model)))
+    in_4_bits, in_float32 = (
+        peak(partial(tlc.depth_coupling, one, K, sublayers="block", progress=False)) / 2**20 for one in traces
+    )
     trace, ours = measured(model, tokens)
     copy, own = measured(unpacked(model), tokens)
     plain, base = measured(smollm2_huggingface()[0].eval(), tokens)
@@ -100,8 +98,9 @@ def main() -> None:
     print(f"\nstream {stream:.1e} from that of its dequantised copy, numbers of the table at most {worst:.1e}")
     print(f"stream {moved:.2f} from that of float32")
     print(
-        f"beyond the model, a measurement holds {in_4_bits:.0f} MB at its peak, and {in_float32:.0f} MB of the float32 "
-        f"copy; weights of one layer are {layers[0] / 2**20:.0f} MB in float32, of all {sum(layers) / 2**20:.0f} MB"
+        f"beyond the model, a measurement holds {in_4_bits:.0f} MB of tensors at its peak, and {in_float32:.0f} MB of "
+        f"the float32 copy; the weights of one layer are {layers[0] / 2**20:.0f} MB in float32, of all "
+        f"{sum(layers) / 2**20:.0f} MB"
     )
 
 

@@ -12,18 +12,17 @@ from torch import nn
 from tlcoupling.forward.offline import booted
 
 
-def packed_and_plain(kind: str, on_avx512: bool) -> tuple[Any, Any]:
-    """A small Llama in 4 bits, and the same with the dequantised weights in float32."""
+def packed_and_plain(kind: str, on_avx512: bool, **changes: int) -> tuple[Any, Any]:
+    """A small Llama in 4 bits, and the same with the dequantised weights in float32; ``changes`` are of its sizes."""
     import bitsandbytes as bnb
     import transformers as hf
     from transformer_lens.model_bridge import TransformerBridge
 
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, **changes}
     config = hf.LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
+        **sizes,
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=128,
         vocab_size=50,
         max_position_embeddings=32,
         bos_token_id=0,

@@ -33,3 +33,17 @@ def test_the_draws_of_a_test_are_counted():
     assert tested.stages[-1].name == "rotation test" and len(tested.stages) == len(plain.stages) + 1
     several = tlc.estimate(model, TOKENS, 4, tokens=[0, 1], draws=100)
     assert tested.stages[-1].flops < several.stages[-1].flops < 2 * tested.stages[-1].flops  # they share numbers
+
+
+def test_what_blocks_share_is_counted():
+    model = CASES[0].model()
+    plain, shared = (tlc.estimate(model, TOKENS, 4, shared=each) for each in (False, True))
+    matrices, tokens = shared.stages[-2:]
+    assert (matrices.name, tokens.name) == ("shared block: matrices", "shared block: tokens")
+    assert shared.flops - plain.flops == pytest.approx(matrices.flops + tokens.flops)
+    # both decompose the Jacobians of all blocks; one compares them, the other reads the vocabulary along each vector
+    one, two = (tlc.estimate(model, TOKENS, k, shared=True).stages[-1].flops for k in (3, 4))
+    vectors = len(model.blocks) * 6 * model.cfg.d_vocab * model.cfg.d_model
+    assert vectors < two - one < 2 * vectors
+    many = tlc.estimate(model, TOKENS, [4, 12], tokens="all", shared=True)
+    assert [each.flops for each in many.stages[-2:]] == [matrices.flops, tokens.flops], "the first K at one token"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,18 @@ from tlcoupling.errors import StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.lifting import lifted
 from tlcoupling.forward.quantised import dequantised, quantisation_of, state_of
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from quantised import peak
+
 BRIDGED = any(case.name == "bridge-llama" for case in CASES)
 
 
-def quantised(kind: str, on_avx512: bool) -> tuple[Any, Any]:
+def quantised(kind: str, on_avx512: bool, **changes: int) -> tuple[Any, Any]:
     """A small Llama in 4 bits, and the same with the dequantised weights in float32."""
     if not BRIDGED:
         pytest.skip("4-bit models come as TransformerBridge")
     pytest.importorskip("bitsandbytes")
-    return packed_and_plain(kind, on_avx512)
+    return packed_and_plain(kind, on_avx512, **changes)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -97,6 +103,24 @@ def test_a_layer_at_a_time_is_held_in_float32():
     with lifted(packed, first):
         assert quantisation_of(first) is None and quantisation_of(second) == "bitsandbytes nf4"
     assert quantisation_of(first) == "bitsandbytes nf4"
+
+
+MEASUREMENTS = {
+    "trace": lambda trace: tlc.trace(trace.model, TOKENS),
+    "jacobian": lambda trace: tlc.residual_jacobian(trace, 1),
+    "depth": lambda trace: tlc.depth_coupling(trace, 3, progress=False),
+    "depth by autograd": lambda trace: tlc.depth_coupling(trace, 3, engine="autograd", progress=False),
+    "tokens": lambda trace: tlc.token_coupling(trace, layers=[1], k=3, progress=False),
+}
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_measurement_holds_one_layer_in_float32_and_no_more(name: str):
+    """Beyond what the dequantised model takes; MLPs far wider than the stream make weights most of all there is."""
+    packed, plain = quantised("nf4", False, num_hidden_layers=4, intermediate_size=2048)
+    layer = sum(4 * math.prod(state_of(part).shape) for part in packed.blocks[0].modules() if state_of(part))
+    held = [peak(partial(MEASUREMENTS[name], tlc.trace(model, TOKENS))) for model in (packed, plain)]
+    assert held[0] - held[1] < 1.05 * layer  # with the scales of blocks of weights
 
 
 def small_llama(**changes: Any) -> Any:

@@ -13,6 +13,7 @@ from cases import TOKENS, relative_error
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError, UnsupportedModelError
+from tlcoupling.forward.inputs import picture_of
 from tlcoupling.forward.split import splits_of
 from tlcoupling.models.load import _transformer_bridge
 
@@ -114,6 +115,32 @@ def test_a_causal_effect_needs_a_next_token_and_a_sublayer():
         tlc.causal_effect(gpt1, [TOKENS], 2)
 
 
+def test_the_image_goes_with_its_patches(tmp_path: Path):
+    """The page shows it: the pixels that the patches cover, each channel from its lowest to its highest value."""
+    vit, _ = traced("ViTModel")
+    pixels = architectures.prompt(vit)["pixel_values"]
+    analysis = tlc.analyze(vit, {"pixel_values": pixels}, k=2)
+    assert analysis.tokens[:2] == ("[CLS]", "patch 0,0") and analysis.tokens[-1] == "patch 2,2"
+    assert analysis.prompt == "no text, but 10 positions: [CLS] … patch 2,2"
+    shares = pixels[0] - pixels[0].amin((1, 2), keepdim=True)
+    shares = shares / shares.amax((1, 2), keepdim=True)
+    assert (analysis.picture.permute(2, 0, 1) - 255 * shares).abs().max() <= 0.5
+    saved = tlc.load(analysis.save(tmp_path / "result.safetensors"))
+    assert torch.equal(saved.picture, analysis.picture)
+    ast, _ = traced("ASTForAudioClassification")
+    assert picture_of(ast, architectures.prompt(ast)) is None and picture_of(traced("MambaForCausalLM")[0], [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "shown"), [((1, 300, 520), (256, 256, 1)), ((4, 13, 9), (12, 8, 1)), ((3, 4, 4), (4, 4, 3))]
+)
+def test_images_of_any_size_and_channels_are_shown(shape: tuple[int, ...], shown: tuple[int, ...]):
+    vit, _ = traced("ViTModel")  # patches of four by four pixels
+    picture = picture_of(vit, {"pixel_values": torch.randn(1, *shape)})
+    assert tuple(picture.shape) == shown and picture.amin() == 0 and picture.amax() == 255
+    assert picture_of(vit, {"pixel_values": torch.ones(1, *shape)}).amax() == 0  # nothing to rescale
+
+
 def test_a_recurrence_reaches_later_tokens():
     """Context coupling of a state-space model, and the Jacobian from a token to a later one, are not zero."""
     _, trace = traced("MambaForCausalLM")
@@ -140,12 +167,24 @@ def test_a_loss_of_sublayers_that_do_not_add_up_is_refused(sublayer: Any):
         tlc.coupling_loss(architectures.boot("BertForMaskedLM"), TOKENS, k=2, layers=[0, 1], sublayer=sublayer)
 
 
-def test_a_loss_of_blocks_whose_output_no_hook_point_sees_is_refused():
+@pytest.mark.parametrize("sublayer", ["block", "attn", "mlp"])
+def test_a_loss_of_blocks_whose_output_no_hook_point_sees_is_refused(sublayer: Any):
     gpt1, _ = traced("OpenAIGPTLMHeadModel")
     with pytest.raises(
         UnsupportedModelError, match=r"not call blocks\.0\.hook_resid_post.*tlc\.depth_coupling measures"
     ):
-        tlc.coupling_loss(gpt1, TOKENS, k=2, layers=[0, 1])
+        tlc.coupling_loss(gpt1, TOKENS, k=2, layers=[0, 1], sublayer=sublayer)
+
+
+def test_blocks_whose_output_no_hook_point_sees_are_measured_by_what_the_modules_give():
+    """GPT-1's blocks give a list, so TransformerLens's hook point behind them is never called: a cache lacks it."""
+    gpt1, trace = traced("OpenAIGPTLMHeadModel")
+    assert "blocks.3.hook_resid_post" not in gpt1.run_with_cache(trace.tokens[None])[1]
+    given = []
+    handle = gpt1.blocks[-1].register_forward_hook(lambda module, args, output: given.append(output[0]))
+    gpt1(trace.tokens[None], return_type=None)
+    handle.remove()
+    assert torch.equal(trace.resid[-1], given[0][0])
 
 
 @pytest.mark.parametrize(

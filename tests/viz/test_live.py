@@ -11,6 +11,7 @@ from analyses import make_analysis
 from cases import TOKENS, fresh
 
 import tlcoupling as tlc
+import tlcoupling.analysis.analyze
 from tlcoupling.errors import ArgumentError
 
 
@@ -49,6 +50,23 @@ def test_what_is_measured_already_is_not_measured_again(model: Any):
     before, page = live.result, live.page
     live.chosen = {"layer": 1, "token": 3, "k": 2}
     assert live.result is before and live.page == page and live.status == ""
+
+
+def test_the_rotation_test_runs_again_only_where_other_layers_are_compared(model: Any, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("anywidget")
+    ran: list[Any] = []
+    test = tlcoupling.analysis.analyze.coupling_test
+    monkeypatch.setattr(
+        tlcoupling.analysis.analyze, "coupling_test", lambda coupling: ran.append(coupling) or test(coupling)
+    )
+    live = tlc.viz.Live(measured(model))
+    p = live.result.depth_test.p
+    live.chosen = {"layer": 1, "token": 3, "k": 2}
+    live.chosen = {"layer": 0, "token": 3, "k": 2}
+    assert len(ran) == 1 and live.result.token_coupling.layers == (0, 1)
+    assert torch.equal(live.result.depth_test.p, p)
+    live.chosen = {"layer": 0, "token": 2, "k": 2}  # two tokens have no single test
+    assert live.result.depth_test is None
 
 
 def test_what_cannot_be_measured_is_said(model: Any):

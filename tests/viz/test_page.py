@@ -166,7 +166,18 @@ def test_a_page_holds_the_numbers_of_its_analysis() -> None:
     assert numbers["cv"] == pytest.approx([x**0.5 for x in analysis.growth.expodistance.tolist()], rel=1e-6)
     both = [a + m for a, m in zip(numbers["attn_share"], numbers["mlp_share"], strict=True)]
     assert both == pytest.approx(numbers["rate"], abs=1e-6)
-    assert data["summary"]["headline"] == analysis.headline()
+    assert data["header"]["headline"] == analysis.headline()
+
+
+def test_attention_to_later_tokens_is_kept_where_a_model_has_it() -> None:
+    """An encoder's patterns are whole; the lower triangle of a decoder's is all there is."""
+    analysis = make_analysis()
+    patterns = torch.rand(4, 2, 4, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    attention = panes.pairs(analysis.tokens, dataclasses.replace(analysis, attention=patterns), {}, 0)["attention"]
+    assert not attention["causal"] and panes.pairs(analysis.tokens, analysis, {}, 0)["attention"]["causal"]
+    half = 1 / 255
+    torch.testing.assert_close(unpacked(attention["heads"]), patterns.double().flatten(-2), atol=half, rtol=0)
+    torch.testing.assert_close(unpacked(attention["mean"]), patterns.double().mean(1).flatten(-2), atol=half, rtol=0)
 
 
 def test_sinks_are_no_straightest_tokens() -> None:

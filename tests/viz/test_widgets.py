@@ -166,6 +166,72 @@ def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, an
         page.wait_for_function("document.querySelector('.circuitsvis').innerText.includes('Head 1 Zoomed')")
 
 
+def image_analysis() -> Analysis:
+    """An analysis of an image of 2 x 2 patches, whose tokens attend to later ones too."""
+    tokens = ("[CLS]", "patch 0,0", "patch 0,1", "patch 1,0", "patch 1,1")
+    analysis = make_analysis(tokens, token_layers=(1,))
+    colors = torch.tensor([[[200, 30, 10], [10, 90, 220]], [[5, 160, 40], [250, 240, 230]]], dtype=torch.uint8)
+    picture = colors.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    pattern = torch.rand(4, 2, 5, 5, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    return dataclasses.replace(analysis, picture=picture, attention=pattern)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_patches_are_shown_on_the_image(browser: Any, tmp_path: Path, width: int) -> None:
+    """Colours, outlines and numbers are those of the selected token's row, by pointer and by keyboard."""
+    analysis = image_analysis()
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 844}) as page:
+        readout = page.locator("#pairs .readout").first
+        over = page.get_by_label("Over the image", exact=True)
+        wait_for_heads(page, 2)
+
+        def fills() -> list[str]:
+            return page.eval_on_selector_all("#pairs .patch", "all => all.map(one => one.style.fill)")
+
+        def darkest() -> int:
+            sums = [sum(map(int, re.findall(r"\d+", fill))) or 999 for fill in fills()]  # a bare patch has no colour
+            return sums.index(min(sums))
+
+        def outlined(kind: str) -> list[float]:
+            box = page.locator(f"#pairs .outline.{kind}")
+            return [float(box.get_attribute(name)) for name in ("x", "y")]
+
+        over.select_option("image alone")
+        assert fills() == ["transparent"] * 4
+        shown = page.evaluate(
+            "async () => { const image = new Image();"
+            "image.src = document.querySelector('.picture image').getAttribute('href'); await image.decode();"
+            "const copy = document.createElement('canvas').getContext('2d'); copy.drawImage(image, 0, 0);"
+            "return [...copy.getImageData(0, 0, 8, 8).data]; }"
+        )
+        assert torch.equal(torch.tensor(shown, dtype=torch.uint8).view(8, 8, 4)[..., :3], analysis.picture)
+
+        assert outlined("chosen") == [4, 4]  # the last patch, whose coupling across depth was measured
+        over.select_option("attention")
+        assert darkest() == int(analysis.attention[1].mean(0)[4, 1:].argmax())
+        over.select_option("coupling")
+        excess = analysis.token_coupling.excess[0, 0, 0]
+        assert darkest() == int(excess[4, 1:4].argmax())  # the diagonal is 1 by definition
+        assert fills()[3] == "transparent"
+
+        page.locator("#pairs .patch").nth(1).click()  # pointed at, and selected
+        assert outlined("chosen") == outlined("pointed") == [4, 0]
+        assert page.locator("#controls select").first.input_value() == "2"
+        others = [1, 3, 4]
+        assert darkest() + 1 == others[int(excess[2, others].argmax())]
+        page.locator("#pairs [aria-label^='The image:']").focus()
+        page.keyboard.press("ArrowDown")
+        assert outlined("pointed") == [4, 4]
+        assert "Row 2 “\u2068patch 0,1\u2069”, column 4 “\u2068patch 1,1\u2069”" in readout.inner_text()
+        heads = analysis.attention[1, :, 2, 4]  # to a later token
+        expected = [float(heads.mean()), float(heads.max()), float(excess[2, 4])]
+        assert numbers(readout.inner_text())[:3] == pytest.approx(expected, abs=5e-3)
+        page.keyboard.press("Enter")
+        assert outlined("chosen") == [4, 4]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_path: Path, analysis: Analysis) -> None:
     with opened(browser, viz.write_html(analysis, tmp_path / "report.html")) as page:
 
@@ -323,9 +389,8 @@ def test_many_tokens_stay_small_and_true_below_the_headline(browser: Any, tmp_pa
         page.wait_for_selector("html[data-drawn]")
         print_weight(f"{n_tokens} tokens", path, page)
         marks = page.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")
-        assert (
-            marks[:2] == ["header", "summary"] and len(marks) > 3
-        )  # the headline is there before large panes are drawn
+        # the headline is in the page before large panes are drawn
+        assert marks[0] == "header" and len(marks) > 3
         page.locator("#pairs .zoom").nth(1).focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowDown")
@@ -421,6 +486,37 @@ def test_the_address_chooses_layer_and_token(browser: Any, tmp_path: Path, analy
 
 
 @pytest.mark.parametrize("width", [1280, 390])
+def test_no_text_of_a_chart_lies_on_another(browser: Any, tmp_path: Path, width: int) -> None:
+    analysis = make_analysis(n_layers=12)
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 844}) as page:
+        page.wait_for_selector("html[data-drawn]")
+        crossed = page.evaluate(
+            "[...document.querySelectorAll('svg.chart')].flatMap(svg => {"
+            "const all = [...svg.querySelectorAll('text')].filter(one => one.textContent);"
+            "const boxes = all.map(one => one.getBoundingClientRect());"
+            "const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;"
+            "return all.flatMap((one, i) => all.slice(i + 1).flatMap((other, j) =>"
+            "apart(boxes[i], boxes[i + 1 + j]) ? [] : [`${one.textContent} on ${other.textContent}`])); })"
+        )
+        assert crossed == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_headline_is_on_the_first_screen(browser: Any, tmp_path: Path, width: int) -> None:
+    """Also of a long prompt and a long name."""
+    analysis = make_analysis([" lorem ipsum"] * 200, token_layers=())
+    analysis.growth.norms[1, 0] = 1e4  # named in the headline
+    provenance = dataclasses.replace(analysis.provenance, model_name="a-long-owner/SomeModel-135M-Instruct-v2-Preview")
+    analysis = dataclasses.replace(analysis, provenance=provenance)
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 664}) as page:  # a phone, less its browser's bars
+        page.wait_for_selector("html[data-drawn]")
+        box = page.locator("#header [data-part=headline]").bounding_box()
+        assert box["y"] > 0 and box["y"] + box["height"] < 664
+
+
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, width: int) -> None:
     fresh = make_analysis(token_layers=(1,))
     null = torch.full_like(fresh.coupling.null, 0.0173)
@@ -429,7 +525,7 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 800}) as page:
         page.wait_for_selector("html[data-drawn]")
-        assert page.inner_text("#summary [data-part=headline]") == analysis.headline()
+        assert page.inner_text("#header [data-part=headline]") == analysis.headline()
         assert page.locator("#summary [data-part=no-fresh]").is_hidden()
         for name in ("null", "fresh excess", "overlap V", "its null", "random √n", "fresh"):
             box = page.locator("#summary th", has_text=name).first.bounding_box()

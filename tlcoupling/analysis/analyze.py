@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tlcoupling.analysis.headline import Finding, coupling_test, findings, sentence, without_sinks
@@ -24,6 +24,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
+from tlcoupling.forward.inputs import picture_of
 from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import PATTERN, Trace, trace
 from tlcoupling.forward.user_hooks import FwdHooks
@@ -31,6 +32,7 @@ from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.models.baseline import baseline_model
 from tlcoupling.results.base import Result
+from tlcoupling.text import counted
 from tlcoupling.trajectory.growth import Growth, growth
 from tlcoupling.trajectory.linearity import Linearity, linearity
 
@@ -59,6 +61,7 @@ class Analysis(Result):
         baseline: the same measurement of another model, such as fresh weights; None without one.
         shared: what pairs of blocks share at the last token measured, and the tokens of their bases; None unless asked
             for.
+        picture: the image whose patches the tokens are, for the page; None of text and sound.
         trace: the measured trace; None in an analysis loaded from a file.
     """
 
@@ -73,6 +76,7 @@ class Analysis(Result):
     context_dest: ContextCoupling | None = None
     baseline: Analysis | None = None
     shared: SharedDirections | None = None
+    picture: UInt8[Tensor, "row column channel"] | None = None
     trace: Trace | None = field(default=None, metadata={"saved": False})
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("layer", "head", "dest", "src")}
@@ -85,7 +89,9 @@ class Analysis(Result):
 
     @property
     def prompt(self) -> str:
-        """Return the prompt as text, decoded whole where that is known."""
+        """Return the prompt as text, decoded whole where that is known; of images and sound, the positions."""
+        if self.provenance.tokens and max(self.provenance.tokens) < 0:
+            return f"no text, but {counted(len(self.tokens), 'position')}: {self.tokens[0]} … {self.tokens[-1]}"
         return self.provenance.text or "".join(self.tokens)
 
     def __repr__(self) -> str:
@@ -282,6 +288,7 @@ def analyze(
         tokens=traced.str_tokens,
         baseline=other,
         shared=common,
+        picture=picture_of(traced.model, prompt),
         trace=traced,
         **pairs,
     )

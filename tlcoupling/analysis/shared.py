@@ -75,16 +75,21 @@ class SharedDirections(Result):
         return table
 
 
+def compared(n_layers: int, ks: Sequence[int]) -> tuple[range, int]:
+    """Return the layers, at most ``LAYERS`` and evenly spaced, and how many singular vectors, at most ``VECTORS``."""
+    return range(0, n_layers, -(-n_layers // LAYERS)), min(ks[0], VECTORS)
+
+
 def shared_directions(trace: Trace, coupling: DepthCoupling) -> SharedDirections:
     """Measure what blocks share at the last token whose coupling was measured, with the same bases, engine and solver.
 
-    Taken are at most ``LAYERS`` layers, evenly spaced, and at most ``VECTORS`` singular vectors of each.
+    The layers and the number of singular vectors are those of ``compared``.
 
     Raises:
         UnsupportedModelError: the embeddings are not in the residual stream's space.
     """
-    layers = range(0, trace.n_layers, -(-trace.n_layers // LAYERS))
-    position, k = coupling.positions[-1], min(coupling.ks[0], VECTORS)
+    layers, k = compared(trace.n_layers, coupling.ks)
+    position = coupling.positions[-1]
     settings = {name: coupling.provenance.settings[name] for name in ("bases", "engine", "solver")}
     projected = projected_jacobians(trace, list(layers), k, sublayers="block", token=position, **settings)
     words = min(TOKENS, trace.model.cfg.d_vocab)

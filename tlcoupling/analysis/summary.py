@@ -21,7 +21,7 @@ class CouplingRow:
     """One sublayer's coupling: means over the ordered pairs of different layers and over the measured tokens.
 
     Attributes:
-        sublayer: ``block``, ``attn`` or ``mlp``.
+        sublayer: ``block``, or one of ``trace.sublayers``: ``attn`` (or ``mixer``), ``cross_attn``, ``mlp``.
         k: number of singular vectors compared.
         coupling: c_K.
         null: the coupling expected for independent random bases.

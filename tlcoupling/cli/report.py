@@ -136,7 +136,6 @@ def report(
         refuse(
             {
                 "--baseline": baseline is not None,
-                "--directions": directions is not None,
                 "--output": output is not None,
                 "--csv": csv,
                 "--open": open_page,
@@ -161,7 +160,7 @@ def report(
             from tlcoupling.analysis.estimate import estimate as estimated
             from tlcoupling.cli.terminal import print_estimate
 
-            return print_estimate(estimated(loaded, text, **options))
+            return print_estimate(estimated(loaded, text, **options, shared=bool(directions)))
 
         from tlcoupling.analysis.analyze import analyze
         from tlcoupling.cli.terminal import print_analysis

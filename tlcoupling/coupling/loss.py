@@ -135,11 +135,16 @@ def _require_split(model: Any, ids: Tensor, splits: Sequence[Split]) -> None:
     """Check that the sublayers' writes add up to the stream, as a trace does, by one more forward pass.
 
     Raises:
-        ResidualIdentityError, MissingHookError: they do not, or the pass does not call their hook points.
+        ResidualIdentityError: they do not.
+        UnsupportedModelError: the pass does not call their hook points.
     """
     names = [name for name in recorded(splits) if name in hook_points(model)]
     outputs = [block_hook(layer, "hook_resid_post") for layer in range(len(splits))]
     record = record_forward(model, Inputs(ids), names, outputs, wrap=False)
+    if silent := [name for name in names if name not in record.activations] + [
+        name for name in outputs if name not in record.before
+    ]:
+        raise _not_called(silent[0])
     Stream.from_activations(record.activations, splits, record.before)
 
 
@@ -263,11 +268,16 @@ def _written(
     with suppress(Done), attached([*hooks, (points[last], stop)]):
         model(ids, return_type=None)
     if silent := [block_hook(layer, writes) for layer, (_, writes) in ends.items() if layer not in outputs]:
-        raise UnsupportedModelError(
-            f"the forward pass does not call {silent[0]}, so its blocks have no differentiable Jacobian here. "
-            "tlc.depth_coupling measures this model, without a derivative"
-        )
+        raise _not_called(silent[0])
     return outputs
+
+
+def _not_called(name: str) -> UnsupportedModelError:
+    """Return the error of a hook point that the forward pass does not call."""
+    return UnsupportedModelError(
+        f"the forward pass does not call {name}, so its blocks have no differentiable Jacobian here. "
+        "tlc.depth_coupling measures this model, without a derivative"
+    )
 
 
 def _require_repeatable(model: Any, ids: Tensor) -> None:

@@ -101,8 +101,11 @@ def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str,
         if method.name != scheduled.name:
             reason = f"{sublayer}: scheduled as {scheduled.name!r}, but done as {method.name!r} by {engine}"
             jacobians.warn_once(reason, reason)
-    if method.name != "products" and operator.device != HOST:  # at once: weights lifted for it are not kept
-        operator = Projection(operator.dense())
+    # at once where weights were lifted for it, which would be kept until its stack is decomposed
+    lifted = operator.device != HOST or jacobians.trace.lifts(place.layer)
+    if method.name != "products" and lifted:
+        with jacobians.lifted_once(place.layer):
+            operator = Projection(operator.dense())
     return Decomposition(operator, make, method.name, f"{sublayer} of {place}")
 
 

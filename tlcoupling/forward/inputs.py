@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.prompt import signal_of, text_tokens, to_str_tokens
@@ -18,6 +19,8 @@ _SIGNALS = ("pixel_values", "input_values", "input_features")
 _MASKS = ("attention_mask", "padding_mask")
 # The names of positions before the patches of an image or a spectrogram, by their number.
 _PREFIXES = {0: (), 1: ("[CLS]",), 2: ("[CLS]", "[DIST]")}
+# Rows and columns of a picture, at most.
+_PICTURE = 256
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,30 @@ def read_inputs(model: Any, prompt: Any, prepend_bos: bool | None, attention_mas
         raise ArgumentError("attention_mask", "a mask with zeros", "an input without padding")
     first = next(model.parameters())
     return Inputs(signal.to(first.device, first.dtype, copy=True), is_text=False)
+
+
+def picture_of(model: Any, prompt: Any) -> UInt8[Tensor, "row column channel"] | None:
+    """Return the image that the patches of a prompt cover, for people; None of text and sound.
+
+    It is grey, or red, green and blue, each from its lowest to its highest value, with at most 256 rows and columns.
+
+    Args:
+        model: the model.
+        prompt: a prompt that ``read_inputs`` takes.
+    """
+    if signal_of(model) != "pixel_values":
+        return None
+    config, image = model.original_model.config, read_inputs(model, prompt, None).tensor
+    rows, columns = (side * getattr(config, "patch_size", 0) for side in _grid(config, image))
+    if not rows or not columns:
+        return None
+    pixels = image[0, :, :rows, :columns].float().cpu()
+    if len(pixels) not in (1, 3):
+        pixels = pixels.mean(0, keepdim=True)
+    pixels = adaptive_avg_pool2d(pixels, (min(rows, _PICTURE), min(columns, _PICTURE)))
+    low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
+    shares = (pixels - low) / (high - low).clamp_min(torch.finfo(pixels.dtype).tiny)
+    return (255 * shares).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def _grid(config: Any, signal: Tensor) -> tuple[int, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,6 +17,29 @@ from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.quantised import dequantised, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
+# Weights of the layer that is measured, and the same in float32, by the identity of the former.
+Lifts = dict[int, tuple[Tensor, Tensor]]
+_LIFTS: ContextVar[Lifts | None] = ContextVar("_LIFTS", default=None)
+
+
+@contextmanager
+def lifted_once(lifts: Lifts) -> Iterator[None]:
+    """Lift each weight at most once meanwhile: those in ``lifts`` are taken from there, and others are added."""
+    token = _LIFTS.set(lifts)
+    try:
+        yield
+    finally:
+        _LIFTS.reset(token)
+
+
+def _once(tensor: Tensor, lift: Callable[[], Tensor]) -> Tensor:
+    """Return the float32 weights of a tensor, those that were made before where lifts are kept."""
+    lifts = _LIFTS.get()
+    if lifts is None:
+        return lift()
+    if id(tensor) not in lifts:
+        lifts[id(tensor)] = tensor, lift()
+    return lifts[id(tensor)][1]
 
 
 @contextmanager
@@ -57,12 +81,13 @@ def lifted(model: Any, module: nn.Module) -> Iterator[None]:
     weights = [part._parameters["weight"] for part in packed]
     try:
         for part in packed:
-            part._parameters["weight"] = nn.Parameter(_dense(part), requires_grad=False)
+            stored: Any = part._parameters["weight"]
+            part._parameters["weight"] = nn.Parameter(_once(stored, partial(_dense, part)), requires_grad=False)
             # bitsandbytes' own forward repacks what it holds on some CPUs, and has no second derivative
             part.__dict__["forward"] = partial(_linear, part)
         for table, name, tensor in kept:
             if id(tensor) not in lifts:
-                lift = tensor.detach().float()
+                lift = _once(tensor, tensor.detach().float)
                 lifts[id(tensor)] = nn.Parameter(lift) if isinstance(tensor, nn.Parameter) else lift
             table[name] = lifts[id(tensor)]
         with _float32_activations(model):
@@ -118,10 +143,9 @@ def lifted_model(model: Any) -> Iterator[None]:
 
 def needs_lift(module: nn.Module) -> bool:
     """Return whether a module has half-precision or quantised weights or buffers."""
-    if any(is_packed(part) for part in module.modules()):
-        return True
-    tensors = (chain(part._parameters.values(), part._buffers.values()) for part in module.modules())
-    return any(tensor is not None and tensor.dtype in HALF for tensor in chain.from_iterable(tensors))
+    holding = [part for part in module.modules() if part._parameters or part._buffers]
+    tensors = chain.from_iterable((*part._parameters.values(), *part._buffers.values()) for part in holding)
+    return any(map(is_packed, holding)) or any(each is not None and each.dtype in HALF for each in tensors)
 
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:

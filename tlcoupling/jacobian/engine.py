@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Literal, get_args
 
 from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.forward.context import measured
+from tlcoupling.forward.lifting import Lifts, lifted_once
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import AutogradJacobian
@@ -96,6 +98,7 @@ class JacobianEngine:
         self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._warned: set[Hashable] = set()
         self._confirmed: set[tuple[int, str, int, int]] = set()  # what was held against differences
+        self._lifts: tuple[int, Lifts] = (0, {})  # of one layer
 
     @property
     def used(self) -> dict[str, str]:
@@ -118,6 +121,16 @@ class JacobianEngine:
             DerivativeError: the model itself hides from autograd what it does.
             StaleTraceError: the model has changed since the trace was taken.
         """
+        with self.lifted_once(layer):
+            return self._operator(layer, sublayer, src, dest, head)
+
+    def lifted_once(self, layer: int) -> AbstractContextManager[None]:
+        """Hold no weight of a layer in float32 twice, where they are stored in fewer bits."""
+        if self._lifts[0] != layer:
+            self._lifts = (layer, {})
+        return lifted_once(self._lifts[1])
+
+    def _operator(self, layer: int, sublayer: str, src: int, dest: int, head: int | None) -> JacobianOperator:
         key = (layer, sublayer, src, dest)
         if (made := self._in_window(*key, head)) is not None:
             return made

@@ -78,7 +78,8 @@ def _sums(block: nn.Module) -> dict[str, Tensor]:
 
 def _bits(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor as integers, eight bytes at a time where the rows allow it: that is fastest."""
-    rows = tensor.contiguous().flatten(0, -2) if tensor.ndim > 1 else tensor.contiguous().reshape(1, -1)
+    column = tensor.ndim < 2 or tensor.shape[-1] == 1  # bitsandbytes packs a matrix into a column of bytes
+    rows = tensor.contiguous().reshape(1, -1) if column else tensor.contiguous().flatten(0, -2)
     size = rows.element_size()
     whole = rows.shape[-1] * size % 8 == 0 and rows.data_ptr() % 8 == 0
     return rows.view(torch.int64 if whole else {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])

@@ -36,6 +36,7 @@ _SCRIPTS = (
     "shared",
     "coupling",
     "attention",
+    "picture",
     "pairs",
     "tokens",
     "growth",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -166,9 +167,23 @@ def pairs(
     room = PAIRS_BYTES - min(TOKENS_BYTES, used)
     return {
         "tokens": [label(token) for token in tokens],
+        "sinks": [] if analysis is None else analysis.growth.sinks.nonzero().flatten().tolist(),
+        "picture": None if analysis is None else _picture(analysis),
         "attention": None if analysis is None else _attention(analysis, first, layers, room),
         "kinds": kinds,
         **(_metric(next(iter(couplings.values()))) if couplings else {}),
+    }
+
+
+def _picture(analysis: Analysis) -> dict[str, Any] | None:
+    """Return the pixels of the image, and which position is which patch, ``[position, row, column]``."""
+    if analysis.picture is None:
+        return None
+    named = enumerate(re.fullmatch(r"patch (\d+),(\d+)", token) for token in analysis.tokens)
+    return {
+        "shape": list(analysis.picture.shape),
+        "data": analysis.picture.contiguous().numpy().tobytes(),
+        "patches": [[position, int(found[1]), int(found[2])] for position, found in named if found],
     }
 
 
@@ -176,6 +191,8 @@ def _attention(
     analysis: Analysis, first: Sequence[int], layers: Sequence[int] | None, room: int
 ) -> dict[str, Any] | None:
     """Return attention patterns, ``[layer, pair]`` and ``[layer, head, pair]``; None if there are none.
+
+    Pairs are those with src <= dest where no token attends to a later one, and all of them otherwise.
 
     Args:
         analysis: the analysis.
@@ -192,9 +209,15 @@ def _attention(
     def patterns(kept: Sequence[int]) -> Tensor:
         return attention[[analysis.attention_layers.index(layer) for layer in kept]]
 
-    def pairs(pool: int) -> int:  # the upper triangle is empty
+    above = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+    causal = not attention[:, :, above].any()  # then the upper triangle is empty
+
+    def pairs(pool: int) -> int:
         n = math.ceil(n_tokens / pool)
-        return n * (n + 1) // 2
+        return n * (n + 1) // 2 if causal else n * n
+
+    def packed_pairs(matrices: Tensor) -> dict[str, Any]:
+        return roots(_lower_triangle(matrices) if causal else matrices.flatten(-2))
 
     order = sorted(chosen, key=lambda layer: (first.index(layer) if layer in first else len(first), layer))
     per_layer = pairs(1) * n_heads
@@ -202,14 +225,15 @@ def _attention(
     left = max(room - has_heads * per_layer, room // 4, 1)
     pool = next(pool for pool in range(1, n_tokens + 1) if pairs(pool) * len(chosen) <= left or pool == n_tokens)
     left -= pairs(pool) * len(chosen)
-    above = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+    means = patterns(chosen).mean(1)
     heads = sorted(order[: 1 + max(0, left // per_layer)]) if has_heads else []
     return {
         "layers": chosen,
+        "causal": causal,
         "pool": pool,
-        "mean": roots(_lower_triangle(_blocks(patterns(chosen).mean(1).masked_fill(above, math.nan), pool))),
+        "mean": packed_pairs(_blocks(means.masked_fill(above, math.nan) if causal else means, pool)),
         "head_layers": heads,
-        "heads": roots(_lower_triangle(patterns(heads))),
+        "heads": packed_pairs(patterns(heads)),
         "window": max(1, math.isqrt(ATTENTION_CELLS // (n_heads + 1))),
     }
 

@@ -17,7 +17,7 @@ from tlcoupling.viz.plain import packed, plain
 
 
 def header(analysis: Analysis) -> dict[str, Any]:
-    """Return what was measured, on which model and prompt, and with which settings."""
+    """Return the headline, and what was measured on which model and prompt, with which settings."""
     provenance, coupling = analysis.provenance, analysis.coupling
     measured = [
         f"{pos} “\u2068{visible(text)}\u2069”" for pos, text in zip(coupling.positions, coupling.tokens, strict=True)
@@ -37,6 +37,7 @@ def header(analysis: Analysis) -> dict[str, Any]:
     }
     return {
         "model": provenance.model_name,
+        "headline": analysis.headline(),
         "prompt": analysis.prompt,
         "facts": [[name, text] for name, text in facts.items() if text],
         "versions": _versions(provenance),
@@ -44,9 +45,8 @@ def header(analysis: Analysis) -> dict[str, Any]:
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
-    """Return the headline and its numbers, with those of fresh weights if they were measured."""
+    """Return the numbers of the headline, with those of fresh weights if they were measured."""
     return {
-        "headline": analysis.headline(),
         **_numbers(analysis, analysis.depth_test),
         "fresh": None if analysis.baseline is None else _numbers(analysis.baseline),
         "n_measured": len(analysis.coupling.positions),

@@ -30,6 +30,9 @@
     return JSON.parse(new TextDecoder().decode(new Uint8Array(content, 4, length)));
   };
 
+  /** [start, length] -> the bytes there. */
+  tlc.bytes = ([start, length]) => arrays.subarray(start, start + length);
+
   const offset = (shape, indices) => indices.reduce((sum, index, axis) => sum * shape[axis] + index, 0);
 
   /**

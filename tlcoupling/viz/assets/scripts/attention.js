@@ -28,10 +28,10 @@
     });
 
   /**
-   * Draw [head][dest][src] patterns of a window of tokens, from the position `first` on, into an element. If calls
-   * overlap, the last one wins.
+   * Draw [head][dest][src] patterns of a window of tokens, from the position `first` on, into an element; causal: whether
+   * the upper triangle is empty. If calls overlap, the last one wins.
    */
-  tlc.attentionHeads = async (container, patterns, tokens, first) => {
+  tlc.attentionHeads = async (container, patterns, tokens, first, causal) => {
     // circuitsvis numbers tokens from 0 on by what map tells it: tell it their positions in the prompt
     tokens.map = (label) => Array.prototype.map.call(tokens, (text, i) => label(text, first + i));
     serial += 1;
@@ -50,6 +50,7 @@
     CircuitsVis.render(root.id, CircuitsVis.AttentionHeads, {
       attention: patterns,
       tokens,
+      maskUpperTri: causal,
       maxValue: 1,
       minValue: -1,
       positiveColor: "#0b4f9e",

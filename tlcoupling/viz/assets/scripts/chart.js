@@ -12,7 +12,7 @@ tlc.ticks = (low, high, count) => {
 
 /** Make axes; x (whole numbers) and y are {low, high, label}. y has a margin, except that it starts at 0 if low is 0. */
 tlc.axes = ({ width = 480, height = 280, x, y, description }) => {
-  const [left, right, top, bottom] = [52, width - 10, 10, height - 40];
+  const [left, right, top, bottom] = [66, width - 10, 10, height - 40];
   const margin = 0.04 * (y.high - y.low || 1);
   const [floor, ceiling] = [y.low === 0 ? 0 : y.low - margin, y.high + margin];
   const vertical = tlc.ticks(floor, ceiling, 6);

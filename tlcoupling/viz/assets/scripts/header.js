@@ -4,6 +4,7 @@ tlc.sections.header = (section, data) => {
     tlc.html("span", { class: "owner" }, data.model.slice(0, cut)),
     data.model.slice(cut),
   );
+  tlc.part(section, "headline").append(data.headline);
   tlc.part(section, "prompt").append(data.prompt);
   tlc.part(section, "facts").append(
     ...data.facts.map(([name, text]) => tlc.html("div", {}, tlc.html("dt", {}, name), tlc.html("dd", {}, text))),

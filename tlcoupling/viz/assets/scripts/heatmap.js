@@ -156,7 +156,7 @@ tlc.viewButtons = (view, current) => {
  * A square pane whose rows and columns have the same labels.
  * labels: of rows and columns; axes: {row, column} titles; turned: whether labels are long, and vertical below the columns;
  * view: the window that it shows; onpoint(row, column): called when the pointer or a key reaches a cell;
- * onchoose(row, column): on a click or Enter; kinds: a number for each row and column, which has a mark of that kind.
+ * onchoose(row, column): on a click or Enter; kinds: a number for each row and column, which has a mark of that kind (none below 0).
  */
 tlc.heatmap = ({ labels, axes, label, kinds = [], turned = false, side = 254, view = tlc.view(labels.length), onpoint, onchoose = () => {} }) => {
   const small = turned && innerWidth < 480; // a shrunk pane has fewer and larger labels
@@ -192,6 +192,7 @@ tlc.heatmap = ({ labels, axes, label, kinds = [], turned = false, side = 254, vi
       texts.push(tlc.svg("text", { x, y, ...turn }, labels[view.column + i]));
     }
     kinds.forEach((kind, i) => {
+      if (kind < 0) return;
       const [r, c] = [i - view.row, i - view.column];
       const mark = (x, y, width, height) => texts.push(tlc.svg("rect", { class: `kind-${kind % 4}`, x, y, width, height }));
       if (r >= 0 && r < view.size) mark(left - 4, top + r * cell, 3, cell);

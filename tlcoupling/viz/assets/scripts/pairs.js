@@ -3,7 +3,9 @@ tlc.sections.pairs = (section, data) => {
   const n = tokens.length;
   const labels = tokens.map((text, i) => `${i} ${tlc.isolated(text)}`);
   const view = tlc.view(n);
-  const shown = { layer: null, pane: 0, quantity: "excess", cell: null, head: "mean" };
+  const sinks = new Set(data.sinks);
+  const kinds = sinks.size ? tokens.map((_, i) => (sinks.has(i) ? 0 : -1)) : [];
+  const shown = { layer: null, pane: 0, quantity: "excess", cell: null, head: "mean", overlay: null };
   const part = (name) => tlc.part(section, name);
 
   const attention = data.attention && {
@@ -11,14 +13,15 @@ tlc.sections.pairs = (section, data) => {
     mean: tlc.roots(data.attention.mean),
     heads: data.attention.heads && tlc.roots(data.attention.heads),
   };
-  /** Attention from row to column, of a head or the mean over heads; undefined above the diagonal. */
+  const attended = (r, c) => r >= c || !attention.causal;
+  /** Attention from row to column, of a head or the mean over heads; undefined where a causal model cannot attend. */
   const attends = (layer, head) => {
     const [l, kept] = [attention.layers.indexOf(layer), attention.head_layers.indexOf(layer)];
     const [part, pool] = head === "mean" ? [attention.mean.part(l), attention.pool] : [attention.heads.part(kept, head), 1];
     return (r, c) => {
-      if (c > r) return undefined;
+      if (!attended(r, c)) return undefined;
       const [row, column] = [Math.floor(r / pool), Math.floor(c / pool)];
-      return part[(row * (row + 1)) / 2 + column];
+      return part[(attention.causal ? (row * (row + 1)) / 2 : row * Math.ceil(n / pool)) + column];
     };
   };
   const hasAttention = (layer) => Boolean(attention?.layers.includes(layer));
@@ -82,8 +85,9 @@ tlc.sections.pairs = (section, data) => {
   const point = (r, c) => {
     shown.cell = [r, c];
     Object.values(maps).forEach(({ map }) => map.point(r, c));
+    picture?.point(c);
     const texts = [`Row ${name(r)}, column ${name(c)}`];
-    if (hasAttention(shown.layer) && r >= c) {
+    if (hasAttention(shown.layer) && attended(r, c)) {
       texts.push(`attention from row to column ${tlc.number(attends(shown.layer, "mean")(r, c), 3)} (mean)`);
       if (hasHeads(shown.layer)) {
         const heads = Array.from({ length: attention.heads.shape[1] }, (_, head) => attends(shown.layer, head)(r, c));
@@ -107,7 +111,7 @@ tlc.sections.pairs = (section, data) => {
   const axes = { row: "Jacobian of token", column: "bases of token" };
   const describe = "arrow keys move between cells, Enter selects the row’s token, plus and minus zoom";
   const makeMap = (name, axes) => {
-    const map = tlc.heatmap({ labels, axes, label: `${name} of tokens, ${n} by ${n}`, turned: true, side: 420, view, onpoint: point, onchoose: choose });
+    const map = tlc.heatmap({ labels, axes, kinds, label: `${name} of tokens, ${n} by ${n}`, turned: true, side: 420, view, onpoint: point, onchoose: choose });
     const caption = tlc.html("figcaption");
     const group = { class: "zoom", tabindex: 0, role: "group", "aria-label": `${name}: ${describe}`, onkeydown: keydown };
     return { map, caption, node: tlc.html("figure", {}, caption, tlc.html("div", group, map.node)) };
@@ -117,6 +121,34 @@ tlc.sections.pairs = (section, data) => {
     ...(panes.length && Object.fromEntries(Object.keys(sets).map((set) => [set, makeMap(set, axes)]))),
   };
   part("maps").append(...Object.values(maps).map(({ node }) => node));
+  part("sinks").hidden = !sinks.size;
+  part("sinks").append(...tlc.legend([["kind-0", "sink (norm more than ten times the median), on the axes"]]));
+
+  const row = () => tlc.choice.token ?? 0;
+  /** What may be laid over the image: numbers from the selected token to each patch, by the name of a choice. */
+  const overlays = {
+    coupling: () => maps.trained,
+    attention: () => maps.attention,
+    "image alone": () => ({ node: {}, values: () => undefined }),
+  };
+  const picture = data.picture && tlc.picture(data.picture, { onpoint: (i) => point(row(), i), onchoose: choose });
+  const overlay = tlc.html("select", { "aria-label": "Over the image", onchange: () => {
+    shown.overlay = overlay.value;
+    drawPicture();
+  } });
+  const overlaid = tlc.html("small");
+  if (picture) part("maps").prepend(tlc.html("figure", {}, tlc.html("figcaption", {}, overlay, overlaid), picture.node));
+  const drawPicture = () => {
+    if (!picture) return;
+    const here = Object.keys(overlays).filter((name) => overlays[name]()?.values && !overlays[name]().node.hidden);
+    const wanted = here.includes(shown.overlay) ? shown.overlay : here[0];
+    overlay.replaceChildren(...here.map((name) => tlc.html("option", { value: name }, name === "coupling" ? `coupling, ${tlc.quantities[shown.quantity]}` : name)));
+    overlay.value = wanted;
+    overlaid.textContent = wanted === "image alone" ? "" : `from ${name(row())} to each patch`;
+    picture.mark(row());
+    const { values, scale } = overlays[wanted]();
+    picture.paint((i) => values(row(), i), scale);
+  };
   if (n > 8) part("zooming").append(tlc.viewButtons(view, () => shown.cell));
 
   const select = (i) => {
@@ -186,7 +218,8 @@ tlc.sections.pairs = (section, data) => {
     const means = [pane.meanOf(pane.trained, layer), pane.fresh ? pane.meanOf(pane.fresh, layer) : null];
     const ofSets = { trained: means[0], "fresh weights": means[1], difference: minus(...means) };
     for (const set of Object.keys(sets)) {
-      maps[set].map.paint(valuesOf(set, pane), scale, set === "trained" ? dotted(pane) : () => false);
+      Object.assign(maps[set], { values: valuesOf(set, pane), scale });
+      maps[set].map.paint(maps[set].values, scale, set === "trained" ? dotted(pane) : () => false);
       maps[set].caption.replaceChildren(hasFresh ? set : "coupling", tlc.html("small", { "data-mean": set }, `mean ${tlc.quantity(shown.quantity, ofSets[set])}`));
     }
     part("title").textContent = `${pane.kind.title}, ${pane.sublayer}: ${tlc.quantities[shown.quantity]} of ${pane.kind.compared}`;
@@ -225,7 +258,10 @@ tlc.sections.pairs = (section, data) => {
     select.value = shown.head;
     maps.attention.caption.replaceChildren(select, tlc.html("small", {}, "square roots from 0 to 1"));
     // small shares of attention stay visible: colours go with the square root
-    maps.attention.map.paint((r, c) => { const value = at(r, c); return value === undefined ? undefined : Math.sqrt(value); }, tlc.scale(1));
+    const roots = (r, c) => { const value = at(r, c); return value === undefined ? undefined : Math.sqrt(value); };
+    Object.assign(maps.attention, { values: roots, scale: tlc.scale(1) });
+    maps.attention.map.paint(roots, maps.attention.scale);
+    drawPicture();
     if (hasHeads(layer)) drawHeads();
     else part("no-heads").hidden = false;
     part("no-heads").hidden = hasHeads(layer);
@@ -240,9 +276,9 @@ tlc.sections.pairs = (section, data) => {
     const indices = Array.from({ length: size }, (_, i) => first + i);
     const patterns = Array.from({ length: attention.heads.shape[1] }, (_, head) => {
       const at = attends(shown.layer, head);
-      return indices.map((r) => indices.map((c) => (c > r ? 0 : Math.round(at(r, c) * 1e4) / 1e4)));
+      return indices.map((r) => indices.map((c) => Math.round((at(r, c) ?? 0) * 1e4) / 1e4));
     });
-    tlc.attentionHeads(part("attention"), patterns, indices.map((i) => tokens[i]), first);
+    tlc.attentionHeads(part("attention"), patterns, indices.map((i) => tokens[i]), first, attention.causal);
   };
   const input = part("window");
   [input.min, input.max, input.value] = [Math.min(n, data.attention?.window ?? n) - 1, n - 1, n - 1];
@@ -251,6 +287,7 @@ tlc.sections.pairs = (section, data) => {
 
   const draw = () => {
     drawCoupling();
+    drawPicture();
     if (shown.cell) point(...shown.cell);
   };
   part("quantity").append(...tlc.quantitySwitch("pair-quantity", (quantity) => {
@@ -275,6 +312,7 @@ tlc.sections.pairs = (section, data) => {
   tlc.choice.on(["k"], () => shown.layer !== null && draw());
   tlc.choice.on(["token"], (token) => {
     Object.values(maps).forEach(({ map }) => map.mark(token));
+    if (shown.layer !== null) drawPicture();
     if (n > (data.attention?.window ?? n) && shown.layer !== null && hasHeads(shown.layer)) {
       input.value = Math.min(n - 1, token + Math.floor(data.attention.window / 2));
       drawHeads();

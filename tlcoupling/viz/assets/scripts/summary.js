@@ -4,7 +4,6 @@ tlc.sections.summary = (section, data) => {
   const part = (name) => tlc.part(section, name);
   const number = tlc.number;
   const fresh = data.fresh;
-  part("headline").textContent = data.headline;
   part("no-fresh").hidden = Boolean(fresh);
   if (data.n_measured > 1) part("coupling-note").append(`, mean over ${data.n_measured} tokens`);
   const tested = data.coupling.some((row) => row.p !== null);
