@@ -5,7 +5,7 @@
 #                a virtual environment of its own, .venv-2.18; LANE=lowest has the lowest version of each dependency
 # make mutants   set up, then break single lines of the sources and check that a test notices each break; some minutes.
 #                BREAKS='stream store' tries only those whose file or description holds one of the words
-# make beside    set up, then install other packages beside this one and run the tests where they meet: two minutes.
+# make beside    set up, then install other packages beside this one and run the tests where they meet.
 #                NEIGHBOURS=all has every row of docs/howto/beside.md
 # make lint      ruff, check and format, and the import contract
 # make types     pyright

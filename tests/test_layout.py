@@ -27,6 +27,7 @@ TESTED_IN = {
     "jacobian/evidence": "jacobian/test_certificate",
     "jacobian/flow": "slices/test_slice",
     "jacobian/formula": "jacobian/test_engine",
+    "jacobian/frozen": "slices/test_detached",
     "jacobian/norms": "jacobian/test_engine",
     "jacobian/parts": "linalg/test_operator",
     "jacobian/readings": "jacobian/test_engine",

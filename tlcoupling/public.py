@@ -35,7 +35,10 @@ from tlcoupling.results.base import load
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations, correlate
 from tlcoupling.slices.atlas import SensitivityAtlas, sensitivity_atlas
+from tlcoupling.slices.detached import DetachedComparison, DetachedMap, compare_detached, detached_map
+from tlcoupling.slices.features import FeatureMap, feature_map
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
+from tlcoupling.slices.relations import SliceRelations, slice_relations
 from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
 from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
 from tlcoupling.sweeps.executors import SlurmExecutor
@@ -57,9 +60,12 @@ __all__ = [
     "CouplingTest",
     "DepthCoupling",
     "DepthProfile",
+    "DetachedComparison",
+    "DetachedMap",
     "DirectionReadout",
     "EigenGeometry",
     "Estimate",
+    "FeatureMap",
     "Growth",
     "HeadAlignment",
     "HeadCoupling",
@@ -76,6 +82,7 @@ __all__ = [
     "SensitivityAtlas",
     "SingularValueProfile",
     "SliceJacobian",
+    "SliceRelations",
     "SlurmExecutor",
     "SteeringEffect",
     "SweepReport",
@@ -92,15 +99,18 @@ __all__ = [
     "analyze_many",
     "causal_effect",
     "check",
+    "compare_detached",
     "context_coupling",
     "correlate",
     "coupling_loss",
     "depth_coupling",
     "depth_profile",
+    "detached_map",
     "eigen_geometry",
     "estimate",
     "estimate_atlas",
     "estimate_slice",
+    "feature_map",
     "growth",
     "head_alignment",
     "head_coupling",
@@ -123,6 +133,7 @@ __all__ = [
     "sensitivity_atlas",
     "singular_value_profile",
     "slice_jacobian",
+    "slice_relations",
     "steering_effect",
     "steering_vector",
     "sweep",

@@ -33,7 +33,7 @@ def test_products_alone_give_the_same_coupling(monkeypatch: pytest.MonkeyPatch):
 def test_wide_jacobians_are_coupled_by_products():
     """At Llama-3-8B's sizes the products that 32 layers need cost less than the matrix; at SmolLM2's they do not."""
     wide, small = (
-        Cost("analytic", 2.0 * weights, 2.0 * d * d * (mlp + 2 * d), *4 * (0.0,))
+        Cost("analytic", 2.0 * weights, 2.0 * d * d * (mlp + 2 * d), *5 * (0.0,))
         for d, mlp, weights in ((4096, 14336, 218e6), (576, 1536, 3.54e6))
     )
     assert cheapest(wide, 4096, 10, 32, "auto", keep=True).name == "products"

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 import tlcoupling as tlc
 from tlcoupling.forward.hooked import BlockCall
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.jacobian.runs import BlockRun
 
 
 @dataclass
@@ -93,3 +94,24 @@ def test_one_destination_is_measured_without_the_rest_of_the_prompt(monkeypatch:
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     # a weight takes part in products with 22 vectors: the 8 rows there and back, and 6 of the closed form's
     assert short <= 44 * weights
+
+
+@needs_llama
+@pytest.mark.parametrize("n_dest", [2, 6])
+def test_an_mlp_answers_for_all_destinations_at_once(n_dest: int, monkeypatch: pytest.MonkeyPatch):
+    """Of the products by the modules, those of attention are one for each destination, and two of the MLP serve all."""
+    trace = tlc.trace(LLAMA.model(torch.float32), torch.arange(8))
+    pairs = {(pos, pos) for pos in range(n_dest)}
+    pull, products = BlockRun.pull, dict[str, int]()
+
+    def counting(run: BlockRun, name: str, factors: Any) -> torch.Tensor:
+        products[name] = products.get(name, 0) + len(factors)
+        return pull(run, name, factors)
+
+    monkeypatch.setattr(BlockRun, "pull", counting)
+    engine = JacobianEngine(trace, "analytic", pairs)
+    with counted(monkeypatch) as count:
+        for src, dest in pairs:
+            engine.operator(1, "block", src, dest)
+    assert products == {"attn": n_dest, "mlp": 2}
+    assert count.backward == 3  # all of the attention, of the MLP, and the slopes of its activation

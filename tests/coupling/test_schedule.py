@@ -21,7 +21,7 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
 from tlcoupling.forward.split import splits_of_model
-from tlcoupling.jacobian.autograd import CHUNK, vectors_at_once
+from tlcoupling.jacobian.autograd import CHUNK, ROWS, vectors_at_once
 from tlcoupling.jacobian.cost import layer_costs
 from tlcoupling.memory import free_memory, left_in_control_group
 
@@ -115,7 +115,7 @@ def test_a_closed_form_that_is_turned_down_is_decomposed_as_autograd_would_be(mo
 def test_memory_that_does_not_suffice_is_an_error_before_the_work(monkeypatch: pytest.MonkeyPatch):
     trace = tlc.trace(CASES[0].model(), TOKENS)
     expected = tlc.depth_coupling(trace, 4, tokens="all")
-    monkeypatch.setattr("tlcoupling.coupling.schedule.free_memory", lambda device: 5e5)
+    monkeypatch.setattr("tlcoupling.coupling.schedule.free_memory", lambda device: 7e5)
     torch.testing.assert_close(tlc.depth_coupling(trace, 4, tokens="all").values, expected.values)
     monkeypatch.setattr("tlcoupling.coupling.schedule.free_memory", lambda device: 1e3)
     monkeypatch.setattr("tlcoupling.coupling.result.JacobianEngine", None)  # nothing is begun
@@ -123,12 +123,13 @@ def test_memory_that_does_not_suffice_is_an_error_before_the_work(monkeypatch: p
         tlc.depth_coupling(trace, 4)
 
 
-@given(column_bytes=st.floats(1.0, 1e12), free=st.floats(1.0, 1e12))
-def test_autograd_takes_as_many_vectors_as_fit(column_bytes: float, free: float):
-    vectors = vectors_at_once(column_bytes, free)
+@given(column_bytes=st.floats(1.0, 1e12), n_tokens=st.integers(1, 4096), free=st.floats(1.0, 1e12))
+def test_autograd_takes_as_many_vectors_as_fit(column_bytes: float, n_tokens: int, free: float):
+    vectors = vectors_at_once(column_bytes, n_tokens, free)
     assert 1 <= vectors <= CHUNK
-    assert vectors == 1 or vectors * column_bytes <= free / 4
-    assert vectors == CHUNK or (vectors + 1) * column_bytes > free / 4 * (1 - 1e-9)  # one more would not; rounding
+    assert vectors == 1 or (vectors * column_bytes <= free / 4 and vectors * n_tokens <= ROWS)
+    one_more = (vectors + 1) * column_bytes > free / 4 * (1 - 1e-9) or (vectors + 1) * n_tokens > ROWS  # rounding
+    assert vectors == CHUNK or one_more
 
 
 def test_chunks_change_no_number(monkeypatch: pytest.MonkeyPatch):

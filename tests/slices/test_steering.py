@@ -78,6 +78,28 @@ def test_the_linear_prediction_is_better_for_smaller_steps():
     assert effect.reach(0.0).isnan().all()
 
 
+def test_generated_texts_are_those_of_the_steered_model(tmp_path: Path):
+    """Greedily, token by token, with the hook that a user would add; a text without steering is the model's own."""
+    model = FEW[0].model()
+    vector = 3 * torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    effect = tlc.steering_effect(model, PROMPTS, vector, 1, [1e-6, -4.0], draws=1, new_tokens=3)
+    table = effect.generated()
+    assert len(table) == 2 * 2 * 3 and set(table["direction"]) == {"the direction", "random"}
+    for name, tokens in PROMPTS.items():
+        rows = table[(table["prompt"] == name) & (table["direction"] == "the direction")]
+        for scale, text in zip(rows["scale"], rows["text"], strict=True):
+            longer = tokens
+            for _ in range(3):
+                steered = logits_of(model, longer, [tlc.add_direction(vector, 1, scale=scale)])
+                longer = torch.cat([longer, steered[-1:].argmax(-1)])
+            assert text == model.tokenizer.decode(longer[len(tokens) :].tolist())
+    within = table.groupby("scale")["within_reach"]
+    assert within.all().to_dict() == within.any().to_dict() == {-4.0: False, 0.0: True, 1e-6: True}
+    assert tlc.load(effect.save(tmp_path / "effect")).texts == effect.texts
+    with pytest.raises(ArgumentError, match="new_tokens=0 "):
+        tlc.steering_effect(model, PROMPTS, vector, 1, [1.0], draws=1).generated()
+
+
 def test_controls_have_the_vectors_length_and_share():
     """A vector along the mean stream has a share of 1: its only control with that share is itself."""
     model = FEW[0].model()
@@ -99,6 +121,7 @@ def test_controls_have_the_vectors_length_and_share():
         ({"layer": 3}, "layer=3 "),
         ({"tokens": [99]}, "tokens=99 "),
         ({"draws": 0}, "draws=0 "),
+        ({"new_tokens": -1}, "new_tokens=-1 "),
         ({"positions": [9]}, "positions=9 "),
         ({"prompts": [torch.tensor([3])]}, "at least two tokens"),
     ],

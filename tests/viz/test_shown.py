@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -56,6 +57,13 @@ def readout() -> tlc.DirectionReadout:
     )
 
 
+def dictionary(seed: int) -> SimpleNamespace:
+    """A random dictionary of the stream."""
+    generator = torch.Generator().manual_seed(seed)
+    encoder, decoder = torch.randn(2, 96, 96, generator=generator)
+    return SimpleNamespace(W_enc=encoder, W_dec=decoder, b_enc=torch.ones(96))
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, Result]:
     model, other = fresh(0), fresh(1)
@@ -90,6 +98,9 @@ def results() -> dict[str, Result]:
             tlc.jacobian_lens(model, [TOKENS[:5], TOKENS], skip_first_positions=0, layers=[0, 1], sketch=8),
             tlc.sensitivity_atlas(trace, 2, baseline=other),
             tlc.steering_effect(model, [TOKENS[:5], TOKENS], torch.ones(96), 1, [0.5, 2.0], draws=3, positions=[-1]),
+            tlc.compare_detached(trace, ("resid_post", -1), k=2, draws=1),
+            tlc.feature_map(trace, ("resid_pre", 1), ("resid_post", 1), dictionary(1), dictionary(2), most=6),
+            tlc.slice_relations(trace, [(0, 1), (0, 3)], k=3, draws=2),
             tlc.parity.published(model, TOKENS, 2),
         ]
     read, projected = readout(), made[12]

@@ -17,7 +17,7 @@ from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.groups import Group, visits
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import BUFFERS, Comparison, Schedule, make_schedule
+from tlcoupling.coupling.schedule import Again, Comparison, Schedule, make_schedule
 from tlcoupling.coupling.token import token_groups
 from tlcoupling.directions.readout import RANDOM_DIRECTIONS
 from tlcoupling.errors import ArgumentError
@@ -28,7 +28,6 @@ from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.split import POSITIONWISE, Split, splits_of_model, sublayers_of
 from tlcoupling.jacobian.autograd import n_heads_of
 from tlcoupling.jacobian.engine import EngineName
-from tlcoupling.jacobian.runs import FEW_ROWS
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.linalg.work import Rates, Work, measured_rates
 
@@ -42,6 +41,7 @@ JACOBIAN_CALLS = 60.0  # likewise in making a closed form
 PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
 PATTERN_STEPS = 20.0  # softmaxes that take as long as what a traced pass does with each number of a pattern, measured
 PATTERNS = 6.0  # patterns of one layer that a traced pass holds at once, with scores, masks and copies; measured
+LOADED = 12 * 2**20  # bytes that a first call loads of libraries, measured
 STAGES = ("Jacobians", "decomposition", "comparison")
 
 
@@ -214,8 +214,8 @@ def memory_with_trace(
 ) -> float:
     """Return the memory beyond the model of a measurement and of the trace that it is taken on, at most.
 
-    The stream and the writes count twice: as the pass records them and as the trace stacks them, since an allocator may
-    keep what the first were in.
+    The pass records what sublayers read and write. Between these, its allocator keeps as much again until the pass has
+    ended. The trace holds the stream and the writes, stacked.
 
     Args:
         model: the model, or the shapes of its weights.
@@ -225,12 +225,14 @@ def memory_with_trace(
         peak_bytes: of the measurement beyond its trace.
     """
     cfg, n_layers, size = model.cfg, len(splits), int(getattr(model.cfg, "d_head", 0) or 0)
-    streams = 1 + n_layers * (1 + len(splits[0].names))
+    stream = dtype.itemsize * float(n_tokens) * cfg.d_model
+    names = len(splits[0].names)
+    recorded, stacked = 1 + n_layers * max(2, 2 * names), 1 + n_layers * (1 + names)
     groups = int(getattr(cfg, "n_key_value_heads", 0) or n_heads_of(cfg))
-    held = float(n_tokens) * (2 * streams * cfg.d_model + 2 * n_layers * groups * size)
-    logits = float(n_tokens) * int(getattr(cfg, "d_vocab", 0) or 0)
-    patterns = PATTERNS * n_heads_of(cfg) * float(n_tokens) ** 2
-    return dtype.itemsize * held + max(dtype.itemsize * (logits + patterns) + BUFFERS, peak_bytes)
+    cached = dtype.itemsize * float(n_tokens) * 2 * n_layers * groups * size
+    patterns = dtype.itemsize * PATTERNS * n_heads_of(cfg) * float(n_tokens) ** 2
+    passing = stream * recorded + max(stream * recorded, patterns) + LOADED
+    return cached + max(passing, stream * stacked + peak_bytes)
 
 
 def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rates: Rates) -> tuple[Stage, ...]:
@@ -302,11 +304,8 @@ def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
 def _passes_again(schedule: Schedule) -> Work:
     """Return the work of running blocks again: to certify closed forms, and for each Jacobian by autograd."""
     work, comparison, model = Work(), schedule.comparison, schedule.comparison.model
-    every = {pos for group in comparison.groups for place in group.places for pos in (place.src, place.dest)}
-    # what a model caches of earlier positions stands for them; shapes have no hooks, and count as such a model
-    caches = hasattr(model, "original_model") or not hasattr(model, "hook_dict")
     closed = all(cost.engine == "analytic" for cost in schedule.costs.values())
-    rows = max(every) + 1 - max(0, min(every) - 1) if caches and closed else comparison.n_tokens
+    rows = comparison.again.rows if closed else comparison.n_tokens
     for batch in schedule.batches:
         places = set().union(*(group.places for group in batch))
         for layer in comparison.layers:
@@ -315,13 +314,12 @@ def _passes_again(schedule: Schedule) -> Work:
             costs = [cost for (one, _), cost in schedule.costs.items() if one == layer]
             by_autograd = sum(cost.engine == "autograd" for cost in costs)
             alone = PASSES_OF_AUTOGRAD * by_autograd * len(of_layer)
-            streams = 2 + PASSES_OF_SRC * len(srcs)
-            few = len(dests) == 1 and streams * rows <= FEW_ROWS  # all in one batch, there and back
-            passes = 2 * streams if few else 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs)
+            again = Again(rows, len(srcs), len(dests))
+            passes = 2 * again.streams if again.few else 1 + PASSES_OF_DEST * len(dests) + PASSES_OF_SRC * len(srcs)
             products = costs[0].forward_flops * rows / comparison.n_tokens * passes
             work += Work(
-                matmul=costs[0].forward_flops * alone + (0.0 if few else products),
-                thin=products if few else 0.0,
+                matmul=costs[0].forward_flops * alone + (0.0 if again.few else products),
+                thin=products if again.few else 0.0,
                 calls=PASS_CALLS * (CALLS_OF_CHECKS + alone),
                 softmax=PATTERN_STEPS * n_heads_of(model.cfg) * rows * comparison.n_tokens * passes,
             )

@@ -8,7 +8,7 @@ from tlcoupling.analysis.estimate import PASS_CALLS, PATTERN_STEPS, Estimate, St
 from tlcoupling.arguments import Indices, check_int, check_name, resolve_indices
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import BUFFERS, Comparison, make_schedule
+from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.split import splits_of_model
@@ -27,6 +27,7 @@ from tlcoupling.slices.sweep import SHARE
 PASSES = 10  # of a block, forward, that take as long as making its derivative at all positions and checking it
 PASSES_ALONG = 3  # of each block in the difference of a whole slice
 PASSES_APART = 3  # of each block in the test whether one position counts alone
+BUFFERS = 56 * 2**20  # bytes of libraries, and what lies between the tensors, measured
 NORM_VECTORS = 2 * 7 * 6  # vectors that go through a block for its norm
 
 
@@ -187,7 +188,7 @@ class _Counts:
     def checks(self, passes: int) -> Work:
         """A block run so many times, at all positions."""
         softmax = PATTERN_STEPS * self._heads * float(self.trace.n_tokens) ** 2
-        return Work(matmul=self._forward, calls=PASS_CALLS / 2, softmax=softmax) * passes
+        return Work(matmul=self._forward, calls=PASS_CALLS, softmax=softmax) * passes
 
     def jacobians(self, blocks: range, pos: int) -> Work:
         """Making the blocks' Jacobians at one position, and checking them."""

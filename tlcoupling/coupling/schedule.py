@@ -19,8 +19,9 @@ from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.split import Split
-from tlcoupling.jacobian.autograd import vectors_at_once
+from tlcoupling.jacobian.autograd import CHUNK, CHUNK_SHARE, ROWS, vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
+from tlcoupling.jacobian.runs import FEW_ROWS
 from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
@@ -29,8 +30,49 @@ from tlcoupling.memory import free_memory
 STACKED, STACKED_ON_DEVICE = 2**22, 2**29
 HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
+ON_ITS_WAY = 1.75  # what vectors on their way back take beyond ``backward_bytes``, with freed memory between; measured
+HOLES = 1.06  # what an allocator takes for kept matrices, with what lies between them; measured
 # Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
-BUFFERS, BUFFERS_ON_DEVICE = 56 * 2**20, 64 * 2**20
+BUFFERS, BUFFERS_ON_DEVICE = 20 * 2**20, 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Again:
+    """Runs of a block for closed forms and their checks.
+
+    Attributes:
+        rows: positions of each run.
+        n_src, n_dest: numbers of source and destination positions.
+    """
+
+    rows: int
+    n_src: int
+    n_dest: int
+
+    @property
+    def streams(self) -> int:
+        """Streams of the one run of a single destination: copies of x^l, and it moved to both sides at each source."""
+        return 2 + 2 * self.n_src
+
+    @property
+    def few(self) -> bool:
+        """Whether all is done in one run, there and back."""
+        return self.n_dest == 1 and self.streams * self.rows <= FEW_ROWS
+
+    def memory(self, cost: Cost, n_tokens: int, key_bytes: float, free: float) -> float:
+        """Return the memory of the graph, and of the vectors on their way back or the streams that are moved.
+
+        Args:
+            cost: of the block.
+            n_tokens: length of the prompt.
+            key_bytes: of the keys of one position, all heads together.
+            free: bytes that may be used.
+        """
+        column = cost.backward_bytes * self.rows / n_tokens
+        if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
+            return self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
+        vectors = min(CHUNK, max(1, ROWS // self.rows), max(self.n_dest, 2 * self.n_src))
+        return column + ON_ITS_WAY * max(column, min(vectors * column, CHUNK_SHARE * free))
 
 
 @dataclass(frozen=True)
@@ -74,6 +116,16 @@ class Comparison:
     def on_host(self) -> bool:
         """Whether all layers lie on the CPU."""
         return self.devices == {HOST}
+
+    @cached_property
+    def again(self) -> Again:
+        """What blocks run on again, for closed forms and checks."""
+        places = set().union(*(group.places for group in self.groups))
+        every = {pos for place in places for pos in (place.src, place.dest)}
+        # what a model caches of earlier positions stands for them; shapes have no hooks, and count as such a model
+        caches = hasattr(self.model, "original_model") or not hasattr(self.model, "hook_dict")
+        rows = max(every) + 1 - max(0, min(every) - 1) if caches else self.n_tokens
+        return Again(rows, len({place.src for place in places}), len({place.dest for place in places}))
 
     def method(self, jacobian: Cost | JacobianOperator, keep: bool) -> Method:
         """Return the cheapest method for a Jacobian; ``keep`` tells whether matrices may be kept."""
@@ -215,15 +267,17 @@ def _peak_bytes(
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
         at_once = min(COLUMNS, max(PROBES, comparison.columns * k))
-        products = cost.column_bytes * (vectors_at_once(cost.column_bytes, free) if by_autograd else at_once)
+        at_once = vectors_at_once(cost.column_bytes, comparison.n_tokens, free) if by_autograd else at_once
+        products = cost.column_bytes * at_once
         forming = cost.dense_bytes + 5.0 * n_sublayers * square  # and the decomposition of a place's
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
-        one = max(one, cost.run_bytes + needed)
+        checks = comparison.again.memory(cost, comparison.n_tokens, float(item * d), free)
+        one = max(one, cost.run_bytes + needed + checks)
         # a block's matrix, and those of its sublayers that it is made of, as far as they are not kept anyway
         waiting = {"matrix kept": 3.0 - n_sublayers, "matrix dropped": 3.0, "products": 0.0}[method] * square
         other = max(other, products if method == "products" else waiting + decomposing)
-    kept = _kept_bytes(comparison, groups) if keep else 0.0
+    kept = HOLES * _kept_bytes(comparison, groups) if keep else 0.0
     if not comparison.on_host:  # one is formed at a time there, and its matrix waits for those of the stack
         other, workers = 3.0 * n_sublayers * square, 1
     at_work = one + (workers * stack - 1) * other

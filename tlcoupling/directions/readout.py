@@ -222,7 +222,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     """
     leaf = trace.resid[-1][None].clone().requires_grad_()
     with trace.hooks_attached():
-        logits = _logits(trace, pos, leaf)
+        logits = logits_from(trace, pos, leaf)
         # the logits have a graph through the weights in any case, so test for a path to the stream
         ones = torch.ones_like(logits)
         if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
@@ -236,7 +236,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     return jacobian
 
 
-def _logits(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
+def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
     """Return the logits at a token with another x^L, with a graph from there on."""
     model, last = trace.model, trace.n_layers - 1
 
@@ -263,7 +263,7 @@ def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: F
         for move in moves:
             other = stream.clone()
             other[0, pos] += move
-            changes.append(_logits(trace, pos, other).detach() - logits)
+            changes.append(logits_from(trace, pos, other).detach() - logits)
         return torch.stack(changes)[:, None].to(logits)
 
     reason = Function(

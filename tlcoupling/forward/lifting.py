@@ -143,10 +143,9 @@ def lifted_model(model: Any) -> Iterator[None]:
 
 def needs_lift(module: nn.Module) -> bool:
     """Return whether a module has half-precision or quantised weights or buffers."""
-    if any(is_packed(part) for part in module.modules()):
-        return True
-    tensors = (chain(part._parameters.values(), part._buffers.values()) for part in module.modules())
-    return any(tensor is not None and tensor.dtype in HALF for tensor in chain.from_iterable(tensors))
+    holding = [part for part in module.modules() if part._parameters or part._buffers]
+    tensors = chain.from_iterable((*part._parameters.values(), *part._buffers.values()) for part in holding)
+    return any(map(is_packed, holding)) or any(each is not None and each.dtype in HALF for each in tensors)
 
 
 def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -79,14 +80,13 @@ def quantisation_of(blocks: nn.Module, within: str = "blocks.") -> str | None:
     Raises:
         UnsupportedModelError: weights that cannot be read, or layers that round their input; the message names one.
     """
+    holding = [(name, module) for name, module in blocks.named_modules() if module._parameters or module._buffers]
     kinds: set[str] = set()
-    read: set[str] = set()
-    for name, module in blocks.named_modules():
+    for name, module in holding:
         weight: Any = module._parameters.get("weight")
         if weight_only(weight):
             bits = str(getattr(weight, "target_dtype", weight.qdata.dtype)).removeprefix("torch.")
             kinds.add(f"torchao {bits}")
-            read.add(f"{name}.weight")
         if (state := state_of(module)) is None:
             continue
         if getattr(state, "packing_format_for_cpu", False):
@@ -96,11 +96,14 @@ def quantisation_of(blocks: nn.Module, within: str = "blocks.") -> str | None:
                 "anything else runs it; or set support_avx512bf16_for_cpu = False on its 4-bit layers first"
             )
         kinds.add(f"bitsandbytes {state.quant_type}")
-        read.add(f"{name}.weight")
-    for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
-        if name in read:
-            continue
-        parameter, owner = isinstance(tensor, nn.Parameter), blocks.get_submodule(name.rpartition(".")[0])
+    tensors = [
+        (f"{where}.{name}" if where else name, owner, tensor)
+        for where, owner in holding
+        for name, tensor in chain(owner._parameters.items(), owner._buffers.items())
+        if tensor is not None and not (name == "weight" and is_packed(owner))
+    ]
+    for name, owner, tensor in tensors:
+        parameter = isinstance(tensor, nn.Parameter)
         if any(getattr(tensor, each, None) is not None for each in _ACTIVATIONS):
             reason = f"a {type(tensor).__name__} that rounds activations: its derivative is zero almost everywhere"
         elif hasattr(tensor, "__tensor_flatten__"):

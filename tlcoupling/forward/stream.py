@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -151,14 +151,17 @@ class Stream:
         first = fetch(activations, block_hook(0, "hook_resid_pre"))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
 
-        def stack(names: Iterable[str], source: Mapping[str, Tensor] = activations) -> Tensor:
-            # a device map spreads the layers over devices; the stream lives on the first one's
-            rows = [(name, fetch(source, name)) for name in names]
-            for name, row in rows:
+        def rows(names: Iterable[str], source: Mapping[str, Tensor] = activations) -> Iterator[Tensor]:
+            for name in names:
+                row = fetch(source, name)
                 if row.shape != first.shape:
                     allowed = f"{tuple(first.shape)}, the shape of the stream: a hook there must keep the shape"
                     raise ArgumentError(name, f"activations of shape {tuple(row.shape)}", allowed)
-            return torch.stack([row.to(first.device, dtype) for _, row in rows])
+                # a device map spreads the layers over devices; the stream lives on the first one's
+                yield row.to(first.device, dtype)
+
+        def stack(*given: Any) -> Tensor:
+            return torch.stack(list(rows(*given)))
 
         n_layers = len(splits)
         layers = range(n_layers)
@@ -178,11 +181,12 @@ class Stream:
         for part in splits[0].parts[1:]:
             reads = [block_hook(layer, part.reads) for layer in layers]
             if stream.topology in ("sequential", "cross") and all(name in activations for name in reads):
-                stream._check_reads(part, stack(reads), IDENTITY_TOLERANCE[first.dtype])
+                stream._check_reads(part, rows(reads), IDENTITY_TOLERANCE[first.dtype])
         return stream
 
     def _check_finite(self) -> None:
-        finite = self.resid.isfinite().all(-1)
+        # a layer at a time, here and below: of all at once, each step would hold another copy of the stream
+        finite = torch.stack([each.isfinite().all(-1) for each in self.resid])
         if finite.all():
             return
         layer, pos = (~finite).nonzero()[0].tolist()
@@ -197,8 +201,8 @@ class Stream:
         return float(self._identity_gaps().max()) if self.writes else math.nan
 
     def _identity_gaps(self) -> Float[Tensor, " layer"]:
-        total = self.resid[:-1] + sum(self.writes.values())
-        return relative_gap(total, self.after_writes).amax(-1)
+        steps = zip(self.resid[:-1], self.after_writes, *self.writes.values(), strict=True)
+        return torch.stack([relative_gap(before + sum(wrote), after) for before, after, *wrote in steps]).amax(-1)
 
     def _check_identity(self, tolerance: float) -> None:
         if not self.writes:
@@ -209,10 +213,10 @@ class Stream:
         layer = int((~(worst <= tolerance)).nonzero()[0])
         raise writes_do_not_add_up(layer, float(worst[layer]), tolerance, self.splits[layer])
 
-    def _check_reads(self, part: Part, hooked: Float[Tensor, "layer pos d_model"], tolerance: float) -> None:
-        """Check that a sublayer reads the stream behind those before it."""
-        read = torch.stack([self.read_by(layer, part.name) for layer in range(self.n_layers)])
-        gap = relative_gap(read, hooked).amax(-1)
+    def _check_reads(self, part: Part, hooked: Iterable[Float[Tensor, "pos d_model"]], tolerance: float) -> None:
+        """Check that a sublayer reads the stream behind those before it; ``hooked`` is what it read in each layer."""
+        gaps = [relative_gap(self.read_by(layer, part.name), each) for layer, each in enumerate(hooked)]
+        gap = torch.stack(gaps).amax(-1)
         if (gap <= tolerance).all():
             return
         layer = int((~(gap <= tolerance)).nonzero()[0])

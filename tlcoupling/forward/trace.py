@@ -43,6 +43,7 @@ from tlcoupling.forward.stacks import Stack, StackName, stack_of
 from tlcoupling.forward.stream import IDENTITY_TOLERANCE, Stream, relative_gap
 from tlcoupling.forward.user_hooks import FwdHooks, UserHooks, has_user_hooks, hooked_layers, hooked_outside_blocks
 from tlcoupling.forward.window import Past, windowed
+from tlcoupling.memory import give_back_memory
 from tlcoupling.results.base import Provenance
 
 # How far the stream of a cache may lie from that of a pass in float32 or better, relative to its norm: at the median
@@ -488,7 +489,11 @@ def trace(
         known = [name for name in names if name in points]
         record = record_forward(model, inputs, known, outputs if edited else (), wrap=not (hooked or fwd_hooks))
     user_hooks.require_fired()
+    give_back_memory()  # what lay between the recorded activations, half as much as these
     stream, refusal = _split_stream(record, splits, edited, bool(hooked))
+    calls = record.calls
+    del record
+    give_back_memory()
     if inputs.is_text and stream.n_tokens != inputs.tensor.shape[1]:
         allowed = f"a length that the model does not pad: its blocks run on {stream.n_tokens} positions"
         raise ArgumentError("prompt", f"{inputs.tensor.shape[1]} tokens", allowed)
@@ -501,7 +506,7 @@ def trace(
         hooked_layers=hooked,
         refusal=refusal,
         _hooks=user_hooks,
-        _calls=record.calls,
+        _calls=calls,
         _points=points,
     )
 

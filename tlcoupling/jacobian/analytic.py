@@ -167,12 +167,18 @@ class AnalyticLayer:
         if not self._mlp_slopes:
             raise Uncovered("hook_post of the MLP is not a function of hook_pre (and hook_pre_linear)")
         weights, slopes = self._weights(mlp), [slope[pos] for slope in self._mlp_slopes]
-        *inputs, post, _ = mlp.points(*VALUES["mlp"])
-        units = run.values[post].shape[-1]
-        read = [part for name in inputs if name in run.values for part in run.values[name].split(units, dim=-1)]
+        read, post = self._mlp_values
         made = dict(zip(READS[len(slopes)], read, strict=True))
-        self._require_applied(mlp, run, self.mlp_input, made, run.values[post])
+        self._require_applied(mlp, run, self.mlp_input, made, post)
         return mlp_map(slopes, weights, before, behind, factor)
+
+    @property
+    def _mlp_values(self) -> tuple[list[Float[Tensor, "pos d_mlp"]], Float[Tensor, "pos d_mlp"]]:
+        """What the units of the MLP read, by the weight that reads it, and what they give."""
+        values = self._mlp_run.values
+        *inputs, name, _ = self.block.mlp.points(*VALUES["mlp"])
+        post = values[name]
+        return [part for read in inputs if read in values for part in values[read].split(post.shape[-1], -1)], post
 
     def _mixture(self, positions: tuple[int, ...]) -> Mixture:
         """The mixture of experts at some positions; the last one is kept."""

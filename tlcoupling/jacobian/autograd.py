@@ -24,7 +24,7 @@ from tlcoupling.memory import free_memory
 
 Part = Callable[[Tensor], Tensor]  # the coordinates of a leaf that vary
 
-CHUNK = 64  # vectors per batched backward pass, at most: more are no faster
+CHUNK, ROWS = 64, 2048  # vectors of a batched backward pass, and rows of its products, at most: more are no faster
 CHUNK_SHARE = 0.25  # of what is free, for what they hold on their way
 
 
@@ -44,17 +44,17 @@ def n_heads_of(cfg: Any) -> int:
     return max(0, int(getattr(cfg, "n_heads", 0) or 0))
 
 
-def vectors_at_once(column_bytes: float, free: float) -> int:
+def vectors_at_once(column_bytes: float, n_tokens: int, free: float) -> int:
     """How many vectors go back through a block together."""
-    return max(1, min(CHUNK, int(CHUNK_SHARE * free / column_bytes)))
+    return max(1, min(CHUNK, ROWS // n_tokens, int(CHUNK_SHARE * free / column_bytes)))
 
 
 def at_once(trace: Trace, layer: int) -> int:
-    """Return how many vectors, or moved streams, go through a block together within a quarter of the free memory."""
+    """Return how many vectors, or moved streams, go through a block together."""
     column = autograd_column_bytes(
         trace.model.blocks[layer], n_heads_of(trace.model.cfg), trace.n_tokens, trace.resid.dtype.itemsize
     )
-    return vectors_at_once(column, free_memory(trace.block_input(layer).device))
+    return vectors_at_once(column, trace.n_tokens, free_memory(trace.block_input(layer).device))
 
 
 class GraphJacobian(JacobianOperator):

@@ -40,7 +40,8 @@ class Cost:
         product_flops: floating-point operations of one product with one vector.
         dense_flops: of forming the matrix.
         forward_flops: of one forward pass of the block.
-        run_bytes: memory held while the layer is measured: lifted weights, recorded activations, autograd's graph.
+        run_bytes: memory held while the layer is measured: lifted weights, and autograd's graph of its own.
+        backward_bytes: of one vector on its way back through the block at all positions, twice that of a run's graph.
         column_bytes: working memory of a product, for each of its vectors.
         dense_bytes: working memory of forming the matrix; by autograd, in addition to that of its products.
     """
@@ -50,6 +51,7 @@ class Cost:
     dense_flops: float
     forward_flops: float
     run_bytes: float
+    backward_bytes: float
     column_bytes: float
     dense_bytes: float
 
@@ -78,6 +80,7 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
         dense_flops=cfg.d_model * autograd_flops(block.module, n_tokens),
         forward_flops=2.0 * weights * n_tokens,
         run_bytes=in_float32 + 1.5 * column_bytes,
+        backward_bytes=column_bytes,
         column_bytes=column_bytes,
         dense_bytes=float(size * cfg.d_model**2),
     )
@@ -97,7 +100,8 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
             product_flops=made.product_flops,
             dense_flops=made.dense_flops,
             forward_flops=by_autograd.forward_flops,
-            run_bytes=in_float32 + column_bytes,
+            run_bytes=float(in_float32),
+            backward_bytes=column_bytes,
             column_bytes=size * (4.0 * cfg.d_model + widest),
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + widest),
         )

@@ -101,7 +101,7 @@ class Evidence:
         truth = modules.mlp(dest) if sublayer == "mlp" else modules.attn(src, dest)
         gap = misses(
             operator,
-            modules.cotangent,
+            closed.run.cotangent(dest),
             truth,
             self._differences.quotient(sublayer, src, dest).direction,
             self._product(operator, sublayer, src, dest),

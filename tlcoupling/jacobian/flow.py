@@ -112,11 +112,11 @@ class SlopeFlow(StreamMap):
 
 
 class NormFlow(StreamMap):
-    r"""The derivative of a norm at each position, diag(g / r) (C - x_hat x_hat^T / d)."""
+    r"""The derivative of a norm at each position, diag(g / r) (C - x_hat x_hat^T / d); diag(g / r) C with r frozen."""
 
-    def __init__(self, norm: Norm, inputs: Float[Tensor, "pos d"]) -> None:
-        """Take the norm and what it read."""
-        self._slope = _NormSlope([norm], inputs[:, None])
+    def __init__(self, norm: Norm, inputs: Float[Tensor, "pos d"], frozen: bool = False) -> None:
+        """Take the norm, what it read, and whether its scale is frozen."""
+        self._slope = _NormSlope([norm], inputs[:, None], frozen)
         n_tokens, size = inputs.shape
         self._between(n_tokens, size, size, inputs, 8.0 * inputs.numel())
 
@@ -132,9 +132,11 @@ class NormFlow(StreamMap):
 class _NormSlope:
     """The derivatives of norms side by side, one for each group of coordinates or one for all."""
 
-    def __init__(self, norms: Sequence[Norm], inputs: Float[Tensor, "pos group e"]) -> None:
+    def __init__(self, norms: Sequence[Norm], inputs: Float[Tensor, "pos group e"], frozen: bool) -> None:
         made = [norm._normalize(inputs[:, group]) for group, norm in enumerate(norms)]
         self._normalized = torch.stack([normalized for normalized, _ in made], dim=1)
+        if frozen:
+            self._normalized = torch.zeros_like(self._normalized)
         factors = [norm.gain / scale for norm, (_, scale) in zip(norms, made, strict=True)]
         self._factor, self._centered = torch.stack(factors, dim=1), norms[0].centered
 
@@ -153,11 +155,11 @@ class _NormSlope:
 class ReadingFlow(StreamMap):
     """The derivative of what queries, keys, values or gates are made of."""
 
-    def __init__(self, reading: Reading, n_tokens: int) -> None:
-        """Take the reading of an attention that ran on so many positions."""
+    def __init__(self, reading: Reading, n_tokens: int, frozen: bool = False) -> None:
+        """Take the reading of an attention that ran on so many positions, and whether norms' scales are frozen."""
         self._reading = reading
-        self._norm = None if reading.norm is None else _slope_of(reading.norm)
-        self._others = [ReadingFlow(other, n_tokens) for other in reading.others]
+        self._norm = None if reading.norm is None else _slope_of(reading.norm, frozen)
+        self._others = [ReadingFlow(other, n_tokens, frozen) for other in reading.others]
         last = reading.weight if reading.up is None else reading.up
         flops = 2.0 * n_tokens * (reading.weight.numel() + (0 if reading.up is None else reading.up.numel()))
         self._between(n_tokens, reading.weight.shape[1], last.shape[0], last, flops)
@@ -183,8 +185,8 @@ class ReadingFlow(StreamMap):
         return x[..., None, :] if norm is None or norm.together else x.unflatten(-1, norm.inputs.shape[1:])
 
 
-def _slope_of(norm: HeadNorm) -> _NormSlope:
-    return _NormSlope(norm.norms, norm.inputs.flatten(1)[:, None] if norm.together else norm.inputs)
+def _slope_of(norm: HeadNorm, frozen: bool) -> _NormSlope:
+    return _NormSlope(norm.norms, norm.inputs.flatten(1)[:, None] if norm.together else norm.inputs, frozen)
 
 
 class CoreFlow(StreamMap):

@@ -73,7 +73,6 @@ class BlockRun:
         layer: block index.
         block: what the block is made of.
         dests: positions whose outputs will be asked for; they share backward passes.
-        cotangent: y, random.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class BlockRun:
         """Take a block, and how x^l is moved in the moved streams."""
         self.trace, self.layer, self.block = trace, layer, trace.block(layer)
         self.dests = sorted(set(dests))
-        self.cotangent = random_vector(trace, layer, layer)
+        self._cotangent = random_vector(trace, layer, layer)
         self._moves = moves
 
     def of(self, name: str) -> Run:
@@ -125,16 +124,25 @@ class BlockRun:
         grads = _grad([points[output]], [points[name] for name in inputs], [ones])
         return [None if grad is None else grad[0] for grad in grads]
 
-    def pull(self, name: str, rows: Sequence[int]) -> Float[Tensor, "row pos d_model"]:
-        """Return J^T y of a sublayer by its own modules, at all positions, for y at each of some rows of its write."""
+    def cotangent(self, row: int) -> Float[Tensor, " d_model"]:
+        """Return y at one row: that of another row turned round, so that sums over rows do not cancel."""
+        return self._cotangent.roll(row)
+
+    def pull(self, name: str, factors: Sequence[Mapping[int, float]]) -> Float[Tensor, "sum pos d_model"]:
+        """Return products of J^T of a sublayer by its own modules, at all positions.
+
+        Args:
+            name: of the sublayer.
+            factors: for each product, by what y is multiplied at each row of the write; at others it is zero.
+        """
         graph, write = self._graph, self.block.sublayers[name].write
         output, leaf = graph.points[write], graph.inputs[name]
-        if write in self._answers and list(rows) == self.dests:
+        if write in self._answers and list(factors) == [dict.fromkeys(self.dests, 1.0)]:
             grads, stream = [self._answers[write]], self._stream(name)
         elif output.requires_grad:
-            grads, stream = self._pulled(output, leaf, [self._at(output, row) for row in rows]), 0
+            grads, stream = self._pulled(output, leaf, [self._at(output, one) for one in factors]), 0
         else:
-            grads, stream = [None for _ in rows], 0
+            grads, stream = [None for _ in factors], 0
         return torch.stack([leaf.new_zeros(leaf.shape[1:]) if grad is None else grad[stream] for grad in grads])
 
     @staticmethod
@@ -146,10 +154,11 @@ class BlockRun:
                 return [None for _ in cotangents] if grads is None else list(grads)
         return [_grad([output], [leaf], [one])[0] for one in cotangents]
 
-    def _at(self, output: Tensor, row: int, stream: int = 0) -> Tensor:
-        """Return y at one row of one stream, as a cotangent of an output."""
+    def _at(self, output: Tensor, factors: Mapping[int, float], stream: int = 0) -> Tensor:
+        """Return y at some rows of one stream, multiplied, as a cotangent of an output."""
         cotangent = torch.zeros_like(output)
-        cotangent[stream, row] = self.cotangent.to(output)
+        for row, factor in factors.items():
+            cotangent[stream, row] = factor * self.cotangent(row).to(output)
         return cotangent
 
     def _stream(self, name: str) -> int:
@@ -172,7 +181,7 @@ class BlockRun:
         for name, sublayer in self.block.sublayers.items():
             if name in graph.runs and graph.points[sublayer.write].requires_grad:
                 output = graph.points[sublayer.write]
-                asked.append((output, self._at(output, self.dests[0], self._stream(name))))
+                asked.append((output, self._at(output, {self.dests[0]: 1.0}, self._stream(name))))
                 inputs[sublayer.write] = graph.inputs[name]
         if "mlp" in graph.runs:
             *reads, output, _ = self.block.mlp.points(*VALUES["mlp"])

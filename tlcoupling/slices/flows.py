@@ -217,6 +217,14 @@ def stage_value(trace: Trace, layer: int, stage: Stage) -> Float[Tensor, "1 pos 
         return run_between(trace, layer, "pre", stage, trace.block_input(layer))
 
 
+def site_value(trace: Trace, site: Site) -> Float[Tensor, "pos n"]:
+    """Return what a trace holds at a site; x^L for logits."""
+    if site.stage == "pre":
+        return trace.resid[site.layer]
+    value = stage_value(trace, site.layer, site.stage)[0]
+    return value if site.head is None else value[:, site.head]
+
+
 def run_between(
     trace: Trace, layer: int, start: Stage, end: Stage, stream: Float[Tensor, "1 pos *given"]
 ) -> Float[Tensor, "1 pos *made"]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcoupling.arguments import Indices, as_list, check_index, check_int, resolve_indices
@@ -32,8 +32,12 @@ from tlcoupling.slices.sites import SiteSpec
 from tlcoupling.slices.slice import slice_jacobian
 from tlcoupling.text import counted
 
+if TYPE_CHECKING:
+    import pandas
+
 _CELLS = ("prompt", "scale")
 CONTROLS = ("length", "share")
+DIRECTIONS = ("the direction", "random")
 _ROWS = 800  # positions of prompts with another direction each that run together
 
 
@@ -92,6 +96,8 @@ class SteeringEffect(Result):
         scales: by what the vector is multiplied.
         tokens: ids of the named tokens.
         layer: the block behind which it is added.
+        texts: what the model generates greedily, ``texts[prompt][direction][place]``: the directions are ``"the
+            direction"`` and a random one of its length, the places scale 0 and ``scales``. Empty unless asked for.
     """
 
     kl: Float[Tensor, "prompt scale"]
@@ -104,6 +110,7 @@ class SteeringEffect(Result):
     scales: tuple[float, ...]
     tokens: tuple[int, ...]
     layer: int
+    texts: tuple[Any, ...] = ()
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "kl": _CELLS,
@@ -143,6 +150,28 @@ class SteeringEffect(Result):
         """
         return mean_interval(self.kl[..., None] - self.control_kl.mean(-1), confidence, "excess")
 
+    def generated(self, allowed: float = 0.1) -> pandas.DataFrame:
+        """Return one row per generated text: ``prompt``, ``direction``, ``scale``, ``within_reach`` and ``text``.
+
+        ``within_reach`` says whether the linear prediction for the vector is off by ``allowed`` at most, at this scale
+        and all smaller ones.
+
+        Raises:
+            ArgumentError: nothing was generated.
+        """
+        import pandas as pd
+
+        if not self.texts:
+            raise ArgumentError("new_tokens", 0, "steering_effect(..., new_tokens=20) or so, which generates text")
+        reach = self.reach(allowed).tolist()
+        rows = [
+            (prompt, direction, scale, scale == 0 or abs(scale) <= abs(far), text)
+            for prompt, far, of_prompt in zip(self.prompts, reach, self.texts, strict=True)
+            for direction, of_direction in zip(DIRECTIONS, of_prompt, strict=True)
+            for scale, text in zip((0.0, *self.scales), of_direction, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["prompt", "direction", "scale", "within_reach", "text"])
+
     def reach(self, allowed: float = 0.1) -> Float[Tensor, " prompt"]:
         """Return the largest scale up to which the linear prediction is off by ``allowed`` at most; NaN if none is."""
         order = sorted(range(len(self.scales)), key=lambda index: abs(self.scales[index]))
@@ -161,6 +190,7 @@ def steering_effect(
     positions: Indices = "all",
     tokens: Any = (),
     draws: int = 100,
+    new_tokens: int = 0,
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> SteeringEffect:
@@ -175,6 +205,9 @@ def steering_effect(
         positions: positions at which it is added.
         tokens: ids of tokens whose logits are reported.
         draws: number of random directions of each kind.
+        new_tokens: number of tokens to generate after each prompt, greedily, with the vector and with a random
+            direction of its length; ``generated()`` shows them. With ``positions="all"`` they are added at new tokens
+            too.
         seed: seed of the random numbers.
         prepend_bos: as in ``trace``.
 
@@ -188,11 +221,13 @@ def steering_effect(
     """
     started = time.perf_counter()
     named, draws = named_prompts(prompts), check_int("draws", draws, 1)
+    new_tokens = check_int("new_tokens", new_tokens, 0)
     scales = tuple(float(scale) for scale in scales)
     if not scales or not all(0 < abs(scale) < float("inf") for scale in scales):
         raise ArgumentError("scales", scales, "one or more finite numbers, not 0")
     generator = torch.Generator().manual_seed(seed)
     rows: list[dict[str, Tensor]] = []
+    texts: list[tuple[tuple[str, ...], ...]] = []
     engines: dict[str, Mapping[str, str]] = {}
     traced, chosen = None, ()
     for name, prompt in named.items():
@@ -204,6 +239,8 @@ def steering_effect(
         chosen = tuple(check_index("tokens", token, int(traced.model.cfg.d_vocab)) for token in as_list(tokens))
         steered = _Steered(traced, vector, layer, resolve_indices("positions", positions, traced.n_tokens))
         rows.append(steered.measure(scales, chosen, draws, generator))
+        if new_tokens:
+            texts.append(steered.texts(scales, new_tokens, generator))
         engines[name] = {"block": ", ".join(sorted(set(steered.linear.engine.values())))}
     assert traced is not None  # named_prompts refuses an empty list
     settings = {"draws": draws, "seed": seed, "positions": positions, "length": float(vector.norm())}
@@ -216,6 +253,7 @@ def steering_effect(
         scales=scales,
         tokens=chosen,
         layer=check_index("layer", layer, traced.n_layers),
+        texts=tuple(texts),
     )
 
 
@@ -269,17 +307,34 @@ class _Steered:
         kl, loss = (torch.cat(each).unflatten(0, moves.shape[:2]) for each in zip(*parts, strict=True))
         return kl, loss
 
+    def texts(self, scales: Sequence[float], count: int, generator: torch.Generator) -> tuple[tuple[str, ...], ...]:
+        """Return what is generated with the vector and with a random direction of its length, without and by scale."""
+        random = self._random(1, generator)[0, 0]
+        moves = torch.stack([scale * vector for vector in (self.vector, random) for scale in (0.0, *scales)])
+        tokens = self.traced.tokens[None].expand(len(moves), -1).cpu()
+        for _ in range(count):
+            tokens = torch.cat([tokens, self._logits(moves, tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        new = tokens[:, self.traced.n_tokens :].tolist()
+        tokenizer = getattr(self.traced.model, "tokenizer", None)
+        made = [" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids) for ids in new]
+        return tuple(made[: len(scales) + 1]), tuple(made[len(scales) + 1 :])
+
     @torch.no_grad()
-    def _logits(self, moves: Float[Tensor, "move d_model"]) -> Float[Tensor, "move pos vocabulary"]:
-        """The model's logits with each vector added."""
-        model, rows = self.traced.model, list(self.positions)
+    def _logits(
+        self, moves: Float[Tensor, "move d_model"], tokens: Int[Tensor, "move pos"] | None = None
+    ) -> Float[Tensor, "move pos vocabulary"]:
+        """The model's logits with each vector added, on the trace's tokens or on longer ones."""
+        model = self.traced.model
+        rows = slice(None) if len(set(self.positions)) == self.traced.n_tokens else list(self.positions)
 
         def act(activation: Tensor, hook: Any) -> Tensor:
             moved = activation.clone()
             moved[:, rows] += moves[:, None].to(activation)
             return moved
 
-        tokens = self.traced.tokens[None].expand(len(moves), -1).to(next(model.parameters()).device)
+        if tokens is None:
+            tokens = self.traced.tokens[None].expand(len(moves), -1)
+        tokens = tokens.to(next(model.parameters()).device)
         hooks = [(block_hook(self.layer, "hook_resid_post"), act)]
         return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks).double().cpu()
 

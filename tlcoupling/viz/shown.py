@@ -39,7 +39,10 @@ from tlcoupling.results.base import Result
 from tlcoupling.results.intervals import Interval
 from tlcoupling.scores.correlate import Correlations
 from tlcoupling.slices.atlas import OVERLAPS, SensitivityAtlas
+from tlcoupling.slices.detached import DetachedComparison
+from tlcoupling.slices.features import FeatureMap
 from tlcoupling.slices.lens import JacobianLens
+from tlcoupling.slices.relations import SliceRelations
 from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
 from tlcoupling.trajectory.growth import Growth
@@ -532,7 +535,10 @@ def _steering(result: SteeringEffect) -> Shown:
     lines = {"the direction": kl, **random}
     picture = Lines("KL of the next token, nats", "scale", [f"{scale:g}" for scale in result.scales], lines)
     headings = ("KL, nats", "the direction", *random, "change of the loss", *random, "linear gap")
-    return Shown(f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}", headings, rows, [picture])
+    below = f"behind layer {result.layer}, {counted(len(result.prompts), 'prompt')}"
+    reach = result.reach().nan_to_num(0.0).abs().median()
+    note = f"The linear prediction of the logits is off by a tenth or less up to scale {reach:g} (median; 0: at none)."
+    return Shown(below, headings, rows, [picture], note)
 
 
 @shown.register
@@ -544,6 +550,66 @@ def _lens(result: JacobianLens) -> Shown:
     cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
     below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
     return Shown(below, ("", "‖J‖_F", "standard error, relative"), rows, [picture])
+
+
+@shown.register
+def _detached(result: DetachedComparison) -> Shown:
+    maps = result._coords()["map"]
+    errors = result.prediction.double().mean(-1)
+    rows = [
+        ("error of reconstruction", *result.reconstruction.tolist(), math.nan),
+        *(
+            (f"error of prediction, size {size:g}", *numbers, math.nan)
+            for size, numbers in zip(result.sizes, errors.mT.tolist(), strict=True)
+        ),
+        ("largest singular value", *result.singular_values[:, 0].tolist(), math.nan),
+        *(
+            (f"overlap of the two, {side}", overlap, overlap, null)
+            for side, overlap, null in zip(
+                result._coords()["side"], result.overlap.tolist(), result.null.tolist(), strict=True
+            )
+        ),
+    ]
+    values = dict(zip(maps, result.singular_values.double(), strict=True))
+    picture = Lines("singular values", "rank", range(result.singular_values.shape[1]), values)
+    return Shown(f"{result.source} → {result.target}", ("", *maps, "chance"), rows, [picture])
+
+
+@shown.register
+def _features(result: FeatureMap) -> Shown:
+    effects = (result.values * result.source_acts).double()
+    best = effects.abs().flatten().topk(min(4, effects.numel())).indices.tolist()
+    rows = []
+    for at in best:
+        row, column = divmod(at, effects.shape[1])
+        name = f"feature {result.source_features[column]} → {result.target_features[row]}"
+        rows.append(
+            (name, float(result.values[row, column]), float(result.null[row, column]), float(effects[row, column]))
+        )
+    labels = (result.target_features, result.source_features)
+    axes = ("target feature", "source feature")
+    picture = Matrix(
+        "derivative over that of a random direction", (result.values / result.null).double(), axes, labels, zero="0"
+    )
+    below = f"{result.source} at {result.src} → {result.target} at {result.dest}"
+    return Shown(below, ("", "derivative", "random direction, root mean square", "effect"), rows, [picture])
+
+
+@shown.register
+def _relations(result: SliceRelations) -> Shown:
+    gains, stds = result.gain[:, 0].double().mean(1), result.gain[:, 0].double().std(1)
+    overlaps = result.overlap.double()
+    order = sorted(range(len(result.pairs)), key=lambda at: result.pairs[at][1] - result.pairs[at][0])
+    names = [f"{a} to {b}" for a, b in result.pairs]
+    rows = [
+        (f"x^{names[at]}", *overlaps[at].tolist(), result.null, float(gains[at]), float(stds[at]))
+        for at in order[:MOST_ROWS]
+    ]
+    values = {f"overlap, {side}": overlaps[order, column] for column, side in enumerate(result._coords()["side"])}
+    chance = torch.full((len(order),), result.null, dtype=torch.float64)
+    picture = Lines("slice and product of top parts", "slice", [names[at] for at in order], values, chance=chance)
+    columns = ("slice", "overlap of writes", "of reads", "chance", "gain by coupling", "its spread over draws")
+    return Shown(f"token {result.position}, K = {result.k}", columns, rows, [picture])
 
 
 @shown.register
