@@ -28,7 +28,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def opened(browser: Any, path: Path, *, strict: bool = True, **options: Any) -> Iterator[Any]:
-    """A page that has loaded a file, offline; at the end it must have logged no error and asked for nothing else.
+    """A page that has loaded and drawn a file, offline; at the end it must have logged no error, and asked for no more.
 
     Args:
         browser: the browser.
@@ -49,6 +49,8 @@ def opened(browser: Any, path: Path, *, strict: bool = True, **options: Any) -> 
     page.on("request", lambda request: note("request", request.url))
     address = path.resolve().as_uri()
     page.goto(address, wait_until="load" if strict else "domcontentloaded")
+    # a page of ours draws its parts one after another
+    page.wait_for_selector("html[data-drawn], html:not(:has(#data))", state="attached")
     try:
         yield page
         if strict:

@@ -386,7 +386,6 @@ def test_many_tokens_stay_small_and_true_below_the_headline(browser: Any, tmp_pa
     path = viz.write_html(analysis, tmp_path / "report.html")
     assert path.stat().st_size < 3_000_000
     with opened(browser, path) as page:
-        page.wait_for_selector("html[data-drawn]")
         print_weight(f"{n_tokens} tokens", path, page)
         marks = page.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")
         # the headline is in the page before large panes are drawn
@@ -433,7 +432,6 @@ def test_undetermined_bases_have_a_dot_a_legend_and_words(browser: Any, tmp_path
     with opened(browser, path) as page:
         panes, tokens = page.locator("#coupling .heatmap image"), page.locator("#pairs .heatmap image").last
         bars = [page.locator(f"{section} [data-part=colorbar]") for section in ("#coupling", "#pairs")]
-        page.wait_for_selector("html[data-drawn]")
         page.locator("#controls select").nth(1).select_option("3")
         assert [dotted(page, panes.nth(i), 0, 2) for i in range(3)] == [False, True, False]  # block, attn and mlp
         assert not dotted(page, panes.nth(1), 2, 0) and not dotted(page, panes.nth(1), 2, 2)  # the diagonal is 1
@@ -490,7 +488,6 @@ def test_no_text_of_a_chart_lies_on_another(browser: Any, tmp_path: Path, width:
     analysis = make_analysis(n_layers=12)
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 844}) as page:
-        page.wait_for_selector("html[data-drawn]")
         crossed = page.evaluate(
             "[...document.querySelectorAll('svg.chart')].flatMap(svg => {"
             "const all = [...svg.querySelectorAll('text')].filter(one => one.textContent);"
@@ -511,7 +508,6 @@ def test_the_headline_is_on_the_first_screen(browser: Any, tmp_path: Path, width
     analysis = dataclasses.replace(analysis, provenance=provenance)
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 664}) as page:  # a phone, less its browser's bars
-        page.wait_for_selector("html[data-drawn]")
         box = page.locator("#header [data-part=headline]").bounding_box()
         assert box["y"] > 0 and box["y"] + box["height"] < 664
 
@@ -524,7 +520,6 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
     analysis = make_analysis(token_layers=(1,), baseline=fresh)
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 800}) as page:
-        page.wait_for_selector("html[data-drawn]")
         assert page.inner_text("#header [data-part=headline]") == analysis.headline()
         assert page.locator("#summary [data-part=no-fresh]").is_hidden()
         for name in ("null", "fresh excess", "overlap V", "its null", "random √n", "fresh"):
@@ -536,7 +531,6 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
         assert [row[column] for column in (4, 8, 12)] == ["0.0173"] * 3
         assert page.locator("#pairs figure").count() == 4  # attention, trained, fresh weights, difference
     with opened(browser, viz.write_html(fresh, tmp_path / "alone.html")) as page:
-        page.wait_for_selector("html[data-drawn]")
         for section in ("#summary", "#coupling", "#pairs"):
             assert "--baseline" in page.inner_text(section), "what is missing is said"
 
@@ -546,7 +540,6 @@ def test_growth_is_read_by_keyboard_and_sinks_leave_the_axis(browser: Any, tmp_p
     analysis.growth.norms[2, 0] = 1e4
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path) as page:
-        page.wait_for_selector("html[data-drawn]")
         ticks = "#growth [data-part=norms] text"
         assert not any(text.startswith(("6", "8")) for text in page.locator(ticks).all_text_contents())
         page.locator("#growth [data-part=norms]").focus()
@@ -567,7 +560,6 @@ def test_growth_is_read_by_keyboard_and_sinks_leave_the_axis(browser: Any, tmp_p
 
 def test_one_token_has_no_ranking(browser: Any, tmp_path: Path) -> None:
     with opened(browser, viz.write_html(make_analysis(("one",)), tmp_path / "report.html")) as page:
-        page.wait_for_selector("html[data-drawn]")
         assert not page.get_by_text("Most straight").is_visible()
 
 
@@ -575,7 +567,6 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
     shared = shared_by_hand(2)  # of layers 0 and 2
     path = viz.write_html(make_analysis(shared=shared), tmp_path / "report.html")
     with opened(browser, path) as page:
-        page.wait_for_selector("html[data-drawn]")
         title, readout = "#coupling [data-part=shared-title]", "#coupling [data-part=shared-readout]"
         pane = page.locator("#coupling .heatmap image").first
         pane.click(**cell(pane, 2, 0, 4))
@@ -609,7 +600,6 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
     # the coupling in the title is that of the matrix, not of the token and K that are chosen
     analysis = make_analysis(shared=shared, positions=(1, 3), ks=(2, 3))
     with opened(browser, viz.write_html(analysis, tmp_path / "several.html")) as page:
-        page.wait_for_selector("html[data-drawn]")
         page.evaluate("tlc.choice.set('token', 1); tlc.choice.set('k', 3)")
         assert page.inner_text("#coupling-title").endswith("token 1")
         pane = page.locator("#coupling .heatmap image").first
@@ -618,7 +608,6 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
         assert coupling == pytest.approx(float(analysis.coupling.values[0, 1, 0, 2, 0]), abs=6e-5)
         assert null == pytest.approx(float(analysis.coupling.null[0, 1, 0, 2, 0]), abs=6e-5)
     with opened(browser, viz.depth_coupling(make_analysis()).save(tmp_path / "without.html")) as page:
-        page.wait_for_selector("html[data-drawn]")
         assert "shared=True" in page.inner_text("#coupling") and "--directions" in page.inner_text("#coupling")
 
 
@@ -646,7 +635,6 @@ def test_kinds_of_layers_are_marked_on_the_axes(browser: Any, tmp_path: Path) ->
     provenance = dataclasses.replace(coupling.provenance, settings={"layer_kinds": kinds})
     mixed = dataclasses.replace(coupling, provenance=provenance)
     with opened(browser, viz.depth_coupling(mixed).save(tmp_path / "mixed.html")) as page:
-        page.wait_for_selector("html[data-drawn]")
         assert all(kind in page.inner_text("#coupling [data-part=kinds]") for kind in set(kinds))
         pane = page.locator("#coupling .heatmap").first
         assert [pane.locator(f"rect.kind-{kind}").count() for kind in (0, 1)] == [6, 2]  # on both axes
@@ -655,5 +643,4 @@ def test_kinds_of_layers_are_marked_on_the_axes(browser: Any, tmp_path: Path) ->
         words = "Jacobian of layer 1 (attn+mlp), bases of layer 2 (mixer+mlp)"
         assert page.inner_text("#coupling [data-part=where]") == words
     with opened(browser, viz.depth_coupling(coupling).save(tmp_path / "alike.html")) as page:
-        page.wait_for_selector("html[data-drawn]")
         assert page.locator("#coupling [data-part=kinds]").is_hidden() and page.locator(".kind-0").count() == 0

@@ -87,7 +87,7 @@ class ModuleProducts:
         factors = dict(zip(rows, torch.randn(len(rows), generator=generator).tolist(), strict=True))
         once, again = self._run.pull("mlp", [dict.fromkeys(rows, 1.0), factors])
         lengths, gaps = once.norm(dim=-1), once.norm(dim=-1)
-        expected = once[rows] * once.new_tensor([*factors.values()])[:, None]
+        expected = once[rows] * torch.tensor([*factors.values()]).to(once)[:, None]
         gaps[rows] = (again[rows] - expected).norm(dim=-1)
         allowed = TOLERANCE * lengths[rows].min().expand_as(lengths).index_put((torch.tensor(rows),), lengths[rows])
         if (gaps > allowed).any():
