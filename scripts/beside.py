@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -47,7 +48,8 @@ _ROWS = (
     # asks for HookedTransformer
     Neighbour("tuned-lens", "tests/test_beside.py -k tuned_lens", ("transformer-lens<4",)),
     Neighbour("peft", "tests/forward/test_bare.py -k lora"),
-    Neighbour("bitsandbytes", "tests/forward/test_quantised.py"),
+    Neighbour("bitsandbytes", "tests/forward/test_quantised.py -k 'not torchao'"),
+    Neighbour("torchao", "tests/forward/test_quantised.py -k torchao"),
     Neighbour("accelerate", "tests/training/test_monitor.py -k trainer"),
     Neighbour("wandb", "tests/test_beside.py -k wandb"),
     Neighbour("tensorboard", "tests/test_beside.py -k tensorboard"),
@@ -111,7 +113,7 @@ def run(name: str) -> float:
     # torch is a requirement too, so that it stays the build that the base has
     _must([*install, f"torch=={TORCH}", *requirements(name)], f"{name}: not installed")
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-    shown = _must([python, "-m", "pytest", "-q", *NEIGHBOURS[name].tests.split()], f"{name}: tests failed", environment)
+    shown = _must([python, "-m", "pytest", "-q", *shlex.split(NEIGHBOURS[name].tests)], f"{name}: tests failed", environment)
     if not re.search(r"^\d+ passed[^,]*(, \d+ (deselected|warnings?))*", shown, re.MULTILINE) or " skipped" in shown:
         raise SystemExit(f"{name}: tests were skipped\n{shown[-2000:]}")
     return time.perf_counter() - began
