@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Dask's workers keep a profile of all that they ran: 33 kB for each cell of the plan
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
 
 import numpy as np
 import psutil
