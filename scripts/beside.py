@@ -113,7 +113,8 @@ def run(name: str) -> float:
     # torch is a requirement too, so that it stays the build that the base has
     _must([*install, f"torch=={TORCH}", *requirements(name)], f"{name}: not installed")
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-    shown = _must([python, "-m", "pytest", "-q", *shlex.split(NEIGHBOURS[name].tests)], f"{name}: tests failed", environment)
+    tests = [python, "-m", "pytest", "-q", *shlex.split(NEIGHBOURS[name].tests)]
+    shown = _must(tests, f"{name}: tests failed", environment)
     if not re.search(r"^\d+ passed[^,]*(, \d+ (deselected|warnings?))*", shown, re.MULTILINE) or " skipped" in shown:
         raise SystemExit(f"{name}: tests were skipped\n{shown[-2000:]}")
     return time.perf_counter() - began
