@@ -29,6 +29,7 @@ import tlcoupling as tlc
 from tlcoupling.coupling.chance import Drawn, draw_excess
 from tlcoupling.coupling.metric import coupling
 from tlcoupling.coupling.null import null_coupling, null_std
+from tlcoupling.linalg.haar import haar_of
 from tlcoupling.results.intervals import LEAST, mean_interval
 from tlcoupling.scores.clusters import jackknife
 
@@ -88,9 +89,8 @@ def share(what: str, low: float, high: float, happened: Any) -> Row:
 
 
 def haar(*shape: int, generator: torch.Generator) -> Tensor:
-    """Random frames in float64; signs of R's diagonal make them Haar-random."""
-    q, r = torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=torch.float64))
-    return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    """Random frames in float64."""
+    return haar_of(torch.randn(*shape, generator=generator, dtype=torch.float64))
 
 
 @functools.cache

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 import zoo
+from chance import native
+from paper_smollm2 import save
 from scipy.stats import spearmanr
 
 import tlcoupling as tlc
@@ -54,18 +56,15 @@ def convergence(folder: Path) -> dict[str, Any]:
     axes.invert_xaxis()
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.legend()
-    _save(figure, folder / "convergence.png")
+    save(figure, folder / "convergence.png")
     return numbers
 
 
-def native(width: int, depth: int, seed: int, **more: Any) -> Any:
+def small(depth: int, seed: int, **more: Any) -> Any:
     """Return a small transformer with fresh weights."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    torch.manual_seed(seed)
-    settings = {"n_layers": depth, "d_model": width, "n_heads": 2, "d_head": width // 2, "d_mlp": 4 * width}
-    settings |= {"n_ctx": zoo.LENGTH, "d_vocab": zoo.VOCABULARY, "act_fn": "gelu", "seed": seed}
-    return TransformerBridge.boot_native(settings | more)
+    settings = {"n_layers": depth, "d_model": WIDTH, "n_heads": 2, "d_head": WIDTH // 2, "d_mlp": 4 * WIDTH}
+    settings |= {"n_ctx": zoo.LENGTH, "d_vocab": zoo.VOCABULARY, "act_fn": "gelu"}
+    return native(seed, **settings | more)
 
 
 def trained(weight: float, seed: int, language: zoo.Language, rotated: bool = False) -> dict[str, float]:
@@ -74,7 +73,7 @@ def trained(weight: float, seed: int, language: zoo.Language, rotated: bool = Fa
     With ``rotated``, each layer's Jacobian is turned by random rotations of its own before it is compared: the same
     work, with bases that cannot couple.
     """
-    model = native(WIDTH, DEPTH, seed)
+    model = small(DEPTH, seed).train()
     generator = torch.Generator().manual_seed(seed)
     turns = [[torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0] for _ in "uv"] for _ in range(DEPTH)]
     jacobians = loss_of_coupling._jacobians
@@ -136,7 +135,7 @@ def regulariser(folder: Path) -> dict[str, Any]:
         )
     axes.set(xlabel="excess coupling of blocks", ylabel="validation loss (nats a word)")
     axes.legend(title="weight of 1 - coupling", fontsize=8)
-    _save(figure, folder / "regulariser.png")
+    save(figure, folder / "regulariser.png")
     return numbers
 
 
@@ -193,14 +192,14 @@ def vision(folder: Path) -> dict[str, Any]:
     right = left.twinx()
     right.plot(mean.index, mean["accuracy"], color="tab:orange", marker="s")
     right.set_ylabel("test accuracy", color="tab:orange")
-    _save(figure, folder / "vision.png")
+    save(figure, folder / "vision.png")
     return numbers
 
 
 def trivial(folder: Path) -> dict[str, Any]:
     """The negative control: a network whose blocks scale their input, x -> (1 + a) x, beside fresh weights."""
     scale, depth = 0.2, 12
-    scaling = native(WIDTH, depth, 0, normalization_type=None, act_fn="relu").double().eval()
+    scaling = small(depth, 0, normalization_type=None, act_fn="relu").double()
     with torch.no_grad():
         for block in scaling.blocks:
             for parameter in block.parameters():
@@ -210,7 +209,7 @@ def trivial(folder: Path) -> dict[str, Any]:
                 scale * torch.eye(WIDTH),
                 -scale * torch.eye(WIDTH),
             )
-    fresh = native(WIDTH, depth, 0).double().eval()
+    fresh = small(depth, 0).double()
     ids = torch.arange(16)
     numbers: dict[str, Any] = {"scale": scale, "layers": depth}
     for name, model in (("scaling", scaling), ("fresh", fresh)):
@@ -228,11 +227,5 @@ def trivial(folder: Path) -> dict[str, Any]:
         axes.plot(growth.norms.mean(-1), marker="o", label=name)
     axes.set(xlabel="depth", ylabel="norm of the stream, mean over tokens", yscale="log")
     axes.legend()
-    _save(figure, folder / "trivial.png")
+    save(figure, folder / "trivial.png")
     return numbers
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 
 import tlcoupling as tlc
@@ -57,7 +58,7 @@ def aligned(folder: Path) -> dict[str, Any]:
     numbers["overlap null"] = K / traces()["trained"].d_model
     profile = couplings["trained"].profile("excess")[0, 0, 0]
     numbers |= {"excess of neighbours": float(profile[0]), "excess 20 apart": float(profile[19])}
-    _save(
+    save(
         tlc.viz.figures.coupling_by_distance(couplings["trained"], baseline=couplings["fresh"]), folder / "aligned.png"
     )
     return numbers
@@ -78,7 +79,7 @@ def tokens(folder: Path) -> dict[str, Any]:
             off.fill_diagonal_(False)
             numbers[f"{name} {kind}"] = float(values[..., off.flatten()].mean())
         if name == "trained":
-            _save(within.plot(), folder / "tokens.png")
+            save(within.plot(), folder / "tokens.png")
     return numbers | {"layer": layer, "other": other, "tokens": len(chosen)}
 
 
@@ -94,7 +95,7 @@ def trajectories(folder: Path) -> dict[str, Any]:
         numbers[f"{name} rate"] = float(growth.rate[kept].mean())
         numbers[f"{name} three components"] = float(parts.explained.sum())
         if name == "trained":
-            _save(tlc.viz.figures.trajectories(parts), folder / "trajectories.png")
+            save(tlc.viz.figures.trajectories(parts), folder / "trajectories.png")
     steps = len(traces()["trained"].resid) - 1
     return numbers | {"layers": steps, "random steps": steps**0.5}
 
@@ -107,7 +108,7 @@ def spectrum(folder: Path) -> dict[str, Any]:
         numbers[f"{name} slope"] = float(profile.slope[0, 0, 0])
         numbers[f"{name} r2"] = float(profile.r_squared[0, 0, 0])
         if name == "trained":
-            _save(tlc.viz.figures.singular_values(profile), folder / "spectrum.png")
+            save(tlc.viz.figures.singular_values(profile), folder / "spectrum.png")
     return numbers
 
 
@@ -130,10 +131,12 @@ def points(folder: Path) -> dict[str, Any]:
     twins = table[table.duplicated("score", keep=False) & table["model"].str.startswith("phi-1")]
     numbers["twins"] = " and ".join(f"`{one}`" for one in twins["model"])
     numbers["their score"] = float(twins["score"].iloc[0])
-    _save(tlc.viz.figures.coupling_against_score(table[table["score"] > 50]), folder / "points.png")
+    save(tlc.viz.figures.coupling_against_score(table[table["score"] > 50]), folder / "points.png")
     return numbers
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure for the page, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -589,9 +589,9 @@ BREAKS = (
     ),
     _slip(
         "one position counts alone though a hook brings others back to it",
-        "slices/routes",
-        "        if (gap > _UNMOVED).any():",
-        "        if False:",
+        "forward/trace",
+        "            if (gap > _CAUSAL).any():",
+        "            if False:",
         "slices/test_atlas::test_one_position_is_alone_where_nothing_leads_back_to_it",
     ),
     _slip(

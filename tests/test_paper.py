@@ -23,7 +23,7 @@ def paper(monkeypatch: pytest.MonkeyPatch):
     import paper
 
     yield paper
-    for name in ("paper", "paper_networks", "paper_smollm2", "zoo"):
+    for name in ("paper", "paper_networks", "paper_smollm2", "zoo", "chance"):
         sys.modules.pop(name, None)
 
 

@@ -129,3 +129,19 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(vars(trace), "causal", False)
     with pytest.raises(UnsupportedModelError, match="comes back to its token"):
         tlc.lyapunov_spectrum(trace)
+
+
+def test_a_token_within_a_prefix_that_reads_ahead_is_refused():
+    """The last token is alone, so that the model counts as causal: the test of each token tells the others."""
+
+    def prefix(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[:, :4] += tensor[:, :4].mean(1, keepdim=True)
+        return tensor
+
+    trace = tlc.trace(fresh(0), TOKENS, fwd_hooks=[("blocks.1.hook_mlp_out", prefix)])
+    assert trace.causal and trace.alone(6) and not trace.alone(2)
+    with pytest.raises(UnsupportedModelError, match="position 2 comes back to it by way of others"):
+        tlc.lyapunov_spectrum(trace, 2, pos=2)
+    with pytest.warns(UserWarning, match="hooks are attached"):
+        tlc.lyapunov_spectrum(trace, 2, pos=6)

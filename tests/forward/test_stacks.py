@@ -101,6 +101,41 @@ def test_a_sublayer_of_a_decoder_is_what_differences_of_the_whole_model_say(name
         assert (product.norm() > 1e-3 * length) == reaches
 
 
+def test_slices_of_a_decoder_end_where_they_say():
+    """At each place against differences through the hooks. Behind the cross-attention no place has a name."""
+    _, trace = traced(T5, "decoder")
+    pos, size = trace.n_tokens - 1, 1e-2 * trace.resid[0, -1].norm()
+    move = size * torch.nn.functional.normalize(
+        torch.randn(trace.d_model, generator=torch.Generator().manual_seed(0)), dim=0
+    )
+
+    def moved(sign: int, point: str) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+
+        def shift(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+            tensor = tensor.clone()
+            tensor[0, pos] += sign * move
+            return tensor
+
+        def keep(tensor: torch.Tensor, hook: Any) -> None:
+            kept.append(tensor[0, pos].clone())
+
+        hooks = [("blocks.0.hook_resid_pre", shift), (f"blocks.1.hook_{point}", keep)]
+        with torch.no_grad():
+            trace.model.run_with_hooks(trace.tokens[None], return_type=None, fwd_hooks=hooks)
+        return kept[0]
+
+    for point in ("attn_out", "mlp_out", "resid_post"):
+        change = (moved(1, point) - moved(-1, point)) / 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of autograd
+            found = tlc.slice_jacobian(trace, ("resid_pre", 0), (point, 1)).mv(move)
+        assert (found - change).norm() < 3e-3 * change.norm()  # of differences in float32, with a ReLU
+    for source, target in ((("resid_pre", 0), ("cross_attn_out", 1)), (("attn_out", 0), ("resid_post", 1))):
+        with pytest.raises(ArgumentError, match="allowed: .point, layer. with a point of resid_pre, resid_post, "):
+            tlc.slice_jacobian(trace, source, target)
+
+
 def test_the_other_stack_is_part_of_the_input():
     model, trace = traced(T5, "decoder")
     other = tlc.trace(model, TOKENS[:5], stack="decoder", decoder_input=DECODER)

@@ -10,7 +10,7 @@ import torch
 from cases import FEW, TOKENS, fresh, relative_error
 
 import tlcoupling as tlc
-from tlcoupling.errors import ArgumentError
+from tlcoupling.errors import ArgumentError, UnsupportedModelError
 
 
 def test_the_singular_values_are_those_of_the_slice():
@@ -46,6 +46,22 @@ def test_all_directions_rebuild_the_slice_and_uncoupled_blocks_keep_their_spectr
     )
     table = found.to_dataframe()
     assert table.loc[0, "blocks"] == 2 and table.loc[0, "gain_blocks"] == pytest.approx(float(found.gain[0, 0].mean()))
+
+
+def test_a_token_to_which_others_lead_back_is_refused():
+    """Its own Jacobians do not multiply to the slice there: these would be other numbers, without a word."""
+    model, pos = FEW[0].model(), 2
+    mixing = [("blocks.1.hook_mlp_out", lambda tensor, hook: tensor + tensor.mean(1, keepdim=True))]
+    trace = tlc.trace(model, TOKENS, fwd_hooks=mixing)
+    with pytest.raises(UnsupportedModelError, match="position 2 comes back to it by way of others"):
+        tlc.slice_relations(trace, [(0, 3)], k=3, pos=pos)
+    with pytest.warns(UserWarning, match="hooks act"):
+        whole = tlc.slice_jacobian(trace, ("resid_pre", 0), ("resid_post", 2), src=pos, dest=pos).dense()
+        own = [tlc.residual_jacobian(trace, layer, src=pos, dest=pos).dense() for layer in range(3)]
+    product = torch.eye(trace.d_model, dtype=whole.dtype)
+    for block in own:
+        product = product + block @ product
+    assert relative_error(product, whole) > 1e-3
 
 
 def test_fresh_weights_gain_nothing():

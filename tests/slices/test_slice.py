@@ -172,7 +172,7 @@ def test_a_changed_model_is_stale():
         (("resid_pre", 1), ("resid_pre", 1), {}, "comes after source"),
         (("logits",), ("resid_post", 2), {}, "source=.*a point of resid_pre"),
         (("resid_pre", 3), ("resid_post", 2), {}, "layer of source=3 "),
-        (("pattern", 0), ("resid_post", 2), {}, "source=.*resid_pre, resid_post, resid_mid"),
+        (("pattern", 0), ("resid_post", 2), {}, "source=.*resid_pre, resid_mid, resid_post"),
         ("ln_final.hook_normalized", ("resid_post", 2), {}, "source="),
         (("z", 0), ("resid_post", 2), {}, "'z', layer, head"),
         (("z", 0, 9), ("resid_post", 2), {}, "head of source=9 "),

@@ -9,7 +9,6 @@ from tlcoupling.arguments import Indices, check_int, check_name, resolve_indices
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.schedule import Comparison, make_schedule
-from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.split import splits_of_model
 from tlcoupling.forward.trace import Trace, require_trace
@@ -20,7 +19,7 @@ from tlcoupling.linalg.krylov import OVERSAMPLING
 from tlcoupling.linalg.svd import svd_work
 from tlcoupling.linalg.work import Work, measured_rates
 from tlcoupling.memory import free_memory
-from tlcoupling.slices.sites import Mode, SiteSpec, source_of, target_of
+from tlcoupling.slices.sites import Mode, SiteSpec, ends_of, positions_of
 from tlcoupling.slices.slice import vectors_through
 from tlcoupling.slices.sweep import SHARE
 
@@ -67,12 +66,10 @@ def estimate_slice(
         >>> tlc.estimate_slice(trace, ("resid_post", 3), ("resid_post", 20), src="all")  # doctest: +SKIP
     """
     require_trace(trace)
-    start, end = source_of(trace, source), target_of(trace, target)
-    if not start.before(end):
-        raise ArgumentError("target", target, f"a hook point that comes after source={source}")
+    start, end = ends_of(trace, source, target)
     for name, mode in (("src_mode", src_mode), ("dest_mode", dest_mode)):
         check_name(name, mode, get_args(Mode))
-    moved, read = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
+    moved, read = positions_of(trace, src, dest)
     counts = [len(each) if mode == "stack" else 1 for each, mode in ((moved, src_mode), (read, dest_mode))]
     blocks = range(start.layer, end.layer if end.stage == "pre" else end.layer + 1)
     d, costs = trace.d_model, _Counts(trace, engine)
@@ -125,7 +122,7 @@ def estimate_atlas(
     require_trace(trace)
     d, costs = trace.d_model, _Counts(trace, engine)
     k = check_int("k", k, 1, d, "the width of the stream")
-    moved, read = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
+    moved, read = positions_of(trace, src, dest)
     chosen = sorted(resolve_indices("layers", layers, trace.n_layers))
     blocks = range(chosen[0], chosen[-1] + 1)
     pairs = len(chosen) * (len(chosen) - 1) // 2

@@ -16,6 +16,7 @@ from torch import Tensor
 from tlcoupling.arguments import as_list, check_int, check_name, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.split import block_hook
+from tlcoupling.linalg.haar import haar_of
 from tlcoupling.precision import full_precision
 
 Site = Literal["attn_out", "mlp_out", "resid_pre"]
@@ -145,9 +146,7 @@ def random_directions(
     along = activation.to(basis) / size.to(basis)
     share = (basis.mT @ along).norm().clamp(max=1.0)
     noise = torch.randn(width, k, generator=generator, dtype=torch.float64).to(basis)
-    # orthonormal columns orthogonal to a; making R's diagonal positive makes them uniformly distributed (Mezzadri 2007)
-    q, r = torch.linalg.qr(torch.cat([along[:, None], noise], dim=1))
-    frame = (q * r.diagonal().sign())[:, 1:]
+    frame = haar_of(torch.cat([along[:, None], noise], dim=1))[..., 1:]  # orthogonal to a
     first = share * along + (1 - share.square()).sqrt() * frame[:, 0]
     return torch.cat([first[:, None], frame[:, 1:]], dim=1)
 

@@ -199,6 +199,7 @@ def depth_profile(
     started = time.perf_counter()
     named = named_prompts(prompts, attention_mask)
     traces: dict[str, Trace] = {}
+    counting: dict[str, Tensor] = {}
     engines: dict[str, Mapping[str, str]] = {}
     rows, names, rank = [], (), 0
     for name, prompt in ticking(list(named.items()), "prompts", progress):
@@ -212,7 +213,8 @@ def depth_profile(
         engines[name] = coupling.provenance.engine
         loss = next_token_loss(traced)
         effects = [[_without(traced, layer, each) - loss for layer in range(traced.n_layers)] for each in names]
-        geometry = [_geometry(traced, each, _counting(traced, include_sinks)) for each in names]
+        counting[name] = _counting(traced, include_sinks)
+        geometry = [_geometry(traced, each, counting[name]) for each in names]
         rows.append(
             {
                 **{field: torch.stack([each[field] for each in geometry]) for field in _GEOMETRY},
@@ -223,8 +225,9 @@ def depth_profile(
         )
     first = next(iter(traces.values()))
     named_texts = {f"text {name}": text for name, text in named_prompts(texts).items()} if len(texts) else {}
-    traces |= {name: trace(model, text, prepend_bos=prepend_bos) for name, text in named_texts.items()}
-    counting = {name: _counting(traced, include_sinks) for name, traced in traces.items()}
+    for name, text in named_texts.items():
+        traces[name] = trace(model, text, prepend_bos=prepend_bos)
+        counting[name] = _counting(traces[name], include_sinks)
     n_tokens = sum(int(each.sum()) for each in counting.values())
     if n_tokens < 2:
         raise ArgumentError("prompts", list(named), "two or more tokens that are not sinks")

@@ -24,6 +24,7 @@ from tlcoupling.arguments import Indices, resolve_indices, resolve_sublayers
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace, require_trace, trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
+from tlcoupling.linalg.haar import haar_of
 from tlcoupling.models.baseline import baseline_model
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Result
@@ -216,8 +217,8 @@ def traced_baseline(baseline: Any, of: Trace) -> Trace:
 def _geometry(jacobian: Float[Tensor, "d d"], eps: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Return the fields of ``EigenGeometry`` for one Jacobian, given the rounding of its numbers."""
     s = torch.linalg.svdvals(jacobian)
-    q, r = torch.linalg.qr(torch.randn(jacobian.shape, generator=generator, dtype=jacobian.dtype))
-    random = s[:, None] * (q * r.diagonal().sign())  # Q^T (U S V^T) Q of random bases: only V^T U counts
+    rotation = haar_of(torch.randn(jacobian.shape, generator=generator, dtype=jacobian.dtype))
+    random = s[:, None] * rotation  # Q^T (U S V^T) Q of random bases: only V^T U counts
     found, chance = _quantities(jacobian, s, eps), _quantities(random, s, eps)
     return {**found, **{f"{name}_null": chance[name] for name in WITH_NULL}}
 

@@ -119,8 +119,8 @@ def lyapunov_spectrum(
 
     Raises:
         ArgumentError: an argument out of range.
-        UnsupportedModelError: the model is bidirectional, so that a perturbation comes back to its token by way of
-            others.
+        UnsupportedModelError: the model is bidirectional, or reads ahead within a prefix or a hook, so that a
+            perturbation comes back to its token by way of others.
         StaleTraceError: the model or its hooks have changed since the trace was taken.
 
     Warns:
@@ -139,6 +139,7 @@ def lyapunov_spectrum(
             f"{trace.model_name} is bidirectional: a perturbation comes back to its token by way of others, so the "
             "product of the token's own Jacobians is not what its trajectory does"
         )
+    trace.require_alone(pos)
     edited = trace.hooked_layers or trace.edits is not None
     names = tuple(trace.writes) if trace.topology in ("sequential", "cross") and not edited else ("block",)
     jacobians = JacobianEngine(trace, engine, {(pos, pos)})

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError
+from tlcoupling.errors import ArgumentError, ResidualIdentityError, StaleTraceError, UnsupportedModelError
 from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.block import Block, norms_are_folded
 from tlcoupling.forward.cache import plain
@@ -297,6 +297,39 @@ class Trace(Stream):
             if (relative_gap(there, here) > _CAUSAL).any():
                 return False
         return True
+
+    @measured
+    @torch.no_grad()
+    def alone(self, pos: int) -> bool:
+        """Whether no other position lies on the way from a position to itself, through all blocks.
+
+        Then its own Jacobians multiply to what the blocks do to it. Tested in each block: what moves there must not
+        move earlier positions, and it must not move with later ones.
+        """
+        if getattr(self.model.cfg, "attention_dir", "causal") == "bidirectional":
+            return False
+        for layer in range(self.n_layers):
+            stream = self.block_input(layer)
+            own, later = stream.clone(), stream.clone()
+            own[:, pos] = -own[:, pos].roll(1, -1)
+            later[:, pos + 1 :] = -later[:, pos + 1 :].roll(1, -1)
+            still, moved, beside = (self.run_block(layer, each, {})[0] for each in (stream, own, later))
+            gap = relative_gap(torch.cat([moved[:pos], beside[pos, None]]), still[: pos + 1])
+            if (gap > _CAUSAL).any():
+                return False
+        return True
+
+    def require_alone(self, pos: int) -> None:
+        """Check that the Jacobians of a position multiply to what all blocks do to it.
+
+        Raises:
+            UnsupportedModelError: a perturbation comes back to the position by way of others.
+        """
+        if not self.alone(pos):
+            raise UnsupportedModelError(
+                f"in {self.model_name} a perturbation at position {pos} comes back to it by way of others: the product "
+                "of its own Jacobians is not what the blocks do to it. tlc.slice_jacobian follows all positions"
+            )
 
     def block_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """x^l on the device of its block, with a batch axis."""

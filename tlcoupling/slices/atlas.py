@@ -30,9 +30,9 @@ from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.forward.trace import trace as trace_of
 from tlcoupling.jacobian.engine import EngineName
-from tlcoupling.models.baseline import random_baseline
+from tlcoupling.models.baseline import baseline_model
 from tlcoupling.results.base import Result
-from tlcoupling.slices.sites import source_of, target_of
+from tlcoupling.slices.sites import positions_of, source_of, stream_points, target_of
 from tlcoupling.slices.sweep import Sweep
 from tlcoupling.text import counted
 
@@ -292,17 +292,13 @@ def sensitivity_atlas(
     """
     started = time.perf_counter()
     require_trace(trace)
-    writes = [f"{name}_out" for name in trace.writes]
-    mid = ["resid_mid"] if trace.topology == "sequential" else []
-    for name, site in (("source_site", source_site), ("target_site", target_site)):
-        check_name(name, site, ["resid_pre", *mid, "resid_post", *writes])
+    check_name("source_site", source_site, stream_points(trace, "source"))
+    check_name("target_site", target_site, stream_points(trace, "target"))
     chosen = resolve_indices("layers", layers, trace.n_layers)
     if len(chosen) < 2:
         raise ArgumentError("layers", layers, "two or more layers, between which slices run")
     chosen = tuple(sorted(chosen))
-    moved, read = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
-    if trace.causal and max(read) < min(moved):
-        raise ArgumentError("dest", dest, f"a position not before every src of {src}: the model is causal")
+    moved, read = positions_of(trace, src, dest)
     sources = {layer: source_of(trace, (source_site, layer)) for layer in chosen}
     targets = {layer: target_of(trace, (target_site, layer)) for layer in chosen}
     sweep = Sweep(trace, k, sources, targets, moved, read, engine)
@@ -333,6 +329,5 @@ def _baseline(
                 raise ArgumentError("baseline", f"an atlas of {name}={getattr(baseline, name)}", f"{name}={value}")
         return baseline
     if not isinstance(baseline, Trace):
-        model = random_baseline(traced.model) if isinstance(baseline, str) and baseline == "fresh" else baseline
-        baseline = trace_of(model, traced.tokens)
+        baseline = trace_of(baseline_model(baseline, traced.model), traced.tokens)
     return sensitivity_atlas(baseline, **settings, engine=engine, progress=progress)

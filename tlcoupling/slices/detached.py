@@ -39,7 +39,7 @@ from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Result
 from tlcoupling.slices.flows import Flows, site_value
-from tlcoupling.slices.sites import Placement, Site, SiteSpec, source_of, target_of
+from tlcoupling.slices.sites import Placement, Site, SiteSpec, ends_of
 from tlcoupling.slices.slice import SliceJacobian, run_to, slice_jacobian, stream_chain
 
 MAPS, SIDES = ("jacobian", "detached"), ("writes", "reads")
@@ -100,11 +100,9 @@ def detached_map(
         >>> detached.shares()[:, 0], detached.constant  # what each token gives to the logit  # doctest: +SKIP
     """
     require_trace(trace)
-    start, end = source_of(trace, source), target_of(trace, target)
+    start, end = ends_of(trace, source, target)
     if start.stage == "z":
         raise ArgumentError("source", source, "a residual stream: one head's z alone does not make a target")
-    if not start.before(end):
-        raise ArgumentError("target", target, f"a hook point that comes after source={source}")
     sources, dests = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
     if end.readout == "logits" and end.tokens is None and len(dests) > 1:
         raise ArgumentError("dest", dests, "one position with all logits: choose some, ('logits', tokens)")
@@ -382,7 +380,7 @@ def compare_detached(
 @torch.no_grad()
 def _moved(trace: Trace, made: DetachedMap, move: Float[Tensor, "src d_model"]) -> Float[Tensor, " m"]:
     """The target in the model itself with the streams moved."""
-    start, end = source_of(trace, made.source), target_of(trace, made.target)
+    start, end = ends_of(trace, made.source, made.target)
     stream = site_value(trace, start).clone()
     stream[list(made.src)] += move.to(stream)
     out = run_to(trace, start, end, stream[None])

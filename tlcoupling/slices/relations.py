@@ -1,6 +1,7 @@
 r"""How a slice follows from the blocks that it runs through: their top directions, and their coupling.
 
-At one token the slice from x^a to x^b is the product of the blocks, P = (I + J^{b-1}) ... (I + J^a). Two questions:
+At one token of a causal model the slice from x^a to x^b is the product of the blocks,
+P = (I + J^{b-1}) ... (I + J^a). Two questions:
 
 - does its top subspace follow from the blocks' top directions? P_K = prod (I + U_K S_K V_K^T) has nothing else of them;
 - what does coupling add to its singular values? Uncoupled blocks of the same spectra are I + Q J^l Q^T, with a
@@ -25,6 +26,7 @@ from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
+from tlcoupling.linalg.haar import haar_of
 from tlcoupling.results.base import Result
 from tlcoupling.text import counted
 
@@ -140,6 +142,8 @@ def slice_relations(
 
     Raises:
         ArgumentError: an argument out of range.
+        UnsupportedModelError: other positions lie on the way from the token to itself: a bidirectional model, or a
+            hook that brings later tokens to earlier ones.
         HookError, DerivativeError, StaleTraceError: see ``residual_jacobian``.
 
     Example:
@@ -152,6 +156,7 @@ def slice_relations(
         raise ArgumentError("pairs", chosen, "one or more (a, b) with a < b")
     k = check_int("k", k, 1, trace.d_model, "the width of the residual stream")
     draws, pos = check_int("draws", draws, 2), check_index("pos", pos, trace.n_tokens)
+    trace.require_alone(pos)
     jacobians = JacobianEngine(trace, engine, {(pos, pos)})
     layers = sorted({layer for a, b in chosen for layer in range(a, b)})
     blocks = {layer: jacobians.operator(layer, "block", pos, pos).dense().cpu() for layer in layers}
@@ -171,7 +176,9 @@ def slice_relations(
         for _ in range(draws):
             both = [eye, eye]
             for layer in range(a, b):
-                left, right = _haar(eye, generator), _haar(eye, generator)
+                left, right = (
+                    haar_of(torch.randn(eye.shape, generator=generator, dtype=torch.float64)).to(eye) for _ in "lr"
+                )
                 others = zip(both, (left.mT, right), strict=True)
                 both = [product + left @ (blocks[layer] @ (other @ product)) for product, other in others]
             drawn.append(torch.stack([torch.linalg.svdvals(product)[:k] for product in both]))
@@ -200,9 +207,3 @@ def _top(matrix: Float[Tensor, "d d"], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The top k singular triplets."""
     u, s, vh = torch.linalg.svd(matrix)
     return u[:, :k], s[:k], vh[:k]
-
-
-def _haar(like: Float[Tensor, "d d"], generator: torch.Generator) -> Float[Tensor, "d d"]:
-    """A Haar-random rotation; Q of a QR is one once the signs of R's diagonal are fixed (Mezzadri 2007)."""
-    q, r = torch.linalg.qr(torch.randn(like.shape, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).to(like)

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.forward.stream import relative_gap
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.maps import Identity, Projection
@@ -23,7 +22,6 @@ from tlcoupling.slices.sites import Site
 from tlcoupling.slices.slice import vectors_through
 
 _Cut = Callable[[JacobianOperator], JacobianOperator]
-_UNMOVED = 1e-6  # relative: kernels may round a row differently where other rows have changed
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def routes_of(
         return Maps(start, whole, end)
 
     at_once = vectors_through(trace)
-    if pos is not None and is_alone(trace, pos):
+    if pos is not None and trace.alone(pos):
         single = JacobianEngine(trace, engine, {(pos, pos)}, formed=True)
         one = Identity(trace.d_model, trace.resid)
 
@@ -125,23 +123,3 @@ def routes_of(
         return maps(layer, formed, formed.block(layer))
 
     return Routes(enter, leave, at_all, at_once, False, lambda: flows.summary)
-
-
-@torch.no_grad()
-def is_alone(trace: Trace, pos: int) -> bool:
-    """Whether no other position lies on the way from a position to itself.
-
-    Tested in each block: what moves there must not move earlier ones, and it must not move with later ones.
-    """
-    if getattr(trace.model.cfg, "attention_dir", "causal") == "bidirectional":
-        return False
-    for layer in range(trace.n_layers):
-        stream = trace.block_input(layer)
-        own, later = stream.clone(), stream.clone()
-        own[:, pos] = -own[:, pos].roll(1, -1)
-        later[:, pos + 1 :] = -later[:, pos + 1 :].roll(1, -1)
-        still, moved, beside = (trace.run_block(layer, each, {})[0] for each in (stream, own, later))
-        gap = relative_gap(torch.cat([moved[:pos], beside[pos, None]]), still[: pos + 1])
-        if (gap > _UNMOVED).any():
-            return False
-    return True

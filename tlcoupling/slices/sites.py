@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.arguments import as_list, check_index
+from tlcoupling.arguments import Indices, as_list, check_index, resolve_indices
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
 from tlcoupling.linalg.operator import JacobianOperator
@@ -75,14 +75,50 @@ def target_of(trace: Trace, spec: SiteSpec) -> Site:
     return _site(trace, "target", spec)
 
 
+def ends_of(trace: Trace, source: SiteSpec, target: SiteSpec) -> tuple[Site, Site]:
+    """Return the sites at which a slice starts and ends.
+
+    Raises:
+        ArgumentError: one is not a trace's site, or the target is not behind the source.
+    """
+    start, end = source_of(trace, source), target_of(trace, target)
+    if not start.before(end):
+        raise ArgumentError("target", target, f"a hook point that comes after source={source}")
+    return start, end
+
+
+def positions_of(trace: Trace, src: Indices, dest: Indices) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions that a slice moves and those that it reads.
+
+    Raises:
+        ArgumentError: one is out of range, or nothing that is moved is read.
+    """
+    sources, dests = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
+    if trace.causal and max(dests) < min(sources):
+        raise ArgumentError("dest", dest, f"a position not before every src of {src}: the model is causal")
+    return sources, dests
+
+
+def stream_points(trace: Trace, end: str) -> list[str]:
+    """Return the names of the places of the stream, and of the writes, where a slice may have an end.
+
+    Args:
+        trace: the trace.
+        end: ``"source"`` or ``"target"``.
+    """
+    mid = ["resid_mid"] if trace.topology == "sequential" else []
+    writes = list(trace.writes)
+    if trace.topology == "cross":  # between attention and MLP the stream has a place that no site names
+        writes = ["mlp"] if end == "source" else ["attn", "mlp"]
+    return ["resid_pre", *mid, "resid_post", *(f"{name}_out" for name in writes)]
+
+
 def _site(trace: Trace, name: str, spec: SiteSpec) -> Site:
     parts = _parts(spec)
     point, *rest = parts
-    stages: tuple[Stage, ...] = ("attn", "mlp")
-    writes: dict[str, Stage] = {f"{write}_out": stage for write, stage in zip(trace.writes, stages, strict=False)}
-    mid = ("resid_mid",) if trace.topology == "sequential" else ()
+    writes: dict[str, Stage] = {f"{write}_out": "mlp" if write == "mlp" else "attn" for write in trace.writes}
     attends = trace.writes and trace.block(0).mixer.kind == "attn"
-    points = ["resid_pre", "resid_post", *mid, *writes, *(("z",) if attends else ())]
+    points = [*stream_points(trace, name), *(("z",) if attends else ())]
     allowed = f"(point, layer) with a point of {', '.join(points)}"
     if attends:
         allowed += ", and ('z', layer, head)"

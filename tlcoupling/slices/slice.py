@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.arguments import Indices, check_name, resolve_indices
+from tlcoupling.arguments import Indices, check_name
 from tlcoupling.directions.readout import readout_jacobian
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
@@ -25,7 +25,7 @@ from tlcoupling.linalg.maps import Identity, Projection
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 from tlcoupling.slices.flows import Flows, run_between, stage_value
-from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, source_of, target_of
+from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, ends_of, positions_of
 
 _SHORTER = 1 / 16  # steps of differences than those of one block: many blocks bend more
 AT_ONCE = 128  # vectors, at most, on a CPU, whose caches then hold their activations: 576 take a fifth longer
@@ -140,14 +140,10 @@ def slice_jacobian(
         >>> tlc.truncated_svd(J, 8).v  # directions to steer along  # doctest: +SKIP
     """
     require_trace(trace)
-    start, end = source_of(trace, source), target_of(trace, target)
-    if not start.before(end):
-        raise ArgumentError("target", target, f"a hook point that comes after source={source}")
-    sources, dests = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
+    start, end = ends_of(trace, source, target)
     for name, mode in (("src_mode", src_mode), ("dest_mode", dest_mode)):
         check_name(name, mode, get_args(Mode))
-    if trace.causal and max(dests) < min(sources):
-        raise ArgumentError("dest", dest, f"a position not before every src of {src}: the model is causal")
+    sources, dests = positions_of(trace, src, dest)
     flows = Flows(trace, engine)
     chain = stream_chain(flows, start, end)
     enter = Placement(trace.n_tokens, sources, src_mode, chain.shape[1] // trace.n_tokens, chain)
