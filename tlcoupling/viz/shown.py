@@ -589,7 +589,7 @@ def _features(result: FeatureMap) -> Shown:
     labels = (result.target_features, result.source_features)
     axes = ("target feature", "source feature")
     picture = Matrix(
-        "derivative over that of a random direction", (result.values / result.null).double(), axes, labels, zero="0"
+        "derivative, in units of chance", (result.values / result.null).double(), axes, labels, zero="0"
     )
     below = f"{result.source} at {result.src} → {result.target} at {result.dest}"
     return Shown(below, ("", "derivative", "random direction, root mean square", "effect"), rows, [picture])
