@@ -588,9 +588,7 @@ def _features(result: FeatureMap) -> Shown:
         )
     labels = (result.target_features, result.source_features)
     axes = ("target feature", "source feature")
-    picture = Matrix(
-        "derivative, in units of chance", (result.values / result.null).double(), axes, labels, zero="0"
-    )
+    picture = Matrix("derivative, in units of chance", (result.values / result.null).double(), axes, labels, zero="0")
     below = f"{result.source} at {result.src} → {result.target} at {result.dest}"
     return Shown(below, ("", "derivative", "random direction, root mean square", "effect"), rows, [picture])
 
