@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.depth import DepthCoupling
-from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
+from tlcoupling.coupling.projected import ProjectedJacobians, projected_with_bases
 from tlcoupling.directions.readout import ENDS, SIDES, read_layers
 from tlcoupling.forward.trace import Trace
 from tlcoupling.results.base import Result
@@ -91,9 +91,10 @@ def shared_directions(trace: Trace, coupling: DepthCoupling) -> SharedDirections
     layers, k = compared(trace.n_layers, coupling.ks)
     position = coupling.positions[-1]
     settings = {name: coupling.provenance.settings[name] for name in ("bases", "engine", "solver")}
-    projected = projected_jacobians(trace, list(layers), k, sublayers="block", token=position, **settings)
+    projected, bases = projected_with_bases(trace, list(layers), k, sublayers="block", token=position, **settings)
     words = min(TOKENS, trace.model.cfg.d_vocab)
-    read = read_layers(trace, layers, pos=position, k=k, top=words, engine=settings["engine"])
+    known = {layer: bases["block", layer] for layer in layers}
+    read = read_layers(trace, layers, pos=position, k=k, top=words, engine=settings["engine"], known=known)
     return SharedDirections(
         provenance=projected.provenance,
         projected=projected,

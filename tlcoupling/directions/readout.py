@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,6 +28,7 @@ from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import Function, leaning
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
+from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.results.base import Result
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ SIDES, ENDS = ("writes", "reads"), ("+", "-")
 RANDOM_DIRECTIONS = 64
 
 _PLACES = ("side", "rank", "end", "place")
+_BEFORE_UNEMBED = ("unembed.hook_in", "ln_final.hook_normalized")  # of a bridge, of a HookedTransformer
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -158,8 +160,15 @@ def read_layers(
     k: int = 3,
     top: int = 10,
     engine: EngineName = "auto",
+    known: Mapping[int, Triplets] | None = None,
 ) -> list[DirectionReadout]:
-    """Return ``read_directions`` of several layers; what does not depend on the layer is computed once."""
+    """Return ``read_directions`` of several layers; what does not depend on the layer is computed once.
+
+    Args:
+        trace, sublayer, pos, k, top, engine: as in ``read_directions``.
+        layers: block indices.
+        known: the layers' top k triplets, where they have been computed by the same engine.
+    """
     require_trace(trace)
     started = time.perf_counter()
     layers = [check_index("layer", layer, trace.n_layers) for layer in layers]
@@ -175,34 +184,46 @@ def read_layers(
     random = (random / random.norm(dim=0)).to(logits.device)
     reads = (logits.mm, embeddings.__matmul__)
     null = torch.stack([read(random).mT.topk(top).values.mean(0) for read in reads]).cpu()
-    found = []
-    for layer in layers:
-        pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
-        tops = []
-        for read, vectors in zip(reads, (pairs.u, pairs.v), strict=True):
-            along = read(vectors.to(random)).mT  # [rank, vocabulary]
-            tops.append(torch.stack([along, -along], dim=1).topk(top))
-        ids = torch.stack([side.indices for side in tops]).cpu()
-        found.append(
-            DirectionReadout(
-                provenance=trace.provenance(
-                    settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
-                    seconds=time.perf_counter() - started,
-                    engine=jacobians.used,
-                ),
-                scores=torch.stack([side.values for side in tops]).cpu(),
-                ids=ids,
-                null=null,
-                singular_values=pairs.s.cpu(),
-                left=pairs.u.cpu(),
-                right=pairs.v.cpu(),
-                texts=_texts(trace.model, ids.tolist()),
-                layer=layer,
-                sublayer=sublayer,
-                position=pos,
-            )
+    every = [
+        known[layer] if known else truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k) for layer in layers
+    ]
+    # many vectors at a time: each product reads the whole vocabulary
+    written = _ends(logits.mm, torch.cat([pairs.u.to(random) for pairs in every], dim=1), top)
+    read = _ends(embeddings.__matmul__, torch.cat([pairs.v.to(random) for pairs in every], dim=1), top)
+    scores, ids = (torch.stack(sides).unflatten(1, (len(layers), -1)) for sides in zip(written, read, strict=True))
+    return [
+        DirectionReadout(
+            provenance=trace.provenance(
+                settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
+                seconds=time.perf_counter() - started,
+                engine=jacobians.used,
+            ),
+            scores=scores[:, index],
+            ids=ids[:, index],
+            null=null,
+            singular_values=pairs.s.cpu(),
+            left=pairs.u.cpu(),
+            right=pairs.v.cpu(),
+            texts=_texts(trace.model, ids[:, index].tolist()),
+            layer=layer,
+            sublayer=sublayer,
+            position=pos,
         )
-    return found
+        for index, (layer, pairs) in enumerate(zip(layers, every, strict=True))
+    ]
+
+
+def _ends(
+    read: Callable[[Tensor], Tensor], vectors: Float[Tensor, "d_model n"], top: int
+) -> tuple[Float[Tensor, "n end place"], Int[Tensor, "n end place"]]:
+    """Return the scores and the ids of the tokens at both ends of each direction."""
+    scores, ids = [], []
+    for some in vectors.split(RANDOM_DIRECTIONS, dim=1):
+        along = read(some).mT
+        tops = torch.stack([along, -along], dim=1).topk(top)
+        scores.append(tops.values.cpu())
+        ids.append(tops.indices.cpu())
+    return torch.cat(scores), torch.cat(ids)
 
 
 def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
@@ -222,7 +243,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     """
     leaf = trace.resid[-1][None].clone().requires_grad_()
     with trace.hooks_attached():
-        logits = logits_from(trace, pos, leaf)
+        logits = logits_from(trace, pos, leaf, alone=not trace.hooked_outside_blocks())  # a hook expects all positions
         # the logits have a graph through the weights in any case, so test for a path to the stream
         ones = torch.ones_like(logits)
         if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
@@ -236,8 +257,18 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     return jacobian
 
 
-def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
-    """Return the logits at a token with another x^L, with a graph from there on."""
+def logits_from(
+    trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"], alone: bool = False
+) -> Float[Tensor, " vocabulary"]:
+    """Return the logits at a token with another x^L, with a graph from there on.
+
+    Args:
+        trace: a trace of the model.
+        pos: the token.
+        last_stream: x^L.
+        alone: whether the unembedding takes this token alone, so that a product with the derivative does not go through
+            the vocabulary once for every token. Of a model without its hook point, it takes all.
+    """
     model, last = trace.model, trace.n_layers - 1
 
     def swap(resid: Tensor) -> Tensor:
@@ -245,12 +276,17 @@ def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_mode
         torch.set_grad_enabled(True)  # from here on; earlier blocks need no graph
         return last_stream.to(resid.device)
 
+    hooks = [(trace.point(last, "hook_resid_post"), swap)]
+    end = next((model.hook_dict[name] for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
+    if alone and end is not None:
+        hooks.append((end, lambda x: x[:, pos : pos + 1] if x.shape[:2] == last_stream.shape[:2] else x))
     tokens = trace.tokens[None].to(next(model.parameters()).device)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
-        stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
-        return model(tokens, return_type="logits")[0, pos]
+        stack.enter_context(attached(hooks))
+        (logits,) = model(tokens, return_type="logits")
+        return logits[0 if len(logits) == 1 else pos]
 
 
 def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
