@@ -164,10 +164,7 @@ def read_layers(
 ) -> list[DirectionReadout]:
     """Return ``read_directions`` of several layers; what does not depend on the layer is computed once.
 
-    Args:
-        trace, sublayer, pos, k, top, engine: as in ``read_directions``.
-        layers: block indices.
-        known: the layers' top k triplets, where they have been computed by the same engine.
+    ``known`` has the layers' top k triplets, where the same engine has computed them before.
     """
     require_trace(trace)
     started = time.perf_counter()
@@ -279,7 +276,7 @@ def logits_from(
     hooks = [(trace.point(last, "hook_resid_post"), swap)]
     end = next((model.hook_dict[name] for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if alone and end is not None:
-        hooks.append((end, lambda x: x[:, pos : pos + 1] if x.shape[:2] == last_stream.shape[:2] else x))
+        hooks.append((end, lambda resid: resid[:, pos : pos + 1] if resid.shape == last_stream.shape else resid))
     tokens = trace.tokens[None].to(next(model.parameters()).device)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
