@@ -95,6 +95,62 @@ def test_another_baseline_than_was_measured_is_refused(model: Any):
     assert right.status == "" and right.result.baseline.token_coupling.layers == (0,)  # pyright: ignore
 
 
+def pair(of: str, row: dict[str, int], column: dict[str, int], sublayer: str = "attn") -> dict[str, Any]:
+    """What the page asks for a pair of Jacobians."""
+    return {"what": "pair", "of": of, "sublayer": sublayer, "k": 2, "pair": [row, column]}
+
+
+def test_a_pair_of_layers_tokens_or_heads_is_answered_with_what_it_shares(model: Any):
+    pytest.importorskip("anywidget")
+    live = tlc.viz.Live(measured(model, tokens=[1, 3], token_layers=1))
+    before, result = live.page, live.result
+    heads = tlc.head_coupling(result.trace, 2, token=3, layers=1)
+    at = {"src": 3, "dest": 3}
+    for asked, expected, null in (
+        (
+            pair("layer", {"layer": 2, **at}, {"layer": 0, **at}),
+            result.coupling.values[0, 1, 0, 2, 0],
+            result.coupling.null[0, 1, 0, 2, 0],
+        ),
+        (
+            pair("token", {"layer": 1, **at}, {"layer": 1, "src": 1, "dest": 1}),
+            result.token_coupling.values[0, 0, 0, 3, 1],
+            result.token_coupling.null[0, 0, 0, 3, 1],
+        ),
+        (
+            pair("head", {"layer": 1, **at, "head": 2}, {"layer": 1, **at, "head": 0}),
+            heads.values[0, 0, 2, 0],
+            heads.null[0, 0, 2, 0],
+        ),
+    ):
+        live.asked = asked
+        assert live.answer["asked"] == asked
+        found = live.answer["found"]
+        assert found["coupling"] == pytest.approx(float(expected), abs=1e-4)  # the solver's random start differs
+        assert found["null"] == pytest.approx(float(null), abs=1e-4)
+        assert len(found["values"]) == len(found["texts"][0]) == found["k"] == 2
+    live.asked = {"what": "heads", "layer": 1, "token": 3, "k": 2}
+    torch.testing.assert_close(torch.tensor(live.answer["found"]["values"]), heads.values[0, 0], rtol=1e-3, atol=1e-4)
+    assert live.page == before and live.result is result
+
+
+def test_what_was_opened_stays_in_the_next_page(model: Any):
+    pytest.importorskip("anywidget")
+    live = tlc.viz.Live(measured(model, token_layers=1))
+    live.asked = pair("token", {"layer": 1, "src": 3, "dest": 3}, {"layer": 1, "src": 1, "dest": 1})
+    opened = live.answer
+    live.chosen = {"layer": 0, "token": 3, "k": 2}
+    assert live.page == tlc.viz.render_html(live.result, live.chosen, [opened])
+
+
+def test_a_pair_that_cannot_be_measured_is_refused_with_the_reason(model: Any):
+    pytest.importorskip("anywidget")
+    live = tlc.viz.Live(measured(model))
+    late = {"layer": 1, "src": 3, "dest": 1}  # the first token's write does not depend on a later one
+    live.asked = pair("token", late, {"layer": 1, "src": 1, "dest": 1})
+    assert "found" not in live.answer and live.answer["refusal"]
+
+
 def test_the_saved_page_needs_no_kernel(model: Any):
     pytest.importorskip("anywidget")
     live = tlc.viz.Live(measured(model))
