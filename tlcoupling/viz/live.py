@@ -82,7 +82,7 @@ class Live(AnyWidget):
         self.result = result
         self._model = baseline
         self._saved: Any = None
-        self._opened: dict[str, dict[str, Any]] = {}
+        self._opened: dict[tuple[str, bool], dict[str, Any]] = {}
         super().__init__(page=render_html(result), key=uuid4().hex)
         self.observe(self._choose, "chosen")
         self.observe(self._answer, "asked")
@@ -116,7 +116,7 @@ class Live(AnyWidget):
             answer = {"asked": asked, "found": measure(self.result, self.result.trace, asked)}
         except TLCouplingError as error:
             answer = {"asked": asked, "refusal": str(error)}
-        self._opened[asked["what"]] = self.answer = answer
+        self._opened[asked["what"], asked.get("of") == "layer"] = self.answer = answer  # layers have their own panel
 
     def _extended(self, result: Analysis, measure: Any, index: int) -> Analysis:
         """Return the analysis, and the one of fresh weights beside it, with one more measurement."""
