@@ -40,6 +40,7 @@ _SCRIPTS = (
     "pairs",
     "tokens",
     "growth",
+    "measures",
     "main",
 )
 

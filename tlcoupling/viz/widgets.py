@@ -173,6 +173,7 @@ def render_html(analysis: Analysis, chosen: Mapping[str, int | None] | None = No
             "pairs": panes.pairs(analysis.tokens, analysis, _token_couplings(analysis), start),
             "tokens": payload.tokens(analysis),
             "growth": payload.growth(analysis),
+            "measures": payload.measures(analysis),
         },
     )
 
