@@ -51,6 +51,16 @@ def test_a_token_and_a_layer_that_were_not_measured_are_measured_as_the_others_w
     assert live.page == tlc.viz.render_html(live.result, {"layer": 0, "token": 1, "k": 2})
 
 
+def test_another_layer_is_compared_in_the_bases_of_the_same_layer(model: Any):
+    pytest.importorskip("anywidget")
+    live = tlc.viz.Live(measured(model, token_layers=2, basis_layers=1))
+    live.chosen = {"layer": 0, "token": 3, "k": 2}
+    whole = measured(model, token_layers=[0, 2], basis_layers=1)
+    assert live.result.token_coupling.basis_layers == (1, 1)
+    # the solver's random start differs from one call to the next
+    torch.testing.assert_close(live.result.token_coupling.values, whole.token_coupling.values, rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_measured_already_is_not_measured_again(model: Any):
     pytest.importorskip("anywidget")
     live = tlc.viz.Live(measured(model, token_layers=1))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, every_widget, make_analysis, shared_by_hand
+from cases import TOKENS, fresh
 from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
@@ -229,6 +230,59 @@ def test_patches_are_shown_on_the_image(browser: Any, tmp_path: Path, width: int
         assert numbers(readout.inner_text())[:3] == pytest.approx(expected, abs=5e-3)
         page.keyboard.press("Enter")
         assert outlined("chosen") == [4, 4]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.filterwarnings("ignore:linearity over")  # of a few tokens
+@pytest.mark.parametrize("width", [1280, 390])
+def test_measures_read_out_their_numbers_by_sublayer(browser: Any, tmp_path: Path, width: int) -> None:
+    analysis = analyze(fresh(0), TOKENS, k=2, baseline=fresh(1), measures=("geometry", "profile"), attention=False)
+    geometry, profile = analysis.geometry, analysis.profile
+    assert geometry is not None and profile is not None
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}, color_scheme="dark") as page:
+
+        def shows(measure: str, layer: int, lines: list[torch.Tensor]) -> None:
+            """Each sublayer's chart draws the lines, with their means above it and the layer's numbers below."""
+            figures = page.locator(f"[data-measure={measure}] figure")
+            assert figures.count() == len(analysis.coupling.sublayers)
+            for at in range(figures.count()):
+                figure = figures.nth(at)
+                assert figure.locator(".line").count() == len(lines)
+                means = [float(line[at].mean()) for line in lines]
+                assert numbers(figure.locator("figcaption").inner_text()) == pytest.approx(means, abs=6e-5)
+                readout = figure.locator(".readout").inner_text()
+                assert readout.startswith(f"layer {layer}: ")
+                assert numbers(readout) == pytest.approx([float(line[at, layer]) for line in lines], abs=6e-5)
+
+        def of(field: str, map: int) -> list[torch.Tensor]:
+            both = (geometry, geometry.baseline)
+            return [getattr(one, f"{field}{end}")[:, 0, :, map] for one in both for end in ("", "_null")]
+
+        row = page.locator("[data-measure=geometry] .columns")
+        row.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        shows("geometry", 1, of("symmetric", 0))
+        page.locator("[data-measure=geometry] select").select_option("departure of I + J")
+        row.focus()
+        page.keyboard.press("ArrowRight")
+        shows("geometry", 0, of("departure", 1))
+        page.keyboard.press("Enter")
+        assert page.locator("#controls input[type=range]").input_value() == "0"
+
+        page.locator("[data-measure=profile] select").select_option("loss effect")
+        chart = page.locator("[data-measure=profile] svg").first
+        box = chart.bounding_box()
+        chart.click(position={"x": box["width"] * 0.97, "y": box["height"] / 2})
+        shows("profile", 2, [profile.loss_effect[0], profile.baseline.loss_effect[0]])
+        assert page.locator("#controls input[type=range]").input_value() == "2", "the layer is chosen"
+
+        page.locator("[data-measure=geometry] summary").click()
+        first = page.locator("[data-measure=geometry] tbody tr").first.locator("td").all_inner_texts()
+        symmetric = geometry.symmetric[0, 0, :, 0]
+        expected = [float(symmetric[0]), float(symmetric[-1]), *(float(line[0].mean()) for line in of("symmetric", 0))]
+        assert [float(text) for text in first] == pytest.approx(expected, abs=6e-5)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -529,7 +583,7 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
         assert page.locator("#coupling .line.fresh-null").count() == 3, "fresh weights beside their own null"
         row = page.locator("#coupling [data-part=table] tbody tr").first.locator("th, td").all_text_contents()
         assert [row[column] for column in (4, 8, 12)] == ["0.0173"] * 3
-        assert page.locator("#pairs [data-part=maps] figure").count() == 4  # attention, trained, fresh weights, difference
+        assert page.locator("#pairs [data-part=maps] figure").count() == 4  # attention, trained, fresh, difference
     with opened(browser, viz.write_html(fresh, tmp_path / "alone.html")) as page:
         for section in ("#summary", "#coupling", "#pairs"):
             assert "--baseline" in page.inner_text(section), "what is missing is said"

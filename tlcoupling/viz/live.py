@@ -175,7 +175,10 @@ def _at_token(result: Analysis, traced: Trace, token: int) -> dict[str, Any]:
 
 def _in_layer(result: Analysis, traced: Trace, layer: int) -> dict[str, Any]:
     """Measure the coupling of tokens in one more layer."""
-    more = couplings_of_tokens(traced, (layer,), _settings(result))
+    compared, basis = result.token_coupling, layer
+    if compared is not None and compared.basis_layers != compared.layers and len({*compared.basis_layers}) == 1:
+        basis = compared.basis_layers[0]
+    more = couplings_of_tokens(traced, (layer,), {**_settings(result), "basis_layers": basis})
     known = {name: getattr(result, name) for name in more}
     return {
         name: one if known[name] is None or one is None else joined(known[name], one, "layer")

@@ -42,6 +42,7 @@ _SCRIPTS = (
     "pairs",
     "tokens",
     "growth",
+    "measures",
     "main",
 )
 

@@ -202,6 +202,7 @@ def pairs(
         "picture": None if analysis is None else _picture(analysis),
         "attention": None if analysis is None else _attention(analysis, first, layers, room),
         "kinds": kinds,
+        "across": any(one.basis_layers != one.layers for one in couplings.values()),
         **(_metric(next(iter(couplings.values()))) if couplings else {}),
     }
 

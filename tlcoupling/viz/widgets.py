@@ -177,6 +177,7 @@ def render_html(
             "pairs": panes.pairs(analysis.tokens, analysis, _token_couplings(analysis), start),
             "tokens": payload.tokens(analysis),
             "growth": payload.growth(analysis),
+            "measures": payload.measures(analysis),
         },
     )
 

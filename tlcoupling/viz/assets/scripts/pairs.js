@@ -323,6 +323,7 @@ tlc.sections.pairs = (section, data) => {
     shown.quantity = quantity;
     draw();
   }));
+  [part("within").hidden, part("across").hidden] = [data.across, !data.across];
   part("no-fresh").hidden = hasFresh || !panes.length;
   const coarsest = data.kinds.flatMap((kind) => [kind.values, kind.fresh?.values]).filter(Boolean).sort((a, b) => b.scale - a.scale)[0];
   const blocks = (of) => (of > 1 ? `, the mean over a block of ${of} × ${of} tokens` : "");
