@@ -147,80 +147,75 @@ def read_directions(
     Example:
         >>> tlc.read_directions(trace, layer=20).to_dataframe()  # doctest: +SKIP
     """
-    return read_layers(trace, [layer], sublayer, pos=pos, k=k, top=top, engine=engine)[0]
-
-
-@measured
-def read_layers(
-    trace: Trace,
-    layers: Sequence[int],
-    sublayer: str = "block",
-    *,
-    pos: int = -1,
-    k: int = 3,
-    top: int = 10,
-    engine: EngineName = "auto",
-    known: Mapping[int, Triplets] | None = None,
-) -> list[DirectionReadout]:
-    """Return ``read_directions`` of several layers; what does not depend on the layer is computed once.
-
-    ``known`` has the layers' top k triplets, where the same engine has computed them before.
-    """
     require_trace(trace)
     started = time.perf_counter()
-    layers = [check_index("layer", layer, trace.n_layers) for layer in layers]
+    layer = check_index("layer", layer, trace.n_layers)
     pos = check_index("pos", pos, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers, trace.refusal)
+    read, null = reader(trace, pos, top)
+    jacobians = JacobianEngine(trace, engine, {(pos, pos)})
+    pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
+    (scores,), (ids,), (texts,) = read([pairs])
+    return DirectionReadout(
+        provenance=trace.provenance(
+            settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
+            seconds=time.perf_counter() - started,
+            engine=jacobians.used,
+        ),
+        scores=scores,
+        ids=ids,
+        null=null,
+        singular_values=pairs.s.cpu(),
+        left=pairs.u.cpu(),
+        right=pairs.v.cpu(),
+        texts=texts,
+        layer=layer,
+        sublayer=sublayer,
+        position=pos,
+    )
+
+
+def reader(
+    trace: Trace, pos: int, top: int
+) -> tuple[Callable[[Sequence[Triplets]], tuple[Tensor, Tensor, tuple[Any, ...]]], Float[Tensor, "side place"]]:
+    """Return what decodes singular vectors, as the scores, ids and texts of ``DirectionReadout``, and their null.
+
+    It takes the triplets of several Jacobians, at the same K, and returns the three for each.
+
+    Args:
+        trace: a trace of the model.
+        pos: the token whose logits are used.
+        top: number of tokens at each end.
+
+    Raises:
+        ArgumentError: ``top`` is out of range.
+        UnsupportedModelError: the embeddings are not in the residual stream's space.
+    """
     embeddings = _embeddings(trace)
     logits = readout_jacobian(trace, pos)
     words = min(len(embeddings), logits.shape[0])
     top = check_int("top", top, 1, words, "the size of the vocabulary")
-    jacobians = JacobianEngine(trace, engine, {(pos, pos)})
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(trace.d_model, RANDOM_DIRECTIONS, generator=generator, dtype=trace.resid.dtype)
     random = (random / random.norm(dim=0)).to(logits.device)
-    reads = (logits.mm, embeddings.__matmul__)
-    null = torch.stack([read(random).mT.topk(top).values.mean(0) for read in reads]).cpu()
-    every = [
-        known[layer] if known else truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k) for layer in layers
-    ]
-    # many vectors at a time: each product reads the whole vocabulary
-    written = _ends(logits.mm, torch.cat([pairs.u.to(random) for pairs in every], dim=1), top)
-    read = _ends(embeddings.__matmul__, torch.cat([pairs.v.to(random) for pairs in every], dim=1), top)
-    scores, ids = (torch.stack(sides).unflatten(1, (len(layers), -1)) for sides in zip(written, read, strict=True))
-    return [
-        DirectionReadout(
-            provenance=trace.provenance(
-                settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
-                seconds=time.perf_counter() - started,
-                engine=jacobians.used,
-            ),
-            scores=scores[:, index],
-            ids=ids[:, index],
-            null=null,
-            singular_values=pairs.s.cpu(),
-            left=pairs.u.cpu(),
-            right=pairs.v.cpu(),
-            texts=_texts(trace.model, ids[:, index].tolist()),
-            layer=layer,
-            sublayer=sublayer,
-            position=pos,
+    sides = (logits.mm, embeddings.__matmul__)
+
+    def read(pairs: Sequence[Triplets]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        scores, ids = [], []
+        for side, name in zip(sides, ("u", "v"), strict=True):
+            vectors = torch.cat([getattr(one, name).to(random) for one in pairs], dim=1)
+            # many at a time: each product reads the whole vocabulary
+            every = (side(some).mT for some in vectors.split(RANDOM_DIRECTIONS, dim=1))  # [rank, vocabulary] each
+            tops = [torch.stack([along, -along], dim=1).topk(top) for along in every]
+            scores.append(torch.cat([one.values for one in tops]).cpu())
+            ids.append(torch.cat([one.indices for one in tops]).cpu())
+        # [Jacobian, side, rank, end, place] both
+        found, which = (
+            torch.stack(both, dim=1).unflatten(0, (len(pairs), -1)).transpose(1, 2) for both in (scores, ids)
         )
-        for index, (layer, pairs) in enumerate(zip(layers, every, strict=True))
-    ]
+        return found, which, _texts(trace.model, which.tolist())
 
-
-def _ends(
-    read: Callable[[Tensor], Tensor], vectors: Float[Tensor, "d_model n"], top: int
-) -> tuple[Float[Tensor, "n end place"], Int[Tensor, "n end place"]]:
-    """Return the scores and the ids of the tokens at both ends of each direction."""
-    scores, ids = [], []
-    for some in vectors.split(RANDOM_DIRECTIONS, dim=1):
-        along = read(some).mT
-        tops = torch.stack([along, -along], dim=1).topk(top)
-        scores.append(tops.values.cpu())
-        ids.append(tops.indices.cpu())
-    return torch.cat(scores), torch.cat(ids)
+    return read, torch.stack([side(random).mT.topk(top).values.mean(0) for side in sides]).cpu()
 
 
 def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
