@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas
 
 SIDES, ENDS = ("writes", "reads"), ("+", "-")
+Readout = Literal["norm", "logits"]
 RANDOM_DIRECTIONS = 64
 
 _PLACES = ("side", "rank", "end", "place")
@@ -228,8 +229,10 @@ def reader(
     return read, torch.stack([side(random).mT.topk(top).values.mean(0) for side in sides]).cpu()
 
 
-def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
+def readout_jacobian(trace: Trace, pos: int, of: Readout = "logits") -> GraphJacobian:
     """Return d logits_pos / d x^L_pos through everything after the model's last block, ``[vocabulary, d_model]``.
+
+    Or the same of the final norm's output, ``[d_model, d_model]``.
 
     Runs the model's own forward pass with the trace's x^L substituted. So final norm, unembedding and soft-cap are the
     model's own, and both the trace's hooks and attached hooks act.
@@ -245,7 +248,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     """
     leaf = trace.resid[-1][None].clone().requires_grad_()
     with trace.hooks_attached():
-        logits = logits_from(trace, pos, leaf)
+        logits = logits_from(trace, pos, leaf, of)
         # the logits have a graph through the weights in any case, so test for a path to the stream
         ones = torch.ones_like(logits)
         if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
@@ -255,12 +258,14 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
             )
         weights = logits.numel() * trace.d_model
         jacobian = GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
-        _require_followed(trace, pos, jacobian, logits.detach())
+        _require_followed(trace, pos, of, jacobian, logits.detach())
     return jacobian
 
 
-def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
-    """Return the logits at a token with another x^L, with a graph from there on."""
+def logits_from(
+    trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"], of: Readout = "logits"
+) -> Float[Tensor, " vocabulary"]:
+    """Return the logits at a token with another x^L, or the final norm's output; with a graph from there on."""
     model, last = trace.model, trace.n_layers - 1
 
     def swap(resid: Tensor) -> Tensor:
@@ -268,16 +273,22 @@ def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_mode
         torch.set_grad_enabled(True)  # from here on; earlier blocks need no graph
         return last_stream.to(resid.device)
 
-    tokens = trace.tokens[None].to(next(model.parameters()).device)
+    tokens, normed = trace.tokens[None].to(next(model.parameters()).device), list[Tensor]()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
         stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
-        return model(tokens, return_type="logits")[0, pos]
+        if of == "norm":
+            handle = model.ln_final.register_forward_hook(lambda module, inputs, output: normed.append(output))
+            stack.callback(handle.remove)
+        logits = model(tokens, return_type="logits")
+        return (normed[-1] if of == "norm" else logits)[0, pos]
 
 
-def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
-    """Hold the derivative of the logits against central differences."""
+def _require_followed(
+    trace: Trace, pos: int, of: Readout, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]
+) -> None:
+    """Hold the derivative of the logits, or of the final norm's output, against central differences."""
     stream = trace.resid[-1][None]
 
     @torch.no_grad()
@@ -286,11 +297,11 @@ def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: F
         for move in moves:
             other = stream.clone()
             other[0, pos] += move
-            changes.append(logits_from(trace, pos, other).detach() - logits)
+            changes.append(logits_from(trace, pos, other, of).detach() - logits)
         return torch.stack(changes)[:, None].to(logits)
 
     reason = Function(
-        where="the logits",
+        where="the final norm" if of == "norm" else "the logits",
         moved=moved,
         product=lambda direction: jacobian.mv(direction)[None],
         size=float(stream[0, pos].norm()) or 1.0,
