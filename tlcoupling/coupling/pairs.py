@@ -27,6 +27,7 @@ from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
+from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.memory import give_back_memory
 from tlcoupling.progress import ticking
 
@@ -109,14 +110,42 @@ def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str,
     return Decomposition(operator, make, method.name, f"{sublayer} of {place}")
 
 
-def decompose(jacobians: JacobianEngine, schedule: Schedule, sublayer: str, place: Place) -> Spectrum:
-    """Return the top triplets of one Jacobian by the scheduled method.
+def decompose(
+    jacobians: JacobianEngine, schedule: Schedule, wanted: Sequence[tuple[str, Place]]
+) -> dict[tuple[str, Place], Spectrum]:
+    """Return the top triplets of some Jacobians, by sublayer and place, each by the scheduled method.
 
     Raises:
-        ArgumentError: K above its rank.
+        ArgumentError: K above the rank of one.
     """
-    options = schedule.comparison.options
-    return spectra_of([_decomposition(jacobians, schedule, sublayer, place)], max(options.k), options.solver)[0]
+    found: list[Spectrum] = []
+    with Workers(min(schedule.workers, len(wanted))) as workers:
+        at_once = workers.count * schedule.stack
+        for some in (wanted[start : start + at_once] for start in range(0, len(wanted), at_once)):
+            made = [_decomposition(jacobians, schedule, name, place) for name, place in some]
+            found += _decomposed(made, schedule.comparison.options, workers)
+    return dict(zip(wanted, found, strict=True))
+
+
+def compare_pair(
+    jacobians: JacobianEngine, schedule: Schedule
+) -> tuple[dict[str, Tensor], Float[Tensor, "K K"], Triplets]:
+    """Measure a schedule's only pair at its only K.
+
+    Returns:
+        What is measured of it, by field name, ``[k, row, column]`` or ``[row, column]`` with one of each; the matrix
+        U2^T J1 V2; the triplets of J2.
+
+    Raises:
+        ArgumentError: K above the rank of one of the two Jacobians.
+    """
+    options, (sublayer,), (group,) = schedule.comparison.options, schedule.comparison.sublayers, schedule.batches[0]
+    found = decompose(jacobians, schedule, [(sublayer, place) for place in sorted(group.places)])
+    known = {place: spectrum for (_, place), spectrum in found.items()}
+    row, of_column = known[group.rows[0]], known[group.columns[0]].triplets
+    left, right = (of_column.u, of_column.v) if options.bases == "uv" else (of_column.v, of_column.u)
+    fields = _compare(jacobians.trace, sublayer, group, known, options, Workers(1))
+    return fields, project(row, left[None], right)[0], of_column
 
 
 def project(

@@ -43,6 +43,7 @@ from tlcoupling.slices.atlas import OVERLAPS, SensitivityAtlas
 from tlcoupling.slices.detached import DetachedComparison
 from tlcoupling.slices.features import FeatureMap
 from tlcoupling.slices.lens import JacobianLens
+from tlcoupling.slices.lens_coupling import LensCoupling
 from tlcoupling.slices.relations import SliceRelations
 from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
@@ -587,6 +588,22 @@ def _lens(result: JacobianLens) -> Shown:
     cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
     below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
     return Shown(below, ("", "‖J‖_F", "standard error, relative"), rows, [picture])
+
+
+@shown.register
+def _lens_coupling(result: LensCoupling) -> Shown:
+    rows = [
+        (name, float(value.double().mean()), float(null.double().mean()))
+        for name, value, null in (
+            ("coupling", result.values, result.null),
+            ("overlap, writes", result.overlap_u, result.overlap_null_u),
+            ("overlap, reads", result.overlap_v, result.overlap_null_v),
+        )
+    ]
+    title, labels = "coupling of lens and block - null", (result.layers, result.blocks)
+    picture = Matrix(title, result.excess.double().mean(0), ("layer of the lens", "block"), labels)
+    below = f"K = {result.k}, {counted(len(result.positions), 'token')}"
+    return Shown(below, ("mean over pairs", "measured", "null"), rows, [picture])
 
 
 @shown.register
