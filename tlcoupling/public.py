@@ -38,10 +38,12 @@ from tlcoupling.slices.atlas import SensitivityAtlas, sensitivity_atlas
 from tlcoupling.slices.detached import DetachedComparison, DetachedMap, compare_detached, detached_map
 from tlcoupling.slices.features import FeatureMap, feature_map
 from tlcoupling.slices.lens import JacobianLens, jacobian_lens
+from tlcoupling.slices.lens_coupling import LensCoupling, lens_coupling
 from tlcoupling.slices.relations import SliceRelations, slice_relations
 from tlcoupling.slices.slice import SliceJacobian, slice_jacobian
 from tlcoupling.slices.steering import SteeringEffect, steering_effect, steering_vector
 from tlcoupling.sweeps.executors import SlurmExecutor
+from tlcoupling.sweeps.lenses import lens_sweep
 from tlcoupling.sweeps.plan import Plan
 from tlcoupling.sweeps.run import SweepReport, sweep
 from tlcoupling.sweeps.store import SweepStore
@@ -73,6 +75,7 @@ __all__ = [
     "Interval",
     "JacobianLens",
     "JacobianOperator",
+    "LensCoupling",
     "Linearity",
     "LinearizationGap",
     "LyapunovSpectrum",
@@ -117,6 +120,8 @@ __all__ = [
     "head_steps",
     "jacobian_lens",
     "keep_only",
+    "lens_coupling",
+    "lens_sweep",
     "linearity",
     "linearization_gap",
     "linearized",

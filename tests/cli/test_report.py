@@ -74,6 +74,20 @@ def test_what_layers_share_is_in_the_report(report: Report, tmp_path: Path) -> N
     assert tlc.load(tmp_path / "out" / "result.safetensors").shared is None
 
 
+@pytest.mark.filterwarnings("ignore:linearity over")  # of a few tokens
+def test_measures_on_request_stand_beside_fresh_weights(report: Report, tmp_path: Path) -> None:
+    result = report("--baseline", "--measures", "geometry,profile", "--token-layers", "0,1", "--basis-layers", "2")
+    assert result.exit_code == 0, result.output
+    analysis = tlc.load(tmp_path / "out" / "result.safetensors")
+    assert analysis.lyapunov is None
+    assert analysis.geometry.baseline is not None and analysis.profile.baseline is not None
+    assert analysis.token_coupling.basis_layers == analysis.context_src.basis_layers == (2, 2)
+    assert 'id="measures"' in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert report("--measures", "lyapunov").exit_code == 0
+    assert tlc.load(tmp_path / "out" / "result.safetensors").lyapunov.baseline is None
+    assert_refused(report("--measures", "geometry,curvature"), "--measures 'curvature'", "lyapunov, profile")
+
+
 def test_what_cannot_be_measured_beside_is_said(
     report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -212,7 +226,7 @@ def test_an_estimate_measures_and_writes_nothing(
     assert "Memory beyond the model: at most" in result.stdout
     assert not list(tmp_path.iterdir())
     assert estimate("--tokens", "99").exit_code == 1
-    for option in (["--output", "out"], ["--csv"], ["--open"]):
+    for option in (["--output", "out"], ["--csv"], ["--open"], ["--measures", "all"]):
         refused = estimate(*option)
         assert refused.exit_code == 2 and option[0] in refused.stderr and "an estimate writes nothing" in refused.stderr
 

@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ FIRST = pytest.mark.parametrize("case", OFFLOADED[:1], ids=str)
 BRIDGE = pytest.mark.skipif(
     not any(case.name.startswith("bridge") for case in CASES), reason="TransformerBridge came with transformer-lens 3.0"
 )
+# In releases before, its bridges refuse a disk in a device map; disk_offload writes none.
+MAPS = pytest.mark.skipif(version("transformer-lens")[:1] < "4", reason="TransformerLens 4 wraps such models")
 CPU = torch.device("cpu")
 
 
@@ -125,7 +128,7 @@ def test_the_weights_of_one_layer_are_in_memory_at_a_time(
 
 
 @BRIDGE
-@pytest.mark.parametrize("kept", ["host", "map", "checkpoint"])
+@pytest.mark.parametrize("kept", ["host", *(pytest.param(kept, marks=MAPS) for kept in ("map", "checkpoint"))])
 def test_however_accelerate_offloads(kept: str, tmp_path: Path):
     """A bare HuggingFace model: on the host; by a device map, some in memory and some on disk; loaded so."""
     whole, offloaded = llama(), llama()
@@ -148,7 +151,7 @@ def test_however_accelerate_offloads(kept: str, tmp_path: Path):
     assert [weight.is_meta for weight in offloaded.parameters()] == before
 
 
-@BRIDGE
+@MAPS
 def test_a_device_map_of_two_devices_and_a_disk(tmp_path: Path):
     """accelerate's own map, on simulated devices that refuse to meet: each layer where its weights are brought to."""
     with simulated_devices():

@@ -167,7 +167,9 @@ def test_the_two_maps_side_by_side(tmp_path: Path):
     assert found.null.tolist() == [3 / 32, 3 / (7 * 32)]
     again = tlc.load(found.save(tmp_path / "comparison"))
     assert torch.equal(again.prediction, found.prediction) and "error of reconstruction: jacobian" in repr(again)
+    assert repr(again).startswith("DetachedComparison(blocks.0.hook_resid_pre -> blocks.2.hook_resid_post: ")
     logits = tlc.compare_detached(trace, ("logit_diff", 5, 9), k=1, sizes=(1e-4,), draws=1)
+    assert logits.target == "logits[5 − 9]"
     assert logits.prediction[0] < 1e-2 < logits.prediction[1] and logits.reconstruction[1] < 1e-12
 
 

@@ -110,7 +110,7 @@ def test_random_directions_do_what_the_null_says(tmp_path: Path):
     at = (found.target_features.index(row["target_feature"]), found.source_features.index(row["source_feature"]))
     assert row["derivative"] == float(found.values[at]) and row["effect"] == row["derivative"] * row["source_act"]
     again = tlc.load(found.save(tmp_path / "features"))
-    assert torch.equal(again.values, found.values) and "FeatureMap(('resid_pre', 1) -> " in repr(again)
+    assert torch.equal(again.values, found.values) and "FeatureMap(blocks.1.hook_resid_pre -> " in repr(again)
 
 
 def test_bad_dictionaries_are_refused():

@@ -193,5 +193,7 @@ def test_bad_input(source: Any, target: Any, options: dict[str, Any], message: s
 def test_one_line():
     trace = tlc.trace(FEW[0].model(), TOKENS)
     jacobian = tlc.slice_jacobian(trace, ("resid_pre", 0), ("resid_post", 1), src=1, dest=3)
-    assert repr(jacobian).startswith("SliceJacobian(('resid_pre', 0) at (1,) -> ('resid_post', 1) at (3,), shape=")
+    assert repr(jacobian).startswith(
+        "SliceJacobian(blocks.0.hook_resid_pre at (1,) -> blocks.1.hook_resid_post at (3,), shape="
+    )
     assert jacobian.product_flops > 0 and jacobian.mm(torch.zeros(trace.d_model, 0)).shape == (trace.d_model, 0)

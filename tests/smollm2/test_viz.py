@@ -37,9 +37,9 @@ def test_the_dashboard_on_screens_and_on_paper(
             print_weight(f"SmolLM2, {way}", path, page)
             page.locator("#pairs .zoom[aria-label^=trained]").focus()
             page.keyboard.press("ArrowDown")
-            assert "1 by definition" in page.inner_text("#pairs .readout"), way
+            assert "1 by definition" in page.inner_text("#pairs [data-part=readout]"), way
             page.keyboard.press("ArrowDown")
-            assert numbers(page.inner_text("#pairs .readout"))[2:5] == pytest.approx(pair, abs=1.1e-4), way
+            assert numbers(page.inner_text("#pairs [data-part=readout]"))[2:5] == pytest.approx(pair, abs=1.1e-4), way
             if way == "print":
                 page.emulate_media(media="print")
                 page.pdf(path=SCREENSHOTS / "print.pdf", format="A4")

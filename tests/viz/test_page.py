@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, every_widget, make_analysis
+from cases import TOKENS, fresh
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlcoupling import viz
+from tlcoupling import analyze, viz
 from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
 from tlcoupling.errors import ArgumentError, ResultFileError
 from tlcoupling.viz import panes
@@ -201,6 +202,42 @@ def test_fresh_weights_are_in_the_page_where_they_were_measured() -> None:
     assert without["coupling"]["fresh"] is None and without["summary"]["fresh"] is None
 
 
+@pytest.mark.filterwarnings("ignore:linearity over")  # of a few tokens
+def test_measures_on_request_are_in_the_page_by_sublayer_beside_chance_and_baseline() -> None:
+    analysis = analyze(fresh(0), TOKENS, k=2, baseline=fresh(1), measures="all")
+    measures = {one["name"]: one for one in data_of(viz.render_html(analysis))["measures"]}
+    charts = {chart["title"]: chart["lines"] for one in measures.values() for chart in one["charts"]}
+    geometry, profile, lyapunov = analysis.geometry, analysis.profile, analysis.lyapunov
+    assert geometry is not None and profile is not None and lyapunov is not None
+    for at, name in enumerate(geometry.sublayers):
+        for index, of in enumerate(("J", "I + J")):
+            expected = {
+                "model": geometry.rotation[at, 0, :, index],
+                "chance": geometry.rotation_null[at, 0, :, index],
+                "baseline": geometry.baseline.rotation[at, 0, :, index],
+                "baseline_chance": geometry.baseline.rotation_null[at, 0, :, index],
+            }
+            assert charts[f"rotation of {of}, {name}"] == {role: line.tolist() for role, line in expected.items()}
+        expected = {
+            "model": profile.angular_distance[0, at],
+            "chance": profile.angular_null[0, at],
+            "baseline": profile.baseline.angular_distance[0, at],
+            "baseline_chance": profile.baseline.angular_null[0, at],
+        }
+        assert charts[f"angular distance, {name}"] == {role: line.tolist() for role, line in expected.items()}
+        assert charts[f"cosine, {name}"]["chance"] == [0.0] * 3
+        assert "chance" not in charts[f"loss effect, {name}"], "it has none"
+        row = next(row for row in measures["profile"]["rows"] if row[0] == f"loss effect, {name}")
+        means = [float(one.loss_effect[0, at].mean()) for one in (profile, profile.baseline)]
+        assert [row[1], row[3]] == pytest.approx(means) and row[2] is None
+    for at, name in enumerate(lyapunov.sublayers):
+        assert charts[f"what a layer adds to ln s₁, {name}"]["model"] == lyapunov.growth[:, at, 0].tolist()
+    assert charts["Lyapunov exponents, per layer"]["baseline"] == lyapunov.baseline.exponents.tolist()
+    assert measures["geometry"]["has_baseline"]
+    assert "noise has 1.00" in measures["profile"]["note"], "fewer tokens than dimensions"
+    assert "measures" not in data_of(viz.render_html(make_analysis()))
+
+
 @given(st.lists(st.floats(width=32) | st.just(NAN), min_size=1, max_size=20))
 def test_packing_keeps_numbers_to_half_a_step_and_says_what_is_undefined(numbers: list[float]) -> None:
     array = torch.tensor(numbers, dtype=torch.float64)
@@ -337,11 +374,15 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert len(data_of(viz.attention_and_coupling(both, -2).html)["pairs"]["kinds"]) == 3
     alone = data_of(viz.attention_and_coupling(both.context_dest, 2).html)["pairs"]
     assert alone["attention"] is None and [kind["name"] for kind in alone["kinds"]] == ["context dest"]
-    assert alone["diagonal_is_one"]
+    assert alone["diagonal_is_one"] and not alone["across"]
     for one in (both.context_dest, both.token_coupling):  # in the bases of another layer no diagonal is 1
         assert one is not None
         across = data_of(viz.attention_and_coupling(dataclasses.replace(one, basis_layers=(0,)), 2).html)["pairs"]
-        assert not across["diagonal_is_one"] and across["kinds"][0]["title"].endswith(", bases of layer 0")
+        assert (
+            across["across"]
+            and not across["diagonal_is_one"]
+            and across["kinds"][0]["title"].endswith(", bases of layer 0")
+        )
         assert float(unpacked(across["kinds"][0]["values"])[0, 0, 0, 0, 0]) == pytest.approx(1, abs=1e-3)  # kept
     with pytest.raises(ArgumentError, match=r"layer=1 .* one of \[2\]"):
         viz.attention_and_coupling(both.token_coupling, 1)

@@ -96,6 +96,7 @@ def results() -> dict[str, Result]:
             tlc.causal_effect(model, [TOKENS, TOKENS[:5]], 2, draws=3),
             tlc.correlate(),
             tlc.jacobian_lens(model, [TOKENS[:5], TOKENS], skip_first_positions=0, layers=[0, 1], sketch=8),
+            tlc.lens_coupling(tlc.jacobian_lens(model, [TOKENS], skip_first_positions=0, layers=[0, 1]), trace, 3),
             tlc.sensitivity_atlas(trace, 2, baseline=other),
             tlc.steering_effect(model, [TOKENS[:5], TOKENS], torch.ones(96), 1, [0.5, 2.0], draws=3, positions=[-1]),
             tlc.compare_detached(trace, ("resid_post", -1), k=2, draws=1),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from analyses import HOSTILE_TOKENS, every_widget, make_analysis, shared_by_hand
+from cases import TOKENS, fresh
 from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
@@ -83,7 +84,7 @@ def test_choosing_a_layer_changes_attention_and_coupling_of_tokens(
     browser: Any, tmp_path: Path, analysis: Analysis
 ) -> None:
     with opened(browser, viz.write_html(analysis, tmp_path / "report.html")) as page:
-        readout, slider = page.locator("#pairs .readout"), page.locator("#controls input[type=range]")
+        readout, slider = page.locator("#pairs [data-part=readout]"), page.locator("#controls input[type=range]")
 
         def shows(layer: int, k: int, row: int, column: int) -> None:
             """The pane that is open, token-wise of the block, reads out the numbers of a layer."""
@@ -99,7 +100,7 @@ def test_choosing_a_layer_changes_attention_and_coupling_of_tokens(
 
         wait_for_heads(page, 2)
         assert page.inner_text("#pairs-title").endswith("layer 2")  # the middle one of those measured
-        page.locator("#pairs .zoom").last.focus()
+        page.locator("#pairs [data-part=maps] .zoom").last.focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowDown")
         shows(layer=2, k=2, row=2, column=1)
@@ -146,7 +147,7 @@ def test_every_pane_of_tokens_shows_its_numbers(browser: Any, tmp_path: Path, an
             result = getattr(analysis, parts[kind])
             at = (result.sublayers.index(sublayer), 1, 0, 3, 1)
             expected = [float(result.excess[at]), float(result.values[at]), float(result.null[at])]
-            assert numbers(page.inner_text("#pairs .readout"))[2:5] == pytest.approx(expected, abs=1.1e-4)
+            assert numbers(page.inner_text("#pairs [data-part=readout]"))[2:5] == pytest.approx(expected, abs=1.1e-4)
             mean = float(result.mean("excess")[at[:3]])
             assert numbers(page.inner_text("#pairs [data-mean=trained]")) == pytest.approx([mean], abs=1.1e-4)
             seen.append((kind, sublayer))
@@ -182,7 +183,7 @@ def test_patches_are_shown_on_the_image(browser: Any, tmp_path: Path, width: int
     analysis = image_analysis()
     path = viz.write_html(analysis, tmp_path / "report.html")
     with opened(browser, path, viewport={"width": width, "height": 844}) as page:
-        readout = page.locator("#pairs .readout").first
+        readout = page.locator("#pairs [data-part=readout]").first
         over = page.get_by_label("Over the image", exact=True)
         wait_for_heads(page, 2)
 
@@ -229,6 +230,59 @@ def test_patches_are_shown_on_the_image(browser: Any, tmp_path: Path, width: int
         assert numbers(readout.inner_text())[:3] == pytest.approx(expected, abs=5e-3)
         page.keyboard.press("Enter")
         assert outlined("chosen") == [4, 4]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.filterwarnings("ignore:linearity over")  # of a few tokens
+@pytest.mark.parametrize("width", [1280, 390])
+def test_measures_read_out_their_numbers_by_sublayer(browser: Any, tmp_path: Path, width: int) -> None:
+    analysis = analyze(fresh(0), TOKENS, k=2, baseline=fresh(1), measures=("geometry", "profile"), attention=False)
+    geometry, profile = analysis.geometry, analysis.profile
+    assert geometry is not None and profile is not None
+    path = viz.write_html(analysis, tmp_path / "report.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}, color_scheme="dark") as page:
+
+        def shows(measure: str, layer: int, lines: list[torch.Tensor]) -> None:
+            """Each sublayer's chart draws the lines, with their means above it and the layer's numbers below."""
+            figures = page.locator(f"[data-measure={measure}] figure")
+            assert figures.count() == len(analysis.coupling.sublayers)
+            for at in range(figures.count()):
+                figure = figures.nth(at)
+                assert figure.locator(".line").count() == len(lines)
+                means = [float(line[at].mean()) for line in lines]
+                assert numbers(figure.locator("figcaption").inner_text()) == pytest.approx(means, abs=6e-5)
+                readout = figure.locator(".readout").inner_text()
+                assert readout.startswith(f"layer {layer}: ")
+                assert numbers(readout) == pytest.approx([float(line[at, layer]) for line in lines], abs=6e-5)
+
+        def of(field: str, map: int) -> list[torch.Tensor]:
+            both = (geometry, geometry.baseline)
+            return [getattr(one, f"{field}{end}")[:, 0, :, map] for one in both for end in ("", "_null")]
+
+        row = page.locator("[data-measure=geometry] .columns")
+        row.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        shows("geometry", 1, of("symmetric", 0))
+        page.locator("[data-measure=geometry] select").select_option("departure of I + J")
+        row.focus()
+        page.keyboard.press("ArrowRight")
+        shows("geometry", 0, of("departure", 1))
+        page.keyboard.press("Enter")
+        assert page.locator("#controls input[type=range]").input_value() == "0"
+
+        page.locator("[data-measure=profile] select").select_option("loss effect")
+        chart = page.locator("[data-measure=profile] svg").first
+        box = chart.bounding_box()
+        chart.click(position={"x": box["width"] * 0.97, "y": box["height"] / 2})
+        shows("profile", 2, [profile.loss_effect[0], profile.baseline.loss_effect[0]])
+        assert page.locator("#controls input[type=range]").input_value() == "2", "the layer is chosen"
+
+        page.locator("[data-measure=geometry] summary").click()
+        first = page.locator("[data-measure=geometry] tbody tr").first.locator("td").all_inner_texts()
+        symmetric = geometry.symmetric[0, 0, :, 0]
+        expected = [float(symmetric[0]), float(symmetric[-1]), *(float(line[0].mean()) for line in of("symmetric", 0))]
+        assert [float(text) for text in first] == pytest.approx(expected, abs=6e-5)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -357,7 +411,7 @@ def test_512_hostile_tokens_through_a_model(browser: Any, tmp_path: Path, monkey
         print_weight("512 tokens", path, page)
         assert f"tokens {512 - window} to 511" in page.inner_text("#pairs [data-part=window-shown]")
         # an attention pane of all tokens: the keyboard reaches the first and zooms in on it
-        page.locator("#pairs .zoom").first.focus()
+        page.locator("#pairs [data-part=maps] .zoom").first.focus()
         page.keyboard.press("ArrowDown")
         assert page.inner_text("#pairs [data-part=readout]").startswith("Row 1 ")
         for _ in range(4):
@@ -390,7 +444,7 @@ def test_many_tokens_stay_small_and_true_below_the_headline(browser: Any, tmp_pa
         marks = page.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")
         # the headline is in the page before large panes are drawn
         assert marks[0] == "header" and len(marks) > 3
-        page.locator("#pairs .zoom").nth(1).focus()
+        page.locator("#pairs [data-part=maps] .zoom").nth(1).focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowDown")
         text = page.inner_text("#pairs [data-part=readout]")
@@ -444,7 +498,7 @@ def test_undetermined_bases_have_a_dot_a_legend_and_words(browser: Any, tmp_path
         assert not any(dotted(page, panes.nth(i), 0, 2) for i in range(3))  # it does not depend on the bases
         page.locator("#coupling").get_by_label("excess", exact=True).check()
         tokens.hover(**cell(tokens, 0, 3, 4))
-        assert words in page.inner_text("#pairs .readout")
+        assert words in page.inner_text("#pairs [data-part=readout]")
         page.locator("#controls select").nth(1).select_option("1")
         assert not any(dotted(page, panes.nth(i), 0, 2) for i in range(3)) and not dotted(page, tokens, 0, 3)
         assert not any(legend in bar.inner_text() for bar in bars)
@@ -529,7 +583,7 @@ def test_the_headline_and_the_null_are_in_sight(browser: Any, tmp_path: Path, wi
         assert page.locator("#coupling .line.fresh-null").count() == 3, "fresh weights beside their own null"
         row = page.locator("#coupling [data-part=table] tbody tr").first.locator("th, td").all_text_contents()
         assert [row[column] for column in (4, 8, 12)] == ["0.0173"] * 3
-        assert page.locator("#pairs figure").count() == 4  # attention, trained, fresh weights, difference
+        assert page.locator("#pairs [data-part=maps] figure").count() == 4  # attention, trained, fresh, difference
     with opened(browser, viz.write_html(fresh, tmp_path / "alone.html")) as page:
         for section in ("#summary", "#coupling", "#pairs"):
             assert "--baseline" in page.inner_text(section), "what is missing is said"
@@ -596,6 +650,9 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
         )
         pane.click(**cell(pane, 1, 2, 4))
         assert "Layers 1 and 2 are not both among those kept: 0, 2." in page.inner_text("#coupling")
+        # pairs of tokens and heads need a kernel
+        assert "tlc.viz.Live(analysis)" in page.inner_text("#pairs [data-part=shared]")
+        assert page.locator("#pairs [data-part=head-coupling]").is_hidden()
         assert page.evaluate("typeof window.x") == "undefined"
     # the coupling in the title is that of the matrix, not of the token and K that are chosen
     analysis = make_analysis(shared=shared, positions=(1, 3), ks=(2, 3))

@@ -15,13 +15,17 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tlcoupling.analysis.headline import Finding, coupling_test, findings, sentence, without_sinks
+from tlcoupling.analysis.measures import MEASURES, measures_of, resolve_measures
 from tlcoupling.analysis.shared import SharedDirections, shared_directions
-from tlcoupling.arguments import Indices, KSpec, resolve_indices
+from tlcoupling.arguments import Indices, KSpec, resolve_basis_layers, resolve_indices
 from tlcoupling.coupling.chance import CouplingTest
 from tlcoupling.coupling.context import ContextCoupling, context_coupling
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.token import TokenCoupling, token_coupling
+from tlcoupling.dynamics.depth_profile import DepthProfile
+from tlcoupling.dynamics.geometry import EigenGeometry
+from tlcoupling.dynamics.lyapunov import LyapunovSpectrum
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.inputs import picture_of
@@ -62,6 +66,9 @@ class Analysis(Result):
         shared: what pairs of blocks share at the last token measured, and the tokens of their bases; None unless asked
             for.
         picture: the image whose patches the tokens are, for the page; None of text and sound.
+        geometry: eigenvalues, normality, symmetry and rank at the last token measured; None unless asked for.
+        lyapunov: Lyapunov exponents at the last token measured; None unless asked for.
+        profile: what each layer does to the stream and to the loss; None unless asked for.
         trace: the measured trace; None in an analysis loaded from a file.
     """
 
@@ -77,6 +84,9 @@ class Analysis(Result):
     baseline: Analysis | None = None
     shared: SharedDirections | None = None
     picture: UInt8[Tensor, "row column channel"] | None = None
+    geometry: EigenGeometry | None = None
+    lyapunov: LyapunovSpectrum | None = None
+    profile: DepthProfile | None = None
     trace: Trace | None = field(default=None, metadata={"saved": False})
 
     _axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("layer", "head", "dest", "src")}
@@ -84,7 +94,7 @@ class Analysis(Result):
     @property
     def parts(self) -> dict[str, Result]:
         """Return the measurements by name, without those that are None."""
-        names = ("coupling", "token_coupling", "context_src", "context_dest", "linearity", "growth")
+        names = ("coupling", "token_coupling", "context_src", "context_dest", "linearity", "growth", *MEASURES)
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     @property
@@ -199,6 +209,7 @@ def analyze(
     k: KSpec = 10,
     tokens: Indices = -1,
     token_layers: Indices | None = None,
+    basis_layers: Indices | None = None,
     sublayers: str | Sequence[str] | None = None,
     normalizer: Normalizer = "frobenius",
     bases: Bases = "uv",
@@ -211,6 +222,7 @@ def analyze(
     solver: SolverName = "auto",
     baseline: Any | None = None,
     shared: bool = False,
+    measures: str | Sequence[str] = (),
     progress: bool | None = None,
 ) -> Analysis:
     """Measure coupling, linearity and growth of a model on a prompt.
@@ -226,6 +238,8 @@ def analyze(
         token_layers: layers for token-wise coupling, and for context coupling from the first token and to the last:
             ``"all"``, an int or several; by default none. A layer of SmolLM2-135M at 28 tokens takes about four seconds
             on two cores; the time grows with the square of the length.
+        basis_layers: for coupling of tokens across layers: the layer that gives the bases, one for each of
+            ``token_layers`` or one for all; by default those themselves.
         sublayers: as in ``depth_coupling``.
         normalizer: as in ``depth_coupling``.
         bases: as in ``depth_coupling``.
@@ -242,6 +256,10 @@ def analyze(
         shared: whether to keep, for pairs of blocks at the last of ``tokens``, the matrices U2^T J1 V2 and the tokens
             that the singular vectors write and read: of at most 32 layers, evenly spaced, and of ten vectors each, at
             the first K. For SmolLM2-135M it takes about ten seconds on one core.
+        measures: what to measure beside these: ``"all"``, or some of ``"geometry"`` (``eigen_geometry``) and
+            ``"lyapunov"`` (``lyapunov_spectrum``), both at the last of ``tokens``, and ``"profile"`` (``depth_profile``
+            of this prompt). The first two decompose each Jacobian in float64; the profile runs the model for each layer
+            and sublayer.
         progress: show a progress bar; by default on a terminal or in a notebook, after two seconds.
 
     Raises:
@@ -253,8 +271,12 @@ def analyze(
         >>> report.coupling.mean("excess"), report.linearity, report.growth  # doctest: +SKIP
     """
     started = time.perf_counter()
+    more = resolve_measures(measures, hooked=bool(fwd_hooks))
     traced = trace(model, prompt, fwd_hooks=fwd_hooks, prepend_bos=prepend_bos, attention_mask=attention_mask)
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, traced.n_layers)
+    if basis_layers is not None and not compared:
+        raise ArgumentError("basis_layers", basis_layers, "None where no token_layers are compared")
+    others = resolve_basis_layers(basis_layers, compared, traced.n_layers)
     if compared and traced.n_tokens < 2:
         raise ArgumentError("token_layers", token_layers, "None: this prompt has a single token, nothing to compare")
     options: dict[str, Any] = {
@@ -267,12 +289,16 @@ def analyze(
         "progress": progress,
     }
     coupling = depth_coupling(traced, tokens=tokens, sublayers=sublayers, **options)
-    pairs = couplings_of_tokens(traced, compared, {**options, "sublayers": coupling.sublayers}) if compared else {}
+    across = {**options, "sublayers": coupling.sublayers, "basis_layers": others}
+    pairs = couplings_of_tokens(traced, compared, across) if compared else {}
     other = None
     if baseline is not None:
-        same = {"tokens": tokens, "token_layers": token_layers, "sublayers": sublayers}
+        baseline = baseline_model(baseline, traced.model)
+        same = {"tokens": tokens, "token_layers": token_layers, "basis_layers": basis_layers, "sublayers": sublayers}
         other = analyze_baseline(baseline, traced, **same, **options)
     common = shared_directions(traced, coupling) if shared else None
+    how = {"prepend_bos": prepend_bos, "attention_mask": attention_mask, "progress": progress}
+    beside = measures_of(more, traced, prompt, coupling, baseline=baseline, **how)
     attention_layers = _attention_layers(traced, compared) if attention else ()
     straight, grown = linearity(traced), growth(traced)
     settings = {"coupling": dict(coupling.provenance.settings), "token_layers": list(compared)}
@@ -291,6 +317,7 @@ def analyze(
         picture=picture_of(traced.model, prompt),
         trace=traced,
         **pairs,
+        **beside,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tlcoupling.analysis.shared import compared as compared_directions
-from tlcoupling.arguments import Indices, KSpec, check_int, resolve_indices, resolve_sublayers
+from tlcoupling.arguments import Indices, KSpec, check_int, resolve_basis_layers, resolve_indices, resolve_sublayers
 from tlcoupling.coupling.chance import work_of_draws
 from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
@@ -125,6 +125,7 @@ def estimate(
     tokens: Indices = -1,
     layers: Indices | None = None,
     token_layers: Indices | None = None,
+    basis_layers: Indices | None = None,
     prepend_bos: bool | None = None,
     attention_mask: Any | None = None,
     engine: EngineName = "auto",
@@ -147,6 +148,7 @@ def estimate(
         tokens: as in ``depth_coupling``.
         layers: as in ``depth_coupling``.
         token_layers: as in ``analyze``; their token-wise and context coupling are counted.
+        basis_layers: as in ``analyze``.
         prepend_bos: as in ``trace``.
         attention_mask: as in ``trace``.
         engine: as in ``depth_coupling``.
@@ -180,7 +182,8 @@ def estimate(
     first = next(model.blocks.parameters())
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, n_layers)
-    jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, n_tokens, names)
+    others = resolve_basis_layers(basis_layers, compared, n_layers)
+    jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, others, n_tokens, names)
     schedules = {
         kind: make_schedule(Comparison(model, splits, n_tokens, dtype, parts, groups, options))
         for kind, (parts, groups) in jobs.items()
@@ -330,14 +333,14 @@ def _passes_again(schedule: Schedule) -> Work:
 
 
 def _pairs_of_tokens(
-    layers: Sequence[int], n_tokens: int, sublayers: Sequence[str]
+    layers: Sequence[int], others: Sequence[int], n_tokens: int, sublayers: Sequence[str]
 ) -> dict[str, tuple[tuple[str, ...], list[Group]]]:
     """Return what ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
     if not layers:
         return {}
     positions, reach = range(n_tokens), tuple(name for name in sublayers if name not in POSITIONWISE)
-    pairs = {"token-wise": (tuple(sublayers), token_groups(layers, layers, positions))}
+    pairs = {"token-wise": (tuple(sublayers), token_groups(layers, others, positions))}
     if reach:  # an MLP reaches no other token
-        pairs["fixed src"] = (reach, context_groups(layers, layers, "src", 0, positions))
-        pairs["fixed dest"] = (reach, context_groups(layers, layers, "dest", n_tokens - 1, positions))
+        pairs["fixed src"] = (reach, context_groups(layers, others, "src", 0, positions))
+        pairs["fixed dest"] = (reach, context_groups(layers, others, "dest", n_tokens - 1, positions))
     return pairs

@@ -1,7 +1,12 @@
-"""What pairs of layers share at a token: each block's Jacobian in the bases of others, and the tokens of these."""
+"""What Jacobians share: one in the bases of another, and the tokens of these bases.
+
+``shared_directions`` measures all pairs of some blocks at a token. ``shared_pair`` measures any one pair: of layers, of
+tokens or of heads.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,9 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.groups import Group, Place
+from tlcoupling.coupling.options import Options
+from tlcoupling.coupling.pairs import compare_pair
 from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
-from tlcoupling.directions.readout import ENDS, SIDES, read_layers
+from tlcoupling.coupling.schedule import Comparison, make_schedule
+from tlcoupling.directions.readout import ENDS, SIDES, read_layers, reader
+from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
+from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.linalg.triplets import DETERMINED
 from tlcoupling.results.base import Result
 
 if TYPE_CHECKING:
@@ -100,4 +112,63 @@ def shared_directions(trace: Trace, coupling: DepthCoupling) -> SharedDirections
         scores=torch.stack([one.scores for one in read]),
         null=read[0].null,
         texts=tuple(one.texts for one in read),
+    )
+
+
+@dataclass(frozen=True)
+class SharedPair:
+    """The Jacobian J1 of a pair in the bases of J2, and the tokens that these bases write and read.
+
+    Attributes:
+        values: U2^T J1 V2, or V2^T J1 U2 with the bases ``"vu"``.
+        coupling, null: of the pair, at this K.
+        null_entry: the expected |entry| under independent random bases, sqrt(2 / pi) ||J1||_F / width.
+        determined: whether J2's singular values lie far enough apart to determine its vectors.
+        scores, random, texts: of J2's singular vectors, as the scores, null and texts of ``DirectionReadout``.
+    """
+
+    values: Float[Tensor, "K K"]
+    coupling: float
+    null: float
+    null_entry: float
+    determined: bool
+    scores: Float[Tensor, "side rank end place"]
+    random: Float[Tensor, "side place"]
+    texts: tuple[Any, ...]
+
+
+@measured
+def shared_pair(trace: Trace, sublayer: str, row: Place, column: Place, options: Options) -> SharedPair:
+    """Measure what two Jacobians of a sublayer share; tokens are those that the column's dest would write.
+
+    Args:
+        trace: a trace of the model.
+        sublayer: ``"block"``, ``"attn"``, ``"mlp"``.
+        row: which Jacobian is J1.
+        column: which Jacobian gives the bases.
+        options: how they are compared, at one K.
+
+    Raises:
+        ArgumentError: K above the rank of one of the two.
+        UnsupportedModelError: the embeddings are not in the residual stream's space.
+        StaleTraceError: the model or its hooks have changed since the trace was taken.
+    """
+    groups = [Group((row,), (column,))]
+    schedule = make_schedule(
+        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, (sublayer,), groups, options)
+    )
+    pairs = {(place.src, place.dest) for place in (row, column)}
+    jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
+    fields, values, triplets = compare_pair(jacobians, schedule)
+    read, random = reader(trace, column.dest, min(TOKENS, trace.model.cfg.d_vocab))
+    scores, _, texts = read(triplets)
+    return SharedPair(
+        values=values.cpu(),
+        coupling=float(fields["values"]),
+        null=float(fields["null"]),
+        null_entry=float(math.sqrt(2 / math.pi) * fields["frobenius"] / fields["null_width"]),
+        determined=bool((fields["uncertainty"] <= DETERMINED).all()),
+        scores=scores,
+        random=random,
+        texts=texts,
     )

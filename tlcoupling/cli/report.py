@@ -66,6 +66,17 @@ def _tokens(text: str) -> list[int] | Literal["all"]:
         ) from None
 
 
+def _basis_layers(text: str | None) -> list[int] | int | None:
+    """Parse one layer, or several separated by commas."""
+    if text is None:
+        return None
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not layers such as 15 or 0,15,-1", param_hint="--basis-layers") from None
+    return layers if len(layers) > 1 else layers[0]
+
+
 def _token_layers(text: str | None) -> list[int] | Literal["all", "none", "some"]:
     """Parse layers separated by commas, ``all`` or ``none``; None becomes ``some``, the default layers."""
     if text is None:
@@ -126,6 +137,21 @@ def report(
             show_default=f"where the measurement took less than {QUICK} seconds",
         ),
     ] = None,
+    basis_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare tokens across layers: the layer that gives the bases, or one for each of --token-layers.",
+            show_default="the same layers",
+        ),
+    ] = None,
+    measures: Annotated[
+        str,
+        typer.Option(
+            help="More to measure, beside fresh weights where these are measured: 'all', or some of geometry, "
+            "lyapunov, profile, separated by commas. Each takes about a minute for SmolLM2-135M.",
+            show_default="none",
+        ),
+    ] = "",
     csv: Annotated[
         bool, typer.Option("--csv", help="Also write all numbers as a long table, result.csv (some megabytes).")
     ] = False,
@@ -136,6 +162,7 @@ def report(
         refuse(
             {
                 "--baseline": baseline is not None,
+                "--measures": bool(measures),
                 "--output": output is not None,
                 "--csv": csv,
                 "--open": open_page,
@@ -144,7 +171,11 @@ def report(
         )
     folder = Path(FOLDER) if output is None else output
     ks, positions, compared = [_k(text) for text in k or ["10"]], _tokens(tokens), _token_layers(token_layers)
+    across = _basis_layers(basis_layers)
     with errors_as_one_line(report):
+        from tlcoupling.analysis.measures import measures_of, resolve_measures
+
+        named = resolve_measures(measures if measures == "all" else [one for one in measures.split(",") if one])
         if not estimate:
             from tlcoupling.results.base import check_writable
 
@@ -154,6 +185,7 @@ def report(
             "k": ks,
             "tokens": positions,
             "token_layers": _layers_of(loaded, text, compared),
+            "basis_layers": across,
             "engine": engine.value,
         }
         if estimate:
@@ -169,6 +201,10 @@ def report(
         analysis = analyze(loaded, text, **options, **chosen)
         if analysis.trace is not None and analysis.provenance.seconds < QUICK:
             analysis = _with_more(analysis, analysis.trace, options, baseline is None, directions is None)
+        if named and analysis.trace is not None:
+            beside = None if analysis.baseline is None else "fresh"
+            more = measures_of(named, analysis.trace, text, analysis.coupling, baseline=beside)
+            analysis = replace(analysis, **more)
         print_analysis(analysis)
         page = _save(analysis, folder, csv)
     if open_page:

@@ -148,7 +148,9 @@ def merge(
                 say(f"  skipped: {reason}")
         left = len(target.damaged())
         damaged = f", {left} damaged" if left else ""
-        say(f"store   {into}: {counted(len(target.keys()), 'cell')}, {len(target.failed_keys())} failed{damaged}")
+        lenses = f", {counted(n, 'lens file')}" if (n := len(target.lens_keys())) else ""
+        cells = counted(len(target.keys()), "cell")
+        say(f"store   {into}: {cells}, {len(target.failed_keys())} failed{damaged}{lenses}")
         if table is not None:
             say(f"table   {target.write_table(table, draws or 0)}")
     if skipped:

@@ -27,6 +27,7 @@ from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import GraphJacobian
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.linalg.maps import Projection
+from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.memory import give_back_memory
 from tlcoupling.progress import ticking
 
@@ -122,6 +123,26 @@ def decompose(jacobians: JacobianEngine, schedule: Schedule, sublayer: str, plac
     """
     options = schedule.comparison.options
     return spectra_of([_decomposition(jacobians, schedule, sublayer, place)], max(options.k), options.solver)[0]
+
+
+def compare_pair(
+    jacobians: JacobianEngine, schedule: Schedule
+) -> tuple[dict[str, Tensor], Float[Tensor, "K K"], Triplets]:
+    """Measure a schedule's only pair at its only K.
+
+    Returns:
+        What is measured of it, by field name, ``[k, row, column]`` or ``[row, column]`` with one of each; the matrix
+        U2^T J1 V2; the triplets of J2.
+
+    Raises:
+        ArgumentError: K above the rank of one of the two Jacobians.
+    """
+    options, (sublayer,), (group,) = schedule.comparison.options, schedule.comparison.sublayers, schedule.batches[0]
+    known = {place: decompose(jacobians, schedule, sublayer, place) for place in sorted(group.places)}
+    row, of_column = known[group.rows[0]], known[group.columns[0]].triplets
+    left, right = (of_column.u, of_column.v) if options.bases == "uv" else (of_column.v, of_column.u)
+    fields = _compare(jacobians.trace, sublayer, group, known, options, Workers(1))
+    return fields, project(row, left[None], right)[0], of_column
 
 
 def project(

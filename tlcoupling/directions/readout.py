@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,7 @@ from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import Function, leaning
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import truncated_svd
+from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.results.base import Result
 
 if TYPE_CHECKING:
@@ -166,24 +167,12 @@ def read_layers(
     layers = [check_index("layer", layer, trace.n_layers) for layer in layers]
     pos = check_index("pos", pos, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers, trace.refusal)
-    embeddings = _embeddings(trace)
-    logits = readout_jacobian(trace, pos)
-    words = min(len(embeddings), logits.shape[0])
-    top = check_int("top", top, 1, words, "the size of the vocabulary")
+    read, null = reader(trace, pos, top)
     jacobians = JacobianEngine(trace, engine, {(pos, pos)})
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(trace.d_model, RANDOM_DIRECTIONS, generator=generator, dtype=trace.resid.dtype)
-    random = (random / random.norm(dim=0)).to(logits.device)
-    reads = (logits.mm, embeddings.__matmul__)
-    null = torch.stack([read(random).mT.topk(top).values.mean(0) for read in reads]).cpu()
     found = []
     for layer in layers:
         pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
-        tops = []
-        for read, vectors in zip(reads, (pairs.u, pairs.v), strict=True):
-            along = read(vectors.to(random)).mT  # [rank, vocabulary]
-            tops.append(torch.stack([along, -along], dim=1).topk(top))
-        ids = torch.stack([side.indices for side in tops]).cpu()
+        scores, ids, texts = read(pairs)
         found.append(
             DirectionReadout(
                 provenance=trace.provenance(
@@ -191,19 +180,53 @@ def read_layers(
                     seconds=time.perf_counter() - started,
                     engine=jacobians.used,
                 ),
-                scores=torch.stack([side.values for side in tops]).cpu(),
+                scores=scores,
                 ids=ids,
                 null=null,
                 singular_values=pairs.s.cpu(),
                 left=pairs.u.cpu(),
                 right=pairs.v.cpu(),
-                texts=_texts(trace.model, ids.tolist()),
+                texts=texts,
                 layer=layer,
                 sublayer=sublayer,
                 position=pos,
             )
         )
     return found
+
+
+def reader(
+    trace: Trace, pos: int, top: int
+) -> tuple[Callable[[Triplets], tuple[Tensor, Tensor, tuple[Any, ...]]], Float[Tensor, "side place"]]:
+    """Return what decodes singular vectors, as the scores, ids and texts of ``DirectionReadout``, and their null.
+
+    Args:
+        trace: a trace of the model.
+        pos: the token whose logits are used.
+        top: number of tokens at each end.
+
+    Raises:
+        ArgumentError: ``top`` is out of range.
+        UnsupportedModelError: the embeddings are not in the residual stream's space.
+    """
+    embeddings = _embeddings(trace)
+    logits = readout_jacobian(trace, pos)
+    words = min(len(embeddings), logits.shape[0])
+    top = check_int("top", top, 1, words, "the size of the vocabulary")
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(trace.d_model, RANDOM_DIRECTIONS, generator=generator, dtype=trace.resid.dtype)
+    random = (random / random.norm(dim=0)).to(logits.device)
+    sides = (logits.mm, embeddings.__matmul__)
+
+    def read(pairs: Triplets) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        tops = []
+        for side, vectors in zip(sides, (pairs.u, pairs.v), strict=True):
+            along = side(vectors.to(random)).mT  # [rank, vocabulary]
+            tops.append(torch.stack([along, -along], dim=1).topk(top))
+        scores, ids = (torch.stack([getattr(one, name) for one in tops]).cpu() for name in ("values", "indices"))
+        return scores, ids, _texts(trace.model, ids.tolist())
+
+    return read, torch.stack([side(random).mT.topk(top).values.mean(0) for side in sides]).cpu()
 
 
 def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:

@@ -40,7 +40,7 @@ from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.linalg.svd import truncated_svd
 from tlcoupling.results.base import Result
 from tlcoupling.slices.flows import Flows, site_value
-from tlcoupling.slices.sites import Placement, Site, SiteSpec, ends_of
+from tlcoupling.slices.sites import Placement, Site, SiteSpec, ends_of, name_of
 from tlcoupling.slices.slice import SliceJacobian, run_to, slice_jacobian, stream_chain
 
 MAPS, SIDES = ("jacobian", "detached"), ("writes", "reads")
@@ -374,8 +374,8 @@ def compare_detached(
         reconstruction=((rebuilt - value).norm(dim=1) / value.norm()).cpu(),
         prediction=torch.stack(errors).view(len(sizes), draws, 2).permute(2, 0, 1).cpu(),
         sizes=sizes,
-        source=str(source),
-        target=str(target),
+        source=name_of(trace, source),
+        target=name_of(trace, target),
     )
 
 

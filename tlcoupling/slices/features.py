@@ -30,7 +30,7 @@ from tlcoupling.jacobian.differences import Function, leaning
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.results.base import Result
 from tlcoupling.slices.flows import site_value
-from tlcoupling.slices.sites import SiteSpec, target_of
+from tlcoupling.slices.sites import SiteSpec, name_of, target_of
 from tlcoupling.slices.slice import slice_jacobian
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def feature_map(
         source_features=tuple(first.chosen),
         target_features=tuple(last.chosen),
         active=(first.active, last.active),
-        source=str(source),
-        target=str(target),
+        source=name_of(trace, source),
+        target=name_of(trace, target),
         src=src,
         dest=dest,
     )

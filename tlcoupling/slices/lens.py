@@ -10,8 +10,9 @@ Source: Gurnee et al. 2026; its estimator is the one of ``transformer_lens.tools
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -97,27 +98,37 @@ class JacobianLens(Result):
         return resid.to(self.matrices) @ self.matrices[self.layers.index(layer)].mT
 
     @classmethod
-    def merge(cls, lenses: Sequence[JacobianLens]) -> JacobianLens:
+    def merge(cls, lenses: Iterable[JacobianLens]) -> JacobianLens:
         """Return the lens over the prompts of several, which must be of one model, layers and settings.
+
+        Args:
+            lenses: the lenses; of a generator, one is held in memory at a time.
 
         Raises:
             ArgumentError: they are not, or there are none.
         """
-        if not lenses:
+        first, total, seconds = None, 0, 0.0
+        sums: dict[str, Tensor] = {}
+        engines: dict[str, Mapping[str, str]] = {}
+        for index, lens in enumerate(lenses):
+            if first is None:
+                first = lens
+            for name, ours, theirs in (
+                *((name, getattr(first, name), getattr(lens, name)) for name in ("layers", "skipped", "sketched")),
+                ("model", first.provenance.model_name, lens.provenance.model_name),
+            ):
+                if ours != theirs:
+                    raise ArgumentError("lenses", theirs, f"lenses of the same {name}")
+            for name in ("matrices", "squares"):
+                share = lens.n_prompts * getattr(lens, name)
+                sums[name] = sums[name].add_(share) if index else share
+            total, seconds = total + lens.n_prompts, seconds + lens.provenance.seconds
+            engines[str(index)] = lens.provenance.engine
+        if first is None:
             raise ArgumentError("lenses", [], "one or more lenses")
-        first = lenses[0]
-        for other in lenses[1:]:
-            for name in ("layers", "skipped", "sketched"):
-                if getattr(other, name) != getattr(first, name):
-                    raise ArgumentError("lenses", getattr(other, name), f"lenses of the same {name}")
-            if other.provenance.model_name != first.provenance.model_name:
-                raise ArgumentError("lenses", other.provenance.model_name, "lenses of the same model")
-        total = sum(lens.n_prompts for lens in lenses)
-        means = {
-            name: sum(lens.n_prompts / total * getattr(lens, name) for lens in lenses)
-            for name in ("matrices", "squares")
-        }
-        return replace(first, **means, n_prompts=total)
+        provenance = replace(first.provenance, engine=engines_of_prompts(engines), seconds=seconds)
+        means = {name: one / total for name, one in sums.items()}
+        return replace(first, provenance=provenance, n_prompts=total, **means)
 
     def to_transformer_lens(self) -> Any:
         """Return the same lens as TransformerLens's own, whose ``save`` writes the usual ``.pt`` file.
@@ -153,7 +164,7 @@ def jacobian_lens(
         skip_first_positions: leading positions of each prompt to leave out; the last one always is.
         sketch: number of random orthogonal cotangents for each prompt, in place of all d_model: cheaper by
             d_model / sketch, and right on average over prompts.
-        seed: seed of the random cotangents.
+        seed: seed of the random cotangents, which each prompt's own tokens vary.
         prepend_bos: as in ``trace``.
         engine: as in ``residual_jacobian``.
         progress: show a progress bar; None: on a terminal or in a notebook, once it takes two seconds.
@@ -170,7 +181,6 @@ def jacobian_lens(
     started = time.perf_counter()
     skipped = check_int("skip_first_positions", skip_first_positions, 0)
     named = named_prompts(prompts)
-    generator = torch.Generator().manual_seed(seed)
     totals: list[Tensor] = []
     engines: dict[str, Mapping[str, str]] = {}
     traced = None
@@ -187,7 +197,7 @@ def jacobian_lens(
             raise ArgumentError("prompts", f"{name}: {counted(traced.n_tokens, 'token')}", allowed)
         chosen = resolve_indices("layers", range(traced.n_layers - 1) if layers is None else layers, traced.n_layers)
         flows = Flows(traced, engine)
-        made = _of_prompt(traced, flows, chosen, positions, _cotangents(traced, sketch, generator))
+        made = _of_prompt(traced, flows, chosen, positions, _cotangents(traced, sketch, seed))
         squares = made.square().sum((1, 2))
         if totals:
             totals[0] += made
@@ -212,11 +222,16 @@ def jacobian_lens(
     )
 
 
-def _cotangents(traced: Trace, sketch: int | None, generator: torch.Generator) -> Float[Tensor, "d_model cotangent"]:
-    """All unit vectors, or random orthogonal ones Q of such a length that Q Q^T is the identity on average."""
+def _cotangents(traced: Trace, sketch: int | None, seed: int) -> Float[Tensor, "d_model cotangent"]:
+    """All unit vectors, or random orthogonal ones Q of such a length that Q Q^T is the identity on average.
+
+    They depend on the prompt and not on its place among others, so that lenses of parts can be merged.
+    """
     width = traced.d_model
     if sketch is None:
         return torch.eye(width, dtype=traced.resid.dtype)
+    digest = hashlib.sha256(f"{seed} ".encode() + traced.resid[0].double().cpu().numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     drawn = torch.randn(width, sketch, generator=generator, dtype=torch.float64)
     return (width / sketch) ** 0.5 * torch.linalg.qr(drawn).Q.to(traced.resid.dtype)
 

@@ -146,6 +146,17 @@ def _parts(spec: SiteSpec) -> tuple[Any, ...]:
     return (spec,)
 
 
+def name_of(trace: Trace, spec: SiteSpec) -> str:
+    """Return an allowed site as TransformerLens names it, such as ``blocks.3.hook_resid_post``; logits with tokens."""
+    point, *rest = _parts(spec)
+    if point in ("logits", "logit_diff"):
+        chosen = as_list(rest[0]) if point == "logits" and rest else rest
+        joined = (" − " if point == "logit_diff" else ", ").join(map(str, chosen))
+        return f"logits[{joined}]" if chosen else "logits"
+    block = f"blocks.{rest[0] % trace.n_layers}"
+    return f"{block}.attn.hook_z, head {rest[1] % trace.model.cfg.n_heads}" if point == "z" else f"{block}.hook_{point}"
+
+
 def _logits(trace: Trace, spec: SiteSpec, point: str, rest: list[Any], allowed: str) -> Site:
     if (point == "logit_diff" and len(rest) != 2) or len(rest) > 2:
         raise ArgumentError("target", spec, allowed)

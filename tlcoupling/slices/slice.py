@@ -25,7 +25,7 @@ from tlcoupling.linalg.maps import Identity, Projection
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 from tlcoupling.slices.flows import Flows, run_between, stage_value
-from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, ends_of, positions_of
+from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, ends_of, name_of, positions_of
 
 _SHORTER = 1 / 16  # steps of differences than those of one block: many blocks bend more
 AT_ONCE = 128  # vectors, at most, on a CPU, whose caches then hold their activations: 576 take a fifth longer
@@ -58,6 +58,7 @@ class SliceJacobian(JacobianOperator):
         self._cost(chain.product_flops, min(chain.shape) * chain.product_flops)
         self._chain, self.engine = chain, engine
         self.source, self.target, self.src, self.dest = source, target, src, dest
+        self._names = [name_of(trace, site) for site in (source, target)]
         self._at_once = vectors_through(trace)
 
     def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
@@ -79,7 +80,8 @@ class SliceJacobian(JacobianOperator):
 
     def __repr__(self) -> str:
         """One line."""
-        return f"SliceJacobian({self.source} at {self.src} -> {self.target} at {self.dest}, shape={self.shape})"
+        source, target = self._names
+        return f"SliceJacobian({source} at {self.src} -> {target} at {self.dest}, shape={self.shape})"
 
 
 def vectors_through(trace: Trace) -> int:

@@ -5,6 +5,7 @@
 - ``store``: a folder of measured cells, and merging;
 - ``table``: all results as one table;
 - ``run``: measure missing cells, in this process or with one of ``executors``;
+- ``lenses``: the Jacobian lens of a corpus, kept by prompt;
 - ``cost`` and ``forecast``: the expected cost, before any model is loaded;
 - ``agreement``: whether two measurements of the same cell agree.
 """

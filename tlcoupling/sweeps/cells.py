@@ -122,12 +122,12 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Return 32 hexadecimal digits; equal cells have equal keys on every machine."""
-        return _digest({"measurement": MEASUREMENT, **self.to_json()})
+        return digest_of({"measurement": MEASUREMENT, **self.to_json()})
 
     @cached_property
     def prompt_id(self) -> str:
         """Return 12 hexadecimal digits of the prompt's digest."""
-        return _digest(self.to_json()["prompt"])[:12]
+        return digest_of(self.to_json()["prompt"])[:12]
 
     def __str__(self) -> str:
         """Return the cell's name in messages."""
@@ -187,6 +187,7 @@ class ModelFacts:
         )
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """Return 32 hexadecimal digits that identify a value of JSON's types."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,4 +1,7 @@
-"""The two kinds of files of a store: a cell's result, and the record of its failure. Both may be anybody's."""
+"""The kinds of files of a store: a cell's result, the record of its failure, and a prompt's Jacobian lens.
+
+Any of them may be anybody's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from tlcoupling.errors import ResultFileError
 from tlcoupling.results.base import parse_result
 from tlcoupling.results.files import damage_reported, parse_json, read_bytes, replace_file
 from tlcoupling.results.typed import build
-from tlcoupling.sweeps.cells import Cell, ModelFacts
+from tlcoupling.slices.lens import JacobianLens
+from tlcoupling.sweeps.cells import Cell, ModelFacts, digest_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,20 @@ def read_failure(path: Path) -> Failure:
     with damage_reported(path, "the failure record "):
         record = parse_json(content)
         return build(Failure, {**record, "cell": Cell.from_json(record["cell"])})
+
+
+def read_lens(path: Path) -> tuple[JacobianLens, bytes]:
+    """Read the Jacobian lens of one prompt; return it with the bytes of its file.
+
+    Raises:
+        ResultFileError: there is none, or it is damaged, not a regular file, or not the lens that its name says.
+    """
+    content = read_bytes(path, follow_links=False)
+    lens, note = parse_result(content, path)
+    with damage_reported(path, "the note of "):
+        if not isinstance(lens, JacobianLens) or digest_of(note["lens"]) != path.stem:
+            raise ValueError("it is not the lens that the file's name says")
+    return lens, content
 
 
 def replace_entry(path: Path, content: bytes) -> None:

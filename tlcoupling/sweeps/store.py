@@ -14,7 +14,7 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ from tlcoupling.arguments import check_int
 from tlcoupling.errors import ResultFileError, StoreError
 from tlcoupling.results.atomic import remove_abandoned, replacing
 from tlcoupling.results.base import write_result
+from tlcoupling.slices.lens import JacobianLens
 from tlcoupling.sweeps.agreement import differences
-from tlcoupling.sweeps.cells import Cell, ModelFacts
-from tlcoupling.sweeps.entries import Failure, Measured, clear, read_cell, read_failure, replace_entry
+from tlcoupling.sweeps.cells import Cell, ModelFacts, digest_of
+from tlcoupling.sweeps.entries import Failure, Measured, clear, read_cell, read_failure, read_lens, replace_entry
 from tlcoupling.sweeps.table import (
     frame,
     row_of_damage,
@@ -61,14 +62,14 @@ class SweepStore:
 
     def __init__(self, folder: str | Path, create: bool = False) -> None:
         self.folder: Path = Path(folder)
-        self._cells, self._failed = self.folder / "cells", self.folder / "failed"
+        self._cells, self._failed, self._lenses = (self.folder / name for name in ("cells", "failed", "lenses"))
         if create:
             self._prepare()
         elif not self._cells.is_dir():
             raise StoreError(f"{str(folder)!r} is not a store of sweep results: it has no folder 'cells'")
 
     def _prepare(self) -> None:
-        for folder in (self._cells, self._failed):
+        for folder in (self._cells, self._failed, self._lenses):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with replacing(folder / ".writable"):
@@ -111,6 +112,29 @@ class SweepStore:
             return set()
         except OSError as error:
             raise StoreError(f"the store {str(self.folder)!r} cannot be read: {error}") from error
+
+    def lens_keys(self) -> set[str]:
+        """Return the keys of prompts with a Jacobian lens (``lens_sweep``), damaged or not."""
+        return self._names(self._lenses, _SUFFIX)
+
+    def lens_path(self, key: str) -> Path:
+        """Return the path of the file of a prompt's lens, existing or not."""
+        return self._lenses / f"{key}{_SUFFIX}"
+
+    def save_lens(self, lens: JacobianLens, record: Mapping[str, Any]) -> Path:
+        """Write the Jacobian lens of one prompt atomically.
+
+        Args:
+            lens: the lens.
+            record: what it is of, of JSON's types; its digest is the key.
+
+        Raises:
+            ResultFileError: it cannot be written.
+        """
+        path = self.lens_path(digest_of(record))
+        self._lenses.mkdir(exist_ok=True)
+        clear(path)
+        return write_result(lens, path, {"lens": record})
 
     def has(self, cell: Cell) -> bool:
         """Return whether the store holds an undamaged result of a cell."""
@@ -281,8 +305,8 @@ class SweepStore:
     def add(self, other: SweepStore, on_damage: OnDamage | None = None) -> int:
         """Copy the cells of another store that this one lacks, or whose file is damaged here; return their number.
 
-        Failures of cells without a result in either store are copied too. Each file is read and checked before it is
-        copied; damaged files of the other store are skipped.
+        Failures of cells without a result in either store are copied too, and Jacobian lenses of prompts. Each file is
+        read and checked before it is copied; damaged files of the other store are skipped.
 
         Args:
             other: the other store.
@@ -308,12 +332,29 @@ class SweepStore:
             key = failure.cell.key
             if key not in known and self._measured(key) is None:
                 replace_entry(self._failure_path(key), other._failure_path(key).read_bytes())
+        skipped |= self._add_lenses(other)
         if on_damage is not None:
             for key, reason in skipped.items():
                 on_damage(key, reason)
         elif skipped:
             warnings.warn(f"damaged files were not copied: {'; '.join(skipped.values())}", stacklevel=2)
         return len(lacking)
+
+    def _add_lenses(self, other: SweepStore) -> dict[str, str]:
+        """Copy the lenses that this store lacks; return the keys of damaged ones, each with the reason."""
+        skipped = {}
+        for key in sorted(other.lens_keys()):
+            try:
+                read_lens(self.lens_path(key))
+            except ResultFileError:
+                try:
+                    content = read_lens(other.lens_path(key))[1]
+                except ResultFileError as error:
+                    skipped[key] = str(error)
+                    continue
+                self._lenses.mkdir(exist_ok=True)
+                replace_entry(self.lens_path(key), content)
+        return skipped
 
     def _require_agreement(self, key: str, ours: Measured, theirs: Measured, other: SweepStore) -> None:
         one, two = ((one.analysis, {"cell": one.cell, "model": one.facts}) for one in (ours, theirs))

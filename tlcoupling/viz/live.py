@@ -1,8 +1,9 @@
 """The report in a notebook with a kernel: choosing a layer or a token that was not measured measures it.
 
 The page in the frame tells what is chosen in it (``assets/scripts/main.js``), ``assets/live.js`` passes that on as the
-trait ``chosen``, and a new page comes back as the trait ``page``. A notebook that is opened without a kernel shows the
-page that was saved with it.
+trait ``chosen``, and a new page comes back as the trait ``page``. The page asks what two Jacobians share, and how a
+layer's heads couple, with the trait ``asked`` (``assets/scripts/kernel.js``). The trait ``answer`` goes into the page
+that is shown. A notebook that is opened without a kernel shows the page that was saved with it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from anywidget import AnyWidget
 from torch import Tensor
 
 from tlcoupling.analysis.analyze import Analysis, couplings_of_tokens
+from tlcoupling.analysis.shared import VECTORS, shared_pair
 from tlcoupling.coupling.depth import depth_coupling
+from tlcoupling.coupling.groups import Place
+from tlcoupling.coupling.heads import head_coupling
+from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.result import Coupling
 from tlcoupling.errors import ArgumentError, TLCouplingError
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.models.baseline import random_baseline
+from tlcoupling.viz import panes
 from tlcoupling.viz.page import asset
 from tlcoupling.viz.widgets import Widget, render_html
 
@@ -38,7 +44,8 @@ class Live(AnyWidget):
 
     It displays itself in Jupyter, VS Code, Colab and marimo. Choosing a layer whose tokens were not compared measures
     their coupling. Choosing a token whose layers were not compared measures its coupling across depth. Fresh weights
-    are measured too, if the analysis has them beside it.
+    are measured too, if the analysis has them beside it. A click on a pair of layers, tokens or heads measures what
+    the two share: |U2^T J1 V2|, and the tokens that the shared directions write and read.
 
     Args:
         result: an analysis that was made here, so that it has its trace.
@@ -62,6 +69,8 @@ class Live(AnyWidget):
     status = traitlets.Unicode().tag(sync=True)
     key = traitlets.Unicode().tag(sync=True)
     chosen = traitlets.Dict().tag(sync=True)
+    asked = traitlets.Dict().tag(sync=True)
+    answer = traitlets.Dict().tag(sync=True)
 
     def __init__(self, result: Analysis, *, baseline: Any | None = None) -> None:
         if not isinstance(result, Analysis):
@@ -73,8 +82,10 @@ class Live(AnyWidget):
         self.result = result
         self._model = baseline
         self._saved: Any = None
+        self._opened: dict[tuple[str, bool], dict[str, Any]] = {}
         super().__init__(page=render_html(result), key=uuid4().hex)
         self.observe(self._choose, "chosen")
+        self.observe(self._answer, "asked")
 
     def _choose(self, change: Mapping[str, Any]) -> None:
         """Measure what is chosen and not measured, and show it."""
@@ -92,9 +103,20 @@ class Live(AnyWidget):
             self.status = f"not measured: {error}"
             return
         if self.status:
-            self.status, self.page = "", render_html(self.result, chosen)
+            self.status, self.page = "", render_html(self.result, chosen, list(self._opened.values()))
             if self._saved is not None:
                 self._saved.update(_html(self._static()))
+
+    def _answer(self, change: Mapping[str, Any]) -> None:
+        """Measure what the page asks for, and answer."""
+        asked = change["new"]
+        assert self.result.trace is not None
+        measure = {"pair": _pair, "heads": _heads}[asked["what"]]
+        try:
+            answer = {"asked": asked, "found": measure(self.result, self.result.trace, asked)}
+        except TLCouplingError as error:
+            answer = {"asked": asked, "refusal": str(error)}
+        self._opened[asked["what"], asked.get("of") == "layer"] = self.answer = answer  # layers have their own panel
 
     def _extended(self, result: Analysis, measure: Any, index: int) -> Analysis:
         """Return the analysis, and the one of fresh weights beside it, with one more measurement."""
@@ -153,12 +175,34 @@ def _at_token(result: Analysis, traced: Trace, token: int) -> dict[str, Any]:
 
 def _in_layer(result: Analysis, traced: Trace, layer: int) -> dict[str, Any]:
     """Measure the coupling of tokens in one more layer."""
-    more = couplings_of_tokens(traced, (layer,), _settings(result))
+    compared, basis = result.token_coupling, layer
+    if compared is not None and compared.basis_layers != compared.layers and len({*compared.basis_layers}) == 1:
+        basis = compared.basis_layers[0]
+    more = couplings_of_tokens(traced, (layer,), {**_settings(result), "basis_layers": basis})
     known = {name: getattr(result, name) for name in more}
     return {
         name: one if known[name] is None or one is None else joined(known[name], one, "layer")
         for name, one in more.items()
     }
+
+
+def _pair(result: Analysis, traced: Trace, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure what a pair of Jacobians shares, with at most as many vectors as a page has of pairs of layers."""
+    row, column = (Place(*(one.get(name) for name in Place._fields)) for one in asked["pair"])
+    sublayer, k = asked["sublayer"], min(asked["k"], VECTORS)
+    if row.head is not None:
+        sublayer, k = traced.attention((row.layer,)), min(k, traced.model.cfg.d_head)
+    settings = {**_settings(result), "k": k}
+    del settings["sublayers"]
+    options = Options.resolve(traced.d_model, **settings)
+    return panes.shared_pair(shared_pair(traced, sublayer, row, column, options), options.bases)
+
+
+def _heads(result: Analysis, traced: Trace, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure how the heads of a layer couple at a token."""
+    settings = {**_settings(result), "k": min(asked["k"], traced.model.cfg.d_head)}
+    del settings["sublayers"]
+    return panes.heads(head_coupling(traced, token=asked["token"], layers=asked["layer"], **settings))
 
 
 def _settings(result: Analysis) -> dict[str, Any]:

@@ -33,13 +33,16 @@ _SCRIPTS = (
     "header",
     "summary",
     "controls",
+    "kernel",
     "shared",
+    "heads",
     "coupling",
     "attention",
     "picture",
     "pairs",
     "tokens",
     "growth",
+    "measures",
     "main",
 )
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from tlcoupling.analysis.analyze import Analysis
-from tlcoupling.analysis.shared import SharedDirections
+from tlcoupling.analysis.shared import SharedDirections, SharedPair
 from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.depth import DepthCoupling
+from tlcoupling.coupling.heads import HeadCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
+from tlcoupling.coupling.result import Coupling
 from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.text import visible
 from tlcoupling.viz.plain import formula, label, packed, plain, roots
@@ -55,28 +57,57 @@ def depth(
         **_profile(result),
         "undetermined": _undetermined(result.values_determined),
         "fresh": None if fresh is None else {**_matrices(fresh, budget), **_profile(fresh)},
-        "shared": None if shared is None else _shared(shared, len(result.layers)),
+        "shared": None if shared is None else _shared(shared),
     }
 
 
-def _shared(shared: SharedDirections, n_layers: int) -> dict[str, Any]:
+def _shared(shared: SharedDirections) -> dict[str, Any]:
     """Return |U2^T J1 V2| of pairs of blocks, and the tokens of their bases, ``[layer, side, rank, end]``."""
     projected = shared.projected
     excess = (projected.coupling[0] - projected.null[0][:, None]).fill_diagonal_(-math.inf)
     row, column = divmod(int(excess.nan_to_num(-math.inf).argmax()), len(excess))
     words = [[[[[label(text) for text in end] for end in rank] for rank in side] for side in of] for of in shared.texts]
     return {
-        "n_layers": n_layers,
         "layers": projected.layers,
         "position": projected.position,
         "token": visible(projected.token),
         "k": projected.values.shape[-1],
+        "bases": projected.bases,
         "values": packed(projected.values[0].abs(), SHARED_BYTES),
         "chance": plain(projected.null_entry[0]),
         "texts": words,
         "scores": plain(shared.scores[..., 0]),
-        "null": plain(shared.null[:, 0]),
+        "random": plain(shared.null[:, 0]),
         "start": [projected.layers[row], projected.layers[column]],
+    }
+
+
+def shared_pair(shared: SharedPair, bases: str) -> dict[str, Any]:
+    """Return what one pair shares: |U2^T J1 V2|, and the tokens of the bases, ``[side, rank, end]``."""
+    numbers = ("coupling", "null", "determined")
+    return {
+        **{name: plain(getattr(shared, name)) for name in numbers},
+        "bases": bases,
+        "k": len(shared.values),
+        "values": plain(shared.values.abs()),
+        "chance": shared.null_entry,
+        "texts": [[[[label(text) for text in end] for end in rank] for rank in side] for side in shared.texts],
+        "scores": plain(shared.scores[..., 0]),
+        "random": plain(shared.random[:, 0]),
+    }
+
+
+def heads(result: HeadCoupling) -> dict[str, Any]:
+    """Return the coupling of one layer's heads, its null and the null's standard deviation, ``[head, basis_head]``."""
+    names = {"values": "values", "null": "null", "std": "null_std"}
+    same = result.key_value_heads
+    return {
+        **{name: plain(getattr(result, of)[0, 0]) for name, of in names.items()},
+        "k": result.ks[0],
+        "mean": plain(result.mean("excess")[0, 0]),
+        "diagonal_is_one": _diagonal_is_one(result),
+        "undetermined": None if (fine := result.determined) is None else plain(~fine[0].all(-1)),
+        "related": None if same is None else [[a == b for b in same] for a in same],
     }
 
 
@@ -171,6 +202,7 @@ def pairs(
         "picture": None if analysis is None else _picture(analysis),
         "attention": None if analysis is None else _attention(analysis, first, layers, room),
         "kinds": kinds,
+        "across": any(one.basis_layers != one.layers for one in couplings.values()),
         **(_metric(next(iter(couplings.values()))) if couplings else {}),
     }
 
@@ -260,6 +292,7 @@ def _kind(
         **_title(result),
         "sublayers": result.sublayers,
         "layers": [result.layers[i] for i in chosen],
+        "basis_layers": [result.basis_layers[i] for i in chosen],
         "ks": result.ks,
         "positions": result.positions,
         "pool": pool,
@@ -304,6 +337,6 @@ def _metric(result: DepthCoupling | TokenCoupling | ContextCoupling) -> dict[str
     }
 
 
-def _diagonal_is_one(result: DepthCoupling | TokenCoupling | ContextCoupling) -> bool:
+def _diagonal_is_one(result: Coupling) -> bool:
     """Return whether each Jacobian on the diagonal is compared with its own bases."""
     return result.bases == "uv" and bool(result._shared().all())

@@ -8,12 +8,20 @@ from typing import Any
 
 from tlcoupling.analysis.analyze import Analysis
 from tlcoupling.analysis.headline import without_sinks
+from tlcoupling.analysis.measures import MEASURES
 from tlcoupling.analysis.summary import coupling_rows, growth_summary, linearity_rows, straightest
 from tlcoupling.coupling.chance import CouplingTest, p_value
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.results.base import Provenance
 from tlcoupling.text import counted, visible
 from tlcoupling.viz.plain import packed, plain
+from tlcoupling.viz.shown import BASELINE, CHANCE_OF_BASELINE, Lines, shown
+
+_TITLES = {
+    "geometry": "Eigenvalues, normality and rank",
+    "lyapunov": "Lyapunov exponents",
+    "profile": "What each layer does",
+}
 
 
 def header(analysis: Analysis) -> dict[str, Any]:
@@ -144,6 +152,47 @@ def growth(analysis: Analysis) -> dict[str, Any]:
         "median": plain(log_norms[:, kept].nanquantile(0.5, dim=1)),
         "alpha": plain(result.alpha[:, kept].nanmean(1)),
         "shares": {name: plain(share[:, kept].nanmean(1)) for name, share in shares.items() if share is not None},
+    }
+
+
+def measures(analysis: Analysis) -> list[dict[str, Any]] | None:
+    """Return table and curves of the measures that were asked for, beside chance and baseline; None if none was."""
+    found = {name: part for name in MEASURES if (part := getattr(analysis, name)) is not None}
+    return [_measure(name, part) for name, part in found.items()] or None
+
+
+def _measure(name: str, result: Any) -> dict[str, Any]:
+    """Return what one measure shows of itself."""
+    one = shown(result)
+    return {
+        "name": name,
+        "title": f"{_TITLES[name]}: {one.below}",
+        "note": one.note,
+        "columns": one.columns,
+        "rows": plain([list(row) for row in one.rows]),
+        "has_baseline": result.baseline is not None,
+        "charts": [_chart(picture) for picture in one.pictures if isinstance(picture, Lines)],
+    }
+
+
+def _chart(picture: Lines) -> dict[str, Any]:
+    """Return the curves of the model, the baseline, and the chance level of each."""
+    beside = (BASELINE, CHANCE_OF_BASELINE)
+    first = next(values for name, values in picture.values.items() if name not in beside)
+    lines = dict(
+        zip(
+            ("model", "chance", "baseline", "baseline_chance"),
+            (first, picture.chance, *map(picture.values.get, beside)),
+            strict=True,
+        )
+    )
+    return {
+        "title": picture.title,
+        "group": picture.group or picture.title,
+        "axis": picture.axis,
+        "labels": list(picture.labels),
+        "logarithmic": picture.logarithmic,
+        "lines": {role: plain(values) for role, values in lines.items() if values is not None},
     }
 
 

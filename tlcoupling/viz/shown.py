@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from tlcoupling.directions.causal import CausalEffect
 from tlcoupling.directions.readout import ENDS, SIDES, DirectionReadout
 from tlcoupling.dynamics.components import TrajectoryComponents
 from tlcoupling.dynamics.depth_profile import DepthProfile
-from tlcoupling.dynamics.geometry import MAPS, EigenGeometry
+from tlcoupling.dynamics.geometry import MAPS, WITH_NULL, EigenGeometry
 from tlcoupling.dynamics.linearized import LinearizationGap
 from tlcoupling.dynamics.lyapunov import LyapunovSpectrum
 from tlcoupling.dynamics.spectrum import SingularValueProfile
@@ -42,6 +43,7 @@ from tlcoupling.slices.atlas import OVERLAPS, SensitivityAtlas
 from tlcoupling.slices.detached import DetachedComparison
 from tlcoupling.slices.features import FeatureMap
 from tlcoupling.slices.lens import JacobianLens
+from tlcoupling.slices.lens_coupling import LensCoupling
 from tlcoupling.slices.relations import SliceRelations
 from tlcoupling.slices.steering import CONTROLS, SteeringEffect
 from tlcoupling.text import counted, visible
@@ -51,6 +53,12 @@ from tlcoupling.trajectory.linearity import Linearity
 
 MOST_ROWS, MOST_LINES = 12, 4
 _AGAINST_NULL = ("coupling", "null", "excess")
+BASELINE, CHANCE_OF_BASELINE = "baseline", "chance of the baseline"
+_MEANS = ("mean", "chance", BASELINE, "its chance")
+_OF_MAPS = ("symmetric", "rotation", "departure", "effective_rank", "stable_rank")
+_CHANCE_IS_ZERO = ("cosine", "coupling")
+_CHANCE_OF = {name: f"{name}_null" for name in (*WITH_NULL, "influence", "linearity")}
+_CHANCE_OF |= {"angular_distance": "angular_null", "linearity_of_write": "linearity_null"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Lines:
         chance: the chance level along them; None without one.
         band: lower and upper end around the first curve; None without one.
         logarithmic: whether the vertical axis is logarithmic.
+        group: the quantity, where each sublayer has curves of it; the page shows those of a group side by side.
     """
 
     title: str
@@ -95,6 +104,7 @@ class Lines:
     chance: Tensor | None = None
     band: tuple[Tensor, Tensor] | None = None
     logarithmic: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -365,32 +375,52 @@ def _spectrum(result: SingularValueProfile) -> Shown:
     return Shown(below, columns, rows, [picture])
 
 
+def _by_layer(
+    result: EigenGeometry | DepthProfile, quantity: str, group: str, sublayer: str, select: Callable[[Tensor], Tensor]
+) -> tuple[Lines, list[float]]:
+    """Return a quantity over layers beside its chance level and the same of the baseline, and the means of the four.
+
+    Args:
+        result: the result.
+        quantity: the name of a field.
+        group: what the numbers are.
+        sublayer: of which sublayer.
+        select: the curve over layers in a field.
+    """
+
+    def curves(one: EigenGeometry | DepthProfile) -> tuple[Tensor, Tensor | None]:
+        values = select(getattr(one, quantity))
+        if quantity in _CHANCE_IS_ZERO:
+            return values, torch.zeros_like(values)
+        return values, select(getattr(one, _CHANCE_OF[quantity])) if quantity in _CHANCE_OF else None
+
+    (values, chance), (beside, its) = (
+        curves(result),
+        (None, None) if result.baseline is None else curves(result.baseline),
+    )
+    named = {quantity.replace("_", " "): values, BASELINE: beside, CHANCE_OF_BASELINE: its}
+    lines = {name: line for name, line in named.items() if line is not None}
+    means = [math.nan if line is None else float(line.double().mean()) for line in (values, chance, beside, its)]
+    title, logarithmic = f"{group}, {sublayer}", quantity.endswith("rank")
+    return Lines(title, "layer", result.layers, lines, chance, logarithmic=logarithmic, group=group), means
+
+
 @shown.register
 def _geometry(result: EigenGeometry) -> Shown:
-    beside = {"": result} if result.baseline is None else {"": result, "baseline": result.baseline}
     rows, pictures = [], []
-    for at, name in enumerate(result.sublayers):
-        for quantity in ("symmetric", "rotation", "departure"):
-            null = getattr(result, f"{quantity}_null")[at, -1, :, 0]
-            lines = {label or quantity: getattr(one, quantity)[at, -1, :, 0] for label, one in beside.items()}
-            others = [float(values.mean()) for values in list(lines.values())[1:]] or [math.nan]
-            values = lines[quantity]
-            rows.append(
-                (f"{quantity}, {name}", *values[[0, -1]].tolist(), float(values.mean()), float(null.mean()), *others)
-            )
-            pictures.append(Lines(f"{quantity} of J, {name}", "layer", result.layers, lines, null))
-        ranks = {
-            f"{MAPS[index]}{f', {label}' if label else ''}": one.effective_rank[at, -1, :, index]
-            for label, one in beside.items()
-            for index in range(len(MAPS))
-        }
-        pictures.append(Lines(f"effective rank, {name}", "layer", result.layers, ranks, logarithmic=True))
+    for quantity, at in ((quantity, at) for at in range(len(MAPS)) for quantity in _OF_MAPS):
+        for sublayer, name in enumerate(result.sublayers):
+            group, select = f"{quantity.replace('_', ' ')} of {MAPS[at]}", itemgetter((sublayer, -1, slice(None), at))
+            picture, means = _by_layer(result, quantity, group, name, select)
+            values = next(iter(picture.values.values()))
+            rows.append((picture.title, *values[[0, -1]].tolist(), *means))
+            pictures.append(picture)
     note = (
-        "symmetric, rotation: 1 and 0 for a symmetric J. Nearly all eigenvalues of any large random matrix are complex."
+        "symmetric, rotation: 1 and 0 for a symmetric matrix. Chance: random bases with the same singular values. "
+        "Nearly all eigenvalues of any large random matrix are complex, and a small J makes any I + J nearly symmetric."
     )
-    below = f"{counted(len(result.layers), 'layer')}, token {result.positions[-1]}; J, chance: random bases"
-    columns = ("", "first layer", "last", "mean", "chance", "baseline")
-    return Shown(below, columns, rows[:MOST_ROWS], pictures, note)
+    below = f"{counted(len(result.layers), 'layer')}, token {result.positions[-1]}"
+    return Shown(below, ("", "first layer", "last", *_MEANS), rows, pictures, note)
 
 
 @shown.register
@@ -413,6 +443,16 @@ def _lyapunov(result: LyapunovSpectrum) -> Shown:
             {label or "exponent": one.exponents for label, one in beside.items()},
         )
     ]
+    pictures += [
+        Lines(
+            f"what a layer adds to ln s₁, {name}",
+            "layer",
+            range(len(result.growth)),
+            {label or name: one.growth[:, at, 0] for label, one in beside.items()},
+            group="what a layer adds to ln s₁",
+        )
+        for at, name in enumerate(result.sublayers)
+    ]
     for quantity in ("effective_rank", "stable_rank"):
         ranks = {
             label or "rank": values for label, one in beside.items() if (values := getattr(one, quantity)) is not None
@@ -422,7 +462,9 @@ def _lyapunov(result: LyapunovSpectrum) -> Shown:
             rows.append((f"{name} at the end", *(float(values[-1]) for values in ranks.values())))
             depths = range(len(result.growth) + 1)
             pictures.append(Lines(f"{name} of the product", "depth", depths, ranks, logarithmic=True))
-    note = "" if len(beside) > 1 else "Fresh weights were not measured: lyapunov_spectrum(..., baseline='fresh')."
+    note = "Exponents have no closed-form chance level" + (
+        "." if len(beside) > 1 else ", and fresh weights were not measured: lyapunov_spectrum(..., baseline='fresh')."
+    )
     below = f"{counted(len(result.growth), 'layer')}, token {result.position}"
     return Shown(below, ("", "value", "baseline")[: 1 + len(beside)], rows, pictures, note)
 
@@ -432,30 +474,26 @@ def _profile(result: DepthProfile) -> Shown:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few prompts: the ends are then missing
         with_coupling = result.correlation()
-    zeros = torch.zeros_like(result.coupling)
-    chance = {"influence": result.influence_null, "angular_distance": result.angular_null, "cosine": zeros}
-    chance |= dict.fromkeys(("linearity", "linearity_of_write"), result.linearity_null) | {"coupling": zeros}
-
-    def by_layer(one: DepthProfile, name: str, at: int) -> Tensor:
-        return getattr(one, name).reshape(-1, *zeros.shape[1:]).mean(0)[at]
-
+    names, shape = with_coupling.labels[0], result.coupling.shape[1:]
     rows, pictures = [], []
-    for name in (*(each for each in with_coupling.labels[0] if each != "layer"), "coupling"):
-        known = with_coupling.labels[0].index(name) if name != "coupling" else None
-        ends = [] if known is None else [getattr(with_coupling, end)[known, 0] for end in ("estimate", "low", "high")]
-        null = chance[name].reshape(-1, *zeros.shape[1:]).mean(0)[0] if name in chance else None
-        other = math.nan if result.baseline is None else float(by_layer(result.baseline, name, 0).mean())
-        numbers = (float(by_layer(result, name, 0).mean()), math.nan if null is None else float(null.mean()), other)
-        rows.append((name.replace("_", " "), *numbers, *([float(end) for end in ends] or [math.nan] * 3)))
-        lines = {each: by_layer(result, name, at) for at, each in enumerate(result.sublayers)}
-        if result.baseline is not None:
-            lines[f"{result.sublayers[0]}, baseline"] = by_layer(result.baseline, name, 0)
-        pictures.append(Lines(name.replace("_", " "), "layer", result.layers, lines, null))
-    first = result.sublayers[0]
-    columns = (f"mean over layers, {first}", "value", "chance", "baseline", "rho with coupling", "low", "high")
+    for quantity in (*(each for each in names if each != "layer"), "coupling"):
+        for at, sublayer in enumerate(result.sublayers):
+
+            def of_sublayer(field: Tensor, at: int = at) -> Tensor:
+                return field.reshape(-1, *shape).mean(0)[at]  # over prompts, where the field has them
+
+            picture, means = _by_layer(result, quantity, quantity.replace("_", " "), sublayer, of_sublayer)
+            rho = [
+                float(getattr(with_coupling, end)[names.index(quantity), at]) if quantity in names else math.nan
+                for end in ("estimate", "low", "high")
+            ]
+            rows.append((picture.title, *means, *rho))
+            pictures.append(picture)
+    columns = ("", *_MEANS, "rho with coupling", "low", "high")
     below = f"{counted(len(result.prompts), 'prompt')}, {counted(result.n_tokens, 'token')}"
     note = (
-        "rho: Spearman's over layers, its mean over prompts; smooth profiles go together by chance. See correlation()."
+        "rho: Spearman's over layers, its mean over prompts; smooth profiles go together by chance. See correlation(). "
+        f"Linearity is over {counted(result.n_tokens, 'token')}, where noise has {result.linearity_null.mean():.2f}."
     )
     return Shown(below, columns, rows, pictures, note)
 
@@ -550,6 +588,22 @@ def _lens(result: JacobianLens) -> Shown:
     cotangents = "all cotangents" if result.sketched is None else counted(result.sketched, "random cotangent")
     below = f"{counted(result.n_prompts, 'prompt')}, {cotangents}"
     return Shown(below, ("", "‖J‖_F", "standard error, relative"), rows, [picture])
+
+
+@shown.register
+def _lens_coupling(result: LensCoupling) -> Shown:
+    rows = [
+        (name, float(value.double().mean()), float(null.double().mean()))
+        for name, value, null in (
+            ("coupling", result.values, result.null),
+            ("overlap, writes", result.overlap_u, result.overlap_null_u),
+            ("overlap, reads", result.overlap_v, result.overlap_null_v),
+        )
+    ]
+    title, labels = "coupling of lens and block - null", (result.layers, result.blocks)
+    picture = Matrix(title, result.excess.double().mean(0), ("layer of the lens", "block"), labels)
+    below = f"K = {result.k}, {counted(len(result.positions), 'token')}"
+    return Shown(below, ("mean over pairs", "measured", "null"), rows, [picture])
 
 
 @shown.register

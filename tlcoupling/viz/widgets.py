@@ -7,7 +7,7 @@ Elsewhere, its ``html`` is a complete document, which ``save`` writes.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,18 +150,22 @@ def dashboard(result: Analysis) -> Widget:
     return Widget(render_html(result), height=900)
 
 
-def render_html(analysis: Analysis, chosen: Mapping[str, int | None] | None = None) -> str:
+def render_html(
+    analysis: Analysis, chosen: Mapping[str, int | None] | None = None, opened: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Return the report as one HTML document that needs no other file and no network.
 
     Args:
         analysis: the analysis.
         chosen: the ``layer``, ``token`` and ``k`` that are shown first; by default a measured layer and token.
+        opened: what ``viz.Live`` has answered, which is shown first.
 
     Raises:
         ImportError: circuitsvis, which draws the attention patterns, is not installed.
     """
     controls = payload.controls(analysis)
     controls["start"] |= chosen or {}
+    controls["opened"] = opened
     start, fresh = controls["start"]["layer"], None if analysis.baseline is None else analysis.baseline.coupling
     return render(
         f"{analysis.provenance.model_name} · tlcoupling",
@@ -173,6 +177,7 @@ def render_html(analysis: Analysis, chosen: Mapping[str, int | None] | None = No
             "pairs": panes.pairs(analysis.tokens, analysis, _token_couplings(analysis), start),
             "tokens": payload.tokens(analysis),
             "growth": payload.growth(analysis),
+            "measures": payload.measures(analysis),
         },
     )
 

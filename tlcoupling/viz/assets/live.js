@@ -8,6 +8,9 @@ export default {
     const link = make("a", { target: "_blank", href: "#", textContent: "open as a page" });
     const say = () => (status.textContent = model.get("status"));
     const show = () => (frame.srcdoc = model.get("page"));
+    const tell = (about) => frame.contentWindow?.postMessage({ tlcoupling: about }, "*");
+    const answer = () => tell({ answer: model.get("answer") });
+    frame.addEventListener("load", () => tell({ live: true }));
     el.append(status, frame, link);
     say();
     show();
@@ -16,8 +19,14 @@ export default {
     // a slider passes by many layers: the one that it stays at counts
     let settled;
     const choose = (event) => {
-      const chosen = event.data?.tlcoupling?.chosen;
-      if (event.source !== frame.contentWindow || !chosen) return;
+      if (event.source !== frame.contentWindow) return;
+      const { chosen, asked } = event.data?.tlcoupling ?? {};
+      if (asked) {
+        // what is asked twice is asked anew: the page may have forgotten the answer
+        model.set("asked", { ...asked, turn: Date.now() });
+        model.save_changes();
+      }
+      if (!chosen) return;
       clearTimeout(settled);
       settled = setTimeout(() => {
         model.set("chosen", chosen);
@@ -26,6 +35,7 @@ export default {
     };
     addEventListener("message", choose);
     model.on("change:page", show);
+    model.on("change:answer", answer);
     model.on("change:status", say);
 
     // the page that is saved with the notebook, for when there is no kernel

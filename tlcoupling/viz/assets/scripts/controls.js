@@ -43,5 +43,6 @@ tlc.sections.controls = (section, data) => {
 
   section.hidden = [...section.querySelectorAll(".chooser")].every((chooser) => chooser.hidden);
   tlc.start = data.start;
+  tlc.opened = data.opened;
   tlc.choices = { layer: layers, token: positions, k: [...ks] };
 };

@@ -41,15 +41,49 @@ tlc.sections.coupling = (section, data) => {
       readout.textContent = cell ? tlc.inWords(cell, digits) : "1 by definition";
     }
   };
-  const shared = tlc.sharedDirections(section, data.shared);
-  // what two layers share was measured of blocks, at one token and the first K, whatever is chosen now
-  const ofShared = [sublayers.indexOf("block"), data.positions.indexOf(data.shared?.position)];
-  const choose = (l, m) => {
-    tlc.choice.set("layer", layers[l]);
-    const [s, token] = ofShared;
-    shared.show(layers[l], layers[m], s >= 0 && token >= 0 && cellOf(models.trained, s, l, m, token, 0));
+  const panel = tlc.sharedPanel(part("shared"), "What two layers share");
+  // what was measured with the report is of blocks, at one token and the first K, whatever is chosen now
+  const known = data.shared && { ...data.shared, of: tlc.array(data.shared.values) };
+  const ofKnown = [sublayers.indexOf("block"), data.positions.indexOf(known?.position)];
+  const showKnown = (l, m, note = "", cell = undefined) => {
+    const [row, column] = [l, m].map((layer) => known.layers.indexOf(layer));
+    if (row < 0 || column < 0) return panel.say(`Layers ${l} and ${m} are not both among those kept: ${known.layers.join(", ")}.`);
+    panel.show(
+      {
+        ...known,
+        title: `Jacobian of layer ${l}, bases of layer ${m}${note}`,
+        row: `layer ${l}`,
+        column: `layer ${m}`,
+        entry: (i, j) => known.of.at(row, column, i, j),
+        chance: known.chance[row],
+        texts: known.texts[column],
+        scores: known.scores[column],
+      },
+      cell,
+    );
   };
-  const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
+  const choose = (s, l, m) => {
+    tlc.choice.set("layer", layers[l]);
+    const { token, k } = tlc.choice;
+    const isKnown = known && sublayers[s] === "block" && token === known.position && k === data.ks[0] && [l, m].every((i) => known.layers.includes(layers[i]));
+    if (tlc.kernel.there && !isKnown) {
+      panel.say("Measuring what the two share …");
+      tlc.kernel.ask({ what: "pair", of: "layer", sublayer: sublayers[s], k, pair: [l, m].map((i) => ({ layer: layers[i], dest: token, src: token })) });
+    } else if (known) {
+      const [block, at] = ofKnown;
+      showKnown(layers[l], layers[m], "", block >= 0 && at >= 0 && cellOf(models.trained, block, l, m, at, 0));
+    }
+  };
+  tlc.answeredPairs(
+    panel,
+    ({ of }) => of === "layer",
+    ({ sublayer, pair: [row, column] }) => ({
+      title: `${sublayer} at token ${row.dest}: Jacobian of layer ${row.layer}, bases of layer ${column.layer}`,
+      row: `layer ${row.layer}`,
+      column: `layer ${column.layer}`,
+    }),
+  );
+  const keydown = tlc.cellKeys(view, () => shown.cell, point, (l, m) => choose(Math.max(0, sublayers.indexOf("block")), l, m));
   const panes = sets.flatMap((set) => {
     const row = sublayers.map((sublayer, s) => {
       const map = tlc.heatmap({
@@ -59,7 +93,7 @@ tlc.sections.coupling = (section, data) => {
         label: `${sublayer}, ${set.name}, ${n} by ${n} layers`,
         view,
         onpoint: point,
-        onchoose: choose,
+        onchoose: (l, m) => choose(s, l, m),
       });
       const [caption, readout] = [tlc.html("figcaption"), tlc.html("output", { class: "readout" })];
       return { map, caption, readout, set, s, node: tlc.html("figure", {}, caption, map.node, readout) };
@@ -180,10 +214,20 @@ tlc.sections.coupling = (section, data) => {
     ...tlc.legend([["coupling", "coupling"], ["null", "null, with two standard deviations of a single pair"], ...(data.fresh ? [["fresh", "fresh weights"], ["fresh-null", "their null"]] : [])]),
   );
   tlc.choice.on(["token", "k"], draw);
-  if (data.shared) shared.show(...data.shared.start, null, ", the pair with the most excess");
+  const opened = tlc.opened?.some(({ asked }) => asked.of === "layer");
+  if (known) {
+    panel.bounds(
+      `Measured with the report for blocks of ${known.layers.length === n ? `all ${n}` : `${known.layers.length} of ${n}`} layers at token ` +
+        `${tlc.named(known.position, known.token)}, the first ${known.k} singular vectors (entries to ${tlc.precision(known.values)}).`,
+    );
+    if (!opened) showKnown(...known.start, ", the pair with the most excess");
+  } else if (!opened) {
+    panel.say("The matrices of single pairs were not kept. In Python: tlc.analyze(model, prompt, shared=True). On the command line: tlcoupling report --directions.");
+    tlc.kernel.ready(() => panel.say(""));
+  }
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));
   tlc.inScheme(() => {
     if (shown.token >= 0) drawMaps();
-    shared.redraw();
+    panel.redraw();
   });
 };

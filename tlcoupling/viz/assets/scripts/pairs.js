@@ -105,7 +105,36 @@ tlc.sections.pairs = (section, data) => {
     }
     part("readout").textContent = texts.join("; ");
   };
-  const choose = (r) => tlc.choice.set("token", r);
+  const panel = tlc.sharedPanel(part("shared"), "What two tokens or two heads share");
+  panel.say("In a notebook with a kernel, tlc.viz.Live(analysis) opens what a pair of tokens, or of heads, shares: |U₂ᵀ J₁ V₂|, and the tokens that the shared directions write and read.");
+  tlc.kernel.ready(() => panel.say(""));
+  const ask = (asked) => {
+    panel.say("Measuring what the two share …");
+    tlc.kernel.ask({ what: "pair", k: tlc.choice.k, ...asked });
+  };
+  const choose = (r, c) => {
+    const pane = panes[shown.pane];
+    if (tlc.kernel.there && pane?.measured(shown.layer)) {
+      const { kind, sublayer } = pane;
+      const basis = kind.basis_layers[kind.layers.indexOf(shown.layer)];
+      const place = (layer, i) => ({ layer, dest: kind.name === "context dest" ? kind.fixed : i, src: kind.name === "context src" ? kind.fixed : i });
+      ask({ of: "token", sublayer, pair: [place(shown.layer, r), place(basis, c)] });
+    }
+    tlc.choice.set("token", r);
+  };
+  const at = ({ src, dest }) => `token ${src === dest ? "" : `${src} → `}${name(dest)}`;
+  tlc.answeredPairs(
+    panel,
+    ({ of }) => of !== "layer",
+    ({ of, sublayer, pair: [row, column] }) => {
+      const named = of === "head" ? (place) => `head ${place.head}` : at;
+      const across = row.layer === column.layer ? "" : ` in layer ${column.layer}`;
+      return { title: `Layer ${row.layer}, ${of === "head" ? at(row) : sublayer}: Jacobian of ${named(row)}, bases of ${named(column)}${across}`, row: named(row), column: named(column) };
+    },
+  );
+  tlc.headCoupling(part, (layer, token, row, column) =>
+    ask({ of: "head", sublayer: null, pair: [row, column].map((head) => ({ layer, dest: token, src: token, head })) }),
+  );
   const keydown = tlc.cellKeys(view, () => shown.cell, point, choose);
 
   const axes = { row: "Jacobian of token", column: "bases of token" };
@@ -294,6 +323,7 @@ tlc.sections.pairs = (section, data) => {
     shown.quantity = quantity;
     draw();
   }));
+  [part("within").hidden, part("across").hidden] = [data.across, !data.across];
   part("no-fresh").hidden = hasFresh || !panes.length;
   const coarsest = data.kinds.flatMap((kind) => [kind.values, kind.fresh?.values]).filter(Boolean).sort((a, b) => b.scale - a.scale)[0];
   const blocks = (of) => (of > 1 ? `, the mean over a block of ${of} × ${of} tokens` : "");
@@ -319,6 +349,7 @@ tlc.sections.pairs = (section, data) => {
     }
   });
   tlc.inScheme(() => {
+    panel.redraw();
     if (shown.layer === null) return;
     drawAttention();
     draw();
