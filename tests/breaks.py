@@ -352,15 +352,15 @@ BREAKS = (
     _slip(
         "keys without the version of the measurement",
         "sweeps/cells",
-        'return _digest({"measurement": MEASUREMENT, **self.to_json()})',
-        "return _digest(self.to_json())",
+        'return digest_of({"measurement": MEASUREMENT, **self.to_json()})',
+        "return digest_of(self.to_json())",
         "sweeps/test_cells",
     ),
     _slip(
         "keys lack the settings other than K",
         "sweeps/cells",
-        'return _digest({"measurement": MEASUREMENT, **self.to_json()})',
-        'return _digest({"measurement": MEASUREMENT, **self.to_json(), "settings": self.settings.k})',
+        'return digest_of({"measurement": MEASUREMENT, **self.to_json()})',
+        'return digest_of({"measurement": MEASUREMENT, **self.to_json(), "settings": self.settings.k})',
         "sweeps/test_cells",
     ),
     _slip(

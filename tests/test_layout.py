@@ -66,7 +66,7 @@ TESTED_IN = {
 
 # Test files in folders that are named after no module.
 OF_SEVERAL_MODULES = {
-    "forward/test_saelens": "points, hooks and traces, through SAELens itself",
+    "forward/test_saelens": "points, hooks, traces and features, through SAELens itself",
     "sweeps/test_pools": "executors and runs, through Dask, executorlib and MPI",
     "sweeps/test_slurm": "executors and runs, through a real Slurm",
 }

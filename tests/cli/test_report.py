@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_beside_is_said(
     def refuse(*args: Any, **options: Any) -> None:
         raise UnsupportedModelError("no embeddings")
 
-    monkeypatch.setattr("tlcoupling.analysis.shared.read_layers", refuse)
+    monkeypatch.setattr("tlcoupling.analysis.shared.reader", refuse)
     asked = report("--directions")
     assert asked.exit_code == 1 and "no embeddings" in asked.stderr
     by_default = CliRunner().invoke(app, ["report", "--prompt", PROMPT, "--k", "4", "--output", str(tmp_path)])

@@ -218,6 +218,29 @@ def test_hooks_behind_the_blocks_are_checked_too(case: Case):
         tlc.read_directions(tlc.trace(model, TOKENS), 1)
 
 
+@of_each_class
+def test_one_token_alone_is_unembedded(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """Products do not go through the vocabulary once a token, unless a hook behind the blocks expects all tokens."""
+    trace = tlc.trace(case.model(), TOKENS)
+    rows: list[int] = []
+    unembed = type(trace.model.unembed)
+    forward = unembed.forward
+
+    def noted(self: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        out = forward(self, *args)
+        rows.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(unembed, "forward", noted)
+    alone = readout_jacobian(trace, POS).dense()
+    assert rows[0] == 1
+    rows.clear()
+    with trace.model.hooks(fwd_hooks=[(FINAL_NORM, lambda x, hook: None)]):
+        whole = readout_jacobian(trace, POS).dense()
+    assert set(rows) == {len(TOKENS)}
+    torch.testing.assert_close(alone, whole, rtol=1e-6, atol=case.tolerance)
+
+
 def test_logits_that_hide_their_graph_are_refused():
     trace = tlc.trace(FEW[0].model(), TOKENS)
     name = "unembed.hook_in" if "unembed.hook_in" in trace.model.hook_dict else "ln_final.hook_normalized"

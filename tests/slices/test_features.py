@@ -40,6 +40,19 @@ class Autoencoder(nn.Module):
         return 3.0 * acts @ self.inner["W_dec"] + 1.0
 
 
+class Normalising(Autoencoder):
+    """One that measures the scale of what it encodes, and undoes it once, as SAELens's ``constant_norm_rescale``."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.scale = 3.0 / x.norm(dim=-1, keepdim=True)
+        return super().encode(x * self.scale)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        made = super().decode(acts) / self.scale
+        del self.scale
+        return made
+
+
 def pushed(trace: tlc.Trace, point: str, move: Tensor, end: str, pos: int) -> Tensor:
     """The activation at a later hook point with one position of an earlier one moved."""
     kept: list[Tensor] = []
@@ -90,6 +103,34 @@ def test_a_derivative_is_what_pushing_a_feature_does(case: Case, own: bool):
         assert relative_error(found.values[:, column], quotient.detach()) < tolerance
 
 
+def test_a_normalisation_is_undone_as_it_was_measured():
+    """The decoder's scale is that of the activation, whatever was encoded before."""
+    trace = tlc.trace(FEW[0].model(), TOKENS)
+    earlier, later, ends = Normalising(1), Autoencoder(2), (("resid_pre", 1), ("resid_post", 1))
+    found = tlc.feature_map(trace, *ends, earlier, later, src=2, dest=4, most=3)
+    plain = tlc.feature_map(trace, *ends, _Rescaled(1, 3.0 / float(trace.resid[1, 2].norm())), later, src=2, dest=4)
+    for at, feature in enumerate(found.source_features):
+        same = plain.values[:, plain.source_features.index(feature)]
+        rows = [plain.target_features.index(one) for one in found.target_features]
+        torch.testing.assert_close(found.values[:, at], same[rows])
+    reader = tlc.feature_map(trace, *ends, later, Normalising(1), src=2, dest=4, most=3)
+    assert reader.values.abs().max() > 0  # its derivative, scale included, held against differences
+
+
+class _Rescaled(Autoencoder):
+    """One of a scale that is known beforehand."""
+
+    def __init__(self, seed: int, scale: float) -> None:
+        super().__init__(seed)
+        self.fixed = scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x * self.fixed)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return super().decode(acts) / self.fixed
+
+
 def test_random_directions_do_what_the_null_says(tmp_path: Path):
     """The root mean square over many random decoders is the null: of 400 draws it is known to 1 part in 28."""
     trace = tlc.trace(FEW[0].model(), TOKENS)
@@ -123,6 +164,10 @@ def test_bad_dictionaries_are_refused():
             tlc.feature_map(trace, *ends, wrong, good)
     with pytest.raises(ArgumentError, match="earlier='object'.*encode and decode, or with W_enc and W_dec"):
         tlc.feature_map(trace, *ends, object(), good)
+    for part in ("b_dec", "threshold"):  # Gemma Scope's are JumpReLU autoencoders
+        more = SimpleNamespace(**weights(1), **{part: torch.ones(SIZE)})
+        with pytest.raises(ArgumentError, match=f"later=.*with {part}.*would leave this out"):
+            tlc.feature_map(trace, *ends, good, more)
     off = SimpleNamespace(**{**weights(1), "b_enc": torch.full((SIZE,), -1e6, dtype=torch.float64)})
     with pytest.raises(ArgumentError, match="later=.*an active feature"):
         tlc.feature_map(trace, *ends, good, off)
@@ -133,6 +178,11 @@ def test_bad_dictionaries_are_refused():
     with pytest.raises(DerivativeError, match="without a graph"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tlc.feature_map(trace, *ends, good, hidden)
+    cut = Autoencoder(1)
+    whole = cut.decode
+    cut.decode = lambda acts: whole(acts.detach()) + 0.5 * whole(acts)
+    with pytest.raises(DerivativeError, match="decode of earlier="):
+        tlc.feature_map(trace, *ends, cut, good)
     lying = Autoencoder(1)
     plain = lying.encode
     lying.encode = lambda x: plain(x.detach()) + 0.5 * x.sum(-1, keepdim=True) - 0.5 * x.detach().sum(-1, keepdim=True)

@@ -273,16 +273,16 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
 
 
 def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
-    """List the work of ``shared_directions``: each Jacobian is decomposed twice, for matrices and for tokens."""
+    """List the work of ``shared_directions``."""
     comparison, work = schedule.comparison, {stage: work for (_, stage), work in _by_stage(schedule).items()}
     cfg, found = comparison.model.cfg, len(comparison.layers) * max(comparison.options.k) + RANDOM_DIRECTIONS
     decomposed = work["Jacobians"] + work["decomposition"] + _passes_again(schedule)
     vocabulary = float(cfg.d_vocab) * cfg.d_model
     # logits are followed through autograd, forwards and backwards, and embeddings multiplied; each time, the numbers
     # come from memory
-    passes = len(comparison.layers) + 1
+    passes = -(-found // RANDOM_DIRECTIONS)
     read = Work(thin=(4.0 + 2.0) * found * vocabulary, softmax=(2.0 + 1.0) * passes * vocabulary)
-    parts = {"matrices": decomposed + work["comparison"], "tokens": decomposed + read}
+    parts = {"matrices": decomposed + work["comparison"], "tokens": read}
     return tuple(Stage(f"shared block: {name}", "", part.flops, rates.seconds(part)) for name, part in parts.items())
 
 

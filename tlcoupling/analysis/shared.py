@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,9 +18,9 @@ from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.pairs import compare_pair
-from tlcoupling.coupling.projected import ProjectedJacobians, projected_jacobians
+from tlcoupling.coupling.projected import ProjectedJacobians, projected_with_bases
 from tlcoupling.coupling.schedule import Comparison, make_schedule
-from tlcoupling.directions.readout import ENDS, SIDES, read_layers, reader
+from tlcoupling.directions.readout import ENDS, SIDES, reader
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.engine import JacobianEngine
@@ -103,16 +102,10 @@ def shared_directions(trace: Trace, coupling: DepthCoupling) -> SharedDirections
     layers, k = compared(trace.n_layers, coupling.ks)
     position = coupling.positions[-1]
     settings = {name: coupling.provenance.settings[name] for name in ("bases", "engine", "solver")}
-    projected = projected_jacobians(trace, list(layers), k, sublayers="block", token=position, **settings)
-    words = min(TOKENS, trace.model.cfg.d_vocab)
-    read = read_layers(trace, layers, pos=position, k=k, top=words, engine=settings["engine"])
-    return SharedDirections(
-        provenance=projected.provenance,
-        projected=projected,
-        scores=torch.stack([one.scores for one in read]),
-        null=read[0].null,
-        texts=tuple(one.texts for one in read),
-    )
+    read, null = reader(trace, position, min(TOKENS, trace.model.cfg.d_vocab))
+    projected, triplets = projected_with_bases(trace, list(layers), k, sublayers="block", token=position, **settings)
+    scores, _, texts = read([triplets["block", layer] for layer in layers])
+    return SharedDirections(provenance=projected.provenance, projected=projected, scores=scores, null=null, texts=texts)
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,7 @@ def shared_pair(trace: Trace, sublayer: str, row: Place, column: Place, options:
     jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
     fields, values, triplets = compare_pair(jacobians, schedule)
     read, random = reader(trace, column.dest, min(TOKENS, trace.model.cfg.d_vocab))
-    scores, _, texts = read(triplets)
+    (scores,), _, (texts,) = read([triplets])
     return SharedPair(
         values=values.cpu(),
         coupling=float(fields["values"]),

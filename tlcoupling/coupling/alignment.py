@@ -131,7 +131,8 @@ def head_alignment(
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     attn = trace.attention(chosen)
     for layer in chosen:
-        top = decompose(jacobians, schedule, of, Place(layer, pos, pos)).triplets
+        place = Place(layer, pos, pos)
+        top = decompose(jacobians, schedule, [(of, place)])[of, place].triplets
         heads = [
             _aligned(jacobians.operator(layer, attn, pos, pos, head).dense(), top.u, top.v, options.k, cfg.d_head)
             for head in range(cfg.n_heads)

@@ -115,14 +115,21 @@ def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str,
     return Decomposition(operator, make, method.name, f"{sublayer} of {place}")
 
 
-def decompose(jacobians: JacobianEngine, schedule: Schedule, sublayer: str, place: Place) -> Spectrum:
-    """Return the top triplets of one Jacobian by the scheduled method.
+def decompose(
+    jacobians: JacobianEngine, schedule: Schedule, wanted: Sequence[tuple[str, Place]]
+) -> dict[tuple[str, Place], Spectrum]:
+    """Return the top triplets of some Jacobians, by sublayer and place, each by the scheduled method.
 
     Raises:
-        ArgumentError: K above its rank.
+        ArgumentError: K above the rank of one.
     """
-    options = schedule.comparison.options
-    return spectra_of([_decomposition(jacobians, schedule, sublayer, place)], max(options.k), options.solver)[0]
+    found: list[Spectrum] = []
+    with Workers(min(schedule.workers, len(wanted))) as workers:
+        at_once = workers.count * schedule.stack
+        for some in (wanted[start : start + at_once] for start in range(0, len(wanted), at_once)):
+            made = [_decomposition(jacobians, schedule, name, place) for name, place in some]
+            found += _decomposed(made, schedule.comparison.options, workers)
+    return dict(zip(wanted, found, strict=True))
 
 
 def compare_pair(
@@ -138,7 +145,8 @@ def compare_pair(
         ArgumentError: K above the rank of one of the two Jacobians.
     """
     options, (sublayer,), (group,) = schedule.comparison.options, schedule.comparison.sublayers, schedule.batches[0]
-    known = {place: decompose(jacobians, schedule, sublayer, place) for place in sorted(group.places)}
+    found = decompose(jacobians, schedule, [(sublayer, place) for place in sorted(group.places)])
+    known = {place: spectrum for (_, place), spectrum in found.items()}
     row, of_column = known[group.rows[0]], known[group.columns[0]].triplets
     left, right = (of_column.u, of_column.v) if options.bases == "uv" else (of_column.v, of_column.u)
     fields = _compare(jacobians.trace, sublayer, group, known, options, Workers(1))

@@ -24,6 +24,7 @@ from tlcoupling.forward.context import measured
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName, JacobianEngine
 from tlcoupling.linalg.svd import SolverName
+from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.results.base import Result
 
 
@@ -130,6 +131,20 @@ def projected_jacobians(
         >>> projected = tlc.projected_jacobians(trace, layers=[8, 12, 16], k=10)  # doctest: +SKIP
         >>> tlc.viz.figures.projected_jacobians(projected)  # doctest: +SKIP
     """
+    return projected_with_bases(trace, layers, k, sublayers, token, bases, engine, solver)[0]
+
+
+def projected_with_bases(
+    trace: Trace,
+    layers: Indices,
+    k: int | float,
+    sublayers: str | Sequence[str] | None,
+    token: int,
+    bases: Bases,
+    engine: EngineName,
+    solver: SolverName,
+) -> tuple[ProjectedJacobians, dict[tuple[str, int], Triplets]]:
+    """Return ``projected_jacobians`` and the triplets behind them, by sublayer and layer."""
     require_trace(trace)
     started = time.perf_counter()
     names = resolve_sublayers(sublayers, trace.sublayers, trace.refusal)
@@ -141,12 +156,8 @@ def projected_jacobians(
     schedule = make_schedule(
         Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, names, groups, options)
     )
-    jacobians = JacobianEngine(trace, engine, {(position, position)})
-    spectra = {
-        (name, place): decompose(jacobians, schedule, name, place)
-        for place in sorted(groups[0].places)
-        for name in names
-    }
+    jacobians = JacobianEngine(trace, engine, {(position, position)}, schedule.forms)
+    spectra = decompose(jacobians, schedule, [(name, place) for place in sorted(groups[0].places) for name in names])
     values, s, frobenius = [], [], []
     for name in names:
         rows = [spectra[name, place] for place in groups[0].rows]
@@ -158,7 +169,7 @@ def projected_jacobians(
         s.append(torch.stack([one.triplets.s.cpu() for one in rows]))
         frobenius.append(torch.stack([one.frobenius.cpu() for one in rows]))
     settings = {"layers": list(chosen), "token": position, "sublayers": list(names), **options.settings()}
-    return ProjectedJacobians(
+    found = ProjectedJacobians(
         provenance=trace.provenance(settings=settings, seconds=time.perf_counter() - started, engine=jacobians.used),
         values=torch.stack(values),
         singular_values=torch.stack(s),
@@ -170,3 +181,4 @@ def projected_jacobians(
         d_model=trace.d_model,
         bases=bases,
     )
+    return found, {(name, place.layer): one.triplets for (name, place), one in spectra.items()}

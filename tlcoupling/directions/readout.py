@@ -39,6 +39,7 @@ SIDES, ENDS = ("writes", "reads"), ("+", "-")
 RANDOM_DIRECTIONS = 64
 
 _PLACES = ("side", "rank", "end", "place")
+_BEFORE_UNEMBED = ("unembed.hook_in", "ln_final.hook_normalized")  # of a bridge, of a HookedTransformer
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -147,58 +148,40 @@ def read_directions(
     Example:
         >>> tlc.read_directions(trace, layer=20).to_dataframe()  # doctest: +SKIP
     """
-    return read_layers(trace, [layer], sublayer, pos=pos, k=k, top=top, engine=engine)[0]
-
-
-@measured
-def read_layers(
-    trace: Trace,
-    layers: Sequence[int],
-    sublayer: str = "block",
-    *,
-    pos: int = -1,
-    k: int = 3,
-    top: int = 10,
-    engine: EngineName = "auto",
-) -> list[DirectionReadout]:
-    """Return ``read_directions`` of several layers; what does not depend on the layer is computed once."""
     require_trace(trace)
     started = time.perf_counter()
-    layers = [check_index("layer", layer, trace.n_layers) for layer in layers]
+    layer = check_index("layer", layer, trace.n_layers)
     pos = check_index("pos", pos, trace.n_tokens)
     check_sublayer("sublayer", sublayer, trace.sublayers, trace.refusal)
     read, null = reader(trace, pos, top)
     jacobians = JacobianEngine(trace, engine, {(pos, pos)})
-    found = []
-    for layer in layers:
-        pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
-        scores, ids, texts = read(pairs)
-        found.append(
-            DirectionReadout(
-                provenance=trace.provenance(
-                    settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
-                    seconds=time.perf_counter() - started,
-                    engine=jacobians.used,
-                ),
-                scores=scores,
-                ids=ids,
-                null=null,
-                singular_values=pairs.s.cpu(),
-                left=pairs.u.cpu(),
-                right=pairs.v.cpu(),
-                texts=texts,
-                layer=layer,
-                sublayer=sublayer,
-                position=pos,
-            )
-        )
-    return found
+    pairs = truncated_svd(jacobians.operator(layer, sublayer, pos, pos), k)
+    (scores,), (ids,), (texts,) = read([pairs])
+    return DirectionReadout(
+        provenance=trace.provenance(
+            settings={"layer": layer, "sublayer": sublayer, "pos": pos, "k": k, "top": top, "engine": engine},
+            seconds=time.perf_counter() - started,
+            engine=jacobians.used,
+        ),
+        scores=scores,
+        ids=ids,
+        null=null,
+        singular_values=pairs.s.cpu(),
+        left=pairs.u.cpu(),
+        right=pairs.v.cpu(),
+        texts=texts,
+        layer=layer,
+        sublayer=sublayer,
+        position=pos,
+    )
 
 
 def reader(
     trace: Trace, pos: int, top: int
-) -> tuple[Callable[[Triplets], tuple[Tensor, Tensor, tuple[Any, ...]]], Float[Tensor, "side place"]]:
+) -> tuple[Callable[[Sequence[Triplets]], tuple[Tensor, Tensor, tuple[Any, ...]]], Float[Tensor, "side place"]]:
     """Return what decodes singular vectors, as the scores, ids and texts of ``DirectionReadout``, and their null.
+
+    It takes the triplets of several Jacobians, at the same K, and returns the three for each.
 
     Args:
         trace: a trace of the model.
@@ -218,13 +201,20 @@ def reader(
     random = (random / random.norm(dim=0)).to(logits.device)
     sides = (logits.mm, embeddings.__matmul__)
 
-    def read(pairs: Triplets) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        tops = []
-        for side, vectors in zip(sides, (pairs.u, pairs.v), strict=True):
-            along = side(vectors.to(random)).mT  # [rank, vocabulary]
-            tops.append(torch.stack([along, -along], dim=1).topk(top))
-        scores, ids = (torch.stack([getattr(one, name) for one in tops]).cpu() for name in ("values", "indices"))
-        return scores, ids, _texts(trace.model, ids.tolist())
+    def read(pairs: Sequence[Triplets]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        scores, ids = [], []
+        for side, name in zip(sides, ("u", "v"), strict=True):
+            vectors = torch.cat([getattr(one, name).to(random) for one in pairs], dim=1)
+            # many at a time: each product reads the whole vocabulary
+            every = (side(some).mT for some in vectors.split(RANDOM_DIRECTIONS, dim=1))  # [rank, vocabulary] each
+            tops = [torch.stack([along, -along], dim=1).topk(top) for along in every]
+            scores.append(torch.cat([one.values for one in tops]).cpu())
+            ids.append(torch.cat([one.indices for one in tops]).cpu())
+        # [Jacobian, side, rank, end, place] both
+        found, which = (
+            torch.stack(both, dim=1).unflatten(0, (len(pairs), -1)).transpose(1, 2) for both in (scores, ids)
+        )
+        return found, which, _texts(trace.model, which.tolist())
 
     return read, torch.stack([side(random).mT.topk(top).values.mean(0) for side in sides]).cpu()
 
@@ -246,7 +236,7 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     """
     leaf = trace.resid[-1][None].clone().requires_grad_()
     with trace.hooks_attached():
-        logits = logits_from(trace, pos, leaf)
+        logits = logits_from(trace, pos, leaf, alone=not trace.hooked_outside_blocks())  # a hook expects all positions
         # the logits have a graph through the weights in any case, so test for a path to the stream
         ones = torch.ones_like(logits)
         if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
@@ -260,8 +250,18 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     return jacobian
 
 
-def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, " vocabulary"]:
-    """Return the logits at a token with another x^L, with a graph from there on."""
+def logits_from(
+    trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"], alone: bool = False
+) -> Float[Tensor, " vocabulary"]:
+    """Return the logits at a token with another x^L, with a graph from there on.
+
+    Args:
+        trace: a trace of the model.
+        pos: the token.
+        last_stream: x^L.
+        alone: whether the unembedding takes this token alone, so that a product with the derivative does not go through
+            the vocabulary once for every token. Of a model without its hook point, it takes all.
+    """
     model, last = trace.model, trace.n_layers - 1
 
     def swap(resid: Tensor) -> Tensor:
@@ -269,12 +269,17 @@ def logits_from(trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_mode
         torch.set_grad_enabled(True)  # from here on; earlier blocks need no graph
         return last_stream.to(resid.device)
 
+    hooks = [(trace.point(last, "hook_resid_post"), swap)]
+    end = next((model.hook_dict[name] for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
+    if alone and end is not None:
+        hooks.append((end, lambda resid: resid[:, pos : pos + 1] if resid.shape == last_stream.shape else resid))
     tokens = trace.tokens[None].to(device_of(model))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
-        stack.enter_context(attached([(trace.point(last, "hook_resid_post"), swap)]))
-        return model(tokens, return_type="logits")[0, pos]
+        stack.enter_context(attached(hooks))
+        (logits,) = model(tokens, return_type="logits")
+        return logits[0 if len(logits) == 1 else pos]
 
 
 def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,13 +30,20 @@ from tlcoupling.jacobian.differences import Function, leaning
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.results.base import Result
 from tlcoupling.slices.flows import site_value
-from tlcoupling.slices.sites import SiteSpec, name_of, target_of
+from tlcoupling.slices.sites import Site, SiteSpec, name_of, target_of
 from tlcoupling.slices.slice import slice_jacobian
 
 if TYPE_CHECKING:
     import pandas
 
 _PAIR = ("target_feature", "source_feature")
+# Normalisations of SAELens that only its training code applies, and what folds them into the weights.
+_UNFOLDED = {
+    "expected_average_only_in": "fold_activation_norm_scaling_factor",
+    "covariance_whitening": "fold_activation_whitening",
+}
+# What an encoder may have besides W_enc and b_enc; how it enters, the matrices do not say.
+_FURTHER = ("b_dec", "threshold", "log_threshold", "b_gate", "b_mag", "r_mag")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -121,8 +128,9 @@ def feature_map(
 ) -> FeatureMap:
     """Measure which active features of one dictionary move which active features of a later one.
 
-    A dictionary is any object with ``encode`` and ``decode`` (SAELens's have them), called with ``[1, d]`` and
-    ``[1, feature]``. One with the matrices ``W_enc`` ``[d, feature]`` and ``W_dec`` ``[feature, d]`` alone is
+    A dictionary is any object with ``encode`` and ``decode``, such as SAELens's, called with ``[1, d]`` and
+    ``[1, feature]``. A normalisation that its encoder measures is kept as it is at this activation when features are
+    decoded. One with the matrices ``W_enc`` ``[d, feature]`` and ``W_dec`` ``[feature, d]`` alone is
     relu(x W_enc + b_enc), with ``b_enc`` where it has one.
 
     Args:
@@ -137,13 +145,14 @@ def feature_map(
         engine: as in ``slice_jacobian``.
 
     Raises:
-        ArgumentError: a dictionary of another width or without these methods, no active feature, or as
-            ``slice_jacobian``.
+        ArgumentError: a dictionary of another width or without these methods, no active feature, a transcoder, a
+            scale that is not folded into the weights, or as ``slice_jacobian``.
         DerivativeError: a dictionary or the model hides from autograd what it does.
         HookError, CertificateError, StaleTraceError: see ``slice_jacobian``.
 
     Warns:
-        UserWarning: an encoder is not smooth here, so that its derivative could not be checked.
+        UserWarning: an encoder is not smooth here, so that its derivative could not be checked; or a dictionary of
+            SAELens's was trained at another hook point.
 
     Example:
         >>> between = tlc.feature_map(trace, ("resid_pre", 4), ("resid_pre", 8), sae_4, sae_8)  # doctest: +SKIP
@@ -157,6 +166,8 @@ def feature_map(
     if places["target"].readout == "logits":
         raise ArgumentError("target", target, "a hook point of a block: logits have no dictionary")
     jacobian = slice_jacobian(trace, source, target, src=src, dest=dest, engine=engine)
+    for name, dictionary, place in (("earlier", earlier, places["source"]), ("later", later, places["target"])):
+        _require_fitting(trace, name, dictionary, place)
     first = _Dictionary("earlier", earlier, site_value(trace, places["source"])[src], most)
     last = _Dictionary("later", later, site_value(trace, places["target"])[dest], most)
     directions, readings = first.directions(), last.readings()
@@ -180,6 +191,31 @@ def feature_map(
     )
 
 
+def _require_fitting(trace: Trace, name: str, dictionary: Any, place: Site) -> None:
+    """Hold a dictionary against what its configuration says of it, where it is one of SAELens's.
+
+    Raises:
+        ArgumentError: it is a transcoder, or scales activations in training code alone.
+    """
+    cfg = getattr(dictionary, "cfg", None)
+    if getattr(cfg, "d_out", None) is not None:
+        allowed = "a dictionary of one hook point: a transcoder reads one and writes another"
+        raise ArgumentError(name, type(dictionary).__name__, allowed)
+    scaled = getattr(cfg, "normalize_activations", None)
+    if scaled in _UNFOLDED:
+        allowed = f"weights that hold the scale (sae.{_UNFOLDED[scaled]}): encode leaves it out"
+        raise ArgumentError(name, f"normalize_activations={scaled!r}", allowed)
+    trained = getattr(getattr(cfg, "metadata", None) or cfg, "hook_name", None)
+    if not isinstance(trained, str):
+        return
+    try:
+        fits = target_of(trace, trained) == place
+    except ArgumentError:
+        fits = False
+    if not fits:
+        warnings.warn(f"{name}= was trained at {trained}, which is not the hook point that it is used at", stacklevel=4)
+
+
 class _Dictionary:
     """A dictionary at one activation.
 
@@ -196,6 +232,10 @@ class _Dictionary:
         weights = [getattr(given, part, None) for part in ("W_enc", "W_dec")]
         if self._plain and not all(isinstance(weight, Tensor) and weight.ndim == 2 for weight in weights):
             raise ArgumentError(name, type(given).__name__, "an object with encode and decode, or with W_enc and W_dec")
+        further = [part for part in _FURTHER if isinstance(one := getattr(given, part, None), Tensor) and one.any()]
+        if self._plain and further:
+            allowed = "an object with encode and decode: relu(x W_enc + b_enc) would leave this out"
+            raise ArgumentError(name, f"{type(given).__name__} with {', '.join(further)}", allowed)
         parameters = (
             given.parameters() if isinstance(given, nn.Module) else (w for w in weights if isinstance(w, Tensor))
         )
@@ -221,46 +261,67 @@ class _Dictionary:
         return f"a dictionary of width {width}, that of its hook point"
 
     def directions(self) -> Float[Tensor, "d feature"]:
-        """What one unit more of each chosen feature adds to the activation."""
+        """What one unit more of each chosen feature adds to the activation, held against differences."""
         if self._plain:
             return self._given.W_dec.detach()[self.chosen].mT.to(self._like)
         acts, columns = self._graph.detach(), []
         for feature in self.chosen:
             unit = torch.zeros_like(acts)
             unit[feature] = 1.0
-            columns.append(torch.func.jvp(self._decode, (acts,), (unit,))[1])
-        return torch.stack(columns, dim=1).detach().to(self._like)
+            columns.append(torch.func.jvp(self._decode, (acts,), (unit,))[1].detach())
+
+        def decoded(chosen: Float[Tensor, " feature"]) -> Float[Tensor, " d"]:
+            changed = acts.clone()
+            changed[self.chosen] = chosen.to(acts)
+            return self._decode(changed).to(self._like)
+
+        return self._followed("decode", decoded, self.acts[self.chosen], torch.stack(columns, dim=1).to(self._like))
 
     def readings(self) -> Float[Tensor, "feature d"]:
         """The derivative of each chosen feature by the activation, held against differences."""
         if not self._graph.requires_grad:
             raise DerivativeError(f"the encode of {self._name}= ({type(self._given).__name__}) runs without a graph")
         rows = [torch.autograd.grad(self._graph[feature], self._leaf, retain_graph=True)[0] for feature in self.chosen]
-        made, still = torch.stack(rows).to(self._like), self.acts[self.chosen]
+
+        def encoded(activation: Float[Tensor, " d"]) -> Float[Tensor, " feature"]:
+            return self._encode(activation.to(self._leaf))[self.chosen].to(self._like)
+
+        return self._followed("encode", encoded, self._leaf.detach().to(self._like), torch.stack(rows).to(self._like))
+
+    def _followed(
+        self, part: str, run: Callable[[Tensor], Tensor], at: Float[Tensor, " n"], made: Float[Tensor, "m n"]
+    ) -> Float[Tensor, "m n"]:
+        """Hold the derivative of a part against differences, and return it."""
 
         @torch.no_grad()
-        def moved(moves: Float[Tensor, "move d"]) -> Float[Tensor, "move 1 feature"]:
-            at = [self._encode(self._leaf + move.to(self._leaf))[self.chosen].to(still) for move in moves]
-            return (torch.stack(at) - still)[:, None]
+        def moved(moves: Float[Tensor, "move n"]) -> Float[Tensor, "move 1 m"]:
+            return (torch.stack([run(at + move) for move in moves]) - still)[:, None]
 
+        with torch.no_grad():
+            still = run(at)
         reason = Function(
-            where=f"the encode of {self._name}=",
+            where=f"the {part} of {self._name}=",
             moved=moved,
             product=lambda direction: (made @ direction)[None],
-            size=float(self._like.norm()) or 1.0,
+            size=float(at.norm()) or 1.0,
             lengths=still.norm()[None],
             hooked=False,
-        ).require(leaning(self._like))
+        ).require(leaning(at))
         if reason is not None:
-            warnings.warn(reason, stacklevel=4)
+            warnings.warn(reason, stacklevel=5)
         return made
 
     def _encode(self, x: Float[Tensor, " d"]) -> Float[Tensor, " feature"]:
         if not self._plain:
-            return self._given.encode(x[None])[0]
+            acts = self._given.encode(x[None])
+            return (acts.to_dense() if acts.is_sparse else acts)[0]
         read = x @ self._given.W_enc.detach()
         bias = getattr(self._given, "b_enc", None)
         return torch.relu(read if bias is None else read + bias.detach())
 
     def _decode(self, acts: Float[Tensor, " feature"]) -> Float[Tensor, " d"]:
-        return acts @ self._given.W_dec.detach() if self._plain else self._given.decode(acts[None])[0]
+        if self._plain:
+            return acts @ self._given.W_dec.detach()
+        with torch.no_grad():  # a decoder may undo, once, the normalisation that its encoder measured last
+            self._given.encode(self._leaf.detach()[None])
+        return self._given.decode(acts[None])[0]
