@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.lifting import in_memory, lifted
 from tlcoupling.forward.split import Kind, Part, Split, Topology, splits_of_model
 
 # TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
@@ -253,7 +253,7 @@ class Block:
             UnsupportedModelError: the attention's write cannot be split into heads.
         """
         projection = self.attn.part("o")
-        with lifted(self.model, self.attn.module if projection is None else projection):
+        with in_memory(self.attn.module) if projection is None else lifted(self.model, projection):
             weight = self.attn.write_weight()
         of_layer = f"the attention of layer {self.layer} ({type(self.attn.module).__name__})"
         if z is None or weight is None:

@@ -18,8 +18,10 @@ from tlcoupling.errors import UnsupportedModelError
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """Return the hooks with which accelerate moves the weights of a module itself."""
-    hook = module.__dict__.get("_hf_hook")  # a bridge's part would answer for the module that it wraps
-    return [each for each in getattr(hook, "hooks", (hook,)) if hasattr(each, "offload")]
+    found = [module.__dict__.get("_hf_hook")]  # a bridge's part would answer for the module that it wraps
+    while any(hasattr(each, "hooks") for each in found):  # accelerate chains them, pair by pair
+        found = [hook for each in found for hook in getattr(each, "hooks", (each,))]
+    return [hook for hook in found if hasattr(hook, "offload")]
 
 
 def offloading(module: nn.Module, name: str) -> Any | None:
