@@ -24,7 +24,7 @@ VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
 BREAKS ?=
-NEIGHBOURS ?= nnsight nnterp tuned-lens peft torchao tensorboard plotly
+NEIGHBOURS ?= nnsight nnterp tuned-lens peft torchao llm-microscope tensorboard plotly
 # Small matrices gain nothing from threads: two test processes of one thread each.
 WORKERS ?= -n 2 --dist worksteal
 CONSTRAINTS ?= constraints.txt

@@ -7,9 +7,9 @@
   positions and the mean over positions read, against block power iteration with Rayleigh-Ritz through autograd (Ayyub
   2026): each iteration is k backward passes of the backward pass and k backward passes, batched. It runs for 15
   iterations, as published, and for as many as give the same vectors.
-- atlas: all pairs of layers from the last position to the last one; power iteration on a few pairs, the rest by the
-  number of blocks between.
-- lens: five prompts, against ``JacobianLens.fit`` of TransformerLens (from 4.3 on); 50 prompts by proportion.
+- atlas: all pairs of layers, from the last position to the last one, and one vector at all positions to the last one;
+  power iteration on a few pairs, the rest by the number of blocks between.
+- lens: five prompts in turn, against ``JacobianLens.fit`` of TransformerLens (from 4.3 on); 50 by proportion.
 - estimate: what ``estimate_slice`` and ``estimate_atlas`` say, against CPU seconds and peak memory of the calls.
 
 CPU seconds of the process stand beside wall-clock seconds: on a shared machine the ratio of CPU seconds is what holds.
@@ -133,42 +133,43 @@ def slices(model: Any, prompt: Callable[[int], Tensor], options: Any) -> Iterato
 
 
 def atlas(model: Any, prompt: Callable[[int], Tensor], options: Any) -> Iterator[dict[str, str | float]]:
-    """Yield rows on the atlas from the last position to the last one."""
-    ids = prompt(28)
-    ours = timed(lambda: tlc.sensitivity_atlas(tlc.trace(model, ids), K))
-    print(ours[2], ours[2].summary().iloc[[0, -1]].to_string(), sep="\n")
-    last, n = slice(len(ids) - 1, None), model.cfg.n_layers
-    walls, cpus, worst = 0.0, 0.0, 1.0
-    pairs = [(0, n - 1), (SOURCE, TARGET), (n // 2, n // 2 + 1)]
-    for source, target in pairs:
-        wall, cpu, (_, _, v) = timed(
-            lambda source=source, target=target: power_iteration(
-                products(model, ids, source, target, last, last), model.cfg.d_model, PUBLISHED
-            )
-        )
-        walls, cpus, worst = walls + wall, cpus + cpu, min(worst, agreed(ours[2].v[source, target], v))
+    """Yield rows on the atlas: from the last position to the last one, and one vector at all positions to the last."""
+    ids, n = prompt(28), model.cfg.n_layers
+    last, pairs = slice(len(ids) - 1, None), [(0, n - 1), (SOURCE, TARGET), (n // 2, n // 2 + 1)]
     whole = sum(target - source for source in range(n) for target in range(source + 1, n))
     share = whole / sum(target - source for source, target in pairs)
-    theirs = walls * share, cpus * share
-    label = f"{len(ours[2].pairs)} pairs; theirs from {len(pairs)}, {PUBLISHED} iterations"
-    yield row(label, ours, theirs, f"smallest cos {worst:.3f}")
+    for name, src, given in (("last to last", last, -1), ("one vector at all positions", slice(0, None), "all")):
+        ours = timed(lambda given=given: tlc.sensitivity_atlas(tlc.trace(model, ids), K, src=given))
+        print(ours[2], ours[2].summary().iloc[[0, -1]].to_string(), sep="\n")
+        walls, cpus, worst = 0.0, 0.0, 1.0
+        for source, target in pairs:
+            wall, cpu, (_, _, v) = timed(
+                lambda source=source, target=target, src=src: power_iteration(
+                    products(model, ids, source, target, src, last), model.cfg.d_model, PUBLISHED
+                )
+            )
+            walls, cpus, worst = walls + wall, cpus + cpu, min(worst, agreed(ours[2].v[source, target], v))
+        label = f"{name}, {len(ours[2].pairs)} pairs; theirs from {len(pairs)}, {PUBLISHED} iterations"
+        yield row(label, ours, (walls * share, cpus * share), f"smallest cos {worst:.3f}")
 
 
 def lens(model: Any, prompt: Callable[[int], Tensor], options: Any) -> Iterator[dict[str, str | float]]:
-    """Yield rows on the Jacobian lens."""
+    """Yield rows on the Jacobian lens: one prompt of ours, one of theirs, and so on."""
     from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
     whole = prompt(28 + options.prompts)
-    texts = [model.tokenizer.decode(whole[start : start + 28]) for start in range(options.prompts)]
-    ours = timed(lambda: tlc.jacobian_lens(model, texts))
-    theirs = timed(lambda: JacobianLens.fit(model, texts, corpus="here", show_progress=False))
-    gap = max(
-        float((matrix - theirs[2].jacobians[layer]).norm() / matrix.norm())
-        for layer, matrix in zip(ours[2].layers, ours[2].matrices, strict=True)
-    )
+    ours, theirs, gap = [0.0, 0.0], [0.0, 0.0], 0.0
+    for start in range(options.prompts):
+        text = model.tokenizer.decode(whole[start : start + 28])
+        mine = timed(lambda text=text: tlc.jacobian_lens(model, [text]))
+        other = timed(lambda text=text: JacobianLens.fit(model, [text], corpus="here", show_progress=False))
+        for total, one in ((ours, mine), (theirs, other)):
+            total[0], total[1] = total[0] + one[0], total[1] + one[1]
+        for layer, matrix in zip(mine[2].layers, mine[2].matrices, strict=True):
+            gap = max(gap, float((matrix - other[2].jacobians[layer]).norm() / matrix.norm()))
     yield row(f"{options.prompts} prompts of 28", ours, theirs, f"matrices {gap:.0e}")
     more = 50 / options.prompts
-    yield row("50 prompts, by proportion", [one * more for one in ours[:2]], [one * more for one in theirs[:2]], "")
+    yield row("50 prompts, by proportion", [one * more for one in ours], [one * more for one in theirs], "")
 
 
 def estimates(model: Any, prompt: Callable[[int], Tensor], options: Any) -> Iterator[dict[str, str | float]]:

@@ -50,6 +50,7 @@ _ROWS = (
     Neighbour("peft", "tests/forward/test_bare.py -k lora"),
     Neighbour("bitsandbytes", "tests/forward/test_quantised.py -k 'not torchao'"),
     Neighbour("torchao", "tests/forward/test_quantised.py -k torchao"),
+    Neighbour("llm-microscope", "tests/dynamics/test_depth_profile.py -k microscope"),
     Neighbour("accelerate", "tests/forward/test_offload.py tests/training/test_monitor.py -k 'offload or trainer'"),
     Neighbour("wandb", "tests/test_beside.py -k wandb"),
     Neighbour("tensorboard", "tests/test_beside.py -k tensorboard"),

@@ -1,7 +1,8 @@
 """Try the live report with real kernels, in JupyterLab and in marimo, through headless Chromium.
 
 A layer and a token that were not measured are chosen in the page. The kernel must measure them, and the page must then
-show them. JupyterLab's notebook is saved and opened again in a new kernel: the page must still be there.
+show them. Then a pair of layers, of tokens and of heads is opened: the kernel must measure what each shares.
+JupyterLab's notebook is saved and opened again in a new kernel: the page must still be there.
 
 Run: pip install anywidget jupyterlab marimo playwright && python scripts/live.py [FOLDER]
 """
@@ -77,6 +78,21 @@ def choose_and_wait(page: Any, where: str) -> None:
     frame.locator('optgroup[label*="depth measured"] option[value="1"]').wait_for(state="attached", timeout=PATIENCE)
     assert shown.inner_text().startswith("0"), "the layer that was chosen stays chosen"
     print(f"{where}: layer 0 and token 1 were measured on demand")
+    # in the row of the layer and of the token that are chosen: another one would be measured, and bring a new page
+    for section, cells, title, down in (
+        ("coupling", "#coupling .panes .heatmap image", "Jacobian of layer 0, bases of layer 3", 0.1),
+        ("pairs", '#pairs [data-part="maps"] figure:last-child .heatmap image', "Jacobian of token 1", 0.25),
+        ("pairs", '[data-part="head-map"] image', "Jacobian of head 0, bases of head 3", 0.1),
+    ):
+        if "head-map" in cells:
+            frame.locator('[data-part="head-ask"]').click()
+        map_of_pairs = frame.locator(cells).first
+        map_of_pairs.wait_for(timeout=PATIENCE)
+        size = map_of_pairs.bounding_box()
+        map_of_pairs.click(position={"x": 0.95 * size["width"], "y": down * size["height"]})
+        opened = frame.locator(f'#{section} [data-part="shared-title"]').filter(has_text=title)
+        opened.wait_for(timeout=PATIENCE)
+        print(f"{where}: {opened.inner_text()}")
 
 
 def jupyterlab(browser: Any, folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,9 @@ from oracle import REPRESENTATIVE
 from scipy.stats import spearmanr
 
 import tlcoupling as tlc
-from tlcoupling.dynamics.depth_profile import AGAINST, linearity_scores, spearman
+from tlcoupling.dynamics.depth_profile import AGAINST, _write, linearity_scores, spearman
 from tlcoupling.errors import ArgumentError
+from tlcoupling.results.intervals import mean_interval
 
 FEW = pytest.mark.filterwarnings("ignore:linearity over:UserWarning")
 PROMPTS = {"first": TOKENS, "second": (TOKENS[:5] + 5) % 50, "third": (TOKENS[:6] + 16) % 50}
@@ -79,7 +83,7 @@ def test_each_column_is_its_definition(case: Case):
 
 
 def published_score(x: torch.Tensor, y: torch.Tensor) -> float:
-    """``procrustes_similarity`` of llm-microscope 0.0.7, restated: its own name for least squares."""
+    """``procrustes_similarity`` of llm-microscope, restated: its own name for least squares."""
     x, y = x - x.mean(0, keepdim=True), y - y.mean(0, keepdim=True)
     x, y = x / x.norm(), y / y.norm()
     return 1 - float((x @ torch.linalg.lstsq(x, y).solution - y).square().sum())
@@ -94,6 +98,22 @@ def test_linearity_is_the_published_score():
     assert float(found["linearity_of_write"]) == pytest.approx(published_score(x, write), rel=1e-10)
     exact = linearity_scores(x, x @ torch.randn(24, 24, generator=generator, dtype=torch.float64) - 1)
     assert float(exact["linearity"]) == pytest.approx(1) and float(exact["linearity_of_write"]) == pytest.approx(1)
+
+
+def test_linearity_is_the_score_of_llm_microscope():
+    package = importlib.util.find_spec("llm_microscope")  # whose __init__ (0.0.7) imports what it does not install
+    if package is None:
+        pytest.skip("no llm-microscope: pip install llm-microscope")
+    score = runpy.run_path(str(Path(str(package.origin)).parent / "functions.py"))["procrustes_similarity"]
+    model, generator = fresh(0), torch.Generator().manual_seed(0)
+    traces = [tlc.trace(model, torch.randint(50, (16,), generator=generator)) for _ in range(12)]
+    for layer, sublayer in ((layer, name) for layer in range(3) for name in traces[0].sublayers):
+        everything = torch.ones(16, dtype=torch.bool)
+        steps = zip(*(_write(trace, layer, sublayer, everything) for trace in traces), strict=True)
+        x, write = (torch.cat(each).double() for each in steps)  # twice as many tokens as dimensions
+        found = linearity_scores(x, write)
+        assert float(found["linearity"]) == pytest.approx(score(x, x + write), abs=1e-9)
+        assert float(found["linearity_of_write"]) == pytest.approx(score(x, write), abs=1e-9)
 
 
 def test_noise_has_the_linearity_of_its_chance_level():
@@ -166,6 +186,9 @@ def test_correlations_with_coupling_are_over_layers_and_their_interval_over_prom
     interval = found.correlation()
     torch.testing.assert_close(interval.estimate, found.rho.mean(0))
     assert interval.axes == ("against", "sublayer") and interval.labels == (AGAINST, ("block", "attn"))
+    beyond = mean_interval(found.rho, 0.95, "rho")
+    assert float(beyond["high"].nan_to_num().max()) > 1, "six prompts say little about three layers"
+    assert (interval.high.nan_to_num() <= 1).all() and (interval.low.nan_to_num() >= -1).all()
     with pytest.raises(ArgumentError, match="confidence"):
         found.correlation(2.0)
 

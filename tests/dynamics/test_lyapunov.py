@@ -141,6 +141,7 @@ def test_a_token_within_a_prefix_that_reads_ahead_is_refused():
 
     trace = tlc.trace(fresh(0), TOKENS, fwd_hooks=[("blocks.1.hook_mlp_out", prefix)])
     assert trace.causal and trace.alone(6) and not trace.alone(2)
+    assert trace.alone(4, 6) and trace.alone(0, 6) and not trace.alone(3, 6) and not trace.alone(0, 2)
     with pytest.raises(UnsupportedModelError, match="position 2 comes back to it by way of others"):
         tlc.lyapunov_spectrum(trace, 2, pos=2)
     with pytest.warns(UserWarning, match="hooks are attached"):

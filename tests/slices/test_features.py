@@ -173,6 +173,8 @@ def test_bad_dictionaries_are_refused():
         tlc.feature_map(trace, *ends, good, off)
     with pytest.raises(ArgumentError, match="target='logits'.*no dictionary"):
         tlc.feature_map(trace, ends[0], "logits", good, good)
+    with pytest.raises(ArgumentError, match="target='ln_final'.*no dictionary"):
+        tlc.feature_map(trace, ends[0], "ln_final", good, good)
     hidden = Autoencoder(1)
     hidden.hidden = True
     with pytest.raises(DerivativeError, match="without a graph"), warnings.catch_warnings():

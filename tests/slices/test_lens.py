@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from oracle import graph_between
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
+from tlcoupling.slices.lens import _between
 
 PROMPTS = {"one": TOKENS, "two": torch.tensor([3, 17, 28, 9, 40])}
 
@@ -28,17 +31,32 @@ def definition(model: Any, tokens: torch.Tensor, layer: int, skipped: int) -> to
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("skipped", [0, 1, 2])
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_it_is_its_definition(case: Case):
+def test_it_is_its_definition(case: Case, skipped: int):
+    """Of one position to itself too: two are left out of five, and the last."""
     model = case.model()
-    lens = tlc.jacobian_lens(model, PROMPTS, skip_first_positions=1)
+    lens = tlc.jacobian_lens(model, PROMPTS, skip_first_positions=skipped)
     assert lens.layers == (0, 1) and lens.n_prompts == 2 and lens.provenance.engine == {"block": "analytic"}
     for layer, matrix in zip(lens.layers, lens.matrices, strict=True):
-        each = [definition(model, tokens, layer, 1) for tokens in PROMPTS.values()]
+        each = [definition(model, tokens, layer, skipped) for tokens in PROMPTS.values()]
         mean = torch.stack(each).mean(0)
         assert relative_error(matrix, mean) < 10 * case.tolerance
         spread = (torch.stack(each) - mean).square().sum() / 2  # of n = 2 prompts: n (n - 1) = 2
         torch.testing.assert_close(lens.error[layer], (spread / mean.square().sum()).sqrt(), rtol=1e-4, atol=0)
+
+
+def test_other_positions_are_left_out_where_nothing_leads_through_them():
+    """By keys and values that the model cached; a hook may expect all positions."""
+    model = next(case for case in FEW if case.name == "bridge-llama").model()
+    trace = tlc.trace(model, TOKENS)
+    part, positions = _between(trace, range(3, 6))
+    assert part.str_tokens == trace.str_tokens[3:6] and positions == range(3)
+    with model.hooks([("blocks.1.hook_mlp_out", lambda tensor, hook: 0.5 * tensor)]):
+        hooked = tlc.trace(model, TOKENS)
+        assert _between(hooked, range(3, 6)) == (hooked, range(3, 6))
+    bidirectional = replace(trace, model=SimpleNamespace(cfg=SimpleNamespace(attention_dir="bidirectional")))
+    assert not bidirectional.alone(3, 5)
 
 
 def test_a_sketch_is_right_on_average():

@@ -124,6 +124,23 @@ def test_logits(case: Case):
     assert relative_error(every.dense()[[5, 9]], rows) < 10 * case.tolerance
 
 
+@few
+def test_the_final_norm(case: Case):
+    """Against a backward pass from the output of the model's own module, at two positions."""
+    trace = tlc.trace(case.model(), TOKENS)
+    kept: list[torch.Tensor] = []
+    handle = trace.model.ln_final.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    leaf, _ = graph_between(trace.model, trace.tokens, "blocks.1.hook_resid_pre")
+    handle.remove()
+    numbers = kept[-1][0, list(DEST)].flatten()
+    rows = torch.stack([torch.autograd.grad(number, leaf, retain_graph=True)[0][0, 2] for number in numbers])
+    found = tlc.slice_jacobian(trace, ("resid_pre", 1), "ln_final", src=2, dest=DEST)
+    assert relative_error(found.dense(), rows) < 10 * case.tolerance
+    assert repr(found).startswith("SliceJacobian(blocks.1.hook_resid_pre at (2,) -> ln_final at (3, 4)")
+    with pytest.raises(ArgumentError, match="target='ln_final'"):
+        tlc.detached_map(trace, "ln_final")
+
+
 def test_hooks_act():
     """A hook that halves a write halves what goes through it."""
     model = built_here({"attn_only": True})

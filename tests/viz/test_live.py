@@ -151,6 +151,14 @@ def test_a_pair_of_layers_tokens_or_heads_is_answered_with_what_it_shares(model:
     assert live.page == before and live.result is result
 
 
+def test_fresh_weights_stand_beside_a_pair_where_the_analysis_has_them(model: Any):
+    pytest.importorskip("anywidget")
+    live = tlc.viz.Live(measured(model, token_layers=1, baseline="fresh"))
+    live.asked = pair("token", {"layer": 1, "src": 3, "dest": 3}, {"layer": 1, "src": 1, "dest": 1})
+    other = live.result.baseline.token_coupling  # pyright: ignore[reportOptionalMemberAccess]
+    assert live.answer["found"]["fresh"] == pytest.approx(float(other.values[0, 0, 0, 3, 1]), abs=1e-4)
+
+
 def test_what_was_opened_stays_in_the_next_page(model: Any):
     pytest.importorskip("anywidget")
     live = tlc.viz.Live(measured(model, token_layers=1))
@@ -203,7 +211,7 @@ def hosted(browser: Any, live: Any, folder: Path, **options: Any) -> Iterator[An
 @pytest.mark.slow
 def test_a_click_on_a_pair_opens_what_it_shares(browser: Any, model: Any, tmp_path: Path):
     pytest.importorskip("anywidget")
-    live = tlc.viz.Live(measured(model, token_layers=1))
+    live = tlc.viz.Live(measured(model, token_layers=1, baseline="fresh"))
     with hosted(browser, live, tmp_path) as page:
         frame = page.frame_locator("iframe")
 
@@ -212,7 +220,7 @@ def test_a_click_on_a_pair_opens_what_it_shares(browser: Any, model: Any, tmp_pa
             frame.locator(f"#{section} [data-part=shared-title]").filter(has_text=title).wait_for()
             found = live.answer["found"]
             shown = numbers(frame.locator(f"#{section} [data-part=shared-title]").inner_text())
-            assert shown == pytest.approx([found["coupling"], found["null"]], abs=6e-5)
+            assert shown == pytest.approx([found["coupling"], found["null"], found["fresh"]], abs=6e-5)
             frame.locator(f"#{section} [data-part=shared-map]").focus()
             page.keyboard.press("ArrowDown")  # from the first row and second column
             entry = numbers(frame.locator(f"#{section} [data-part=shared-readout]").inner_text())

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pandas
 
 SIDES, ENDS = ("writes", "reads"), ("+", "-")
+Readout = Literal["norm", "logits"]
 RANDOM_DIRECTIONS = 64
 
 _PLACES = ("side", "rank", "end", "place")
@@ -219,8 +220,10 @@ def reader(
     return read, torch.stack([side(random).mT.topk(top).values.mean(0) for side in sides]).cpu()
 
 
-def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
+def readout_jacobian(trace: Trace, pos: int, of: Readout = "logits") -> GraphJacobian:
     """Return d logits_pos / d x^L_pos through everything after the model's last block, ``[vocabulary, d_model]``.
+
+    Or the same of the final norm's output, ``[d_model, d_model]``.
 
     Runs the model's own forward pass with the trace's x^L substituted. So final norm, unembedding and soft-cap are the
     model's own, and both the trace's hooks and attached hooks act.
@@ -236,7 +239,8 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
     """
     leaf = trace.resid[-1][None].clone().requires_grad_()
     with trace.hooks_attached():
-        logits = logits_from(trace, pos, leaf, alone=not trace.hooked_outside_blocks())  # a hook expects all positions
+        # a hook expects all positions
+        logits = logits_from(trace, pos, leaf, of, alone=not trace.hooked_outside_blocks())
         # the logits have a graph through the weights in any case, so test for a path to the stream
         ones = torch.ones_like(logits)
         if not logits.requires_grad or torch.autograd.grad(logits, leaf, ones, True, allow_unused=True)[0] is None:
@@ -246,19 +250,24 @@ def readout_jacobian(trace: Trace, pos: int) -> GraphJacobian:
             )
         weights = logits.numel() * trace.d_model
         jacobian = GraphJacobian(logits.to(leaf), leaf, at_position(pos), 4.0 * weights)
-        _require_followed(trace, pos, jacobian, logits.detach())
+        _require_followed(trace, pos, of, jacobian, logits.detach())
     return jacobian
 
 
 def logits_from(
-    trace: Trace, pos: int, last_stream: Float[Tensor, "1 pos d_model"], alone: bool = False
+    trace: Trace,
+    pos: int,
+    last_stream: Float[Tensor, "1 pos d_model"],
+    of: Readout = "logits",
+    alone: bool = False,
 ) -> Float[Tensor, " vocabulary"]:
-    """Return the logits at a token with another x^L, with a graph from there on.
+    """Return the logits at a token with another x^L, or the final norm's output; with a graph from there on.
 
     Args:
         trace: a trace of the model.
         pos: the token.
         last_stream: x^L.
+        of: which of the two.
         alone: whether the unembedding takes this token alone, so that a product with the derivative does not go through
             the vocabulary once for every token. Of a model without its hook point, it takes all.
     """
@@ -271,19 +280,26 @@ def logits_from(
 
     hooks = [(trace.point(last, "hook_resid_post"), swap)]
     end = next((model.hook_dict[name] for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
-    if alone and end is not None:
+    if alone and end is not None and of == "logits":
         hooks.append((end, lambda resid: resid[:, pos : pos + 1] if resid.shape == last_stream.shape else resid))
-    tokens = trace.tokens[None].to(device_of(model))
+    tokens, normed = trace.tokens[None].to(device_of(model)), list[Tensor]()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
         stack.enter_context(attached(hooks))
+        if of == "norm":
+            handle = model.ln_final.register_forward_hook(lambda module, inputs, output: normed.append(output))
+            stack.callback(handle.remove)
         (logits,) = model(tokens, return_type="logits")
+        if of == "norm":
+            return normed[-1][0, pos]
         return logits[0 if len(logits) == 1 else pos]
 
 
-def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]) -> None:
-    """Hold the derivative of the logits against central differences."""
+def _require_followed(
+    trace: Trace, pos: int, of: Readout, jacobian: GraphJacobian, logits: Float[Tensor, " vocabulary"]
+) -> None:
+    """Hold the derivative of the logits, or of the final norm's output, against central differences."""
     stream = trace.resid[-1][None]
 
     @torch.no_grad()
@@ -292,11 +308,11 @@ def _require_followed(trace: Trace, pos: int, jacobian: GraphJacobian, logits: F
         for move in moves:
             other = stream.clone()
             other[0, pos] += move
-            changes.append(logits_from(trace, pos, other).detach() - logits)
+            changes.append(logits_from(trace, pos, other, of).detach() - logits)
         return torch.stack(changes)[:, None].to(logits)
 
     reason = Function(
-        where="the logits",
+        where="the final norm" if of == "norm" else "the logits",
         moved=moved,
         product=lambda direction: jacobian.mv(direction)[None],
         size=float(stream[0, pos].norm()) or 1.0,

@@ -133,6 +133,7 @@ class DepthProfile(Result):
             UserWarning: fewer than 6 prompts, or equal ones: the ends are NaN.
         """
         fields: dict[str, Any] = mean_interval(self.rho, confidence, "rho")
+        fields |= {end: fields[end].clamp(-1, 1) for end in ("low", "high")}  # no mean of correlations is beyond
         return Interval(
             provenance=self.provenance,
             **fields,
@@ -238,9 +239,10 @@ def depth_profile(
             f"{TOKENS_PER_WIDTH * first.d_model} or more",
             stacklevel=3,
         )
+    pooled, ids = _pooled(traces, counting, names), {name: traced.tokens for name, traced in traces.items()}
+    traces.clear()  # as large as all of the baseline's
     other = None
     if baseline is not None:
-        ids = {name: traced.tokens for name, traced in traces.items()}
         how: dict[str, Any] = {"sublayers": names, "include_sinks": include_sinks, "engine": engine}
         how["texts"] = [ids.pop(name) for name in named_texts]
         other = depth_profile(baseline_model(baseline, first.model), ids, rank, **how, progress=progress)
@@ -253,7 +255,7 @@ def depth_profile(
             seconds=time.perf_counter() - started,
         ),
         **{field: torch.stack([row[field] for row in rows]) for field in rows[0]},
-        **_pooled(traces, counting, names),
+        **pooled,
         prompts=tuple(named),
         sublayers=names,
         layers=tuple(range(first.n_layers)),
@@ -294,30 +296,40 @@ def _counting(traced: Trace, include_sinks: bool) -> Tensor:
     return torch.ones_like(sinks) if include_sinks else ~sinks
 
 
-def _writes(traced: Trace, sublayer: str) -> tuple[Float[Tensor, "layer pos d"], Float[Tensor, "layer pos d"]]:
-    """Return what a sublayer, or the block, reads, and what it adds to that."""
+def _write(
+    traced: Trace, layer: int, sublayer: str, counting: Tensor
+) -> tuple[Float[Tensor, "token d"], Float[Tensor, "token d"]]:
+    """Return what a sublayer, or the block, reads at the tokens that count, and what it adds to that."""
     if sublayer == "block":
-        return traced.resid[:-1], traced.resid.diff(dim=0)
-    reads = torch.stack([traced.read_by(layer, sublayer) for layer in range(traced.n_layers)])
-    return reads, traced.writes[sublayer]
+        both = traced.resid[layer], traced.resid[layer + 1] - traced.resid[layer]
+    else:
+        both = traced.read_by(layer, sublayer), traced.writes[sublayer][layer]
+    x, write = (each[counting].cpu() for each in both)
+    return x, write
 
 
 def _geometry(traced: Trace, sublayer: str, counting: Tensor) -> dict[str, Float[Tensor, " layer"]]:
     """Return the means over tokens, by layer."""
-    x, write = (each[:, counting].double().cpu() for each in _writes(traced, sublayer))
+    means = [_angles(*_write(traced, layer, sublayer, counting)) for layer in range(traced.n_layers)]
+    return {name: torch.stack([each[name] for each in means]) for name in _GEOMETRY}
+
+
+def _angles(x: Float[Tensor, "token d"], write: Float[Tensor, "token d"]) -> dict[str, Float[Tensor, ""]]:
+    """Return the means over tokens of a step from x to x + write."""
+    x, write = x.double(), write.double()
     after = x + write
     cosine = (unit(x) * unit(after)).sum(-1).clamp(-1, 1)
     ratio = length(write) / length(x)
     # the angle from both sides of the triangle: arccos loses half of the digits of a small one
     angle = 2 * torch.atan2(length(unit(x) - unit(after)), length(unit(x) + unit(after)))
-    means = {
+    found = {
         "influence": 1 - cosine,
         "influence_null": 1 - (1 + ratio.square()).rsqrt(),
         "angular_distance": angle / torch.pi,
         "angular_null": ratio.atan() / torch.pi,
         "cosine": (unit(x) * unit(write)).sum(-1),
     }
-    return {name: each.nanmean(-1) for name, each in means.items()}
+    return {name: each.nanmean() for name, each in found.items()}
 
 
 def _without(traced: Trace, layer: int, sublayer: str) -> Float[Tensor, ""]:
@@ -345,11 +357,14 @@ def _pooled(
     traces: Mapping[str, Trace], counting: Mapping[str, Tensor], names: Sequence[str]
 ) -> dict[str, Float[Tensor, "sublayer layer"]]:
     """Return the linearity scores over the tokens of all prompts."""
-    cells = []
-    for sublayer in names:
-        both = [[each[:, counting[name]] for each in _writes(one, sublayer)] for name, one in traces.items()]
-        x, write = (torch.cat(parts, dim=1).cpu() for parts in zip(*both, strict=True))
-        cells.append([linearity_scores(*rows) for rows in zip(x, write, strict=True)])
+
+    def score(layer: int, sublayer: str) -> dict[str, Float[Tensor, ""]]:
+        both = [_write(one, layer, sublayer, counting[name]) for name, one in traces.items()]
+        x, write = (torch.cat(parts) for parts in zip(*both, strict=True))
+        return linearity_scores(x, write)
+
+    n_layers = next(iter(traces.values())).n_layers
+    cells = [[score(layer, sublayer) for layer in range(n_layers)] for sublayer in names]
     return {
         field: torch.stack([torch.stack([cell[field] for cell in row]) for row in cells])
         for field in ("linearity", "linearity_of_write", "linearity_null")

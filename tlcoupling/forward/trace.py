@@ -301,21 +301,26 @@ class Trace(Stream):
 
     @measured
     @torch.no_grad()
-    def alone(self, pos: int) -> bool:
-        """Whether no other position lies on the way from a position to itself, through all blocks.
+    def alone(self, first: int, last: int | None = None) -> bool:
+        """Whether no other position lies on the way between two of some consecutive ones, through all blocks.
 
-        Then its own Jacobians multiply to what the blocks do to it. Tested in each block: what moves there must not
-        move earlier positions, and it must not move with later ones.
+        At a single one, its own Jacobians then multiply to what the blocks do to it. Tested in each block: what moves
+        there must not move earlier positions, and it must not move with later ones.
+
+        Args:
+            first: the first position.
+            last: the last one; None: the same.
         """
         if getattr(self.model.cfg, "attention_dir", "causal") == "bidirectional":
             return False
+        stop = (first if last is None else last) + 1
         for layer in range(self.n_layers):
             stream = self.block_input(layer)
             own, later = stream.clone(), stream.clone()
-            own[:, pos] = -own[:, pos].roll(1, -1)
-            later[:, pos + 1 :] = -later[:, pos + 1 :].roll(1, -1)
+            own[:, first:stop] = -own[:, first:stop].roll(1, -1)
+            later[:, stop:] = -later[:, stop:].roll(1, -1)
             still, moved, beside = (self.run_block(layer, each, {})[0] for each in (stream, own, later))
-            gap = relative_gap(torch.cat([moved[:pos], beside[pos, None]]), still[: pos + 1])
+            gap = relative_gap(torch.cat([moved[:first], beside[first:stop]]), still[:stop])
             if (gap > _CAUSAL).any():
                 return False
         return True

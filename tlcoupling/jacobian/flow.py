@@ -198,11 +198,11 @@ class CoreFlow(StreamMap):
 
     def __init__(self, core: AttentionCore) -> None:
         """Take the core. Keys and values of positions before the first one (``past``) do not move."""
-        own = slice(core.past, None)
-        self._pattern, self._values, self._keys = core.pattern[..., own], core.values[own], core.keys[own]
+        self._own = slice(core.past, None)
+        self._pattern, self._values, self._keys = core.pattern[..., self._own], core.values, core.keys
         self._queries, self._rotary = core.queries, core.rotary
-        products = einsum(core.queries, self._keys, "dest head e, src head e -> head dest src")
-        self._weights = self._pattern * core.scores.slope(products)
+        products = einsum(core.queries, core.keys, "dest head e, src head e -> head dest src")
+        self._weights = core.pattern * core.scores.slope(products)
         self._z = einsum(core.pattern, core.values, "head dest src, src head f -> dest head f")
         self._gates = core.gates
         n_tokens, self._heads, size = self._z.shape
@@ -218,7 +218,7 @@ class CoreFlow(StreamMap):
         if self._rotary is not None:
             q, k = self._rotary.apply(q), self._rotary.apply(k)
         scores = einsum(q, self._keys, "vector dest head e, src head e -> vector head dest src")
-        scores = scores + einsum(self._queries, k, "dest head e, vector src head e -> vector head dest src")
+        scores[..., self._own] += einsum(self._queries, k, "dest head e, vector src head e -> vector head dest src")
         moved = self._weights * scores
         z = einsum(moved, self._values, "vector head dest src, src head f -> vector dest head f")
         z = z + einsum(self._pattern, moves["v"], "head dest src, vector src head f -> vector dest head f")
@@ -240,7 +240,8 @@ class CoreFlow(StreamMap):
         moved = einsum(y, self._values, "vector dest head f, src head f -> vector head dest src")
         moved = self._weights * (moved - rearrange((y * self._z).sum(-1), "vector dest head -> vector head dest 1"))
         pulled["q"] = einsum(moved, self._keys, "vector head dest src, src head e -> vector dest head e")
-        pulled["k"] = einsum(moved, self._queries, "vector head dest src, dest head e -> vector src head e")
+        own = moved[..., self._own]
+        pulled["k"] = einsum(own, self._queries, "vector head dest src, dest head e -> vector src head e")
         if self._rotary is not None:
             pulled |= {name: self._rotary.pull(pulled[name]) for name in ("q", "k")}
         first, *others = (self._flows[name].pull(self._gather(name, each)) for name, each in pulled.items())

@@ -105,6 +105,8 @@ def detached_map(
     if start.stage == "z":
         raise ArgumentError("source", source, "a residual stream: one head's z alone does not make a target")
     sources, dests = resolve_indices("src", src, trace.n_tokens), resolve_indices("dest", dest, trace.n_tokens)
+    if end.readout == "norm":
+        raise ArgumentError("target", target, "a hook point of a block, or logits")
     if end.readout == "logits" and end.tokens is None and len(dests) > 1:
         raise ArgumentError("dest", dests, "one position with all logits: choose some, ('logits', tokens)")
     flows = DetachedFlows(trace)

@@ -163,8 +163,8 @@ def feature_map(
     most = check_int("most", most, 1)
     src, dest = check_index("src", src, trace.n_tokens), check_index("dest", dest, trace.n_tokens)
     places = {"source": target_of(trace, source), "target": target_of(trace, target)}
-    if places["target"].readout == "logits":
-        raise ArgumentError("target", target, "a hook point of a block: logits have no dictionary")
+    if places["target"].readout != "stream":
+        raise ArgumentError("target", target, "a hook point of a block: what lies behind them has no dictionary")
     jacobian = slice_jacobian(trace, source, target, src=src, dest=dest, engine=engine)
     for name, dictionary, place in (("earlier", earlier, places["source"]), ("later", later, places["target"])):
         _require_fitting(trace, name, dictionary, place)

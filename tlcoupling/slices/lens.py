@@ -3,7 +3,8 @@ r"""The Jacobian lens: the transport of the residual stream from each layer to t
 $$ J_l = \frac{1}{|V|} \sum_{t \in V} \sum_{t' \in V} \frac{\partial x^L_{t'}}{\partial x^{l+1}_t} $$
 
 for each prompt, with V all its positions but the leading ones and the last; prompts count equally. All cotangents of a
-prompt go down through the blocks' derivatives together, one product of matrices a layer.
+prompt go down through the blocks' derivatives together, one product of matrices a layer. In a causal model only V's own
+positions lie on the way, and the others are left out.
 
 Source: Gurnee et al. 2026; its estimator is the one of ``transformer_lens.tools.analysis.jacobian_lens``.
 """
@@ -196,8 +197,10 @@ def jacobian_lens(
             )
             raise ArgumentError("prompts", f"{name}: {counted(traced.n_tokens, 'token')}", allowed)
         chosen = resolve_indices("layers", range(traced.n_layers - 1) if layers is None else layers, traced.n_layers)
-        flows = Flows(traced, engine)
-        made = _of_prompt(traced, flows, chosen, positions, _cotangents(traced, sketch, seed))
+        cotangents = _cotangents(traced, sketch, seed)
+        part, positions = _between(traced, positions)
+        flows = Flows(part, engine)
+        made = _of_prompt(part, flows, chosen, positions, cotangents)
         squares = made.square().sum((1, 2))
         if totals:
             totals[0] += made
@@ -234,6 +237,25 @@ def _cotangents(traced: Trace, sketch: int | None, seed: int) -> Float[Tensor, "
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     drawn = torch.randn(width, sketch, generator=generator, dtype=torch.float64)
     return (width / sketch) ** 0.5 * torch.linalg.qr(drawn).Q.to(traced.resid.dtype)
+
+
+def _between(traced: Trace, positions: range) -> tuple[Trace, range]:
+    """The trace at consecutive positions, and these in it; all of it where others may lie on the way between them."""
+    first, last = positions[0], positions[-1]
+    if first == last and first > 0:
+        first -= 1  # activations of one position cannot tell a weight from a bias
+    whole = traced, positions
+    if traced.hooked_layers | traced.layers_hooked_now() or not traced.alone(first, last):  # hooks expect all
+        return whole
+    window = traced.window(first, last)
+    if window is None:
+        return whole
+    try:
+        for layer in range(traced.n_layers):
+            window.check_current("block", layer, window.run_block(layer, window.block_input(layer), {})[0])
+    except Exception:  # whatever a block raises that takes no window
+        return whole
+    return window, range(positions.start - first, positions.stop - first)
 
 
 def _of_prompt(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcoupling.arguments import Indices, as_list, check_index, resolve_indices
+from tlcoupling.directions.readout import Readout
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
 from tlcoupling.linalg.operator import JacobianOperator
@@ -32,7 +33,8 @@ class Site:
         stage: ``"pre"`` is x^layer, ``"mid"`` x^layer + a^layer, ``"attn"`` and ``"mlp"`` what these write, ``"z"``
             what a head gives.
         head: the head of ``"z"``; None elsewhere.
-        readout: ``"stream"`` where the site is one of these; ``"logits"`` for logits, read from x^L.
+        readout: ``"stream"`` where the site is one of these; ``"norm"`` for the final norm's output and ``"logits"``
+            for logits, both read from x^L.
         tokens: the chosen logits; None for all.
         signs: of the chosen logits in a difference; None where each is a coordinate.
     """
@@ -40,13 +42,13 @@ class Site:
     layer: int
     stage: Stage = "pre"
     head: int | None = None
-    readout: Literal["stream", "logits"] = "stream"
+    readout: Readout | Literal["stream"] = "stream"
     tokens: tuple[int, ...] | None = None
     signs: tuple[int, ...] | None = None
 
     def before(self, other: Site) -> bool:
         """Whether the forward pass comes to this site first."""
-        here, there = ((site.layer, _ORDER[site.stage], site.readout == "logits") for site in (self, other))
+        here, there = ((site.layer, _ORDER[site.stage], site.readout != "stream") for site in (self, other))
         return here < there
 
 
@@ -59,7 +61,7 @@ def source_of(trace: Trace, spec: SiteSpec) -> Site:
         ArgumentError: it is not one of a trace's sites, or no place to start from.
     """
     site = _site(trace, "source", spec)
-    if site.readout == "logits":
+    if site.readout != "stream":
         raise ArgumentError("source", spec, "a hook point of a block")
     if site.stage == "attn" and trace.topology == "sequential":
         return Site(site.layer, "mid")
@@ -124,6 +126,10 @@ def _site(trace: Trace, name: str, spec: SiteSpec) -> Site:
         allowed += ", and ('z', layer, head)"
     if name == "target":
         allowed += "; 'logits', ('logits', tokens) or ('logit_diff', token, token)"
+        if hasattr(trace.model, "ln_final"):
+            allowed += "; 'ln_final', the final norm's output"
+            if parts == ("ln_final",):
+                return Site(trace.n_layers, readout="norm")
         if point in ("logits", "logit_diff"):
             return _logits(trace, spec, point, rest, allowed)
     if point not in points or len(rest) != (2 if point == "z" else 1):
@@ -153,6 +159,8 @@ def name_of(trace: Trace, spec: SiteSpec) -> str:
         chosen = as_list(rest[0]) if point == "logits" and rest else rest
         joined = (" − " if point == "logit_diff" else ", ").join(map(str, chosen))
         return f"logits[{joined}]" if chosen else "logits"
+    if point == "ln_final":
+        return point
     block = f"blocks.{rest[0] % trace.n_layers}"
     return f"{block}.attn.hook_z, head {rest[1] % trace.model.cfg.n_heads}" if point == "z" else f"{block}.hook_{point}"
 

@@ -114,8 +114,8 @@ def slice_jacobian(
         source: where it starts: ``("resid_pre", layer)``, ``"resid_mid"``, ``"attn_out"`` (``"mixer_out"``),
             ``"mlp_out"``, ``"resid_post"``, or ``("z", layer, head)``; ``"blocks.3.hook_resid_pre"`` is
             ``("resid_pre", 3)``.
-        target: where it ends: the same, ``"logits"``, ``("logits", tokens)`` for the logits of some token ids, or
-            ``("logit_diff", token, other)`` for the difference of two.
+        target: where it ends: the same, ``"ln_final"`` for the final norm's output, ``"logits"``, ``("logits",
+            tokens)`` for the logits of some token ids, or ``("logit_diff", token, other)`` for the difference of two.
         src: positions at which the source moves: one, several or ``"all"``.
         dest: positions at which the target is read.
         src_mode: ``"stack"``: each src moves by a vector of its own, side by side in the operator's input. ``"same"``:
@@ -153,7 +153,7 @@ def slice_jacobian(
     leave = Placement(trace.n_tokens, dests, "stack", size, chain).T
     inner = leave @ chain @ enter
     require_followed(trace, inner, start, end, enter, leave)
-    if end.readout == "logits":
+    if end.readout != "stream":
         inner = _readout(trace, end, dests) @ inner
         size = inner.shape[0] // len(dests)
     if dest_mode == "same":
@@ -176,9 +176,12 @@ def stream_chain(flows: Flows, start: Site, end: Site) -> JacobianOperator:
 
 
 def _readout(trace: Trace, end: Site, dests: tuple[int, ...]) -> JacobianOperator:
-    """The chosen logits at each dest by x^L there."""
+    """The chosen logits, or the final norm's output, at each dest by x^L there."""
     rows = []
     for pos in dests:
+        if end.readout == "norm":
+            rows.append(readout_jacobian(trace, pos, "norm").dense())
+            continue
         jacobian = readout_jacobian(trace, pos)
         if end.tokens is None:
             if len(dests) > 1:

@@ -113,7 +113,10 @@ class Live(AnyWidget):
         assert self.result.trace is not None
         measure = {"pair": _pair, "heads": _heads}[asked["what"]]
         try:
-            answer = {"asked": asked, "found": measure(self.result, self.result.trace, asked)}
+            found = measure(self.result, self.result.trace, asked)
+            if asked["what"] == "pair" and self.result.baseline is not None:  # what shares weights couples untrained
+                found["fresh"] = _pair(self.result.baseline, self._other, asked)["coupling"]
+            answer = {"asked": asked, "found": found}
         except TLCouplingError as error:
             answer = {"asked": asked, "refusal": str(error)}
         self._opened[asked["what"], asked.get("of") == "layer"] = self.answer = answer  # layers have their own panel

@@ -81,9 +81,9 @@ tlc.sharedPanel = (node, heading) => {
 
     /**
      * Show what a pair shares: {title, row, column: names, k, entry(i, j), chance, bases, texts[side][rank][end], scores, random}.
-     * cell: {coupling, null, undetermined} for the title, or nothing.
+     * numbers: {coupling, null, fresh: of fresh weights or undefined, undetermined} for the title, or nothing.
      */
-    show(shown, cell_) {
+    show(shown, numbers) {
       if (pair?.k !== shown.k) {
         view = tlc.view(shown.k);
         const axes = shown.bases === "uv" ? { row: "writes, uᵢ of the column", column: "reads, vⱼ of the column" } : { row: "reads, vᵢ of the column", column: "writes, uⱼ of the column" };
@@ -96,7 +96,9 @@ tlc.sharedPanel = (node, heading) => {
       }
       pair = shown;
       say("");
-      parts.title.textContent = `${pair.title}${cell_ ? `: coupling ${tlc.number(cell_.coupling)}, null ${tlc.number(cell_.null)}${cell_.undetermined ? tlc.undeterminedBases.readout : ""}` : ""}`;
+      const fresh = numbers?.fresh === undefined ? "" : `, fresh weights ${tlc.number(numbers.fresh)}`;
+      const dots = numbers?.undetermined ? tlc.undeterminedBases.readout : "";
+      parts.title.textContent = pair.title + (numbers ? `: coupling ${tlc.number(numbers.coupling)}, null ${tlc.number(numbers.null)}${fresh}${dots}` : "");
       draw();
       if (cell) point(...cell);
     },
