@@ -16,6 +16,7 @@ from tlcoupling.errors import ArgumentError, CertificateError, DerivativeError, 
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 SRC, DEST = (1, 3), (3, 4)
+MIXTURES = [case for case in CASES if case.name in ("bridge-mixtral", "bridge-gpt-oss")]
 
 
 def hook_name(site: tuple[Any, ...]) -> str:
@@ -105,6 +106,20 @@ def test_modes_and_composition():
     torch.testing.assert_close((second @ first).dense(), whole.flatten(2, 3).flatten(0, 1))
     top = tlc.truncated_svd(second @ first, 3)
     torch.testing.assert_close(top.s, torch.linalg.svdvals(whole.flatten(2, 3).flatten(0, 1))[:3])
+
+
+@pytest.mark.parametrize("case", [*FEW, *MIXTURES], ids=str)
+def test_one_vector_added_at_all_positions(case: Case):
+    """As in steering, the mean of the target read, against backward passes through the whole model."""
+    trace = tlc.trace(case.model(), TOKENS)
+    leaf, out = graph_between(trace.model, trace.tokens, "blocks.0.hook_resid_pre", "blocks.2.hook_resid_post")
+    rows = [torch.autograd.grad(one, leaf, retain_graph=True)[0][0].sum(0) for one in out[0].mean(0)]
+    modes: dict[str, Any] = {"src": "all", "dest": "all", "src_mode": "same", "dest_mode": "same"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fallback: mixtures of experts are by autograd
+        found = tlc.slice_jacobian(trace, ("resid_pre", 0), ("resid_post", 2), **modes)
+    assert set(found.engine.values()) == {"autograd" if case in MIXTURES else "analytic"}
+    assert relative_error(found.dense(), torch.stack(rows)) < 10 * case.tolerance
 
 
 @few
