@@ -14,7 +14,7 @@ from oracle import graph_between
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.slices.lens import _between
+from tlcoupling.slices.sites import part_between
 
 PROMPTS = {"one": TOKENS, "two": torch.tensor([3, 17, 28, 9, 40])}
 
@@ -51,11 +51,11 @@ def test_other_positions_are_left_out_where_nothing_leads_through_them():
     """By keys and values that the model cached; a hook may expect all positions."""
     model = next(case for case in FEW if case.name == "bridge-llama").model()
     trace = tlc.trace(model, TOKENS)
-    part, positions = _between(trace, range(3, 6))
-    assert part.str_tokens == trace.str_tokens[3:6] and positions == range(3)
+    part, first = part_between(trace, range(3, 6), "auto")
+    assert part.str_tokens == trace.str_tokens[3:6] and first == 3
     with model.hooks([("blocks.1.hook_mlp_out", lambda tensor, hook: 0.5 * tensor)]):
         hooked = tlc.trace(model, TOKENS)
-        assert _between(hooked, range(3, 6)) == (hooked, range(3, 6))
+        assert part_between(hooked, range(3, 6), "auto") == (hooked, 0)
     bidirectional = replace(trace, model=SimpleNamespace(cfg=SimpleNamespace(attention_dir="bidirectional")))
     assert not bidirectional.alone(3, 5)
 

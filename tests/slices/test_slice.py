@@ -69,15 +69,19 @@ def test_a_slice_is_the_derivative_of_the_hooked_model(case: Case):
         assert relative_error(jacobian.dense(), expected) < 10 * case.tolerance
 
 
+@pytest.mark.parametrize("where", [{"src": "all"}, {"src": 3, "dest": 5}], ids=["all", "between"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_engines_agree(case: Case):
-    """Blocks without a closed form, such as mixtures of experts, are by autograd in either."""
+def test_engines_agree(case: Case, where: dict[str, Any]):
+    """Blocks without a closed form, such as mixtures of experts, are by autograd in either.
+
+    By autograd, blocks run on all positions; by closed forms, on those between src and dest where they can.
+    """
     trace = tlc.trace(case.model(), TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a fallback
-        found = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), src="all")
+        found = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), **where)
     direction = torch.randn(found.shape[1], generator=torch.Generator().manual_seed(0), dtype=found.dtype)
-    expected = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), src="all", engine="autograd")
+    expected = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), engine="autograd", **where)
     assert set(expected.engine.values()) == {"autograd"}
     assert relative_error(found.mv(direction), expected.mv(direction)) < 10 * case.tolerance
 
