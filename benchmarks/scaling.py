@@ -4,9 +4,10 @@
 
 Prompts of 128 to 4,096 tokens on SmolLM2-135M: seconds and peak memory of the traced pass, of coupling at the last
 token, and of a report (all that ``tlcoupling report`` measures of a long prompt). Then coupling at the last token in
-one random block of d_model 576 to 8,192, beside the count of its floating-point operations. Each call runs once. On a
-CPU the longest prompt and the widest block are left out by default; ``--lengths 4096 --widths 8192`` measures them. The
-goal is 3 s at most for the last of 1,000 tokens on two cores. The default takes about six minutes there.
+one random block of d_model 576 to 8,192. Beside coupling at the last token: its floating-point operations, and
+``tlc.estimate`` over what was measured, of seconds and of memory (goals: 0.5 to 2, and 1 to 1.2). Each call runs once.
+The goal is 3 s at most for the last of 1,024 tokens on two cores. The whole takes about six minutes there, and 10 GiB
+for the widest block; ``--lengths`` and ``--widths`` choose some.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from llamas import bridge, shaped
-from measure import measured, print_table
-from smollm2 import Models, coupling, flops, random, trained
+from measure import Measured, measured, print_table
+from smollm2 import K, Models, coupling, random, trained
 
 import tlcoupling as tlc
 
-LENGTHS, WIDTHS = (128, 512, 1000, 2048, 4096), (576, 2048, 4096, 8192)
+LENGTHS, WIDTHS = (128, 512, 1024, 2048, 4096), (576, 2048, 4096, 8192)
 
 
 def lengths(models: Models, lengths: Sequence[int] = LENGTHS) -> Iterator[dict[str, str | float]]:
@@ -37,6 +39,8 @@ def lengths(models: Models, lengths: Sequence[int] = LENGTHS) -> Iterator[dict[s
         for name, call in {**calls, "report": partial(tlc.analyze, model, ids)}.items():
             one = measured(call, device, fresh=True)
             row |= {f"{name} s": one.seconds, f"{name} GiB": one.peak_bytes / 2**30}
+            if name == "last token":
+                row |= beside(model, ids, one)
             del one
         yield row
 
@@ -46,15 +50,25 @@ def widths(device: torch.device, widths: Sequence[int] = WIDTHS) -> Iterator[dic
     for width in widths:
         model, ids = bridge(shaped(width, 1, device, torch.bfloat16)), torch.arange(28)
         coupling(model, ids)
-        one, work = measured(partial(coupling, model, ids), device, fresh=True), flops(model, ids, -1)
+        one = measured(partial(coupling, model, ids), device, fresh=True)
         yield {
             "d_model": str(width),
             "seconds": one.seconds,
             "GiB": one.peak_bytes / 2**30,
-            "GFLOP": work / 1e9,
-            "GFLOP/s": work / 1e9 / one.seconds,
+            **beside(model, ids, one),
         }
-        del model
+        del model, one
+
+
+def beside(model: Any, ids: torch.Tensor, one: Measured) -> dict[str, float]:
+    """Return what stands beside coupling at the last token: its operations, their rate, and how right estimates are."""
+    said = tlc.estimate(model, ids, K, sublayers="block")
+    return {
+        "GFLOP": said.flops / 1e9,
+        "GFLOP/s": said.flops / 1e9 / one.seconds,
+        "said / s": said.seconds / one.seconds,
+        "said / GiB": said.memory_bytes / one.peak_bytes,
+    }
 
 
 def main() -> None:
@@ -66,9 +80,8 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="random weights of SmolLM2-135M's shape")
     options = parser.parse_args()
     device = torch.device(options.device)
-    most = -1 if device.type == "cpu" else None
-    chosen = LENGTHS[:most] if options.lengths is None else options.lengths
-    wide = WIDTHS[:most] if options.widths is None else options.widths
+    chosen = LENGTHS if options.lengths is None else options.lengths
+    wide = WIDTHS if options.widths is None else options.widths
     if chosen:
         models = (random if options.random else trained)(device)
         print_table("SmolLM2-135M, K = 10", lengths(models, chosen))

@@ -93,11 +93,30 @@ def test_a_spectrum_without_a_gap_is_said_or_solved_exactly():
 
 def test_inexact_products_come_to_an_end_and_are_not_trusted(monkeypatch: pytest.MonkeyPatch):
     """Products of ten bits (TF32) leave vectors less orthogonal than asked: no number of projections mends that."""
-    projected_out, qr = krylov._projected_out, torch.linalg.qr
-    monkeypatch.setattr(krylov, "_projected_out", lambda *args: projected_out(*args).bfloat16().float())
+    qr = torch.linalg.qr
     monkeypatch.setattr(torch.linalg, "qr", lambda x: SimpleNamespace(Q=qr(x).Q.bfloat16().float()))
     operator = Projection(with_spectrum(torch.arange(1, 301) ** -1.0, 300, 300))
     assert tlc.truncated_svd(operator, 3).solver == "dense"
+
+
+def test_what_is_decomposed_together_ends_each_at_its_own_step(monkeypatch: pytest.MonkeyPatch):
+    """A stack of easy and hard matrices gives what each gives alone, and the easy ones take no further steps."""
+    decays = (0.3, 1.0, 0.5)  # of s_i = i^-decay: the smaller, the more steps
+    operators = [Projection(with_spectrum(torch.arange(1, 401).double() ** -decay, 400, 400)) for decay in decays]
+    alone = [tlc.truncated_svd(one, 4, solver="krylov", tolerance=1e-8) for one in operators]
+    sizes: list[int] = []
+    orthogonalise = krylov._orthogonalise
+
+    def noted(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(block))
+        return orthogonalise(block, basis)
+
+    monkeypatch.setattr(krylov, "_orthogonalise", noted)
+    together = truncated_svds(operators, 4, "krylov", 1e-8)
+    assert sizes[0] == 3 and sizes[-1] < 3 and sizes == sorted(sizes, reverse=True)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other.s, one.s, rtol=1e-12, atol=0)
+        assert bool(other.converged.all()) and bool((other.residual < 1e-8).all())
 
 
 @pytest.mark.parametrize("solver", ["auto", "dense", "krylov"])

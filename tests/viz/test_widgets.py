@@ -666,6 +666,7 @@ def test_a_cell_opens_what_its_layers_share(browser: Any, tmp_path: Path) -> Non
         assert null == pytest.approx(float(analysis.coupling.null[0, 1, 0, 2, 0]), abs=6e-5)
     with opened(browser, viz.depth_coupling(make_analysis()).save(tmp_path / "without.html")) as page:
         assert "shared=True" in page.inner_text("#coupling") and "--directions" in page.inner_text("#coupling")
+        assert page.locator("#coupling [data-part=shared-how]").is_hidden()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

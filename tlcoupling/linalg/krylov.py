@@ -21,7 +21,7 @@ OVERSAMPLING = 6  # extra columns of a block beyond k
 FIRST_CHECK, LONGEST_WAIT, MAX_STEPS = 6, 5, 40
 FIRST_CHECK_OF_PRODUCTS = 3  # matrix-free steps cost far more than a convergence check, so then every step is checked
 USUAL_STEPS = 10  # for a top-10 spectrum; storage for the bases starts at this size
-DECAY = 5.0  # usual reduction of the residual per step, at least; predicts when to check again
+DECAY = 7.0  # usual reduction of the residual per step, at least; predicts when to check again
 ROUNDING = 32.0  # residuals of a few eps s_1 are what rounding leaves, at all widths: 5 to 30 in float32
 SKEW = 16.0  # eps: largest inner product of a new column with an existing one; rounding alone gives 1 to 4
 ROUNDS = 4  # of orthogonalisation, at most: with inexact products more rounds do not help
@@ -31,8 +31,9 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
     """Return the top k triplets of each operator.
 
     Iterates until every triplet has converged (``_asked``) or the space is exhausted. Steps of all operators run
-    together, because one small matrix cannot keep a core busy. The random start has a fixed seed, so equal input gives
-    equal output. Triplets may not have converged: check ``converged``.
+    together, because one small matrix cannot keep a core busy; one leaves the others when its triplets have converged.
+    The random start has a fixed seed, so equal input gives equal output. Triplets may not have converged: check
+    ``converged``.
 
     Args:
         operators: J, all of one shape [m, n], dtype and device.
@@ -47,25 +48,39 @@ def krylov_svd(operators: Sequence[JacobianOperator], k: int, tolerance: float) 
     new_v = torch.linalg.qr(start).Q.expand(len(operators), -1, -1)
     v, u, jtu = (Columns(len(operators), size, width * USUAL_STEPS, start) for size in (columns, rows, columns))
     v.append(new_v)
-    check = FIRST_CHECK if stack.formed else FIRST_CHECK_OF_PRODUCTS
+    checks = dict.fromkeys(range(len(operators)), FIRST_CHECK if stack.formed else FIRST_CHECK_OF_PRODUCTS)
+    found: dict[int, Triplets] = {}
     for step in range(1, MAX_STEPS + 1):
         new_u = _orthogonalise(stack.mm(new_v)[..., : rows - u.count], u.all)
         u.append(new_u)
         pulled = stack.rmm(new_u)
         jtu.append(pulled)
         last = u.count == rows or v.count == columns or step == MAX_STEPS
-        if not last and step == check:
-            triplets, excess = _ritz(u.all, v.all, jtu.all, k, tolerance)
-            if excess <= 1:
-                return triplets
-            due = math.ceil(math.log(min(excess, 1 / tolerance), DECAY))
-            check = step + (min(max(due, 1), LONGEST_WAIT) if stack.formed else 1)
+        due = [place for place, at in enumerate(checks.values()) if at == step and not last]
+        if due:
+            running = list(checks)
+            triplets, excess = _ritz(u.of(due), v.of(due), jtu.of(due), k, tolerance)
+            for index, one, far in zip([running[place] for place in due], triplets, excess, strict=True):
+                if far <= 1:
+                    found[index] = one
+                    del checks[index]
+                    continue
+                wait = math.ceil(math.log(min(far, 1 / tolerance), DECAY))
+                checks[index] = step + (min(max(wait, 1), LONGEST_WAIT) if stack.formed else 1)
+            if not checks:
+                break
+            if len(checks) < len(running):
+                left = [place for place, index in enumerate(running) if index in checks]
+                stack, pulled = stack.of(left), pulled[left]
+                for bases in (u, v, jtu):
+                    bases.keep(left)
         if not last or (u.count == rows and v.count < columns):
             new_v = _orthogonalise(pulled[..., : columns - v.count], v.all)
             v.append(new_v)
         if last:
+            found.update(zip(checks, _ritz(u.all, v.all, jtu.all, k, tolerance)[0], strict=True))
             break
-    return _ritz(u.all, v.all, jtu.all, k, tolerance)[0]
+    return [found[index] for index in range(len(operators))]
 
 
 class Columns:
@@ -80,6 +95,14 @@ class Columns:
     def all(self) -> Float[Tensor, "stack size count"]:
         """Return all columns."""
         return self._rows[:, : self.count].mT
+
+    def of(self, places: list[int]) -> Float[Tensor, "some size count"]:
+        """Return all columns of some matrices."""
+        return self.all if len(places) == len(self._rows) else self._rows[places, : self.count].mT
+
+    def keep(self, places: list[int]) -> None:
+        """Forget the other matrices."""
+        self._rows = self._rows[places]
 
     def append(self, block: Float[Tensor, "stack size w"]) -> None:
         """Append a block of columns."""
@@ -96,8 +119,8 @@ def _ritz(
     jtu: Float[Tensor, "stack n p"],
     k: int,
     tolerance: float,
-) -> tuple[list[Triplets], float]:
-    """Return the best triplets within the spans of U and V, from B = U^T J V; also the worst of residual / asked."""
+) -> tuple[list[Triplets], list[float]]:
+    """Return the best triplets within the spans of U and V, from B = U^T J V, and the largest residual / asked."""
     inner = jtu.mT @ v
     left, spectrum, right = _small_svd(inner)
     s, next_s = spectrum[..., :k], spectrum.new_zeros(len(spectrum))
@@ -113,7 +136,7 @@ def _ritz(
     asked = _asked(s, next_s, tolerance)
     excess = torch.where(residual > 0, residual / asked, 0.0)  # J may be zero
     columns = zip(top_u, s, top_v, next_s, residual / s, residual <= asked, strict=True)
-    return [Triplets(*one, solver="krylov") for one in columns], float(excess.max())
+    return [Triplets(*one, solver="krylov") for one in columns], excess.amax(-1).tolist()
 
 
 def _small_svd(matrices: Float[Tensor, "stack p q"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,11 +176,10 @@ def _asked(s: Float[Tensor, "stack K"], next_s: Float[Tensor, " stack"], toleran
 def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stack n b"]) -> Float[Tensor, "stack n w"]:
     """Return an orthonormal basis of each block, orthogonal to the existing basis.
 
-    Projecting twice is enough (Kahan) unless little of the block is left. Then repeat on the unit vectors, or on random
-    ones if nothing is left (J of low rank).
+    Project once, and again on the orthonormal columns while they are less orthogonal than rounding leaves them. Twice
+    is enough (Kahan) unless little of the block is left. If nothing is left (J of low rank), go on with random columns.
     """
-    for _ in range(2):
-        block = _projected_out(block, basis)
+    block = torch.baddbmm(block, basis, basis.mT @ block, alpha=-1)
     kept = block.flatten(1).any(1)
     if not kept.all():
         generator = torch.Generator().manual_seed(basis.shape[-1])
@@ -166,11 +188,8 @@ def _orthogonalise(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stac
     block = torch.linalg.qr(block).Q
     allowed = SKEW * torch.finfo(block.dtype).eps
     for _ in range(ROUNDS):
-        if not ((basis.mT @ block).abs() > allowed).any():
+        left = basis.mT @ block
+        if not (left.abs() > allowed).any():
             break
-        block = torch.linalg.qr(_projected_out(block, basis)).Q
+        block = torch.linalg.qr(torch.baddbmm(block, basis, left, alpha=-1)).Q
     return block
-
-
-def _projected_out(block: Float[Tensor, "stack n w"], basis: Float[Tensor, "stack n b"]) -> Float[Tensor, "stack n w"]:
-    return torch.baddbmm(block, basis, basis.mT @ block, alpha=-1)

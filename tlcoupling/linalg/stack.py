@@ -29,6 +29,10 @@ class Stack:
         if self.formed:
             self._matrices = torch.stack(weights) if len(weights) > 1 else weights[0][None]
 
+    def of(self, places: list[int]) -> Stack:
+        """Return the stack of some of the operators."""
+        return Stack([self.operators[place] for place in places])
+
     def mm(self, x: Float[Tensor, "stack n k"]) -> Float[Tensor, "stack m k"]:
         """Return J X of each operator."""
         if self._matrices is not None:

@@ -222,7 +222,7 @@ tlc.sections.coupling = (section, data) => {
     );
     if (!opened) showKnown(...known.start, ", the pair with the most excess");
   } else if (!opened) {
-    panel.say("The matrices of single pairs were not kept. In Python: tlc.analyze(model, prompt, shared=True). On the command line: tlcoupling report --directions.");
+    panel.say("The matrices of single pairs were not kept. In Python: tlc.analyze(model, prompt, shared=True). On the command line: tlcoupling report --directions.", false);
     tlc.kernel.ready(() => panel.say(""));
   }
   tlc.choice.on(["layer"], (layer) => panes.forEach(({ map }) => map.mark(layers.indexOf(layer))));

@@ -106,7 +106,7 @@ tlc.sections.pairs = (section, data) => {
     part("readout").textContent = texts.join("; ");
   };
   const panel = tlc.sharedPanel(part("shared"), "What two tokens or two heads share");
-  panel.say("In a notebook with a kernel, tlc.viz.Live(analysis) opens what a pair of tokens, or of heads, shares: |U₂ᵀ J₁ V₂|, and the tokens that the shared directions write and read.");
+  panel.say("In a notebook with a kernel, tlc.viz.Live(analysis) opens what a pair of tokens, or of heads, shares: |U₂ᵀ J₁ V₂|, and the tokens that the shared directions write and read.", false);
   tlc.kernel.ready(() => panel.say(""));
   panel.bounds("The null is of unrelated bases. Tokens of one layer share its weights, and so do heads with the same keys: read fresh weights, which stand beside it if the analysis has them (baseline=\"fresh\").");
   const ask = (asked) => {

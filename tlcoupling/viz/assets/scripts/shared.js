@@ -1,13 +1,14 @@
 /* What two Jacobians share: the matrix behind their coupling, and the tokens of the directions on its diagonal. */
 
-/** Fill a node with a panel; return {show(pair), say(text), redraw()}. */
+/** Fill a node with a panel; return {show(pair, numbers), say(text, how: whether a click shows a pair), bounds(text), redraw()}. */
 tlc.sharedPanel = (node, heading) => {
   const parts = {};
   const part = (name, tag, attributes = {}, ...children) => (parts[name] = tlc.html(tag, { "data-part": `shared-${name}`, ...attributes }, ...children));
   const map = { class: "zoom", tabindex: 0, role: "group", "aria-label": "Projected Jacobian: arrow keys move between cells" };
   node.append(
     tlc.html("h3", {}, heading),
-    tlc.html(
+    part(
+      "how",
       "p",
       { class: "note" },
       "Click a cell above, or press Enter on it. Row i, column j: how far the Jacobian J₁ of the row maps the j-th singular vector of the column, on one side, onto its i-th on the other. Where the two share directions, the diagonal is bright. ",
@@ -67,7 +68,8 @@ tlc.sharedPanel = (node, heading) => {
       `reads, cosine with the embedding, ${tlc.number(best(1), 2)} (random ${tlc.number(random[1], 2)}). Tokens near the random score (point at them) mean little.`;
   };
 
-  const say = (text) => {
+  const say = (text, how = true) => {
+    parts.how.hidden = !how;
     parts.missing.hidden = !text;
     parts.shown.hidden = Boolean(text) || !pair;
     parts.missing.textContent = text;
