@@ -581,6 +581,20 @@ BREAKS = (
         "viz/test_page::test_attention_to_later_tokens_is_kept_where_a_model_has_it",
     ),
     _slip(
+        "the chance level of the baseline in the page is the model's",
+        "viz/payload",
+        '"baseline_chance": picture.values.get(CHANCE_OF_BASELINE)',
+        '"baseline_chance": picture.chance',
+        "viz/test_page::test_measures_on_request_are_in_the_page_by_sublayer_beside_chance_and_baseline",
+    ),
+    _slip(
+        "the measures of a sublayer drawn as another's",
+        "viz/shown",
+        "itemgetter((sublayer, -1, slice(None), at))",
+        "itemgetter((0, -1, slice(None), at))",
+        "viz/test_page::test_measures_on_request_are_in_the_page_by_sublayer_beside_chance_and_baseline",
+    ),
+    _slip(
         "the float32 weights of all layers of a stack held at once",
         "coupling/pairs",
         "lifted = operator.device != HOST or jacobians.trace.lifts(place.layer)",
