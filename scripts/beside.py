@@ -51,7 +51,7 @@ _ROWS = (
     Neighbour("bitsandbytes", "tests/forward/test_quantised.py -k 'not torchao'"),
     Neighbour("torchao", "tests/forward/test_quantised.py -k torchao"),
     Neighbour("llm-microscope", "tests/dynamics/test_depth_profile.py -k microscope"),
-    Neighbour("accelerate", "tests/training/test_monitor.py -k trainer"),
+    Neighbour("accelerate", "tests/forward/test_offload.py tests/training/test_monitor.py -k 'offload or trainer'"),
     Neighbour("wandb", "tests/test_beside.py -k wandb"),
     Neighbour("tensorboard", "tests/test_beside.py -k tensorboard"),
     Neighbour("plotly", "tests/test_beside.py -k plotly"),

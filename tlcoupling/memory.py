@@ -15,11 +15,11 @@ UNLIMITED = 2.0**62  # bytes; version 1 writes about 2^63 where there is no limi
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the free bytes of a device; on the CPU also within the control group's limit (containers, Slurm)."""
+    """Return the free bytes of a device; on the CPU within the limits of control groups and of the process too."""
     if device.type == "cuda":  # PyTorch keeps what was freed for its next tensors
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + kept)
-    return min(float(psutil.virtual_memory().available), left_in_control_group())
+    return min(float(psutil.virtual_memory().available), left_in_control_group(), left_to_process())
 
 
 def give_back_memory() -> None:
@@ -31,6 +31,19 @@ def give_back_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def left_to_process() -> float:
+    """Return the bytes that limits of this process leave (``ulimit -v`` and ``-d``, on Linux); infinite without."""
+    if sys.platform != "linux":
+        return math.inf
+    import resource
+
+    pages = [int(each) * resource.getpagesize() for each in Path("/proc/self/statm").read_text().split()]
+    used = {resource.RLIMIT_AS: pages[0], resource.RLIMIT_DATA: pages[5]}
+    limits = {kind: resource.getrlimit(kind)[0] for kind in used}
+    left = (limit - used[kind] for kind, limit in limits.items() if limit != resource.RLIM_INFINITY)
+    return float(min(left, default=math.inf))
 
 
 def left_in_control_group(root: Path = Path("/sys/fs/cgroup"), of_process: Path = Path("/proc/self/cgroup")) -> float:

@@ -20,6 +20,7 @@ from tlcoupling.coupling.metric import Bases, Normalizer, coupling, off_diagonal
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.trace import Trace, trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import Function, leaning
@@ -243,7 +244,7 @@ def _final_norm(traced: Trace, pos: int) -> Float[Tensor, "d_model d_model"]:
     norm = getattr(traced.model, "ln_final", None)
     if norm is None:
         raise ArgumentError("final_norm_in_last_block", True, "False: this model has no ln_final")
-    device = next((parameter.device for parameter in norm.parameters()), traced.resid.device)
+    device = device_of(norm) if any(True for _ in norm.parameters()) else traced.resid.device
     leaf = traced.resid[-1, pos].to(device)[None, None].clone().requires_grad_()
     with torch.enable_grad(), lifted(traced.model, norm):
         out = norm(leaf)[0, 0]

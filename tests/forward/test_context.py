@@ -316,16 +316,6 @@ def test_weights_of_inference_mode_are_refused_and_the_way_out_works():
     same({"J": tlc.residual_jacobian(own, 1).dense()}, {"J": truth["J"]})
 
 
-@BRIDGE
-def test_offloaded_weights_are_refused():
-    accelerate = pytest.importorskip("accelerate")
-    model = next(case for case in CASES if case.name == "bridge-llama").build(torch.float32).eval()
-    accelerate.cpu_offload(model.original_model, torch.device("cpu"))
-    for call in (lambda: tlc.trace(model, TOKENS), lambda: tlc.estimate(model, TOKENS, 2)):
-        with pytest.raises(UnsupportedModelError, match=r"weight lies on the device 'meta'.*accelerate offloads it"):
-            call()
-
-
 @pytest.mark.slow
 def test_two_threads_trace_one_model():
     """A hundred traces each, of different prompts: all hold their own stream."""

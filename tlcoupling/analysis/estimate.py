@@ -9,6 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tlcoupling.analysis.shared import compared as compared_directions
 from tlcoupling.arguments import Indices, KSpec, check_int, resolve_basis_layers, resolve_indices, resolve_sublayers
@@ -25,6 +26,7 @@ from tlcoupling.forward.bare import hooked_model
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.inputs import read_inputs
+from tlcoupling.forward.offload import brought_bytes, device_of
 from tlcoupling.forward.split import POSITIONWISE, Split, splits_of_model, sublayers_of
 from tlcoupling.jacobian.autograd import n_heads_of
 from tlcoupling.jacobian.engine import EngineName
@@ -186,7 +188,7 @@ def estimate(
         kind: make_schedule(Comparison(model, splits, n_tokens, dtype, parts, groups, options))
         for kind, (parts, groups) in jobs.items()
     }
-    rates = measured_rates(first.device, dtype)
+    rates = measured_rates(device_of(model.blocks), dtype)
     stages = stages_of(model, n_tokens, schedules, rates)
     if check_int("draws", draws, 0):
         pairs = len(chosen) * (len(chosen) - 1) // 2
@@ -235,6 +237,7 @@ def memory_with_trace(
     cached = dtype.itemsize * float(n_tokens) * 2 * n_layers * groups * size
     patterns = dtype.itemsize * PATTERNS * n_heads_of(cfg) * float(n_tokens) ** 2
     passing = stream * recorded + max(stream * recorded, patterns) + LOADED
+    passing += brought_bytes(model) if isinstance(model, nn.Module) else 0.0  # and not shapes alone
     return cached + max(passing, stream * stacked + peak_bytes)
 
 

@@ -24,6 +24,7 @@ from tlcoupling.forward.block import Block
 from tlcoupling.forward.context import in_training_mode, measured
 from tlcoupling.forward.hooked import Done, Hook, attached, record_forward, require_supported
 from tlcoupling.forward.inputs import Inputs
+from tlcoupling.forward.offload import is_offloaded
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import to_tokens
 from tlcoupling.forward.split import Split, block_hook, splits_of_model, sublayers_of
@@ -100,6 +101,11 @@ def coupling_loss(
     if coarse := [dtype for dtype in dtypes if dtype not in (torch.float32, torch.float64)]:
         raise UnsupportedModelError(
             f"the weights are {coarse[0]}, too coarse for derivatives of singular vectors; allowed: float32, float64"
+        )
+    if is_offloaded(model):
+        raise UnsupportedModelError(
+            "weights not in memory: accelerate offloads them, so no gradient of the loss would reach them. Load the "
+            "whole model onto devices"
         )
     ids = to_tokens(model, tokens, None, attention_mask)
     splits = splits_of_model(model)

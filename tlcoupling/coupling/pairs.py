@@ -51,7 +51,12 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                 waiting.append(visit)
                 # groups across depth end in a row, each with a Jacobian of the last layer: decompose these together
                 ends = visit.finished and not (following and following.finished)
-                if len(waiting) < schedule.workers * schedule.stack and not ends:
+                place = visit.place
+                # by products alone it holds its block's weights, where these are no others in memory
+                heavy = jacobians.trace.lifts(place.layer) and any(
+                    schedule.methods[place.layer, name].name == "products" for name in sublayers
+                )
+                if len(waiting) < schedule.workers * schedule.stack and not (ends or heavy):
                     continue
                 wanted = [(each.place, name) for each in waiting for name in sublayers]  # a place's share matrices
                 made = [_decomposition(jacobians, schedule, name, place) for place, name in wanted]

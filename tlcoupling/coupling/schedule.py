@@ -18,6 +18,7 @@ from tlcoupling.coupling.method import PROBES, THIN, THIN_ON_DEVICE, Method, che
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.split import Split
 from tlcoupling.jacobian.autograd import CHUNK, CHUNK_SHARE, ROWS, vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
@@ -110,7 +111,7 @@ class Comparison:
     @cached_property
     def devices(self) -> set[torch.device]:
         """Devices of the layers."""
-        return {next(self.model.blocks[layer].parameters()).device for layer in self.layers}
+        return {device_of(self.model.blocks[layer]) for layer in self.layers}
 
     @property
     def on_host(self) -> bool:

@@ -16,6 +16,7 @@ from tlcoupling.directions.intervention import orthonormal, project_out, random_
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import model_name_of
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.prompt import named_prompts
 from tlcoupling.forward.split import block_hook
 from tlcoupling.forward.trace import Trace, trace
@@ -202,7 +203,7 @@ def require_loss(traced: Trace, prompt: Any) -> None:
 def next_token_loss(traced: Trace, hooks: Sequence[Any] = ()) -> Float[Tensor, ""]:
     """Return the mean next-token loss in nats, with hooks added to those that are attached."""
     model, tokens = traced.model, traced.tokens
-    ids = tokens[None].to(next(model.parameters()).device)
+    ids = tokens[None].to(device_of(model))
     with torch.no_grad():
         logits = model.run_with_hooks(ids, return_type="logits", fwd_hooks=list(hooks))[0, :-1]
     return torch.nn.functional.cross_entropy(logits.double().cpu(), tokens[1:])

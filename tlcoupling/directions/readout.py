@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,7 +22,8 @@ from tlcoupling.arguments import check_index, check_int, check_sublayer
 from tlcoupling.errors import UnsupportedModelError
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.hooked import attached
-from tlcoupling.forward.lifting import lifted_model
+from tlcoupling.forward.lifting import lifted, lifted_model
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.autograd import GraphJacobian, at_position
 from tlcoupling.jacobian.differences import Function, leaning
@@ -281,7 +282,7 @@ def logits_from(
     end = next((model.hook_dict[name] for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if alone and end is not None and of == "logits":
         hooks.append((end, lambda resid: resid[:, pos : pos + 1] if resid.shape == last_stream.shape else resid))
-    tokens, normed = trace.tokens[None].to(next(model.parameters()).device), list[Tensor]()
+    tokens, normed = trace.tokens[None].to(device_of(model)), list[Tensor]()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # restores the grad mode on exit
         stack.enter_context(lifted_model(model))
@@ -324,7 +325,9 @@ def _require_followed(
 
 def _embeddings(trace: Trace) -> Float[Tensor, "vocabulary d_model"]:
     """Return the tokens' embeddings, each of length 1."""
-    weight = getattr(trace.model, "W_E", None)
+    embed = getattr(trace.model, "embed", None)
+    with nullcontext() if embed is None else lifted(trace.model, embed):
+        weight = getattr(trace.model, "W_E", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != trace.d_model:
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
         raise UnsupportedModelError(

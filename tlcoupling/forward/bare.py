@@ -16,6 +16,7 @@ from torch import nn
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.context import require_own_state
 from tlcoupling.forward.offline import booted
+from tlcoupling.forward.offload import hooks_of
 from tlcoupling.forward.quantised import quantisation_of
 
 
@@ -63,6 +64,8 @@ def bridge_around(model: Any, tokenizer: Any = None) -> Any:
         ) from error
     memo: dict[int, Any] = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
     memo.update({id(one): one.detach() for one in model.buffers()})
+    # accelerate's hooks hold, or know, all weights that they bring
+    memo.update({id(hook): copy.copy(hook) for part in model.modules() for hook in hooks_of(part)})
     own = _no_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
     try:
         same = copy.deepcopy(model, memo).eval()

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import UnsupportedModelError
-from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.lifting import in_memory, lifted
 from tlcoupling.forward.split import Kind, Part, Split, Topology, splits_of_model
 
 # TransformerLens's names of the weights that a sublayer needs (it writes with the last), and their number of axes.
@@ -253,7 +253,7 @@ class Block:
             UnsupportedModelError: the attention's write cannot be split into heads.
         """
         projection = self.attn.part("o")
-        with nullcontext() if projection is None else lifted(self.model, projection):
+        with in_memory(self.attn.module) if projection is None else lifted(self.model, projection):
             weight = self.attn.write_weight()
         of_layer = f"the attention of layer {self.layer} ({type(self.attn.module).__name__})"
         if z is None or weight is None:
@@ -302,7 +302,10 @@ def norms_are_folded(model: Any) -> bool:
         return False
     blocks = [Block.read(model, layer, split) for layer, split in enumerate(splits_of_model(model))]
     norms = [sublayer.before for block in blocks for sublayer in block.sublayers.values()]
-    parameters = [each for norm in norms if norm is not None for each in norm.named_parameters()]
+    parameters: list[tuple[str, Tensor]] = []
+    for norm in norms:
+        with nullcontext() if norm is None else lifted(model, norm):
+            parameters += [] if norm is None else norm.named_parameters()
     return bool(parameters) and all(
         (parameter == (0 if name.endswith("bias") else parameter.flatten()[0])).all() for name, parameter in parameters
     )

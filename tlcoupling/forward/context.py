@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.offload import offloading
 from tlcoupling.precision import full_precision
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -145,10 +146,13 @@ def require_own_state(model: Any, in_training: bool = False) -> None:
             if not (tensor.is_meta or tensor.is_inference()):
                 continue
             if tensor.is_meta:
+                if offloading(module, name) is not None:
+                    continue
                 raise UnsupportedModelError(
-                    f"weights not in memory: {where}.{name} lies on the device 'meta', so its numbers are not in "
-                    "memory: accelerate offloads it (device_map= with 'cpu' or 'disk'), or it was never loaded. Load "
-                    "the whole model onto devices, in bfloat16 where memory is short"
+                    f"weights not in memory: {where}.{name} lies on the device 'meta', so it has no numbers, and no "
+                    "hook of accelerate on its module brings them: it was never loaded, or made of offloaded weights "
+                    "(a bridge splits those of queries, keys and values), or brought by the hook of a module around "
+                    "(preload_module_classes). Load the whole model onto devices, in bfloat16 where memory is short"
                 )
             raise UnsupportedModelError(
                 f"inference tensors: {where}.{name} was made under torch.inference_mode(), so nothing can be "

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.prompt import signal_of, text_tokens, to_str_tokens
 
 # How processors name what stands in the place of token ids.
@@ -79,8 +80,7 @@ def read_inputs(model: Any, prompt: Any, prepend_bos: bool | None, attention_mas
         raise ArgumentError("prompt", f"{len(signal)} inputs", "one input: tlc.analyze_many measures several")
     if not all(mask is None or bool(torch.as_tensor(mask).all()) for mask in masks):
         raise ArgumentError("attention_mask", "a mask with zeros", "an input without padding")
-    first = next(model.parameters())
-    return Inputs(signal.to(first.device, first.dtype, copy=True), is_text=False)
+    return Inputs(signal.to(device_of(model), next(model.parameters()).dtype, copy=True), is_text=False)
 
 
 def picture_of(model: Any, prompt: Any) -> UInt8[Tensor, "row column channel"] | None:

@@ -1,9 +1,12 @@
-"""The float32 lift of half-precision and quantised weights, a module at a time: no model is held in float32 whole."""
+"""Weights as they are computed with, a module at a time: in memory, and in float32 where they are stored in fewer bits.
+
+No model is held in float32 whole, and none that accelerate keeps on disk is held in memory whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain
@@ -14,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlcoupling.errors import UnsupportedModelError
+from tlcoupling.forward.offload import hooks_of, is_offloaded, offloading, read
 from tlcoupling.forward.quantised import dequantised, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
-# Weights of the layer that is measured, and the same in float32, by the identity of the former.
+# Weights of the layer that is measured, and the same in memory or in float32, by the identity of the former.
 Lifts = dict[int, tuple[Tensor, Tensor]]
 _LIFTS: ContextVar[Lifts | None] = ContextVar("_LIFTS", default=None)
 
@@ -33,7 +37,7 @@ def lifted_once(lifts: Lifts) -> Iterator[None]:
 
 
 def _once(tensor: Tensor, lift: Callable[[], Tensor]) -> Tensor:
-    """Return the float32 weights of a tensor, those that were made before where lifts are kept."""
+    """Return what is computed with in a tensor's place, as it was made before where lifts are kept."""
     lifts = _LIFTS.get()
     if lifts is None:
         return lift()
@@ -57,12 +61,47 @@ def _float32_activations(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def in_memory(module: nn.Module) -> Iterator[None]:
+    """Hold the weights of a module that accelerate offloads in memory for a while, on the device of their work.
+
+    The model's own tensors, which have no numbers, are put aside. accelerate's hooks leave the weights alone meanwhile.
+    """
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    hooks: list[Any] = []
+    try:
+        for part in module.modules() if is_offloaded(module) else ():
+            tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_meta and (hook := offloading(part, name)) is not None:
+                        kept.append((table, name, tensor))
+                        made = _once(tensor, partial(read, hook, name, tensor))
+                        trained = isinstance(tensor, nn.Parameter)
+                        table[name] = nn.Parameter(made, tensor.requires_grad) if trained else made
+            hooks += [hook for hook in hooks_of(part) if hook.offload]
+        for hook in hooks:
+            hook.offload = False
+        yield
+    finally:
+        for hook in hooks:
+            hook.offload = True
+        for table, name, tensor in kept:
+            table[name] = tensor
+
+
+@contextmanager
 def lifted(model: Any, module: nn.Module) -> Iterator[None]:
-    """Hold one module's half-precision and quantised weights and its buffers in float32 for a while.
+    """Hold one module's weights and buffers in memory for a while, those of half precision or quantised in float32.
 
     Works on a module at a time, so that a large model is never held in float32 whole. The model's own tensors are put
     aside, not converted, so that a graph recorded meanwhile keeps the float32 ones.
     """
+    with in_memory(module), _in_float32(model, module):
+        yield
+
+
+@contextmanager
+def _in_float32(model: Any, module: nn.Module) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     lifts: dict[int, Tensor] = {}  # a tensor may be reached by several names
     packed = [part for part in module.modules() if is_packed(part)]
@@ -114,7 +153,7 @@ def _linear(part: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
-    """Hold each part of a block (norm, attention, MLP) in float32 while it is called, one at a time."""
+    """Hold a block in memory, and each part (norm, attention, MLP) in float32 while it is called, one at a time."""
     if not needs_lift(block):
         yield
         return
@@ -123,39 +162,41 @@ def lifted_parts(model: Any, block: nn.Module) -> Iterator[None]:
     # modules with weights that are called although their part is not (OPT's MLP); a second lift finds nothing to do
     leaves = [module for module in block.modules() if module._parameters]
     with ExitStack() as stack:
+        stack.enter_context(in_memory(block))
         stack.enter_context(_float32_activations(model))
         for part in (*parts, *leaves):
-            _lift_around_call(stack, model, part)
+            _around_call(stack, part, partial(lifted, model, part))
         yield
 
 
 @contextmanager
 def lifted_model(model: Any) -> Iterator[None]:
-    """Hold each part of a model in float32 while it is called, one at a time."""
+    """Hold each part of a model in memory and in float32 while it is called, one at a time."""
     with ExitStack() as stack:
         for name, part in model.named_children():
             if name not in ("blocks", "original_model"):
-                _lift_around_call(stack, model, part)
+                _around_call(stack, part, partial(lifted, model, part))
         for block in model.blocks:
-            stack.enter_context(lifted_parts(model, block))
+            _around_call(stack, block, partial(lifted_parts, model, block))
         yield
 
 
 def needs_lift(module: nn.Module) -> bool:
-    """Return whether a module has half-precision or quantised weights or buffers."""
+    """Return whether a module has offloaded, half-precision or quantised weights or buffers."""
     holding = [part for part in module.modules() if part._parameters or part._buffers]
     tensors = chain.from_iterable((*part._parameters.values(), *part._buffers.values()) for part in holding)
-    return any(map(is_packed, holding)) or any(each is not None and each.dtype in HALF for each in tensors)
+    lift = any(each is not None and (each.is_meta or each.dtype in HALF) for each in tensors)
+    return lift or any(map(is_packed, holding))
 
 
-def _lift_around_call(stack: ExitStack, model: Any, module: nn.Module) -> None:
-    """Lift a module whenever it is called, while the stack is open."""
+def _around_call(stack: ExitStack, module: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter a context whenever a module that needs it is called, while the stack is open."""
     if not needs_lift(module):
         return
-    lift: list[Any] = []
+    lift: list[AbstractContextManager[None]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        lift.append(lifted(model, module))
+        lift.append(context())
         lift[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tlcoupling.forward.context import in_eval_mode
+from tlcoupling.forward.offload import device_of
 
 
 def booted(
@@ -29,7 +30,7 @@ def booted(
     first = next(hf_model.parameters())
     with offline(), answered_locally(hf_model, tokenizer, processor):
         bridge = bridge_class.boot_transformers(
-            name, hf_model=hf_model, tokenizer=tokenizer, device=first.device, dtype=first.dtype, **options
+            name, hf_model=hf_model, tokenizer=tokenizer, device=device_of(hf_model), dtype=first.dtype, **options
         )
     return in_eval_mode(bridge)
 

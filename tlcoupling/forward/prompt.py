@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
+from tlcoupling.forward.offload import device_of
 
 _IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
 # What else a tokenizer's output may hold: it describes the text and changes nothing about it.
@@ -135,7 +136,7 @@ def text_tokens(
     _require_text(model, tokens)
     _warn_of_two_bos(model, tokens[0])
     # a copy: ids made under torch.inference_mode cannot be looked up where gradients are on
-    device = next(model.parameters()).device
+    device = device_of(model)
     if types is not None and types.any() and hasattr(model, "token_type_embed"):
         return tokens.long().to(device, copy=True), types.long().to(device, copy=True)
     return tokens.long().to(device, copy=True), None

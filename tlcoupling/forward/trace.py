@@ -35,6 +35,7 @@ from tlcoupling.forward.hooked import (
 )
 from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.lifting import lifted, lifted_parts, needs_lift
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.points import hook_points, in_place
 from tlcoupling.forward.prompt import to_text
 from tlcoupling.forward.quantised import dtype_of, quantisation_of
@@ -375,7 +376,9 @@ class Trace(Stream):
 
     def input_of(self, layer: int, sublayer: str) -> Float[Tensor, "1 pos d_model"]:
         """``read_by`` on the device of its block, with a batch axis."""
-        return self.read_by(layer, sublayer).to(self._parameters[layer][0].device)[None]
+        device = self._parameters[layer][0].device
+        device = device_of(self.model.blocks[layer]) if device.type == "meta" else device
+        return self.read_by(layer, sublayer).to(device)[None]
 
     def mlp_input(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
         """Return what the MLP reads; x^l in a block without one."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tlcoupling.forward.block import Block, Sublayer, Uncovered
 from tlcoupling.forward.lifting import lifted
+from tlcoupling.forward.offload import is_offloaded
 from tlcoupling.forward.quantised import dtype_of, numel_of, quantisation_of
 from tlcoupling.forward.split import Split
 from tlcoupling.jacobian.attention import AttentionCore
@@ -40,7 +41,7 @@ class Cost:
         product_flops: floating-point operations of one product with one vector.
         dense_flops: of forming the matrix.
         forward_flops: of one forward pass of the block.
-        run_bytes: memory held while the layer is measured: lifted weights, and autograd's graph of its own.
+        run_bytes: memory held while the layer is measured: weights that are lifted, and autograd's graph of its own.
         backward_bytes: of one vector on its way back through the block at all positions, twice that of a run's graph.
         column_bytes: working memory of a product, for each of its vectors.
         dense_bytes: working memory of forming the matrix; by autograd, in addition to that of its products.
@@ -70,7 +71,8 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
     weights = _numel(block.module)
     dtype = dtype_of(block.module)
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
-    in_float32 = weights * size if dtype.itemsize < size or quantisation_of(block.module) else 0
+    lifted_bytes = weights * size if dtype.itemsize < size or quantisation_of(block.module) else 0
+    lifted_bytes += weights * dtype.itemsize if is_offloaded(block.module) else 0
     maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
     heads = n_heads_of(cfg)
     column_bytes = autograd_column_bytes(block.module, heads, n_tokens, size)
@@ -79,7 +81,7 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
         product_flops=autograd_flops(block.module, n_tokens),
         dense_flops=cfg.d_model * autograd_flops(block.module, n_tokens),
         forward_flops=2.0 * weights * n_tokens,
-        run_bytes=in_float32 + 1.5 * column_bytes,
+        run_bytes=lifted_bytes + 1.5 * column_bytes,
         backward_bytes=column_bytes,
         column_bytes=column_bytes,
         dense_bytes=float(size * cfg.d_model**2),
@@ -100,7 +102,7 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
             product_flops=made.product_flops,
             dense_flops=made.dense_flops,
             forward_flops=by_autograd.forward_flops,
-            run_bytes=float(in_float32),
+            run_bytes=float(lifted_bytes),
             backward_bytes=column_bytes,
             column_bytes=size * (4.0 * cfg.d_model + widest),
             dense_bytes=size * cfg.d_model * (3.0 * cfg.d_model + widest),

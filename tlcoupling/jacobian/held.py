@@ -1,7 +1,8 @@
-"""A Jacobian that its user holds: it remembers the weights that it was made with."""
+"""Jacobians that are held: one remembers the weights that it was made with, one is made again for each product."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tlcoupling.errors import StaleTraceError
+from tlcoupling.forward.context import measuring
+from tlcoupling.forward.lifting import lifted_once
 from tlcoupling.forward.quantised import state_of
+from tlcoupling.forward.trace import Trace
 from tlcoupling.linalg.operator import JacobianOperator
+
+
+class RemadeJacobian(JacobianOperator):
+    """A Jacobian that is made again for each product: weights that accelerate offloads are read for it, and dropped."""
+
+    def __init__(self, trace: Trace, make: Callable[[], JacobianOperator], like: JacobianOperator) -> None:
+        """Take the trace, what makes the Jacobian, and the Jacobian as it was made first, of which shapes are kept."""
+        self._describe(like.shape, like)
+        self._cost(like.product_flops, like.dense_flops)
+        self._trace, self._make = trace, make
+
+    def mm(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """J X."""
+        with measuring(self._trace), lifted_once({}):
+            return self._make().mm(x)
+
+    def rmm(self, y: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """J^T Y."""
+        with measuring(self._trace), lifted_once({}):
+            return self._make().rmm(y)
 
 
 class HeldJacobian(JacobianOperator):
@@ -73,7 +97,9 @@ def _sums(block: nn.Module) -> dict[str, Tensor]:
         for place, each in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):
             values = getattr(each, "__dict__", {}).items()
             tensors |= {f"{name}.{place}.{key}": value for key, value in values if isinstance(value, Tensor)}
-    return {name: _bits(tensor.detach()).sum(-1) for name, tensor in tensors.items() if tensor.numel()}
+    # the numbers of offloaded weights are a Jacobian's own
+    there = {name: tensor for name, tensor in tensors.items() if tensor.numel() and not tensor.is_meta}
+    return {name: _bits(tensor.detach()).sum(-1) for name, tensor in there.items()}
 
 
 def _bits(tensor: Tensor) -> Tensor:

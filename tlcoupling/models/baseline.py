@@ -19,6 +19,7 @@ from tlcoupling.forward.block import Block, norms_are_folded, weight_of
 from tlcoupling.forward.context import in_eval_mode, measured
 from tlcoupling.forward.hooked import model_name_of, require_supported
 from tlcoupling.forward.offline import booted
+from tlcoupling.forward.offload import is_offloaded
 from tlcoupling.forward.stacks import Stack
 from tlcoupling.models.generators import generators_kept
 
@@ -66,6 +67,11 @@ def random_baseline(model: Any, seed: int = 0) -> Any:
     require_supported(model)
     seed = check_int("seed", seed, 0)
     first = next(each for each in model.blocks.parameters() if each.is_floating_point())  # 4-bit weights are not
+    if is_offloaded(model):
+        raise UnsupportedModelError(
+            "weights not in memory: accelerate offloads them, and those of a random baseline would all be in memory. "
+            "Build one with the model's own code, and offload it the same way"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(

@@ -27,6 +27,7 @@ from tlcoupling.errors import ArgumentError, CertificateError
 from tlcoupling.forward.block import Uncovered, close, weight_of
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.lifting import lifted, lifted_model
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.certificate import TOLERANCE
 from tlcoupling.jacobian.flow import NormFlow, SlopeFlow, WeightFlow
@@ -206,7 +207,8 @@ def _readout(trace: Trace, end: Site, dests: Sequence[int]) -> tuple[Affine, Flo
         if module is not None and not close(normed, resid):
             with lifted(model, module):
                 norm = Norm.read(module, resid.to(normed), "the final norm")
-        weight = weight_of(model, "W_U")
+        with lifted(model, model.unembed):  # which is a module: it was run
+            weight = weight_of(model, "W_U")
         if weight is None or not close(resid if norm is None else norm(resid.to(normed)), normed):
             raise Uncovered("what lies behind the blocks is not a norm and an unembedding W_U")
         columns = list(range(weight.shape[1])) if end.tokens is None else list(end.tokens)
@@ -251,7 +253,7 @@ def _behind_blocks(trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 "there is no detached map of logits: no unembedding, or hooks act outside the blocks"
             )
         stack.callback(unembed.register_forward_hook(leave).remove)
-        tokens = trace.tokens[None].to(next(model.parameters()).device)
+        tokens = trace.tokens[None].to(device_of(model))
         logits = model(tokens, return_type="logits")
         ones = torch.ones_like(logits)
         drawn = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)

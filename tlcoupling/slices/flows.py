@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tlcoupling.errors import CertificateError
 from tlcoupling.forward.block import Uncovered
 from tlcoupling.forward.hooked import Hook
+from tlcoupling.forward.offload import is_offloaded
 from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.analytic import AnalyticLayer
 from tlcoupling.jacobian.autograd import BlockGraph, StreamJacobian
@@ -26,7 +28,7 @@ from tlcoupling.jacobian.certificate import TOLERANCE
 from tlcoupling.jacobian.differences import require_step_followed
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.jacobian.flow import MatrixFlow
-from tlcoupling.jacobian.held import HeldJacobian
+from tlcoupling.jacobian.held import HeldJacobian, RemadeJacobian
 from tlcoupling.jacobian.parts import BlockMap
 from tlcoupling.jacobian.runs import BlockRun
 from tlcoupling.linalg.maps import Identity
@@ -111,7 +113,8 @@ class Flows:
         closed = self._closed[layer]
         made = None if closed is None else self._composed(closed, first.stage, last.stage)
         if made is None:
-            made = StageJacobian(self.trace, layer, first, last)
+            make = partial(StageJacobian, self.trace, layer, first, last)
+            made = RemadeJacobian(self.trace, make, make()) if self._offloaded(layer) else make()
         return HeldJacobian(made, self.trace.model.blocks[layer], layer)
 
     def _checked(self, layer: int) -> JacobianOperator:
@@ -127,7 +130,25 @@ class Flows:
         reason = require_step_followed(trace, made, layer, move, layer in self._hooked)
         if reason is not None:
             warnings.warn(reason, stacklevel=2)
-        return made
+        return self._remade(layer, made) if self._offloaded(layer) else made
+
+    def _offloaded(self, layer: int) -> bool:
+        return is_offloaded(self.trace.model.blocks[layer])
+
+    def _remade(self, layer: int, made: JacobianOperator) -> JacobianOperator:
+        """The same derivative without its block's weights: those of several blocks are not held at once."""
+        trace, closed = self.trace, self._closed[layer]
+        if closed is None:
+            return RemadeJacobian(trace, partial(StreamJacobian, trace, layer), made)
+
+        def again(name: str, like: JacobianOperator) -> JacobianOperator:
+            return RemadeJacobian(trace, lambda: AnalyticLayer(BlockRun(trace, layer)).flow(name), like)
+
+        attn, mlp = closed
+        closed = again(next(iter(trace.writes)), attn), None if mlp is None else again("mlp", mlp)
+        self._closed[layer], composed = closed, self._composed(closed, "pre", "pre")
+        assert composed is not None
+        return composed
 
     def _certified(self, layer: int, graph: StreamJacobian) -> tuple[JacobianOperator, JacobianOperator | None] | None:
         """The closed forms of attention and MLP (None where there is none); None where the block goes to autograd."""

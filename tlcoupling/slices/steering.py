@@ -20,6 +20,7 @@ from tlcoupling.arguments import Indices, as_list, check_index, check_int, resol
 from tlcoupling.directions.intervention import orthonormal, random_directions
 from tlcoupling.errors import ArgumentError, UnsupportedModelError
 from tlcoupling.forward.context import measured
+from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.prompt import named_prompts
 from tlcoupling.forward.split import block_hook
 from tlcoupling.forward.trace import Trace, trace
@@ -334,7 +335,7 @@ class _Steered:
 
         if tokens is None:
             tokens = self.traced.tokens[None].expand(len(moves), -1)
-        tokens = tokens.to(next(model.parameters()).device)
+        tokens = tokens.to(device_of(model))
         hooks = [(block_hook(self.layer, "hook_resid_post"), act)]
         return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks).double().cpu()
 

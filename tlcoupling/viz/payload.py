@@ -177,15 +177,12 @@ def _measure(name: str, result: Any) -> dict[str, Any]:
 
 def _chart(picture: Lines) -> dict[str, Any]:
     """Return the curves of the model, the baseline, and the chance level of each."""
-    beside = (BASELINE, CHANCE_OF_BASELINE)
-    first = next(values for name, values in picture.values.items() if name not in beside)
-    lines = dict(
-        zip(
-            ("model", "chance", "baseline", "baseline_chance"),
-            (first, picture.chance, *map(picture.values.get, beside)),
-            strict=True,
-        )
-    )
+    lines = {
+        "model": next(values for name, values in picture.values.items() if name not in (BASELINE, CHANCE_OF_BASELINE)),
+        "chance": picture.chance,
+        "baseline": picture.values.get(BASELINE),
+        "baseline_chance": picture.values.get(CHANCE_OF_BASELINE),
+    }
     return {
         "title": picture.title,
         "group": picture.group or picture.title,

@@ -399,7 +399,8 @@ def _by_layer(
         (None, None) if result.baseline is None else curves(result.baseline),
     )
     named = {quantity.replace("_", " "): values, BASELINE: beside, CHANCE_OF_BASELINE: its}
-    lines = {name: line for name, line in named.items() if line is not None}
+    same = its is None or chance is None or torch.equal(its, chance)
+    lines = {name: line for name, line in named.items() if line is not None and not (line is its and same)}
     means = [math.nan if line is None else float(line.double().mean()) for line in (values, chance, beside, its)]
     title, logarithmic = f"{group}, {sublayer}", quantity.endswith("rank")
     return Lines(title, "layer", result.layers, lines, chance, logarithmic=logarithmic, group=group), means

@@ -28,7 +28,7 @@ from tlcoupling.viz.figures.style import (
     settle,
     style,
 )
-from tlcoupling.viz.shown import Lines, Matrix, shown
+from tlcoupling.viz.shown import CHANCE_OF_BASELINE, Lines, Matrix, shown
 
 COLUMNS = 3
 _COLORS = (TRAINED, *SUBLAYER_COLORS.values())
@@ -45,6 +45,7 @@ def pictures(result: Result) -> Figure:
     drawn = one.pictures
     columns = min(COLUMNS, max(len(drawn), 1))
     rows = -(-len(drawn) // columns) or 1
+    groups: set[str] = set()  # whose curves a panel of another sublayer has named
     with style():
         figure = new_figure(WIDTH if columns > 1 else 4.6, 0.6 + 2.5 * rows)
         grid: Any = figure.subplots(rows, columns, squeeze=False)
@@ -55,7 +56,8 @@ def pictures(result: Result) -> Figure:
             if isinstance(picture, Matrix):
                 _matrix(figure, axes, picture, [other for other in drawn if isinstance(other, Matrix)])
             else:
-                _lines(axes, picture)
+                _lines(axes, picture, legend=picture.group not in groups)
+                groups |= {picture.group} - {""}
         heading(figure, type(result).__name__, f"{measured_on(result)} · {label(one.below, 200)}")
         settle(figure)
     return figure
@@ -79,13 +81,14 @@ def _matrix(figure: Figure, axes: Axes, picture: Matrix, others: Sequence[Matrix
     figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
 
 
-def _lines(axes: Axes, picture: Lines) -> None:
-    """Draw curves, with the chance level dashed and the band behind the first."""
+def _lines(axes: Axes, picture: Lines, legend: bool) -> None:
+    """Draw curves, with chance levels dashed and the band behind the first."""
     x = np.arange(len(picture.labels))
     few = len(picture.values) <= len(_COLORS)
     for at, (name, values) in enumerate(picture.values.items()):
         color = _COLORS[at] if few else None
-        axes.plot(x, np.asarray(values.double()), color=color, marker="o" if len(x) < 40 else "", label=label(name))
+        look: Any = {"linestyle": (0, (1, 1))} if name == CHANCE_OF_BASELINE else {"marker": "o" if len(x) < 40 else ""}
+        axes.plot(x, np.asarray(values.double()), color=color, label=label(name), **look)
     if picture.band is not None:
         low, high = (np.asarray(each.double()) for each in picture.band)
         axes.fill_between(x, low, high, color=_COLORS[0], alpha=0.2, linewidth=0)
@@ -96,7 +99,7 @@ def _lines(axes: Axes, picture: Lines) -> None:
         plain_log(axes.yaxis)
     axes.set_xlabel(picture.axis)
     _name(axes.xaxis, picture.labels)
-    if few:
+    if few and legend:
         axes.legend(loc="best")
 
 
