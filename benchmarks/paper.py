@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import paper_dynamics
 import paper_networks
 import paper_smollm2
 
@@ -35,10 +36,14 @@ CLAIMS: dict[str, Claim] = {
         paper_smollm2.trajectories,
         paper_smollm2.spectrum,
         paper_smollm2.points,
+        paper_smollm2.pythia,
         paper_networks.convergence,
         paper_networks.regulariser,
         paper_networks.vision,
         paper_networks.trivial,
+        paper_dynamics.rotation,
+        paper_dynamics.exponents,
+        paper_dynamics.layers,
     )
 }
 

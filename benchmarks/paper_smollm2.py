@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 
 import tlcoupling as tlc
@@ -132,6 +133,25 @@ def points(folder: Path) -> dict[str, Any]:
     numbers["twins"] = " and ".join(f"`{one}`" for one in twins["model"])
     numbers["their score"] = float(twins["score"].iloc[0])
     save(tlc.viz.figures.coupling_against_score(table[table["score"] > 50]), folder / "points.png")
+    return numbers
+
+
+def pythia(folder: Path) -> dict[str, Any]:
+    """The published points of coupling along the training of two Pythias, as digitised from the paper's figure."""
+    table = pd.read_csv(Path(__file__).parent / "published_training.csv")
+    numbers: dict[str, Any] = {}
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for model, rows in table.groupby("model"):
+        steps, coupling = rows["step"].to_numpy(), rows["normalized_coupling"].to_numpy()
+        first, last = float(coupling[0]), float(coupling[-1])
+        numbers |= {f"{model} first": first, f"{model} last": last}
+        for step in (8000, 16000, 64000):
+            at = float(coupling[steps == step][0])
+            numbers[f"{model} risen by {step}"] = (at - first) / (last - first)
+        axes.plot(steps, coupling, "o-", label=model)
+    axes.set(xscale="log", xlabel="step", ylabel="normalised coupling, as published")
+    axes.legend()
+    save(figure, folder / "pythia.png")
     return numbers
 
 

@@ -23,7 +23,7 @@ def paper(monkeypatch: pytest.MonkeyPatch):
     import paper
 
     yield paper
-    for name in ("paper", "paper_networks", "paper_smollm2", "zoo", "chance"):
+    for name in ("paper", "paper_dynamics", "paper_networks", "paper_smollm2", "zoo", "chance"):
         sys.modules.pop(name, None)
 
 
@@ -41,7 +41,7 @@ def test_every_claim_has_its_section_and_its_figure(paper: ModuleType):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a network that scales its input has steps without a direction
-@pytest.mark.parametrize("name", ["points", "trivial"])
+@pytest.mark.parametrize("name", ["points", "pythia", "trivial"])
 def test_what_is_cheap_comes_out_again(paper: ModuleType, tmp_path: Path, name: str):
     """To four digits: the rest may differ between machines, and what the solver leaves open differs altogether."""
 

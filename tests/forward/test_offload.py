@@ -67,8 +67,11 @@ def require_offloaded(model: Any) -> None:
     assert all(any(hook.offload for hook in hooks_of(part)) for part in parts if part._parameters and hooks_of(part))
 
 
-@pytest.mark.parametrize("case", OFFLOADED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in OFFLOADED), *((case, torch.bfloat16) for case in OFFLOADED[1:3])],
+    ids=str,
+)
 def test_numbers_are_those_of_the_model_in_memory(case: Case, dtype: torch.dtype, tmp_path: Path):
     """The same operations on the same numbers in the same order."""
     one, two = both(case, tmp_path, dtype)

@@ -14,7 +14,7 @@ from oracle import graph_between
 
 import tlcoupling as tlc
 from tlcoupling.errors import ArgumentError
-from tlcoupling.slices.lens import _between
+from tlcoupling.slices.sites import part_between
 
 PROMPTS = {"one": TOKENS, "two": torch.tensor([3, 17, 28, 9, 40])}
 
@@ -41,7 +41,8 @@ def test_it_is_its_definition(case: Case, skipped: int):
     for layer, matrix in zip(lens.layers, lens.matrices, strict=True):
         each = [definition(model, tokens, layer, skipped) for tokens in PROMPTS.values()]
         mean = torch.stack(each).mean(0)
-        assert relative_error(matrix, mean) < 10 * case.tolerance
+        # both in float64; HuggingFace's modules round to float32 inside
+        assert relative_error(matrix, mean) < (1e-12 if case.exact else 1e-4)
         spread = (torch.stack(each) - mean).square().sum() / 2  # of n = 2 prompts: n (n - 1) = 2
         torch.testing.assert_close(lens.error[layer], (spread / mean.square().sum()).sqrt(), rtol=1e-4, atol=0)
 
@@ -50,11 +51,11 @@ def test_other_positions_are_left_out_where_nothing_leads_through_them():
     """By keys and values that the model cached; a hook may expect all positions."""
     model = next(case for case in FEW if case.name == "bridge-llama").model()
     trace = tlc.trace(model, TOKENS)
-    part, positions = _between(trace, range(3, 6))
-    assert part.str_tokens == trace.str_tokens[3:6] and positions == range(3)
+    part, first = part_between(trace, range(3, 6), "auto")
+    assert part.str_tokens == trace.str_tokens[3:6] and first == 3
     with model.hooks([("blocks.1.hook_mlp_out", lambda tensor, hook: 0.5 * tensor)]):
         hooked = tlc.trace(model, TOKENS)
-        assert _between(hooked, range(3, 6)) == (hooked, range(3, 6))
+        assert part_between(hooked, range(3, 6), "auto") == (hooked, 0)
     bidirectional = replace(trace, model=SimpleNamespace(cfg=SimpleNamespace(attention_dir="bidirectional")))
     assert not bidirectional.alone(3, 5)
 
@@ -105,7 +106,7 @@ def test_it_is_transformer_lens_own(tmp_path: Path):
     ours = tlc.jacobian_lens(model, [text], skip_first_positions=0)
     theirs = theirs_of.fit(model, [text], corpus="here", skip_first_positions=0, show_progress=False)
     for layer, matrix in zip(ours.layers, ours.matrices, strict=True):
-        assert relative_error(matrix, theirs.jacobians[layer]) < 1e-5
+        assert relative_error(matrix, theirs.jacobians[layer]) < 1e-6
     ours.to_transformer_lens().save(str(tmp_path / "lens.pt"), dtype=torch.float32)
     loaded = theirs_of.load(str(tmp_path / "lens.pt"))
     read = [lens.readout(model, text, return_full_logits=True).lens_logits for lens in (loaded, theirs)]

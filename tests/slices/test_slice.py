@@ -16,6 +16,7 @@ from tlcoupling.errors import ArgumentError, CertificateError, DerivativeError, 
 
 few = pytest.mark.parametrize("case", FEW, ids=str)
 SRC, DEST = (1, 3), (3, 4)
+MIXTURES = [case for case in CASES if case.name in ("bridge-mixtral", "bridge-gpt-oss")]
 
 
 def hook_name(site: tuple[Any, ...]) -> str:
@@ -68,15 +69,19 @@ def test_a_slice_is_the_derivative_of_the_hooked_model(case: Case):
         assert relative_error(jacobian.dense(), expected) < 10 * case.tolerance
 
 
+@pytest.mark.parametrize("where", [{"src": "all"}, {"src": 3, "dest": 5}], ids=["all", "between"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_engines_agree(case: Case):
-    """Blocks without a closed form, such as mixtures of experts, are by autograd in either."""
+def test_engines_agree(case: Case, where: dict[str, Any]):
+    """Blocks without a closed form, such as mixtures of experts, are by autograd in either.
+
+    By autograd, blocks run on all positions; by closed forms, on those between src and dest where they can.
+    """
     trace = tlc.trace(case.model(), TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a fallback
-        found = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), src="all")
+        found = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), **where)
     direction = torch.randn(found.shape[1], generator=torch.Generator().manual_seed(0), dtype=found.dtype)
-    expected = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), src="all", engine="autograd")
+    expected = tlc.slice_jacobian(trace, ("resid_pre", 1), ("attn_out", 2), engine="autograd", **where)
     assert set(expected.engine.values()) == {"autograd"}
     assert relative_error(found.mv(direction), expected.mv(direction)) < 10 * case.tolerance
 
@@ -105,6 +110,20 @@ def test_modes_and_composition():
     torch.testing.assert_close((second @ first).dense(), whole.flatten(2, 3).flatten(0, 1))
     top = tlc.truncated_svd(second @ first, 3)
     torch.testing.assert_close(top.s, torch.linalg.svdvals(whole.flatten(2, 3).flatten(0, 1))[:3])
+
+
+@pytest.mark.parametrize("case", [*FEW, *MIXTURES], ids=str)
+def test_one_vector_added_at_all_positions(case: Case):
+    """As in steering, the mean of the target read, against backward passes through the whole model."""
+    trace = tlc.trace(case.model(), TOKENS)
+    leaf, out = graph_between(trace.model, trace.tokens, "blocks.0.hook_resid_pre", "blocks.2.hook_resid_post")
+    rows = [torch.autograd.grad(one, leaf, retain_graph=True)[0][0].sum(0) for one in out[0].mean(0)]
+    modes: dict[str, Any] = {"src": "all", "dest": "all", "src_mode": "same", "dest_mode": "same"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fallback: mixtures of experts are by autograd
+        found = tlc.slice_jacobian(trace, ("resid_pre", 0), ("resid_post", 2), **modes)
+    assert set(found.engine.values()) == {"autograd" if case in MIXTURES else "analytic"}
+    assert relative_error(found.dense(), torch.stack(rows)) < 10 * case.tolerance
 
 
 @few

@@ -94,6 +94,30 @@ def test_an_array_that_is_not_taken_fails_alone(cluster: list[Job], tmp_path: Pa
     assert [job.cancelled for job in cluster] == [False]
 
 
+@pytest.mark.parametrize(("said", "sizes"), [("MaxArraySize            = 2\n", [2, 2, 1]), (None, [5])])
+def test_arrays_are_as_long_as_the_cluster_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, sizes: list[int]
+):
+    if said is not None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho 'SlurmUser = root\n{said}'\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if said else str(tmp_path))
+    arrays: list[list[Job]] = []
+
+    def array(self: Any, resources: dict[str, Any]) -> Array:
+        arrays.append([])
+        return Array(arrays[-1], True)
+
+    monkeypatch.setattr(tlc.SlurmExecutor, "_array", array)
+    monkeypatch.setattr(executors, "_queue", lambda: set())
+    monkeypatch.setattr(executors, "_GRACE_SECONDS", 0.0)
+    with tlc.SlurmExecutor(tmp_path, poll_seconds=0.05) as executor:
+        arrays.clear()  # one is made to check the resources
+        for future in [executor.submit(value_of, ask(value, "slow")) for value in range(5)]:
+            assert isinstance(future.exception(timeout=60), JobLostError)
+    assert [len(jobs) for jobs in arrays] == sizes
+
+
 def test_jobs_that_nobody_can_look_after_are_cancelled(cluster: list[Job], tmp_path: Path, monkeypatch):
     def unknown() -> set[str]:
         raise KeyError("nobody is this process's user")

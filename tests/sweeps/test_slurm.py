@@ -109,3 +109,14 @@ def test_a_killed_job_and_a_preempted_one(cluster: None, tmp_path: Path):
 def test_resources_that_submitit_does_not_know(cluster: None, tmp_path: Path):
     with pytest.raises(ArgumentError, match=r"resources=\{'memory': 4\}.*submitit"):
         tlc.SlurmExecutor(tmp_path, memory=4)
+
+
+@pytest.mark.slow
+def test_more_jobs_than_one_array_takes(cluster: None, tmp_path: Path):
+    """The cluster takes two in one array, and refuses three."""
+    with tlc.SlurmExecutor(tmp_path, poll_seconds=0.5, cpus_per_task=1, timeout_min=5) as executor:
+        futures = [executor.submit(abs, -value) for value in range(3)]
+        assert [future.result(timeout=300) for future in futures] == [0, 1, 2]
+    jobs = sorted(path.name.split("_")[:2] for path in tmp_path.glob("*_0_log.out"))
+    assert [index for _, index in jobs] == ["0", "1", "0"]
+    assert len({array for array, _ in jobs}) == 2

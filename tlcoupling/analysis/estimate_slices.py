@@ -15,17 +15,17 @@ from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.autograd import autograd_column_bytes, n_heads_of
 from tlcoupling.jacobian.cost import layer_costs
 from tlcoupling.jacobian.engine import EngineName
-from tlcoupling.linalg.krylov import OVERSAMPLING
+from tlcoupling.linalg.krylov import OVERSAMPLING, USUAL_STEPS
 from tlcoupling.linalg.svd import svd_work
 from tlcoupling.linalg.work import Work, measured_rates
 from tlcoupling.memory import free_memory
-from tlcoupling.slices.sites import Mode, SiteSpec, ends_of, positions_of
+from tlcoupling.slices.sites import Mode, SiteSpec, ends_of, positions_of, window_between
 from tlcoupling.slices.slice import vectors_through
 from tlcoupling.slices.sweep import SHARE
 
 PASSES = 10  # of a block, forward, that take as long as making its derivative at all positions and checking it
 PASSES_ALONG = 3  # of each block in the difference of a whole slice
-PASSES_APART = 3  # of each block in the test whether one position counts alone
+PASSES_APART = 3  # of each block in the test whether the positions between two count alone
 BUFFERS = 56 * 2**20  # bytes of libraries, and what lies between the tensors, measured
 NORM_VECTORS = 2 * 7 * 6  # vectors that go through a block for its norm
 
@@ -72,7 +72,8 @@ def estimate_slice(
     moved, read = positions_of(trace, src, dest)
     counts = [len(each) if mode == "stack" else 1 for each, mode in ((moved, src_mode), (read, dest_mode))]
     blocks = range(start.layer, end.layer if end.stage == "pre" else end.layer + 1)
-    d, costs = trace.d_model, _Counts(trace, engine)
+    window = window_between(trace, {*moved, *read}, engine) if trace.causal else None
+    d, costs = trace.d_model, _Counts(window or trace, engine)
     size_out = d * counts[1]
     if end.readout == "logits":
         chosen = int(trace.model.cfg.d_vocab) if end.tokens is None else len(end.tokens)
@@ -80,14 +81,18 @@ def estimate_slice(
     size = min(d * counts[0], size_out)
     k = check_int("k", k, 1, size, "the size of the slice")
     product = sum(costs.product(block) for block in blocks)
+    solver, at_once = svd_work(size, k, product, size * product), vectors_through(costs.trace)
+    products = -(-size // at_once) if solver.matmul else 2 * USUAL_STEPS  # of a dense matrix, or of Krylov's steps
     stages = {
         "blocks": costs.checks(PASSES + PASSES_ALONG) * len(blocks),
-        "decomposition": svd_work(size, k, product, size * product),
+        "decomposition": solver + Work(calls=PASS_CALLS * products * len(blocks)),
     }
+    if window is not None:
+        stages["positions"] = _Counts(trace, engine).checks(PASSES_APART) * trace.n_layers
     vectors = min(k + OVERSAMPLING, size)
     bases = 30.0 * vectors * (d * counts[0] + size_out)  # of the usual number of Krylov steps, three each
-    peak = costs.item * bases + costs.column * (min(vectors, vectors_through(trace)) + len(blocks) / 2 + 2)
-    return costs.estimate(counts[0], k, stages, peak)
+    peak = costs.item * bases + costs.column * (min(vectors, at_once) + len(blocks) / 2 + 2)
+    return costs.estimate(trace.n_tokens, counts[0], k, stages, peak)
 
 
 @measured
@@ -149,7 +154,7 @@ def estimate_atlas(
     made = carried if alone else 3.0 * trace.n_tokens * d * d
     passing = costs.column * (len(blocks) / 2 + vectors_through(trace))
     peak = costs.item * (group * carried + kept + stacked + made) + passing
-    return costs.estimate(len(moved), k, stages, peak)
+    return costs.estimate(trace.n_tokens, len(moved), k, stages, peak)
 
 
 class _Counts:
@@ -201,12 +206,12 @@ class _Counts:
         )
         return Work(matmul=dense, calls=again.seconds * self.rates.calls)
 
-    def estimate(self, n_measured: int, k: int, stages: dict[str, Work], peak: float) -> Estimate:
+    def estimate(self, n_tokens: int, n_measured: int, k: int, stages: dict[str, Work], peak: float) -> Estimate:
         """Put an estimate together."""
         trace: Any = self.trace
         return Estimate(
             model_name=trace.model_name,
-            n_tokens=trace.n_tokens,
+            n_tokens=n_tokens,
             n_measured=n_measured,
             ks=(k,),
             stages=tuple(Stage(name, "", work.flops, self.rates.seconds(work)) for name, work in stages.items()),

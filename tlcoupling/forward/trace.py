@@ -260,8 +260,8 @@ class Trace(Stream):
         """Run one block again from x^l to x^{l+1}, with hooks of ours (by short name) behind those of the user.
 
         x^l is what the block reads after the user's hooks on its ``hook_resid_pre``, so what these give back is put
-        aside; x^{l+1} is what they make of it on the next ``hook_resid_pre``. Half-precision weights are lifted to
-        float32 while their part of the block runs.
+        aside; x^{l+1} is what they make of it on the next ``hook_resid_pre``. Offloaded weights are brought
+        into memory meanwhile, and half-precision ones lifted to float32 while their part of the block runs.
         """
         block = self.model.blocks[layer]
         reads, after = self.point(layer, "hook_resid_pre"), self.point(layer + 1, "hook_resid_pre")
@@ -498,8 +498,8 @@ def trace(
             does not depend on it.
 
     Raises:
-        UnsupportedModelError: several parallel streams, a looped decoder, quantised or offloaded
-            weights, or a module in training mode. docs/models.md lists the reasons.
+        UnsupportedModelError: several parallel streams, a looped decoder, quantised weights or such that are not in
+            memory and that nothing brings there, or a module in training mode. docs/models.md lists the reasons.
         ArgumentError: an empty prompt, a batch larger than one, token ids out of range or more than the context holds,
             ids that may be pads or text, a mask with zeros between ones, placeholders of images; hooks on points that
             do not exist or are not called.

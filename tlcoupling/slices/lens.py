@@ -31,7 +31,7 @@ from tlcoupling.precision import full_precision
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Result, engines_of_prompts
 from tlcoupling.slices.flows import Flows
-from tlcoupling.slices.sites import Placement
+from tlcoupling.slices.sites import Placement, part_between
 from tlcoupling.slices.slice import vectors_through
 from tlcoupling.text import counted
 
@@ -198,7 +198,8 @@ def jacobian_lens(
             raise ArgumentError("prompts", f"{name}: {counted(traced.n_tokens, 'token')}", allowed)
         chosen = resolve_indices("layers", range(traced.n_layers - 1) if layers is None else layers, traced.n_layers)
         cotangents = _cotangents(traced, sketch, seed)
-        part, positions = _between(traced, positions)
+        part, first = part_between(traced, positions, engine)
+        positions = range(positions.start - first, positions.stop - first)
         flows = Flows(part, engine)
         made = _of_prompt(part, flows, chosen, positions, cotangents)
         squares = made.square().sum((1, 2))
@@ -237,25 +238,6 @@ def _cotangents(traced: Trace, sketch: int | None, seed: int) -> Float[Tensor, "
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     drawn = torch.randn(width, sketch, generator=generator, dtype=torch.float64)
     return (width / sketch) ** 0.5 * torch.linalg.qr(drawn).Q.to(traced.resid.dtype)
-
-
-def _between(traced: Trace, positions: range) -> tuple[Trace, range]:
-    """The trace at consecutive positions, and these in it; all of it where others may lie on the way between them."""
-    first, last = positions[0], positions[-1]
-    if first == last and first > 0:
-        first -= 1  # activations of one position cannot tell a weight from a bias
-    whole = traced, positions
-    if traced.hooked_layers | traced.layers_hooked_now() or not traced.alone(first, last):  # hooks expect all
-        return whole
-    window = traced.window(first, last)
-    if window is None:
-        return whole
-    try:
-        for layer in range(traced.n_layers):
-            window.check_current("block", layer, window.run_block(layer, window.block_input(layer), {})[0])
-    except Exception:  # whatever a block raises that takes no window
-        return whole
-    return window, range(positions.start - first, positions.stop - first)
 
 
 def _of_prompt(

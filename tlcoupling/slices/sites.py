@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from tlcoupling.arguments import Indices, as_list, check_index, resolve_indices
 from tlcoupling.directions.readout import Readout
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.trace import Trace
+from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.operator import JacobianOperator
 
 Stage = Literal["pre", "z", "attn", "mid", "mlp"]
@@ -99,6 +100,36 @@ def positions_of(trace: Trace, src: Indices, dest: Indices) -> tuple[tuple[int, 
     if trace.causal and max(dests) < min(sources):
         raise ArgumentError("dest", dest, f"a position not before every src of {src}: the model is causal")
     return sources, dests
+
+
+def window_between(trace: Trace, positions: Collection[int], engine: EngineName) -> Trace | None:
+    """Return the trace at the positions from the first to the last of some; None where all have to be run.
+
+    Hooks expect all positions, and so does whoever asks for the model's own derivatives.
+    """
+    first, last = min(positions), max(positions)
+    if first == last and first > 0:
+        first -= 1  # activations of one position cannot tell a weight from a bias
+    hooked = trace.hooked_layers | trace.layers_hooked_now()
+    if engine == "autograd" or hooked or last - first + 1 == trace.n_tokens:
+        return None
+    return trace.window(first, last)
+
+
+def part_between(trace: Trace, positions: Collection[int], engine: EngineName) -> tuple[Trace, int]:
+    """Return the trace at those positions that lie on the way between some, and the first of them.
+
+    Where others may lead from one to another, or blocks do not run without the others, it is the whole trace.
+    """
+    window = window_between(trace, positions, engine)
+    if window is None or not trace.alone(window.first - trace.first, window.first - trace.first + window.n_tokens - 1):
+        return trace, 0
+    try:
+        for layer in range(trace.n_layers):
+            window.check_current("block", layer, window.run_block(layer, window.block_input(layer), {})[0])
+    except Exception:  # whatever a block raises that takes no window
+        return trace, 0
+    return window, window.first - trace.first
 
 
 def stream_points(trace: Trace, end: str) -> list[str]:

@@ -1,7 +1,8 @@
 r"""The Jacobian from one hook point to another, as a chain of the blocks' derivatives.
 
 d target_dest / d source_src runs through every block between the two, and at all positions between src and dest: it
-is carried by whole streams (``flows``). A perturbation that is added to a sublayer's write is added to the stream.
+is carried by streams of these (``flows``), or of all positions where others may lie on the way. A perturbation that is
+added to a sublayer's write is added to the stream.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tlcoupling.linalg.maps import Identity, Projection
 from tlcoupling.linalg.operator import JacobianOperator
 from tlcoupling.memory import free_memory
 from tlcoupling.slices.flows import Flows, run_between, stage_value
-from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, ends_of, name_of, positions_of
+from tlcoupling.slices.sites import Mode, Placement, Site, SiteSpec, ends_of, name_of, part_between, positions_of
 
 _SHORTER = 1 / 16  # steps of differences than those of one block: many blocks bend more
 AT_ONCE = 128  # vectors, at most, on a CPU, whose caches then hold their activations: 576 take a fifth longer
@@ -146,19 +147,21 @@ def slice_jacobian(
     for name, mode in (("src_mode", src_mode), ("dest_mode", dest_mode)):
         check_name(name, mode, get_args(Mode))
     sources, dests = positions_of(trace, src, dest)
-    flows = Flows(trace, engine)
+    part, first = part_between(trace, {*sources, *dests}, engine)
+    flows, n_tokens = Flows(part, engine), part.n_tokens
     chain = stream_chain(flows, start, end)
-    enter = Placement(trace.n_tokens, sources, src_mode, chain.shape[1] // trace.n_tokens, chain)
-    size = chain.shape[0] // trace.n_tokens
-    leave = Placement(trace.n_tokens, dests, "stack", size, chain).T
+    moved, read = (tuple(pos - first for pos in positions) for positions in (sources, dests))
+    enter = Placement(n_tokens, moved, src_mode, chain.shape[1] // n_tokens, chain)
+    size = chain.shape[0] // n_tokens
+    leave = Placement(n_tokens, read, "stack", size, chain).T
     inner = leave @ chain @ enter
-    require_followed(trace, inner, start, end, enter, leave)
+    require_followed(part, inner, start, end, enter, leave)
     if end.readout != "stream":
         inner = _readout(trace, end, dests) @ inner
         size = inner.shape[0] // len(dests)
     if dest_mode == "same":
         inner = _mean(len(dests), size, inner) @ inner
-    return SliceJacobian(inner, trace, source, target, sources, dests, flows.used)
+    return SliceJacobian(inner, part, source, target, sources, dests, flows.used)
 
 
 def stream_chain(flows: Flows, start: Site, end: Site) -> JacobianOperator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import multiprocessing
+import re
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ from tlcoupling.errors import ArgumentError, StoreError, TLCouplingError
 
 _GATHER_SECONDS = 0.2  # calls submitted within this time become one job array
 _GRACE_SECONDS = 10.0  # after a job leaves the queue, time for its result to reach this machine
+_MAX_ARRAY_SIZE = 1001  # of a cluster that does not set it
 _SHOWN = 300  # characters of a job's stderr in an error
 _Call = tuple[Future, Callable[[Any], Any], dict[str, Any]]  # its future, its submission to an array, its resources
 
@@ -106,6 +108,8 @@ class _Raised:
 
 class SlurmExecutor(Executor):
     """Runs calls as jobs of a Slurm cluster, through submitit. Calls submitted together become one job array.
+
+    More calls than the cluster's ``MaxArraySize`` allows become several arrays.
 
     If a call's first argument has ``resources`` (a group of cells has the plan's), they are added to the executor's.
     Each set of resources gets its own array. A job that reaches its time limit or is preempted is requeued and
@@ -199,11 +203,13 @@ class SlurmExecutor(Executor):
                 self._jobs = {}
 
     def _send(self, waiting: list[_Call]) -> None:
-        """Submit calls, those with equal resources as one array. If an array is refused, only its calls fail."""
-        arrays: dict[str, list[_Call]] = {}
+        """Submit calls, those with equal resources as arrays. If an array is refused, only its calls fail."""
+        alike: dict[str, list[_Call]] = {}
         for one in waiting:
-            arrays.setdefault(repr(sorted(one[2].items())), []).append(one)
-        for calls in arrays.values():
+            alike.setdefault(repr(sorted(one[2].items())), []).append(one)
+        size = _max_array_size()
+        arrays = [calls[start : start + size] for calls in alike.values() for start in range(0, len(calls), size)]
+        for calls in arrays:
             try:
                 array = self._array(calls[0][2])
                 with array.batch():
@@ -259,6 +265,16 @@ def _settle(future: Future, result: Any = None, error: Exception | None = None) 
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+def _max_array_size() -> int:
+    """Return how many jobs the cluster takes in one array; Slurm's own default, 1001, if it does not answer."""
+    try:
+        said = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return _MAX_ARRAY_SIZE
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said.stdout, re.MULTILINE)
+    return max(1, int(found[1])) if found else _MAX_ARRAY_SIZE
 
 
 def _queue() -> set[str] | None:
