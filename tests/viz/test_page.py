@@ -398,6 +398,8 @@ def test_results_of_another_kind_are_refused() -> None:
             make(analysis.coupling)
     with pytest.raises(ArgumentError, match="result='Growth' .* a DepthCoupling"):
         viz.depth_coupling(analysis.growth)
+    with pytest.raises(ArgumentError, match="result='Growth' .* a SensitivityAtlas"):
+        viz.sensitivity_atlas(analysis.growth)
     assert viz.depth_coupling(analysis.coupling).html == viz.depth_coupling(analysis).html
 
 

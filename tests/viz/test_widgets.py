@@ -16,7 +16,7 @@ from cases import huggingface as bridge
 from chromium import browser, numbers, opened, print_weight, wait_for_heads
 from families import families
 
-from tlcoupling import Analysis, analyze, viz
+from tlcoupling import Analysis, SensitivityAtlas, analyze, sensitivity_atlas, trace, viz
 from tlcoupling.viz.panes import ATTENTION_CELLS
 
 __all__ = ["browser"]  # a fixture
@@ -284,6 +284,50 @@ def test_measures_read_out_their_numbers_by_sublayer(browser: Any, tmp_path: Pat
         expected = [float(symmetric[0]), float(symmetric[-1]), *(float(line[0].mean()) for line in of("symmetric", 0))]
         assert [float(text) for text in first] == pytest.approx(expected, abs=6e-5)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_atlas_reads_out_its_slices_beside_the_baselines(browser: Any, tmp_path: Path, width: int) -> None:
+    found = sensitivity_atlas(trace(fresh(0), TOKENS), 2, baseline=fresh(1))
+    assert found.baseline is not None
+    path = viz.sensitivity_atlas(found).save(tmp_path / "atlas.html")
+    with opened(browser, path, viewport={"width": width, "height": 800}, color_scheme="dark") as page:
+        maps, readout = page.locator("#atlas [data-part=maps]"), page.locator("#atlas [data-part=readout]")
+
+        def shows(here: torch.Tensor, there: torch.Tensor) -> None:
+            """Model, baseline and difference, from layer 0 to layer 2; above the panes are means over all pairs."""
+            assert readout.inner_text().startswith("From layer 0 to layer 2: the model ")
+            expected = [float(one[0, 2]) for one in (here, there, here - there)]
+            assert numbers(readout.inner_text()) == pytest.approx(expected, abs=6e-5)
+            means = [float(one.nanmean()) for one in (here, there, here - there)]
+            captions = " ".join(maps.locator("figcaption").all_inner_texts())
+            assert numbers(captions) == pytest.approx(means, abs=6e-5)
+
+        def share(one: SensitivityAtlas) -> torch.Tensor:
+            return (one.singular_values[..., 0] / one.norm_product).log10()
+
+        def fed(one: SensitivityAtlas) -> torch.Tensor:
+            """What slices read of what the block at their source writes; blocks are numbered as layers are."""
+            cells = one.block_overlap[2].diagonal(dim1=0, dim2=2).T - one.null
+            return cells.where(torch.ones_like(cells).triu(1).bool(), torch.nan)
+
+        maps.focus()
+        page.keyboard.press("ArrowRight")
+        assert readout.inner_text().startswith("From layer 0 to layer 2")
+        shows(found.singular_values[..., 0].log10(), found.baseline.singular_values[..., 0].log10())
+        page.locator("#atlas select").select_option("largest singular value over the product of norms")
+        shows(share(found), share(found.baseline))
+        page.locator("#atlas select").select_option("reads what the source writes: overlap")
+        shows(fed(found), fed(found.baseline))
+        maps.focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowDown")
+        assert "no slice" in readout.inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    alone = viz.sensitivity_atlas(found.baseline)
+    with opened(browser, alone.save(tmp_path / "alone.html")) as page:
+        assert page.locator("#atlas figure").count() == 1
+        assert "Fresh weights were not measured" in page.locator("#atlas").inner_text()
 
 
 def test_choosing_a_token_changes_the_coupling_across_depth(browser: Any, tmp_path: Path, analysis: Analysis) -> None:

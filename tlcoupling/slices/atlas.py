@@ -40,7 +40,11 @@ if TYPE_CHECKING:
     import pandas
 
 COMPARED = ("reads, reads", "writes, writes", "reads, writes")
-OVERLAPS = ("reads_as_first", "writes_as_last", "reads_source")
+OVERLAPS = {
+    "reads_as_first": "reads as its first block",
+    "writes_as_last": "writes as its last block",
+    "reads_source": "reads what the source writes",
+}
 _PAIR = ("source", "target")
 
 

@@ -17,6 +17,7 @@ from tlcoupling.viz.widgets import (
     dashboard,
     depth_coupling,
     render_html,
+    sensitivity_atlas,
     tokens,
     write_html,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "depth_coupling",
     "figures",
     "render_html",
+    "sensitivity_atlas",
     "tokens",
     "write_html",
 ]

@@ -43,6 +43,7 @@ _SCRIPTS = (
     "tokens",
     "growth",
     "measures",
+    "atlas",
     "main",
 )
 

@@ -19,8 +19,10 @@ from tlcoupling.coupling.heads import HeadCoupling
 from tlcoupling.coupling.metric import off_diagonal_mean
 from tlcoupling.coupling.result import Coupling
 from tlcoupling.coupling.token import TokenCoupling
+from tlcoupling.slices.atlas import OVERLAPS, SensitivityAtlas
 from tlcoupling.text import visible
 from tlcoupling.viz.plain import formula, label, packed, plain, roots
+from tlcoupling.viz.shown import shown
 
 # Cells that circuitsvis draws without a noticeable delay: all heads, and the zoomed one again.
 ATTENTION_CELLS = 40_000
@@ -32,6 +34,11 @@ TOKENS_CELLS = 2_500_000
 # Bytes for coupling of tokens and attention, a byte for each number of attention: the heads of the layer shown first,
 # then means over heads of all layers, then heads of other layers.
 PAIRS_BYTES = 1_970_000
+_OF_SLICES = {
+    "singular_value": "largest singular value",
+    "share": "largest singular value over the product of norms",
+    **{name: f"{words}: overlap" for name, words in OVERLAPS.items()},
+}
 
 
 def depth(
@@ -108,6 +115,44 @@ def heads(result: HeadCoupling) -> dict[str, Any]:
         "diagonal_is_one": _diagonal_is_one(result),
         "undetermined": None if (fine := result.determined) is None else plain(~fine[0].all(-1)),
         "related": None if same is None else [[a == b for b in same] for a in same],
+    }
+
+
+def atlas(result: SensitivityAtlas) -> dict[str, Any]:
+    """Return quantities of the slices between all pairs of layers, ``[source, target]``, with those of the baseline."""
+    one = shown(result)
+    model, other = _of_slices(result), None if result.baseline is None else _of_slices(result.baseline)
+    zeros = {name: "less chance" if name in OVERLAPS else "log₁₀" for name in model}
+    return {
+        "layers": result.layers,
+        "note": f"{one.below}. {one.note}".strip(),
+        "has_baseline": other is not None,
+        "quantities": [
+            {
+                "title": _OF_SLICES[name],
+                "zero": zeros[name],
+                "model": plain(matrix),
+                "baseline": None if other is None else plain(other[name]),
+            }
+            for name, matrix in model.items()
+        ],
+    }
+
+
+def _of_slices(result: SensitivityAtlas) -> dict[str, Tensor]:
+    """Return the matrices by name: logarithms of singular values, and overlaps less that of independent subspaces."""
+    pairs = result.by_pair()
+    largest = pairs["singular_value"][:, 0].double()
+    cells = {
+        "singular_value": largest.log10(),
+        "share": (largest / pairs["norm_product"]).log10(),
+        **{name: pairs[name].double() - pairs["null"] for name in OVERLAPS},
+    }
+    size = len(result.layers)
+    behind = torch.ones(size, size, dtype=torch.bool).triu(1)  # pairs come in this order
+    return {
+        name: torch.full((size, size), torch.nan, dtype=torch.float64).masked_scatter(behind, values.double())
+        for name, values in cells.items()
     }
 
 

@@ -18,6 +18,7 @@ from tlcoupling.coupling.context import ContextCoupling
 from tlcoupling.coupling.depth import DepthCoupling
 from tlcoupling.coupling.token import TokenCoupling
 from tlcoupling.errors import ArgumentError, ResultFileError
+from tlcoupling.slices.atlas import SensitivityAtlas
 from tlcoupling.viz import panes, payload
 from tlcoupling.viz.page import asset, render
 
@@ -132,6 +133,19 @@ def tokens(result: Analysis) -> Widget:
     if not isinstance(result, Analysis):
         raise _wrong_kind(result, "an Analysis")
     return Widget(render("Tokens", {"tokens": payload.tokens(result)}), height=640)
+
+
+def sensitivity_atlas(result: SensitivityAtlas) -> Widget:
+    """Show the slices between all pairs of layers: singular values, and overlaps of their directions with the blocks'.
+
+    The baseline and the difference from it stand beside the model, on one colour scale.
+
+    Raises:
+        ArgumentError: a result of another kind.
+    """
+    if not isinstance(result, SensitivityAtlas):
+        raise _wrong_kind(result, "a SensitivityAtlas")
+    return Widget(render("Sensitivity atlas", {"atlas": panes.atlas(result)}), height=560)
 
 
 def dashboard(result: Analysis) -> Widget:

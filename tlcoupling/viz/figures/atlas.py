@@ -30,13 +30,6 @@ from tlcoupling.viz.figures.style import (
     style,
 )
 
-_NAMES = dict(
-    zip(
-        OVERLAPS,
-        ("reads as its first block", "writes as its last block", "reads what the source writes"),
-        strict=True,
-    )
-)
 _WIDTH, _HEIGHT = 9.2, 5.9
 
 
@@ -69,7 +62,7 @@ def sensitivity_atlas(result: SensitivityAtlas, *, rank: int = 0) -> Figure:
         _heat(figure, grid[0, 0], result, values, LogNorm(), SEQUENTIAL, f"singular value {symbol}")
         if other is None:
             fed = excess["reads_source"]
-            _heat(figure, grid[0, 1], result, fed, around, DIVERGING, f"{_NAMES['reads_source']}: overlap − chance")
+            _heat(figure, grid[0, 1], result, fed, around, DIVERGING, f"{OVERLAPS['reads_source']}: overlap − chance")
         else:
             ratio = np.log2(values / other.singular_values[..., rank].double().numpy())
             largest = np.nanmax(np.abs(ratio)) or 1.0
@@ -80,10 +73,10 @@ def sensitivity_atlas(result: SensitivityAtlas, *, rank: int = 0) -> Figure:
             lines["baseline"] = (pairs["baseline"][:, rank], RANDOM)
         _curves(grid[0, 2], result, lines, logarithmic=True)
         grid[0, 2].set_title(f"{symbol}, geometric mean")
-        for axes, name in zip(grid[1], OVERLAPS[:2], strict=False):
-            _heat(figure, axes, result, excess[name], around, DIVERGING, f"{_NAMES[name]}: overlap − chance")
+        for axes, name in zip(grid[1], list(OVERLAPS)[:2], strict=False):
+            _heat(figure, axes, result, excess[name], around, DIVERGING, f"{OVERLAPS[name]}: overlap − chance")
         colors = (SUBLAYER_COLORS["attn"], SUBLAYER_COLORS["mlp"], SUBLAYER_COLORS["block"])
-        overlaps = {_NAMES[name]: (pairs[name], color) for name, color in zip(OVERLAPS, colors, strict=True)}
+        overlaps = {words: (pairs[name], color) for (name, words), color in zip(OVERLAPS.items(), colors, strict=True)}
         _curves(grid[1, 2], result, overlaps, logarithmic=False)
         grid[1, 2].axhline(result.null, color=NULL, linestyle=(0, (4, 2)), label="chance")
         grid[1, 2].set_title("overlap of subspaces, mean")
