@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, TOKENS, Case, relative_error
+from cases import CASES, FEW, TOKENS, Case, relative_error
 from oracle import graph_between
 
 import tlcoupling as tlc
@@ -49,7 +49,7 @@ def test_it_is_its_definition(case: Case, skipped: int):
 
 def test_other_positions_are_left_out_where_nothing_leads_through_them():
     """By keys and values that the model cached; a hook may expect all positions."""
-    model = next(case for case in FEW if case.name == "bridge-llama").model()
+    model = next(case for case in CASES if case.name == "bridge-llama").model()
     trace = tlc.trace(model, TOKENS)
     part, first = part_between(trace, range(3, 6), "auto")
     assert part.str_tokens == trace.str_tokens[3:6] and first == 3
