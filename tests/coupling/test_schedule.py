@@ -18,7 +18,8 @@ import tlcoupling as tlc
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.method import methods
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import Comparison, make_schedule
+from tlcoupling.coupling.schedule import Comparison, _held, make_schedule
+from tlcoupling.coupling.token import token_groups
 from tlcoupling.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
 from tlcoupling.forward.split import splits_of_model
 from tlcoupling.jacobian.autograd import CHUNK, ROWS, vectors_at_once
@@ -219,6 +220,20 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, version: int):
         (folder / used).write_text(f"{now}\n")
     assert left_in_control_group(root, of_process) == 3000
     assert left_in_control_group(root, tmp_path / "absent") == math.inf
+
+
+@pytest.mark.parametrize(
+    ("groups", "most", "when_begun"),
+    [
+        # the last layer's Jacobians end their groups one by one
+        (depth_groups(range(3), range(5)), 3 * 5 - 4, 2 * 5),
+        (token_groups(range(3), range(3), range(5)), 5, 0),  # a layer's are compared with each other alone
+        (token_groups([0], [2], range(5)), 2 * 5, 5),
+    ],
+)
+def test_a_layer_is_checked_beside_what_earlier_layers_left(groups: Any, most: int, when_begun: int):
+    """Its checks need their memory before its own matrices are kept, so that the two are not added."""
+    assert _held(groups) == (most, when_begun)
 
 
 PEAK = """

@@ -250,13 +250,13 @@ def test_weights_that_another_modules_hook_brings_are_refused(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and the peak are Linux's")
 def test_a_model_larger_than_the_memory_that_it_is_given():
-    """The program that the documentation names, on a smaller model: 194 MiB of weights in 80 MiB."""
+    """The program that the documentation names, on a smaller model: 194 MiB of weights in 92 MiB."""
     path = Path(__file__).parents[2] / "benchmarks" / "offloaded.py"
     spec = importlib.util.spec_from_file_location("offloaded", path)
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    limit = 80 * program.MIB
+    limit = 92 * program.MIB
     total, found = program.compare(512, 12, limit)
     assert total > 2 * limit
     assert found["on disk"]["peak"] < limit * 1.1 < total < found["in memory"]["peak"]  # pages of files count too

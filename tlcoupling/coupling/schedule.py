@@ -31,7 +31,9 @@ from tlcoupling.memory import free_memory
 STACKED, STACKED_ON_DEVICE = 2**22, 2**29
 HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
-ON_ITS_WAY = 1.75  # what vectors on their way back take beyond ``backward_bytes``, with freed memory between; measured
+# What a vector on its way back takes in place of ``backward_bytes``, with freed memory between; and a stream that is
+# moved, without a graph. Measured.
+ON_ITS_WAY, MOVED = 1.75, 0.6
 HOLES = 1.06  # what an allocator takes for kept matrices, with what lies between them; measured
 # Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
 BUFFERS, BUFFERS_ON_DEVICE = 20 * 2**20, 64 * 2**20
@@ -60,6 +62,10 @@ class Again:
         """Whether all is done in one run, there and back."""
         return self.n_dest == 1 and self.streams * self.rows <= FEW_ROWS
 
+    def graph(self, cost: Cost, n_tokens: int) -> float:
+        """Return the memory of the graph of a run, which stays while its layer is measured."""
+        return (self.streams if self.few else 1) * cost.backward_bytes * self.rows / n_tokens
+
     def memory(self, cost: Cost, n_tokens: int, key_bytes: float, free: float) -> float:
         """Return the memory of the graph, and of the vectors on their way back or the streams that are moved.
 
@@ -72,8 +78,9 @@ class Again:
         column = cost.backward_bytes * self.rows / n_tokens
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
             return self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
-        vectors = min(CHUNK, max(1, ROWS // self.rows), max(self.n_dest, 2 * self.n_src))
-        return column + ON_ITS_WAY * max(column, min(vectors * column, CHUNK_SHARE * free))
+        most = min(CHUNK, max(1, ROWS // self.rows))
+        at_once = max(ON_ITS_WAY * min(most, self.n_dest), MOVED * min(most, 2 * self.n_src))
+        return column + max(ON_ITS_WAY * column, min(at_once * column, ON_ITS_WAY * CHUNK_SHARE * free))
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule
     workers = _most_workers(comparison, costs.values())
     groups = comparison.groups
     size = len(groups)
-    while (kept := _kept_bytes(comparison, groups[:size])) > KEPT_SHARE * free and size > 1:
+    while (kept := _kept_bytes(comparison, _held(groups[:size])[0])) > KEPT_SHARE * free and size > 1:
         size = (size + 1) // 2
     keep = kept <= KEPT_SHARE * free
     stack = _longest_stack(comparison)
@@ -230,19 +237,22 @@ def _longest_stack(comparison: Comparison) -> int:
     return max(1, min(count, numbers // (len(comparison.sublayers) * comparison.model.cfg.d_model**2)))
 
 
-def _held(groups: Sequence[Group]) -> int:
-    """Return the most Jacobians that are held at once."""
-    held = most = 0
+def _held(groups: Sequence[Group]) -> tuple[int, int]:
+    """Return the most Jacobians that are held at once, and the most when a layer is begun."""
+    held = most = most_before = 0
+    layer = None
     for visit in visits(groups):
+        if visit.place.layer != layer:
+            layer, most_before = visit.place.layer, max(most_before, held)
         most = max(most, held + 1)
         held += 1 - len(visit.dropped)
-    return most
+    return most, most_before
 
 
-def _kept_bytes(comparison: Comparison, groups: Sequence[Group]) -> float:
-    """Return the memory of the matrices that are kept."""
+def _kept_bytes(comparison: Comparison, held: int) -> float:
+    """Return the memory of the matrices that are kept of some Jacobians."""
     d, item = comparison.model.cfg.d_model, comparison.dtype.itemsize
-    return float(_held(groups) * len(comparison.sublayers) * d**2 * item)
+    return float(held * len(comparison.sublayers) * d**2 * item)
 
 
 def _peak_bytes(
@@ -254,16 +264,21 @@ def _peak_bytes(
     stack: int,
     free: float,
 ) -> float:
-    """Return the most memory that is held at once, while each worker has ``stack`` places at work."""
+    """Return the most memory that is held at once, while each worker has ``stack`` places at work.
+
+    That is when a layer is begun and checked, or when most matrices are kept.
+    """
     d, k, item = comparison.model.cfg.d_model, max(comparison.options.k), comparison.dtype.itemsize
-    bases = 2.0 * _held(groups) * len(comparison.sublayers) * d * k * item
+    held, before = _held(groups)
+    bases = 2.0 * held * len(comparison.sublayers) * d * k * item
     projected = item * comparison.columns * k * (2.0 * d + 3.0 * k)
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
     results = 7.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
     n_sublayers, square = len(comparison.sublayers), float(item * d**2)
     # Krylov's bases of each Jacobian that is decomposed, and a copy of its matrix beside those of the others
     decomposing = n_sublayers * (square + 3.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
-    one = other = 0.0  # the place that is being formed, and each that waits or is decomposed
+    # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
+    checked = formed = waits = other = 0.0
     for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
@@ -274,16 +289,20 @@ def _peak_bytes(
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
         checks = comparison.again.memory(cost, comparison.n_tokens, float(item * d), free)
-        one = max(one, cost.run_bytes + needed + checks)
+        checked = max(checked, cost.run_bytes + needed + checks)
+        formed = max(formed, cost.run_bytes + needed + comparison.again.graph(cost, comparison.n_tokens))
         # a block's matrix, and those of its sublayers that it is made of, as far as they are not kept anyway
         waiting = {"matrix kept": 3.0 - n_sublayers, "matrix dropped": 3.0, "products": 0.0}[method] * square
+        waits = max(waits, waiting)
         other = max(other, products if method == "products" else waiting + decomposing)
-    kept = HOLES * _kept_bytes(comparison, groups) if keep else 0.0
     if not comparison.on_host:  # one is formed at a time there, and its matrix waits for those of the stack
-        other, workers = 3.0 * n_sublayers * square, 1
-    at_work = one + (workers * stack - 1) * other
+        waits = other = 3.0 * n_sublayers * square
+        workers = 1
+    others = workers * stack - 1
+    begun, most = (HOLES * _kept_bytes(comparison, count) if keep else 0.0 for count in (before, held))
+    at_work = max(begun + checked + others * waits, most + formed + others * other)
     buffers = BUFFERS if comparison.on_host else BUFFERS_ON_DEVICE
-    return kept + bases + item * results + workers * (projected + buffers) + at_work
+    return bases + item * results + workers * (projected + buffers) + at_work
 
 
 def _refusal(comparison: Comparison, costs: Iterable[Cost], peak: float, free: float) -> str:

@@ -47,8 +47,8 @@ def read(hook: Any, name: str, like: Tensor) -> Tensor:
     return stored.detach().to(hook.execution_device, like.dtype, copy=True).reshape(like.shape)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device on which a module works: that of its first weight, or the one to which that is brought."""
+def device_of(module: Any) -> torch.device:
+    """Return the device on which a module, or one stack of a model, works: where its first weight is, or is brought."""
     first = next(module.parameters()).device
     if first.type != "meta":
         return first
@@ -67,6 +67,6 @@ def brought_bytes(model: Any) -> float:
     return float(max((sum(each) + max(each) for each in sizes if each), default=0))
 
 
-def is_offloaded(module: nn.Module) -> bool:
+def is_offloaded(module: Any) -> bool:
     """Return whether weights or buffers of a module are not in memory."""
     return any(each.is_meta for each in chain(module.parameters(), module.buffers()))
