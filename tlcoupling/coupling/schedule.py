@@ -34,9 +34,10 @@ KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
 # What a vector on its way back takes in place of ``backward_bytes``, with freed memory between; and a stream that is
 # moved, without a graph. Measured.
 ON_ITS_WAY, MOVED = 1.75, 0.6
-HOLES = 1.06  # what an allocator takes for kept matrices, with what lies between them; measured
+HOLES = 1.08  # what an allocator takes for kept matrices, with what lies between them; measured
 # Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
 BUFFERS, BUFFERS_ON_DEVICE = 20 * 2**20, 64 * 2**20
+HEAP = 24 * 2**20  # of each worker beyond the first: a thread's own heap keeps what is freed in it; measured
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,10 @@ class Again:
         """Whether all is done in one run, there and back."""
         return self.n_dest == 1 and self.streams * self.rows <= FEW_ROWS
 
-    def graph(self, cost: Cost, n_tokens: int) -> float:
-        """Return the memory of the graph of a run, which stays while its layer is measured."""
-        return (self.streams if self.few else 1) * cost.backward_bytes * self.rows / n_tokens
+    def memory(self, cost: Cost, n_tokens: int, key_bytes: float, free: float) -> tuple[float, float]:
+        """Return the memory of the graph, with vectors on their way back or streams that are moved, and what stays.
 
-    def memory(self, cost: Cost, n_tokens: int, key_bytes: float, free: float) -> float:
-        """Return the memory of the graph, and of the vectors on their way back or the streams that are moved.
+        What stays is held as long as the layer is measured.
 
         Args:
             cost: of the block.
@@ -77,10 +76,11 @@ class Again:
         """
         column = cost.backward_bytes * self.rows / n_tokens
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
-            return self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
+            few = self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
+            return few, few
         most = min(CHUNK, max(1, ROWS // self.rows))
         at_once = max(ON_ITS_WAY * min(most, self.n_dest), MOVED * min(most, 2 * self.n_src))
-        return column + max(ON_ITS_WAY * column, min(at_once * column, ON_ITS_WAY * CHUNK_SHARE * free))
+        return column + max(ON_ITS_WAY * column, min(at_once * column, ON_ITS_WAY * CHUNK_SHARE * free)), column
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,9 @@ def _peak_bytes(
         forming = cost.dense_bytes + 5.0 * n_sublayers * square  # and the decomposition of a place's
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
-        checks = comparison.again.memory(cost, comparison.n_tokens, float(item * d), free)
+        checks, graph = comparison.again.memory(cost, comparison.n_tokens, float(item * d), free)
         checked = max(checked, cost.run_bytes + needed + checks)
-        formed = max(formed, cost.run_bytes + needed + comparison.again.graph(cost, comparison.n_tokens))
+        formed = max(formed, cost.run_bytes + needed + graph)
         # a block's matrix, and those of its sublayers that it is made of, as far as they are not kept anyway
         waiting = {"matrix kept": 3.0 - n_sublayers, "matrix dropped": 3.0, "products": 0.0}[method] * square
         waits = max(waits, waiting)
@@ -302,7 +302,7 @@ def _peak_bytes(
     begun, most = (HOLES * _kept_bytes(comparison, count) if keep else 0.0 for count in (before, held))
     at_work = max(begun + checked + others * waits, most + formed + others * other)
     buffers = BUFFERS if comparison.on_host else BUFFERS_ON_DEVICE
-    return bases + item * results + workers * (projected + buffers) + at_work
+    return bases + item * results + workers * (projected + buffers) + (workers - 1) * HEAP + at_work
 
 
 def _refusal(comparison: Comparison, costs: Iterable[Cost], peak: float, free: float) -> str:
