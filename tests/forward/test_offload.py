@@ -90,6 +90,17 @@ def test_every_measurement_takes_an_offloaded_model(case: Case, name: str, tmp_p
     require_same(MEASUREMENTS[name](two), MEASUREMENTS[name](one))
 
 
+@FIRST
+def test_a_stored_lens_is_that_of_the_model_in_memory(case: Case, tmp_path: Path):
+    """The key is made of the weights' numbers, wherever these lie."""
+    lenses = [
+        tlc.lens_sweep(each.model, [TOKENS], tmp_path / "store", skip_first_positions=0)
+        for each in both(case, tmp_path)
+    ]
+    assert torch.equal(lenses[0].matrices, lenses[1].matrices)
+    assert len(tlc.SweepStore(tmp_path / "store").lens_keys()) == 1
+
+
 HELD: dict[str, tuple[Callable[[tlc.Trace], Any], int]] = {
     "depth": (MEASUREMENTS["depth"], 1),
     "depth, autograd": (MEASUREMENTS["depth, autograd"], 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from tlcoupling.arguments import Indices, as_int, resolve_indices
 from tlcoupling.errors import HookError, ResultFileError
 from tlcoupling.forward.bare import hooked_model
+from tlcoupling.forward.context import measured, modules_of
 from tlcoupling.forward.inputs import read_inputs
+from tlcoupling.forward.lifting import in_memory
 from tlcoupling.forward.points import hook_points
 from tlcoupling.forward.prompt import named_prompts
 from tlcoupling.forward.trace import trace
@@ -103,11 +106,16 @@ def lens_sweep(
     return JacobianLens.merge(lenses())
 
 
+@measured
 def _weights(model: Any) -> str:
-    """Return the digest of a model's weights, and of its buffers."""
-    whole = getattr(model, "original_model", None)
-    whole = model if whole is None else whole
-    return _digest([*whole.named_parameters(), *whole.named_buffers()])
+    """Return the digest of a model's weights and buffers; those that are offloaded are read a module at a time."""
+    parts = []
+    for name, module in modules_of(model):
+        if module._parameters or module._buffers:
+            with in_memory(module):
+                own = chain(module._parameters.items(), module._buffers.items())
+                parts.append((name, _digest([(each, tensor) for each, tensor in own if tensor is not None])))
+    return digest_of(parts)
 
 
 def _digest(tensors: Sequence[tuple[str, Tensor]]) -> str:
