@@ -147,9 +147,7 @@ def shared_pair(trace: Trace, sublayer: str, row: Place, column: Place, options:
         StaleTraceError: the model or its hooks have changed since the trace was taken.
     """
     groups = [Group((row,), (column,))]
-    schedule = make_schedule(
-        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, (sublayer,), groups, options)
-    )
+    schedule = make_schedule(Comparison.of(trace, (sublayer,), groups, options))
     pairs = {(place.src, place.dest) for place in (row, column)}
     jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
     fields, values, triplets = compare_pair(jacobians, schedule)

@@ -124,9 +124,7 @@ def head_alignment(
     pos = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = [Group.of([Place(layer, pos, pos)]) for layer in chosen]
-    schedule = make_schedule(
-        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, (of,), groups, options)
-    )
+    schedule = make_schedule(Comparison.of(trace, (of,), groups, options))
     jacobians, cfg = JacobianEngine(trace, engine, {(pos, pos)}), trace.model.cfg
     fields: dict[str, list[Tensor]] = {name: [] for name in ("writes", "reads", "null_std", "frobenius")}
     attn = trace.attention(chosen)

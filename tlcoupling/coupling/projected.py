@@ -153,9 +153,7 @@ def projected_with_bases(
     position = check_index("token", token, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     groups = depth_groups(chosen, [position])
-    schedule = make_schedule(
-        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, names, groups, options)
-    )
+    schedule = make_schedule(Comparison.of(trace, names, groups, options))
     jacobians = JacobianEngine(trace, engine, {(position, position)}, schedule.forms)
     spectra = decompose(jacobians, schedule, [(name, place) for place in sorted(groups[0].places) for name in names])
     values, s, frobenius = [], [], []

@@ -417,9 +417,7 @@ def measure(
             determined; the warning names the layers.
     """
     started = time.perf_counter()
-    schedule = make_schedule(
-        Comparison(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
-    )
+    schedule = make_schedule(Comparison.of(trace, sublayers, groups, options))
     pairs = {(place.src, place.dest) for group in groups for place in group.places}
     jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
     fields = compare_groups(jacobians, schedule, progress)

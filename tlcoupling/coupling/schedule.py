@@ -20,6 +20,7 @@ from tlcoupling.coupling.spectra import COLUMNS
 from tlcoupling.errors import InsufficientMemoryError
 from tlcoupling.forward.offload import device_of
 from tlcoupling.forward.split import Split
+from tlcoupling.forward.trace import Trace
 from tlcoupling.jacobian.autograd import CHUNK, CHUNK_SHARE, ROWS, vectors_at_once
 from tlcoupling.jacobian.cost import Cost, layer_costs
 from tlcoupling.jacobian.runs import FEW_ROWS
@@ -104,6 +105,11 @@ class Comparison:
     sublayers: tuple[str, ...]
     groups: Sequence[Group]
     options: Options
+
+    @classmethod
+    def of(cls, trace: Trace, sublayers: tuple[str, ...], groups: Sequence[Group], options: Options) -> Comparison:
+        """Return the comparison of Jacobians of a trace."""
+        return cls(trace.model, trace.splits, trace.n_tokens, trace.resid.dtype, sublayers, groups, options)
 
     @property
     def layers(self) -> list[int]:

@@ -211,6 +211,11 @@ class SensitivityAtlas(Result):
             "null": values.new_full((len(cells),), self.null),
         }
 
+    def grid(self, values: Float[Tensor, " pair"]) -> Float[Tensor, "source target"]:
+        """Return one number of each pair, in the order of ``by_pair``, as a matrix of layers; NaN where no slice is."""
+        behind = torch.ones(2 * [len(self.layers)], dtype=torch.bool).triu(1)
+        return torch.full(behind.shape, torch.nan, dtype=torch.float64).masked_scatter(behind, values.double())
+
     def summary(self) -> pandas.DataFrame:
         """Return one row per number of layers between source and target: means over these pairs.
 

@@ -122,7 +122,6 @@ def atlas(result: SensitivityAtlas) -> dict[str, Any]:
     """Return quantities of the slices between all pairs of layers, ``[source, target]``, with those of the baseline."""
     one = shown(result)
     model, other = _of_slices(result), None if result.baseline is None else _of_slices(result.baseline)
-    zeros = {name: "less chance" if name in OVERLAPS else "log₁₀" for name in model}
     return {
         "layers": result.layers,
         "note": f"{one.below}. {one.note}".strip(),
@@ -130,7 +129,7 @@ def atlas(result: SensitivityAtlas) -> dict[str, Any]:
         "quantities": [
             {
                 "title": _OF_SLICES[name],
-                "zero": zeros[name],
+                "scale": "less chance" if name in OVERLAPS else "log₁₀",
                 "model": plain(matrix),
                 "baseline": None if other is None else plain(other[name]),
             }
@@ -146,14 +145,9 @@ def _of_slices(result: SensitivityAtlas) -> dict[str, Tensor]:
     cells = {
         "singular_value": largest.log10(),
         "share": (largest / pairs["norm_product"]).log10(),
-        **{name: pairs[name].double() - pairs["null"] for name in OVERLAPS},
+        **{name: pairs[name].double() - result.null for name in OVERLAPS},
     }
-    size = len(result.layers)
-    behind = torch.ones(size, size, dtype=torch.bool).triu(1)  # pairs come in this order
-    return {
-        name: torch.full((size, size), torch.nan, dtype=torch.float64).masked_scatter(behind, values.double())
-        for name, values in cells.items()
-    }
+    return {name: result.grid(values) for name, values in cells.items()}
 
 
 def _matrices(

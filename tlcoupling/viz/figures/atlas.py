@@ -52,7 +52,7 @@ def sensitivity_atlas(result: SensitivityAtlas, *, rank: int = 0) -> Figure:
     rank = check_index("rank", rank, result.k, "the number of triplets")
     pairs, other = result.by_pair(), result.baseline
     values = result.singular_values[..., rank].double().numpy()
-    excess = {name: _grid(result, pairs[name]) - result.null for name in OVERLAPS}
+    excess = {name: result.grid(pairs[name]).numpy() - result.null for name in OVERLAPS}
     most = max(np.nanmax(np.abs(one)) for one in excess.values()) or 1.0
     around = Normalize(-most, most)
     with style():
@@ -94,14 +94,6 @@ def sensitivity_atlas(result: SensitivityAtlas, *, rank: int = 0) -> Figure:
 
 def _positions(chosen: tuple[int, ...]) -> str:
     return f"token {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} tokens"
-
-
-def _grid(result: SensitivityAtlas, values: torch.Tensor) -> np.ndarray:
-    """Values by pair as a matrix of layers."""
-    n = len(result.layers)
-    made = np.full((n, n), np.nan)
-    made[np.triu_indices(n, 1)] = values.double().numpy()
-    return made
 
 
 def _heat(

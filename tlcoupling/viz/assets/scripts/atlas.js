@@ -31,8 +31,7 @@ tlc.sections.atlas = (section, data) => {
     const means = maps.map(({ valueAt }) => {
       const values = labels.flatMap((_, r) => labels.map((_, c) => valueAt(r, c))).filter((value) => value !== undefined);
       values.forEach((value) => all.add(value));
-      const known = values.filter((value) => value !== null);
-      return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+      return tlc.mean(values);
     });
     const { low, high, limit, undefinedCells } = all.result();
     const scale = tlc.scale(limit);
@@ -41,7 +40,7 @@ tlc.sections.atlas = (section, data) => {
       caption.replaceChildren(name, tlc.html("small", {}, `mean ${tlc.number(means[i])}`));
     });
     const swatches = [["diagonal", "no slice"], ...(undefinedCells ? [["undefined", "not defined"]] : [])];
-    part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title: shown.quantity.zero, swatches }));
+    part("colorbar").replaceChildren(...tlc.scaleBar({ low, high, scale, title: shown.quantity.scale, swatches }));
     if (shown.cell) point(...shown.cell);
   };
   part("note").textContent = data.note;

@@ -27,6 +27,12 @@ tlc.part = (section, name) => section.querySelector(`[data-part="${name}"]`);
 tlc.number = (value, digits = 4) =>
   value === null || value === undefined ? "–" : value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
+/** The mean of the numbers that are defined; null where none is. */
+tlc.mean = (values) => {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+};
+
 /** Text whose direction, right to left or left to right, does not leak into what stands beside it. */
 tlc.isolated = (text) => `\u2068${text}\u2069`;
 

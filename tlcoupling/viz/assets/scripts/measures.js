@@ -9,10 +9,6 @@ tlc.sections.measures = (section, data) => {
 
   const inWords = (values) =>
     Object.entries(values).map(([role, value]) => `${role === "model" ? "" : `${roles[role][1]} `}${tlc.number(value)}`).join(", ");
-  const mean = (values) => {
-    const known = values.filter((value) => value !== null);
-    return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
-  };
   const each = (lines, then) => Object.fromEntries(Object.entries(lines).map(([role, values]) => [role, then(values)]));
 
   const draw = ({ title, axis, labels, logarithmic, lines }, point) => {
@@ -30,7 +26,7 @@ tlc.sections.measures = (section, data) => {
     onmove((x) => point(nearest(x)), (x) => axis === "layer" && tlc.choice.set("layer", labels[nearest(x)]));
     const readout = tlc.html("output", { class: "readout" });
     const show = (i) => (readout.textContent = `${axis} ${labels[i]}: ${inWords(each(lines, (values) => values[i]))}`);
-    const caption = tlc.html("figcaption", {}, title, tlc.html("small", {}, `mean ${inWords(each(lines, mean))}`));
+    const caption = tlc.html("figcaption", {}, title, tlc.html("small", {}, `mean ${inWords(each(lines, tlc.mean))}`));
     return { show, last: labels.length - 1, node: tlc.html("figure", {}, caption, svg, readout) };
   };
 
