@@ -102,6 +102,14 @@ def test_what_cannot_be_measured_beside_is_said(
     assert "shared directions were not measured: no embeddings" in by_default.stderr
 
 
+def test_a_number_that_rounds_to_zero_has_no_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    analysis = make_analysis()
+    coupling = replace(analysis.coupling, values=analysis.coupling.null - 1e-6)
+    print_analysis(replace(analysis, coupling=coupling))
+    shown = capsys.readouterr().out
+    assert "0.0000" in shown and "-0.0000" not in shown
+
+
 def test_the_long_table_is_written_on_request_alone(report: Report, tmp_path: Path) -> None:
     result = report()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "result.safetensors"]

@@ -186,7 +186,9 @@ def _add(table: Table, cells: Sequence[str], emphasised: int) -> None:
 
 
 def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before zeros, as on the page
 
 
 def _shown(token: str) -> str:
