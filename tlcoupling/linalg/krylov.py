@@ -120,7 +120,7 @@ def _ritz(
     k: int,
     tolerance: float,
 ) -> tuple[list[Triplets], list[float]]:
-    """Return the best triplets within the spans of U and V, from B = U^T J V, and the largest residual / asked."""
+    """Return the best triplets within the spans of U and V, from B = U^T J V, and each one's worst residual / asked."""
     inner = jtu.mT @ v
     left, spectrum, right = _small_svd(inner)
     s, next_s = spectrum[..., :k], spectrum.new_zeros(len(spectrum))
