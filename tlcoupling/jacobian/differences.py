@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -261,6 +262,10 @@ class Quotient:
     rounding: Float[Tensor, ""]
 
 
+# Directions, lengths of the moves ahead, and the moves: all ahead, then all back.
+_Moves = tuple[Float[Tensor, "src d_model"], Float[Tensor, " src"], Float[Tensor, "move pos d_model"]]
+
+
 class BlockDifferences:
     """Central differences of a block and its sublayers.
 
@@ -295,7 +300,12 @@ class BlockDifferences:
         """The moves of x^l that show all announced pairs, ahead and back; None where hooks act, or they are many."""
         if self._hooked or not 0 < 2 * len(self._sources) * self._trace.n_tokens <= FEW_ROWS:
             return None
-        return self._moves(self._sources, "block", STEP, -STEP)[2]
+        return self._announced[2]
+
+    @cached_property
+    def _announced(self) -> _Moves:
+        """The moves of x^l at all announced sources."""
+        return self._moves(self._sources, "block", STEP, -STEP)
 
     def quotient(self, sublayer: str, src: int, dest: int) -> Quotient:
         """Return the difference of a sublayer at ``dest`` for a move of its input at ``src``.
@@ -406,9 +416,9 @@ class BlockDifferences:
         order = sorted(sources)
         chunk = max(1, at_once(self._trace, self.layer) // 2) if len(order) > 1 else 1
         for some in (order[start : start + chunk] for start in range(0, len(order), chunk)):
-            directions, steps, moves = self._moves(some, of, ahead, back)
-            known = self.ran if some == self._sources and of == "block" and ahead == STEP else {}
-            ran = known or self._run(of, moves, self._batched)
+            announced = some == self._sources and of == "block" and ahead == STEP
+            directions, steps, moves = self._announced if announced else self._moves(some, of, ahead, back)
+            ran = (self.ran if announced else {}) or self._run(of, moves, self._batched)
             for index, src in enumerate(some):
                 up, down = (
                     {name: rows[which : which + 1] for name, rows in ran.items()}
@@ -416,9 +426,7 @@ class BlockDifferences:
                 )
                 yield src, directions[index], steps[index], (up, down)
 
-    def _moves(
-        self, sources: list[int], of: str, ahead: float, back: float
-    ) -> tuple[Float[Tensor, "src d_model"], Float[Tensor, " src"], Float[Tensor, "move pos d_model"]]:
+    def _moves(self, sources: list[int], of: str, ahead: float, back: float) -> _Moves:
         """Return each source's direction, the length of its move ahead, and the moves: all ahead, then all back."""
         stream = self._trace.input_of(self.layer, of)[0]
         directions = torch.stack([self._direction(stream, src, _seed(self.layer, src)) for src in sources])
@@ -448,7 +456,8 @@ class BlockDifferences:
 
     def _written(self, name: str, dest: int) -> Float[Tensor, ""]:
         """The length of what a sublayer, or all of a block's, wrote."""
-        return torch.stack([part[self.layer, dest].norm() for part in _writes(self._trace, name)]).sum()
+        first, *others = (part[self.layer, dest].norm() for part in _writes(self._trace, name))
+        return sum(others, first)
 
     def _change(
         self, up: Mapping[str, Tensor], down: Mapping[str, Tensor], name: str, dests: list[int]
