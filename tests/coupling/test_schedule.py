@@ -237,11 +237,12 @@ def test_a_layer_is_checked_beside_what_earlier_layers_left(groups: Any, most: i
 
 
 PEAK = """
-import sys, threading, warnings
-sys.path.insert(0, {tests!r})
+import sys, warnings
+sys.path[:0] = [{tests!r}, {benchmarks!r}]
 warnings.simplefilter("ignore")
-import psutil, torch
+import torch
 import tlcoupling as tlc
+from measure import measured
 if {small}:
     from cases import CASES, TOKENS
     model, prompt = CASES[0].model(torch.float32), TOKENS
@@ -249,20 +250,12 @@ else:
     model = tlc.load_model("smollm2-135m")
     prompt = list(range(1, 1 + {length}))
 options = dict(k=4 if {small} else 10, tokens=list(range(-{n_tokens}, 0)), engine={engine!r}, layers={layers})
-promised = tlc.estimate(model, prompt, **options).memory_bytes
-process, ended = psutil.Process(), threading.Event()
-before = peak = process.memory_info().rss
-def watch():
-    global peak
-    while not ended.wait(0.005):
-        peak = max(peak, process.memory_info().rss)
-watcher = threading.Thread(target=watch)
-watcher.start()
-tlc.depth_coupling(tlc.trace(model, prompt), **options)
-ended.set()
-watcher.join()
-print(promised, peak - before)
+call = lambda: tlc.depth_coupling(tlc.trace(model, prompt), **options)
+peak = measured(call, torch.device("cpu"), fresh=True).peak_bytes
+print(tlc.estimate(model, prompt, **options).memory_bytes, peak)
 """
+# The peak of one call in a fresh process varies by up to a fifth, with what the C library's heaps keep.
+LEAST, MOST = 0.95, 1.35
 
 
 @pytest.mark.slow
@@ -280,8 +273,12 @@ def test_resident_memory_stays_within_what_is_promised(
     small: bool, length: int, n_tokens: int, engine: str, layers: Any
 ):
     """In a process of its own, so that memory that earlier tests left free hides nothing."""
-    tests = Path(__file__).parent
-    code = PEAK.format(tests=str(tests), small=small, length=length, n_tokens=n_tokens, engine=engine, layers=layers)
+    tests, benchmarks = Path(__file__).parents[1], Path(__file__).parents[2] / "benchmarks"
+    paths = {"tests": str(tests), "benchmarks": str(benchmarks)}
+    code = PEAK.format(**paths, small=small, length=length, n_tokens=n_tokens, engine=engine, layers=layers)
     run = subprocess.run([sys.executable, "-c", code], cwd=tests.parent, capture_output=True, text=True, check=True)
     promised, peak = map(float, run.stdout.split()[-2:])
-    assert peak <= promised, f"{peak / 2**20:.0f} MiB of {promised / 2**20:.0f} promised"
+    said = f"{peak / 2**20:.0f} MiB of {promised / 2**20:.0f} promised"
+    assert promised >= LEAST * peak, said
+    if not small and engine == "auto":  # of a small model, libraries are most of it
+        assert promised <= MOST * peak, said

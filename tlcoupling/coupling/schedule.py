@@ -34,10 +34,10 @@ HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
 # What a vector on its way back takes in place of ``backward_bytes``, with freed memory between; and a stream that is
 # moved, without a graph. Measured.
-ON_ITS_WAY, MOVED = 1.75, 0.6
-HOLES = 1.08  # what an allocator takes for kept matrices, with what lies between them; measured
-# Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
-BUFFERS, BUFFERS_ON_DEVICE = 20 * 2**20, 64 * 2**20
+ON_ITS_WAY, MOVED = 2.0, 0.6
+HOLES = 1.15  # what an allocator takes for kept matrices, with what lies between them; measured
+# Bytes of a linear algebra library's buffers: for each worker, measured on a single block; and on a device, assumed.
+BUFFERS, BUFFERS_ON_DEVICE = 7 * 2**20, 64 * 2**20
 HEAP = 24 * 2**20  # of each worker beyond the first: a thread's own heap keeps what is freed in it; measured
 
 
@@ -281,8 +281,9 @@ def _peak_bytes(
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
     results = 7.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
     n_sublayers, square = len(comparison.sublayers), float(item * d**2)
-    # Krylov's bases of each Jacobian that is decomposed, and a copy of its matrix beside those of the others
-    decomposing = n_sublayers * (square + 3.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
+    # Krylov's three bases of each Jacobian that is decomposed, copied where some of a stack are checked or leave it,
+    # and a copy of its matrix beside those of the others
+    decomposing = n_sublayers * (square + 6.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
     # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
     checked = formed = waits = other = 0.0
     for cost in costs:
