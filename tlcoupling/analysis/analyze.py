@@ -239,7 +239,7 @@ def analyze(
         tokens: positions for depth-wise coupling. Trajectories are always measured for all tokens.
         token_layers: layers for token-wise coupling, and for context coupling from the first token and to the last:
             ``"all"``, an int or several; by default none. A layer of SmolLM2-135M at 28 tokens takes about four seconds
-            on two cores; the time grows with the square of the length.
+            on one core; the time grows with the square of the length.
         basis_layers: for coupling of tokens across layers: the layer that gives the bases, one for each of
             ``token_layers`` or one for all; by default those themselves.
         sublayers: as in ``depth_coupling``.
