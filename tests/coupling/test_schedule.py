@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tlcoupling as tlc
+from tlcoupling.coupling.context import context_groups
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.method import methods
 from tlcoupling.coupling.options import Options
@@ -25,6 +26,11 @@ from tlcoupling.forward.split import splits_of_model
 from tlcoupling.jacobian.autograd import CHUNK, ROWS, vectors_at_once
 from tlcoupling.jacobian.cost import layer_costs
 from tlcoupling.memory import free_memory, left_in_control_group
+
+TOKENS_OF_0 = token_groups([0], [0], range(5))
+CONTEXTS_OF_0 = [
+    group for fixed, at in (("src", 0), ("dest", 4)) for group in context_groups([0], [0], fixed, at, range(5))
+]
 
 
 @pytest.fixture
@@ -173,9 +179,8 @@ def test_an_estimate_counts_no_context_where_nothing_reaches_another_token():
         tlc.estimate(CASES[0].model(), TOKENS, 4, sublayers=sublayers, token_layers=[0]).to_dataframe()["name"]
         for sublayers in ("mlp", None)
     )
-    assert {name.partition(" mlp:")[0] for name in alone if " mlp:" in name} == {"token-wise"}
-    assert {"fixed src attn: Jacobians", "fixed dest attn: Jacobians"} <= set(all_of_them)
-    assert not any("fixed" in name for name in alone)
+    assert {name.partition(" mlp:")[0] for name in alone if " mlp:" in name} == {"tokens and contexts"}
+    assert "tokens and contexts attn: Jacobians" in set(all_of_them)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -229,11 +234,13 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, version: int):
         (depth_groups(range(3), range(5)), 3 * 5 - 4, 2 * 5),
         (token_groups(range(3), range(3), range(5)), 5, 0),  # a layer's are compared with each other alone
         (token_groups([0], [2], range(5)), 2 * 5, 5),
+        # all five that reach the last token are let go, but for the two that the others need, before these are made
+        (TOKENS_OF_0 + CONTEXTS_OF_0, 2 + 2 * 3 + 1, 0),
     ],
 )
 def test_a_layer_is_checked_beside_what_earlier_layers_left(groups: Any, most: int, when_begun: int):
     """Its checks need their memory before its own matrices are kept, so that the two are not added."""
-    assert _held(groups) == (most, when_begun)
+    assert _held(groups, ["block"]) == (most, when_begun)
 
 
 PEAK = """

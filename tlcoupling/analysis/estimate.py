@@ -50,6 +50,7 @@ PATTERNS, PATTERNS_OF_HOOKED = 2.0, 4.5
 BETWEEN = 0.75
 LOADED = 14 * 2**20  # bytes of libraries that a first call loads: 13 to 15 MiB measured
 STAGES = ("Jacobians", "decomposition", "comparison")
+TOKENS = "tokens and contexts"  # the kind of coupling of ``token_layers``
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,11 @@ def estimate(
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, n_layers)
     others = resolve_basis_layers(basis_layers, compared, n_layers)
-    jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, others, n_tokens, names)
+    jobs = {"": depth_groups(chosen, positions), TOKENS: _pairs_of_tokens(compared, others, n_tokens, names)}
     schedules = {
-        kind: make_schedule(Comparison(model, splits, n_tokens, dtype, parts, groups, options))
-        for kind, (parts, groups) in jobs.items()
+        kind: make_schedule(Comparison(model, splits, n_tokens, dtype, names, groups, options))
+        for kind, groups in jobs.items()
+        if groups
     }
     rates = measured_rates(device_of(model.blocks), dtype)
     stages = stages_of(model, n_tokens, schedules, rates)
@@ -296,21 +298,23 @@ def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
 def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
     """Return the work on Jacobians by sublayer and stage."""
     comparison = schedule.comparison
-    made = Counter(visit.place.layer for batch in schedule.batches for visit in visits(batch))
-    pairs = Counter[int]()
+    places = [visit.place for batch in schedule.batches for visit in visits(batch)]
+    made = Counter((place.layer, name) for place in places for name in place.of(comparison.sublayers))
+    pairs = Counter[tuple[int, str]]()
     for group in comparison.groups:
-        for place in group.rows:
-            pairs[place.layer] += len(group.columns)
+        for place, name in product(group.rows, group.compared(comparison.sublayers)):
+            pairs[place.layer, name] += len(group.columns)
     overlaps = Work(thin=4.0 * comparison.model.cfg.d_model * max(comparison.options.k) ** 2)
     stages: dict[tuple[str, str], Work] = dict.fromkeys(product(comparison.sublayers, STAGES), Work())
     for (layer, name), method in schedule.methods.items():
+        count, pairs_of = made[layer, name], pairs[layer, name]
         closed, block = schedule.costs[layer, name].engine == "analytic", schedule.costs.get((layer, "block"))
         # a block's closed form is made of the matrices of its sublayers; by autograd a row is half a product
         shared = name != "block" and block is not None and block.engine == "analytic"
         forming = method.forming * (0.0 if shared else 1.0 if closed else 0.5)
-        stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * made[layer]
-        stages[name, "decomposition"] += method.decomposing * made[layer]
-        stages[name, "comparison"] += (method.comparing + overlaps) * pairs[layer]
+        stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * count
+        stages[name, "decomposition"] += method.decomposing * count
+        stages[name, "comparison"] += (method.comparing + overlaps) * pairs_of
     return stages
 
 
@@ -341,13 +345,11 @@ def _passes_again(schedule: Schedule) -> Work:
 
 def _pairs_of_tokens(
     layers: Sequence[int], others: Sequence[int], n_tokens: int, sublayers: Sequence[str]
-) -> dict[str, tuple[tuple[str, ...], list[Group]]]:
-    """Return what ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
-    if not layers:
-        return {}
-    positions, reach = range(n_tokens), tuple(name for name in sublayers if name not in POSITIONWISE)
-    pairs = {"token-wise": (tuple(sublayers), token_groups(layers, others, positions))}
-    if reach:  # an MLP reaches no other token
-        pairs["fixed src"] = (reach, context_groups(layers, others, "src", 0, positions))
-        pairs["fixed dest"] = (reach, context_groups(layers, others, "dest", n_tokens - 1, positions))
-    return pairs
+) -> list[Group]:
+    """Return what ``analyze`` compares in each of its ``token_layers``."""
+    positions = range(n_tokens)
+    groups = token_groups(layers, others, positions)
+    if not {*sublayers} <= {*POSITIONWISE}:  # an MLP reaches no other token
+        groups += context_groups(layers, others, "src", 0, positions)
+        groups += context_groups(layers, others, "dest", n_tokens - 1, positions)
+    return groups
