@@ -262,7 +262,8 @@ peak = measured(call, torch.device("cpu"), fresh=True).peak_bytes
 print(tlc.estimate(model, prompt, **options).memory_bytes, peak)
 """
 # The peak of one call in a fresh process varies by up to a fifth, with what the C library's heaps keep.
-LEAST, MOST = 0.95, 1.35
+# Pages of libraries differ by two MiB with the kernels that shapes take.
+LEAST, MOST, PAGES = 0.95, 1.35, 2 * 2**20
 
 
 @pytest.mark.slow
@@ -286,6 +287,6 @@ def test_resident_memory_stays_within_what_is_promised(
     run = subprocess.run([sys.executable, "-c", code], cwd=tests.parent, capture_output=True, text=True, check=True)
     promised, peak = map(float, run.stdout.split()[-2:])
     said = f"{peak / 2**20:.0f} MiB of {promised / 2**20:.0f} promised"
-    assert promised >= LEAST * peak, said
+    assert promised + PAGES >= LEAST * peak, said
     if not small and engine == "auto":  # of a small model, libraries are most of it
         assert promised <= MOST * peak, said
