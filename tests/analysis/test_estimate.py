@@ -8,6 +8,8 @@ from cases import CASES, TOKENS
 import tlcoupling as tlc
 import tlcoupling.analysis.analyze
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.split import splits_of_model
+from tlcoupling.jacobian.cost import layer_costs
 
 
 def test_an_estimate_counts_the_coupling_of_tokens() -> None:
@@ -27,6 +29,10 @@ def test_an_estimate_counts_the_coupling_of_tokens() -> None:
     of_block, of_mlp = (table[part] for part in parts)
     n = len(TOKENS)
     assert of_block / of_mlp == pytest.approx((n + 2 * (n - 1) - 1) / n)
+    # those that reach a token share its MLP
+    cost = layer_costs(model, [1], splits_of_model(model), n)[1]
+    once = (2 * (n - 1) + n - 1) * (cost["block"].dense_flops - cost["mlp"].dense_flops) + n * cost["mlp"].dense_flops
+    assert table[f"{kind} block: Jacobians"] == pytest.approx(2 * once)
     with pytest.raises(ArgumentError, match="token_layers=3"):
         tlc.estimate(model, TOKENS, 4, token_layers=3)
 

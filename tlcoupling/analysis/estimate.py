@@ -297,15 +297,16 @@ def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
 
 def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
     """Return the work on Jacobians by sublayer and stage."""
-    comparison = schedule.comparison
-    places = [visit.place for batch in schedule.batches for visit in visits(batch)]
-    made = Counter((place.layer, name) for place in places for name in place.of(comparison.sublayers))
+    comparison, names = schedule.comparison, schedule.comparison.sublayers
+    batches = [[visit.place for visit in visits(batch)] for batch in schedule.batches]
+    made = Counter((place.layer, name) for places in batches for place in places for name in place.of(names))
+    dests = Counter(layer for places in batches for layer, _ in {(place.layer, place.dest) for place in places})
     pairs = Counter[tuple[int, str]]()
     for group in comparison.groups:
-        for place, name in product(group.rows, group.compared(comparison.sublayers)):
+        for place, name in product(group.rows, group.compared(names)):
             pairs[place.layer, name] += len(group.columns)
     overlaps = Work(thin=4.0 * comparison.model.cfg.d_model * max(comparison.options.k) ** 2)
-    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(comparison.sublayers, STAGES), Work())
+    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(names, STAGES), Work())
     for (layer, name), method in schedule.methods.items():
         count, pairs_of = made[layer, name], pairs[layer, name]
         closed, block = schedule.costs[layer, name].engine == "analytic", schedule.costs.get((layer, "block"))
@@ -313,6 +314,9 @@ def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
         shared = name != "block" and block is not None and block.engine == "analytic"
         forming = method.forming * (0.0 if shared else 1.0 if closed else 0.5)
         stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * count
+        if name == "block" and closed and forming.flops and (layer, "mlp") in schedule.costs:
+            # all that reach a dest share its MLP
+            stages[name, "Jacobians"] += Work(matmul=schedule.costs[layer, "mlp"].dense_flops) * (dests[layer] - count)
         stages[name, "decomposition"] += method.decomposing * count
         stages[name, "comparison"] += (method.comparing + overlaps) * pairs_of
     return stages
