@@ -28,8 +28,9 @@ from tlcoupling.slices.sweep import SHARE, STACKED
 PASSES = 10  # of a block, forward, that take as long as making its derivative at all positions and checking it
 PASSES_ALONG = 3  # of each block in the difference of a whole slice
 PASSES_APART = 3  # of each block in the test whether the positions between two count alone
-# What an allocator takes for the tensors, with what lies between them, and bytes of libraries. Measured on SmolLM2.
-HOLES, LOADED = 1.2, 10 * 2**20
+# What an allocator takes for the tensors, with what lies between them: of a slice, and of a sweep, whose matrices grow
+# from block to block; and bytes of libraries. Measured on SmolLM2.
+HOLES, HOLES_OF_SWEEP, LOADED = 1.2, 1.33, 10 * 2**20
 # Of what ``autograd_column_bytes`` counts of a vector on its way back through a block: the activations that a closed
 # form holds, and the tangents of one vector in a product, which have no graph. Measured.
 HELD = 1 / 3
@@ -100,7 +101,7 @@ def estimate_slice(
     bases = 3.0 * USUAL_STEPS * vectors * (d * counts[0] + size_out)
     solving = costs.item * bases + costs.column * min(vectors, at_once)
     mean = float(costs.item) * len(read) * size_out**2 if dest_mode == "same" else 0.0  # a matrix, made from a copy
-    peak = len(blocks) * costs.held + mean + max(mean, solving)
+    peak = HOLES * (len(blocks) * costs.held + mean + max(mean, solving))
     return costs.estimate(trace.n_tokens, counts[0], k, stages, peak)
 
 
@@ -169,7 +170,7 @@ def estimate_atlas(
         forming = HIDDEN * costs.d_mlp * d * trace.n_tokens + 3.0 * carried
         passing = HELD * costs.column * min(d, vectors_through(trace))
         peak = held + costs.item * forming + passing + len(blocks) * costs.held
-    return costs.estimate(trace.n_tokens, len(moved), k, stages, peak)
+    return costs.estimate(trace.n_tokens, len(moved), k, stages, HOLES_OF_SWEEP * peak)
 
 
 class _Counts:
@@ -234,7 +235,7 @@ class _Counts:
             n_measured=n_measured,
             ks=(k,),
             stages=tuple(Stage(name, "", work.flops, self.rates.seconds(work)) for name, work in stages.items()),
-            memory_bytes=HOLES * peak + LOADED,
+            memory_bytes=peak + LOADED,
             free_bytes=self.free,
             rates=self.rates,
         )
