@@ -7,15 +7,18 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
 
-SAMPLE_EVERY = 0.005
+SAMPLE_EVERY = 0.002
 SHORT = 5.0  # seconds
 
 
@@ -62,6 +65,26 @@ def measured(function: Callable[[], Any], device: torch.device, fresh: bool = Fa
         finished.set()
         watcher.join()
     return Measured(seconds, peak - before, result)
+
+
+def peak_alone(load: Callable[[], Any], call: Callable[[Any], Any]) -> float:
+    """Return the peak resident memory of a call in a process of its own, in which it is the first; bytes.
+
+    It counts from what is resident when the model is loaded, as ``tlc.estimate`` does. In a process that has measured
+    before, libraries are loaded already, and memory that was left free hides a part of the peak.
+
+    Args:
+        load: makes what the call is given, such as the model.
+        call: what is measured. Both are functions of modules, or partials of such.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, load, call, torch.get_num_threads()).result()
+
+
+def _peak(load: Callable[[], Any], call: Callable[[Any], Any], threads: int) -> float:
+    torch.set_num_threads(threads)
+    given = load()
+    return measured(partial(call, given), torch.device("cpu"), fresh=True).peak_bytes
 
 
 def _tidy(device: torch.device) -> None:

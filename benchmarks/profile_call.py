@@ -2,6 +2,7 @@
 
     python benchmarks/profile_call.py
     python benchmarks/profile_call.py --lengths 28 --tokens all --layers 0 1 2 3
+    python benchmarks/profile_call.py --lengths 28 --tokens report --layers 0 15 29
 
 Each part counts the processor's time in its own functions, without that of other parts called within: other programs
 on the machine disturb it less than a clock's. ``products`` is the least that the part's floating-point operations take,
@@ -98,7 +99,7 @@ def main() -> None:
     """Profile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[28, 128, 1000])
-    parser.add_argument("--tokens", choices=("last", "all"), default="last")
+    parser.add_argument("--tokens", choices=("last", "all", "report"), default="last")
     parser.add_argument("--layers", type=int, nargs="+", default=None)
     parser.add_argument("--rounds", type=int, default=3, help="calls, of which the fastest is shown")
     options = parser.parse_args()
@@ -107,9 +108,13 @@ def main() -> None:
     _, model, prompt = smollm2.trained(device)
     rate = measured_rates(device).matmul
     chosen: dict[str, Any] = {"tokens": -1 if options.tokens == "last" else "all", "layers": options.layers}
+    chosen = {"token_layers": options.layers} if options.tokens == "report" else {**chosen, "sublayers": "block"}
 
     def coupling(ids: torch.Tensor) -> None:
-        tlc.depth_coupling(tlc.trace(model, ids), smollm2.K, sublayers="block", **chosen)
+        if options.tokens == "report":  # all that it measures of the model itself
+            tlc.analyze(model, ids, k=smollm2.K, **chosen)
+        else:
+            tlc.depth_coupling(tlc.trace(model, ids), smollm2.K, **chosen)
 
     coupling(prompt(4))  # the first call pays for lazy imports
     for length in options.lengths:
@@ -117,7 +122,7 @@ def main() -> None:
         runs = [profiled(lambda ids=ids: coupling(ids)) for _ in range(options.rounds)]
         seconds = min(runs, key=lambda run: sum(run.values()))
         total = sum(seconds.values())
-        stages = tlc.estimate(model, ids, smollm2.K, sublayers="block", **chosen).stages
+        stages = tlc.estimate(model, ids, smollm2.K, **chosen).stages
         least = {part: sum(s.flops for s in stages if s.name.endswith(of)) / rate for part, of in COUNTED.items()}
         print_table(
             f"{length} tokens, {options.tokens}: {total:.3g} s of one thread, {rate / 1e9:.0f} GFLOP/s",

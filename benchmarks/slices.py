@@ -10,7 +10,8 @@
 - atlas: all pairs of layers, from the last position to the last one, and one vector at all positions to the last one;
   power iteration on a few pairs, the rest by the number of blocks between.
 - lens: five prompts in turn, against ``JacobianLens.fit`` of TransformerLens (from 4.3 on); 50 by proportion.
-- estimate: what ``estimate_slice`` and ``estimate_atlas`` say, against CPU seconds and peak memory of the calls.
+- estimate: what ``estimate_slice`` and ``estimate_atlas`` say, against CPU seconds of the calls, and their peak
+  memory in a process of its own.
 
 CPU seconds of the process stand beside wall-clock seconds: on a shared machine the ratio of CPU seconds is what holds.
 """
@@ -24,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import measured, print_table
+from measure import peak_alone, print_table
 from smollm2 import trained
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -177,25 +178,29 @@ def estimates(model: Any, prompt: Callable[[int], Tensor], options: Any) -> Iter
     ends = ("resid_post", SOURCE), ("resid_post", TARGET)
     same: dict[str, Any] = {"src": "all", "dest": "all", "src_mode": "same", "dest_mode": "same"}
     for length in options.lengths:
+        load = partial(_traced, length)
         trace = tlc.trace(model, prompt(length))
         few = {"src": "all", "layers": range(6)}
         calls = [
-            ("slice", tlc.estimate_slice(trace, *ends, k=K), partial(_top, trace, ends, {})),
-            ("slice, same vector", tlc.estimate_slice(trace, *ends, k=K, **same), partial(_top, trace, ends, same)),
+            ("slice", tlc.estimate_slice(trace, *ends, k=K), partial(_top, ends=ends, options={})),
+            (
+                "slice, same vector",
+                tlc.estimate_slice(trace, *ends, k=K, **same),
+                partial(_top, ends=ends, options=same),
+            ),
         ]
         if length < 100:
             calls += [
-                ("atlas", tlc.estimate_atlas(trace, K), partial(tlc.sensitivity_atlas, trace, K)),
+                ("atlas", tlc.estimate_atlas(trace, K), partial(tlc.sensitivity_atlas, k=K)),
                 (
                     "atlas, same vector, layers 0 to 5",
                     tlc.estimate_atlas(trace, K, **few),
-                    partial(tlc.sensitivity_atlas, trace, K, **few),
+                    partial(tlc.sensitivity_atlas, k=K, **few),
                 ),
             ]
         for name, said, call in calls:
-            cpu = time.process_time()
-            peak = measured(call, torch.device("cpu"), fresh=True).peak_bytes
-            cpu = time.process_time() - cpu
+            _, cpu, _ = timed(partial(call, trace))
+            peak = peak_alone(load, call)
             yield {
                 "work": f"{name}, {length} tokens",
                 "estimate s": said.seconds,
@@ -206,6 +211,11 @@ def estimates(model: Any, prompt: Callable[[int], Tensor], options: Any) -> Iter
                 "MiB ratio": said.memory_bytes / peak,
             }
     print("whole atlas, same vector:", tlc.estimate_atlas(tlc.trace(model, prompt(28)), K, src="all"))
+
+
+def _traced(length: int) -> tlc.Trace:
+    _, model, prompt = trained(torch.device("cpu"))
+    return tlc.trace(model, prompt(length))
 
 
 def _top(trace: tlc.Trace, ends: tuple[Any, Any], options: dict[str, Any]) -> tlc.Triplets:

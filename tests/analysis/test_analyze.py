@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, TOKENS
+from cases import CASES, TOKENS, Case
 
 import tlcoupling as tlc
 import tlcoupling.analysis.analyze
 from tlcoupling.analysis.analyze import _patterns
+from tlcoupling.coupling.result import Wanted, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.progress import ticking
 from tlcoupling.results.base import Result
 
 MODEL = CASES[0]
+TOGETHER = {
+    "bridge-llama": [("auto", False), ("auto", True), ("autograd", False)],
+    "bridge-phi": [("auto", False)],
+    "bridge-mixtral": [("auto", False)],
+    "native-attention-only": [("auto", False), ("auto", True)],
+}  # engines, and whether hooks act
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,32 @@ def test_tokens_are_compared_in_the_layers_asked_for(analysis: tlc.Analysis) -> 
     assert_same(analysis.coupling, without.coupling)
     every = tlc.analyze(MODEL.model(), TOKENS, k=4, token_layers="all")
     assert every.token_coupling.layers == every.context_src.layers == (0, 1, 2)
+
+
+def doubled(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+    return 2 * tensor
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # where autograd computes, and why
+@pytest.mark.parametrize(
+    ("case", "engine", "hooked"), [(case, *how) for case in CASES for how in TOGETHER.get(case.name, [])], ids=str
+)
+def test_what_is_measured_together_is_what_each_call_measures(case: Case, engine: str, hooked: bool) -> None:
+    hooks = [("blocks.1.hook_attn_out", lambda tensor, hook: 2 * tensor)] if hooked else []
+    how = {"k": 2, "basis_layers": 0, "engine": engine}
+    found = tlc.analyze(case.model(), TOKENS, token_layers=[1, 0], fwd_hooks=hooks, **how)
+    how["layers"] = [1, 0]
+    for name, alone in {
+        "token_coupling": lambda: tlc.token_coupling(found.trace, **how),
+        "context_src": lambda: tlc.context_coupling(found.trace, "src", **how),
+        "context_dest": lambda: tlc.context_coupling(found.trace, "dest", **how),
+    }.items():
+        together, expected = getattr(found, name), alone()
+        assert together.provenance.settings == expected.provenance.settings
+        assert together.provenance.engine == expected.provenance.engine
+        for field in ("values", "null", "overlap_u", "overlap_v", "singular_values", "frobenius"):
+            # a mixture reads its experts for all tokens of a layer in one product, which may round otherwise
+            torch.testing.assert_close(getattr(together, field), getattr(expected, field), rtol=1e-6, atol=1e-6)
 
 
 def test_attention_is_that_of_every_layer(analysis: tlc.Analysis) -> None:
@@ -122,10 +155,12 @@ def test_what_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match="token_layers=3"):
         tlc.analyze(model, TOKENS, k=4, token_layers=3)
 
-    def refuse(*arguments: object, **named: object) -> None:
-        raise ArgumentError("k", 4, "at most 3 (attn of layer 0, token 0 to token 1)")
+    def refuse(trace: tlc.Trace, wanted: list[Wanted], *arguments: object) -> list[Result]:
+        if any("fixed" in each.labels for each in wanted):
+            raise ArgumentError("k", 4, "at most 3 (attn of layer 0, token 0 to token 1)")
+        return measure(trace, wanted, *arguments)
 
-    monkeypatch.setattr(tlcoupling.analysis.analyze, "context_coupling", refuse)
+    monkeypatch.setattr(tlcoupling.analysis.analyze, "measure", refuse)
     with pytest.warns(UserWarning, match=r"fixed (src|dest) is left out: k=4 .* \(attn of layer 0"):
         partly = tlc.analyze(model, TOKENS, k=4, token_layers=0)
     assert list(partly.parts) == ["coupling", "token_coupling", "linearity", "growth"]

@@ -8,6 +8,8 @@ from cases import CASES, TOKENS
 import tlcoupling as tlc
 import tlcoupling.analysis.analyze
 from tlcoupling.errors import ArgumentError
+from tlcoupling.forward.split import splits_of_model
+from tlcoupling.jacobian.cost import layer_costs
 
 
 def test_an_estimate_counts_the_coupling_of_tokens() -> None:
@@ -18,10 +20,19 @@ def test_an_estimate_counts_the_coupling_of_tokens() -> None:
     # as much for each layer, but for the forward pass and the coupling across depth
     assert two.flops - one.flops == pytest.approx(one.flops - without.flops)
     assert one.flops > 2 * without.flops  # 7 tokens of one layer, thrice, against 3 layers of one token
-    for kind, sublayers in {"token-wise": ("block", "attn", "mlp"), "fixed src": ("block", "attn")}.items():
-        assert [name.split(":")[0] for name in table.index if name.startswith(kind) and "comparison" in name] == [
-            f"{kind} {sublayer}" for sublayer in sublayers
-        ]
+    kind = "tokens and contexts"
+    parts = [f"{kind} {sublayer}: decomposition" for sublayer in ("block", "mlp")]
+    assert [name for name in table.index if name.startswith(kind)][2::3] == [
+        f"{kind} {sublayer}: comparison" for sublayer in ("block", "attn", "mlp")
+    ]
+    # of blocks J[t -> t], J[0 -> t] and J[s -> last], two of which are the same twice; of MLPs the first alone
+    of_block, of_mlp = (table[part] for part in parts)
+    n = len(TOKENS)
+    assert of_block / of_mlp == pytest.approx((n + 2 * (n - 1) - 1) / n)
+    # those that reach a token share its MLP
+    cost = layer_costs(model, [1], splits_of_model(model), n)[1]
+    once = (2 * (n - 1) + n - 1) * (cost["block"].dense_flops - cost["mlp"].dense_flops) + n * cost["mlp"].dense_flops
+    assert table[f"{kind} block: Jacobians"] == pytest.approx(2 * once)
     with pytest.raises(ArgumentError, match="token_layers=3"):
         tlc.estimate(model, TOKENS, 4, token_layers=3)
 

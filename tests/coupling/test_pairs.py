@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import tlcoupling as tlc
+import tlcoupling.jacobian.analytic
+from tlcoupling.analysis.analyze import couplings_of_tokens
 from tlcoupling.forward.hooked import BlockCall
 from tlcoupling.jacobian.engine import JacobianEngine
 from tlcoupling.jacobian.runs import BlockRun
@@ -115,3 +117,34 @@ def test_an_mlp_answers_for_all_destinations_at_once(n_dest: int, monkeypatch: p
             engine.operator(1, "block", src, dest)
     assert products == {"attn": n_dest, "mlp": 2}
     assert count.backward == 3  # all of the attention, of the MLP, and the slopes of its activation
+
+
+@needs_llama
+def test_tokens_and_contexts_of_a_report_share_a_layer(monkeypatch: pytest.MonkeyPatch):
+    """Three couplings run a layer, pull through it and form its MLPs as often as the one of tokens does."""
+    trace, layers = tlc.trace(LLAMA.model(torch.float32), torch.arange(8)), (0, 2)
+    options = {"k": 2, "normalizer": "frobenius", "bases": "uv", "absolute": True, "engine": "analytic"}
+    together = {**options, "solver": "auto", "sublayers": trace.sublayers, "basis_layers": layers}
+    assert trace.causal  # asked once, by runs of its blocks
+    mlp_map, formed = tlcoupling.jacobian.analytic.mlp_map, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        formed.append(1)
+        return mlp_map(*args, **kwargs)
+
+    monkeypatch.setattr(tlcoupling.jacobian.analytic, "mlp_map", counting)
+    with counted(monkeypatch) as of_tokens:
+        tlc.token_coupling(trace, layers=layers, solver="auto", **options)
+    assert len(formed) == len(layers) * trace.n_tokens
+    formed.clear()
+    with counted(monkeypatch) as of_all:
+        found = couplings_of_tokens(trace, layers, together)
+    assert len(formed) == len(layers) * trace.n_tokens
+    assert (of_all.blocks, of_all.rows, of_all.backward) == (of_tokens.blocks, of_tokens.rows, of_tokens.backward)
+    # without memory for matrices, groups are compared one after another: the layer is held, and nothing is run again
+    monkeypatch.setattr("tlcoupling.coupling.schedule.KEPT_SHARE", 0.0)
+    with counted(monkeypatch) as of_each:
+        again = couplings_of_tokens(trace, layers, together)
+    assert (of_each.blocks, of_each.rows, of_each.backward) == (of_all.blocks, of_all.rows, of_all.backward)
+    for name, one in found.items():  # products in place of matrices round otherwise
+        torch.testing.assert_close(again[name].values, one.values, rtol=1e-4, atol=1e-4)

@@ -265,6 +265,10 @@ def test_any_pair_of_a_bidirectional_model_has_a_jacobian():
     truth = tlc.residual_jacobian(trace, 1, "attn", src=6, dest=2, engine="autograd")
     assert backwards.dense().norm() > 1e-3 and relative_error(backwards.dense(), truth.dense()) < 1e-4
     assert tlc.context_coupling(trace, "src", 4, k=2).positions == tuple(range(trace.n_tokens))
+    couplings = tlc.analyze(trace.model, architectures.prompt(trace.model), k=2, token_layers=1)
+    for fixed in ("src", "dest"):
+        alone = tlc.context_coupling(trace, fixed, k=2, layers=1)
+        torch.testing.assert_close(getattr(couplings, f"context_{fixed}").values, alone.values, rtol=1e-5, atol=1e-5)
     with pytest.raises(ArgumentError, match="tokens='same'.*bidirectional"):
         tlc.linearized(trace, torch.randn(trace.d_model))
     assert tlc.linearized(trace, torch.randn(trace.d_model), pos=3, tokens="all").shape[1] == trace.n_tokens

@@ -313,3 +313,14 @@ def test_a_short_row_counts_as_long_as_the_shortest_that_is_allowed():
     truth = torch.tensor([[3.0, 4.0], [3e-6, 4e-6], [0.0, 0.0]], dtype=torch.float64)
     gaps = relative_gap(truth + torch.tensor([1e-3, 0.0]), truth, shortest=0.5)
     torch.testing.assert_close(gaps, torch.tensor([2e-4, 2e-3, 2e-3], dtype=torch.float64))
+
+
+@each_case
+def test_no_pattern_stays_in_the_model(case: Case):
+    """Some attention modules keep it as an attribute: of a long prompt, those of all layers would be gigabytes."""
+    model = case.model()
+    trace = tlc.trace(model, TOKENS)
+    trace.run_block(1, trace.block_input(1), {})
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    # [batch, head, dest, src]; ALiBi's slopes have no batch axis
+    assert not any(value.ndim == 4 and value.shape[-2:] == (len(TOKENS), len(TOKENS)) for value in kept)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,10 +19,12 @@ from tlcoupling.analysis.measures import MEASURES, measures_of, resolve_measures
 from tlcoupling.analysis.shared import SharedDirections, shared_directions
 from tlcoupling.arguments import Indices, KSpec, resolve_basis_layers, resolve_indices
 from tlcoupling.coupling.chance import CouplingTest
-from tlcoupling.coupling.context import ContextCoupling, context_coupling
+from tlcoupling.coupling.context import ContextCoupling, Fixed, wanted_of_context
 from tlcoupling.coupling.depth import DepthCoupling, depth_coupling
 from tlcoupling.coupling.metric import Bases, Normalizer
-from tlcoupling.coupling.token import TokenCoupling, token_coupling
+from tlcoupling.coupling.options import Options
+from tlcoupling.coupling.result import Wanted, WithinLayers, measure
+from tlcoupling.coupling.token import TokenCoupling, wanted_of_tokens
 from tlcoupling.dynamics.depth_profile import DepthProfile
 from tlcoupling.dynamics.geometry import EigenGeometry
 from tlcoupling.dynamics.lyapunov import LyapunovSpectrum
@@ -237,7 +239,7 @@ def analyze(
         tokens: positions for depth-wise coupling. Trajectories are always measured for all tokens.
         token_layers: layers for token-wise coupling, and for context coupling from the first token and to the last:
             ``"all"``, an int or several; by default none. A layer of SmolLM2-135M at 28 tokens takes about four seconds
-            on two cores; the time grows with the square of the length.
+            on one core; the time grows with the square of the length.
         basis_layers: for coupling of tokens across layers: the layer that gives the bases, one for each of
             ``token_layers`` or one for all; by default those themselves.
         sublayers: as in ``depth_coupling``.
@@ -339,23 +341,36 @@ def couplings_of_tokens(traced: Trace, layers: Sequence[int], settings: Mapping[
     Args:
         traced: the trace.
         layers: the layers.
-        settings: arguments of ``token_coupling``, with ``sublayers``.
+        settings: ``sublayers``, ``basis_layers``, and perhaps ``progress``, as in ``token_coupling``; the rest is that
+            of ``Options``.
     """
-    couplings: dict[str, Any] = {"token_coupling": token_coupling(traced, layers=layers, **settings)}
-    reach = tuple(name for name in settings["sublayers"] if name not in POSITIONWISE)
-    for fixed in ("src", "dest") if reach else ():
-        couplings[f"context_{fixed}"] = _context(traced, fixed, {**settings, "sublayers": reach, "layers": layers})
-    return couplings
-
-
-def _context(traced: Trace, fixed: Literal["src", "dest"], shared: Mapping[str, Any]) -> ContextCoupling | None:
-    """Return context coupling; None, with a warning, if K exceeds the rank of attention between two tokens."""
+    rest = dict(settings)
+    sublayers, others, progress = (rest.pop(name, None) for name in ("sublayers", "basis_layers", "progress"))
+    options = Options.resolve(traced.d_model, **rest)
+    where = {"layers": layers, "basis_layers": others}
+    wanted: dict[str, Wanted[WithinLayers]] = {"token_coupling": wanted_of_tokens(traced, sublayers, **where)}
+    if reach := tuple(name for name in sublayers if name not in POSITIONWISE):
+        for fixed in get_args(Fixed):
+            wanted[f"context_{fixed}"] = wanted_of_context(traced, fixed, sublayers=reach, **where)
     try:
-        return context_coupling(traced, fixed, **shared)
+        return dict(zip(wanted, measure(traced, [*wanted.values()], options, progress), strict=True))
     except ArgumentError as error:
         if error.name != "k":
             raise
-        warnings.warn(f"context coupling from a fixed {fixed} is left out: {error}", stacklevel=4)
+    return {name: _if_ranks_allow(name, traced, one, options, progress) for name, one in wanted.items()}
+
+
+def _if_ranks_allow(
+    name: str, traced: Trace, wanted: Wanted[WithinLayers], options: Options, progress: bool | None
+) -> WithinLayers | None:
+    """Measure one of them; None, with a warning, if K exceeds the rank of attention between two tokens."""
+    try:
+        return measure(traced, [wanted], options, progress)[0]
+    except ArgumentError as error:
+        if error.name != "k" or name == "token_coupling":
+            raise
+        fixed = wanted.labels["fixed"]
+        warnings.warn(f"context coupling from a fixed {fixed} is left out: {error}", stacklevel=5)
         return None
 
 

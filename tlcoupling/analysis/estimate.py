@@ -42,9 +42,15 @@ JACOBIAN_CALLS = 60.0  # likewise in making a closed form
 # each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
 PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
 PATTERN_STEPS = 20.0  # softmaxes that take as long as what a traced pass does with each number of a pattern, measured
-PATTERNS = 6.0  # patterns of one layer that a traced pass holds at once, with scores, masks and copies; measured
-LOADED = 12 * 2**20  # bytes that a first call loads of libraries, measured
+# Patterns of one layer that a traced pass holds at once: scores, and what a step makes of them. Counted by PyTorch's
+# profiler: 2 in most bridges, 3 in GPT-J's and MPT's; in a HookedTransformer 3 (transformer-lens 4.3) or 4.4 (2.18).
+PATTERNS, PATTERNS_OF_HOOKED = 2.0, 4.5
+# What the heap keeps between recorded activations of a pass, by their own size. Measured: 0.6 to 0.85 on the CPU at 512
+# to 2,048 tokens, 0.15 to 0.6 at 4,096.
+BETWEEN = 0.75
+LOADED = 15 * 2**20  # bytes of libraries that a first call loads: 13 to 15 MiB measured
 STAGES = ("Jacobians", "decomposition", "comparison")
+TOKENS = "tokens and contexts"  # the kind of coupling of ``token_layers``
 
 
 @dataclass(frozen=True)
@@ -183,10 +189,11 @@ def estimate(
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     compared = () if token_layers is None else resolve_indices("token_layers", token_layers, n_layers)
     others = resolve_basis_layers(basis_layers, compared, n_layers)
-    jobs = {"": (names, depth_groups(chosen, positions))} | _pairs_of_tokens(compared, others, n_tokens, names)
+    jobs = {"": depth_groups(chosen, positions), TOKENS: _pairs_of_tokens(compared, others, n_tokens, names)}
     schedules = {
-        kind: make_schedule(Comparison(model, splits, n_tokens, dtype, parts, groups, options))
-        for kind, (parts, groups) in jobs.items()
+        kind: make_schedule(Comparison(model, splits, n_tokens, dtype, names, groups, options))
+        for kind, groups in jobs.items()
+        if groups
     }
     rates = measured_rates(device_of(model.blocks), dtype)
     stages = stages_of(model, n_tokens, schedules, rates)
@@ -219,8 +226,8 @@ def memory_with_trace(
 ) -> float:
     """Return the memory beyond the model of a measurement and of the trace that it is taken on, at most.
 
-    The pass records what sublayers read and write. Between these, its allocator keeps as much again until the pass has
-    ended. The trace holds the stream and the writes, stacked.
+    The pass records what sublayers read and write. Its allocator keeps memory between these until the pass has ended,
+    and then what was recorded is stacked. The trace holds the stream and the writes, and the mask of the blocks' calls.
 
     Args:
         model: the model, or the shapes of its weights.
@@ -235,10 +242,12 @@ def memory_with_trace(
     recorded, stacked = 1 + n_layers * max(2, 2 * names), 1 + n_layers * (1 + names)
     groups = int(getattr(cfg, "n_key_value_heads", 0) or n_heads_of(cfg))
     cached = dtype.itemsize * float(n_tokens) * 2 * n_layers * groups * size
-    patterns = dtype.itemsize * PATTERNS * n_heads_of(cfg) * float(n_tokens) ** 2
-    passing = stream * recorded + max(stream * recorded, patterns) + LOADED
+    hooked = hasattr(model, "hook_dict") and not hasattr(model, "original_model")
+    pattern = dtype.itemsize * float(n_tokens) ** 2
+    patterns = pattern * n_heads_of(cfg) * (PATTERNS_OF_HOOKED if hooked else PATTERNS)
+    passing = stream * recorded + max(BETWEEN * stream * recorded + patterns, stream * stacked)
     passing += brought_bytes(model) if isinstance(model, nn.Module) else 0.0  # and not shapes alone
-    return cached + max(passing, stream * stacked + peak_bytes)
+    return LOADED + cached + pattern + max(passing, stream * stacked + peak_bytes)
 
 
 def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rates: Rates) -> tuple[Stage, ...]:
@@ -288,22 +297,28 @@ def _shared_stages(schedule: Schedule, rates: Rates) -> tuple[Stage, ...]:
 
 def _by_stage(schedule: Schedule) -> dict[tuple[str, str], Work]:
     """Return the work on Jacobians by sublayer and stage."""
-    comparison = schedule.comparison
-    made = Counter(visit.place.layer for batch in schedule.batches for visit in visits(batch))
-    pairs = Counter[int]()
+    comparison, names = schedule.comparison, schedule.comparison.sublayers
+    batches = [[visit.place for visit in visits(batch)] for batch in schedule.batches]
+    made = Counter((place.layer, name) for places in batches for place in places for name in place.of(names))
+    dests = Counter(layer for places in batches for layer, _ in {(place.layer, place.dest) for place in places})
+    pairs = Counter[tuple[int, str]]()
     for group in comparison.groups:
-        for place in group.rows:
-            pairs[place.layer] += len(group.columns)
+        for place, name in product(group.rows, group.compared(names)):
+            pairs[place.layer, name] += len(group.columns)
     overlaps = Work(thin=4.0 * comparison.model.cfg.d_model * max(comparison.options.k) ** 2)
-    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(comparison.sublayers, STAGES), Work())
+    stages: dict[tuple[str, str], Work] = dict.fromkeys(product(names, STAGES), Work())
     for (layer, name), method in schedule.methods.items():
+        count, pairs_of = made[layer, name], pairs[layer, name]
         closed, block = schedule.costs[layer, name].engine == "analytic", schedule.costs.get((layer, "block"))
         # a block's closed form is made of the matrices of its sublayers; by autograd a row is half a product
         shared = name != "block" and block is not None and block.engine == "analytic"
         forming = method.forming * (0.0 if shared else 1.0 if closed else 0.5)
-        stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * made[layer]
-        stages[name, "decomposition"] += method.decomposing * made[layer]
-        stages[name, "comparison"] += (method.comparing + overlaps) * pairs[layer]
+        stages[name, "Jacobians"] += (forming + Work(calls=JACOBIAN_CALLS)) * count
+        if name == "block" and closed and forming.flops and (layer, "mlp") in schedule.costs:
+            # all that reach a dest share its MLP
+            stages[name, "Jacobians"] += Work(matmul=schedule.costs[layer, "mlp"].dense_flops) * (dests[layer] - count)
+        stages[name, "decomposition"] += method.decomposing * count
+        stages[name, "comparison"] += (method.comparing + overlaps) * pairs_of
     return stages
 
 
@@ -334,13 +349,11 @@ def _passes_again(schedule: Schedule) -> Work:
 
 def _pairs_of_tokens(
     layers: Sequence[int], others: Sequence[int], n_tokens: int, sublayers: Sequence[str]
-) -> dict[str, tuple[tuple[str, ...], list[Group]]]:
-    """Return what ``analyze`` compares in each of its ``token_layers``: by kind, the sublayers and the groups."""
-    if not layers:
-        return {}
-    positions, reach = range(n_tokens), tuple(name for name in sublayers if name not in POSITIONWISE)
-    pairs = {"token-wise": (tuple(sublayers), token_groups(layers, others, positions))}
-    if reach:  # an MLP reaches no other token
-        pairs["fixed src"] = (reach, context_groups(layers, others, "src", 0, positions))
-        pairs["fixed dest"] = (reach, context_groups(layers, others, "dest", n_tokens - 1, positions))
-    return pairs
+) -> list[Group]:
+    """Return what ``analyze`` compares in each of its ``token_layers``."""
+    positions = range(n_tokens)
+    groups = token_groups(layers, others, positions)
+    if not {*sublayers} <= {*POSITIONWISE}:  # an MLP reaches no other token
+        groups += context_groups(layers, others, "src", 0, positions)
+        groups += context_groups(layers, others, "dest", n_tokens - 1, positions)
+    return groups

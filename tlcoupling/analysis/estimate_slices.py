@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import torch
+
 from tlcoupling.analysis.estimate import PASS_CALLS, PATTERN_STEPS, Estimate, Stage, stages_of
 from tlcoupling.arguments import Indices, check_int, check_name, resolve_indices
 from tlcoupling.coupling.depth import depth_groups
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.schedule import Comparison, make_schedule
+from tlcoupling.coupling.schedule import HEAP, Comparison, make_schedule
 from tlcoupling.forward.context import measured
 from tlcoupling.forward.split import splits_of_model
 from tlcoupling.forward.trace import Trace, require_trace
@@ -21,12 +23,18 @@ from tlcoupling.linalg.work import Work, measured_rates
 from tlcoupling.memory import free_memory
 from tlcoupling.slices.sites import Mode, SiteSpec, ends_of, positions_of, window_between
 from tlcoupling.slices.slice import vectors_through
-from tlcoupling.slices.sweep import SHARE
+from tlcoupling.slices.sweep import SHARE, STACKED
 
 PASSES = 10  # of a block, forward, that take as long as making its derivative at all positions and checking it
 PASSES_ALONG = 3  # of each block in the difference of a whole slice
 PASSES_APART = 3  # of each block in the test whether the positions between two count alone
-BUFFERS = 56 * 2**20  # bytes of libraries, and what lies between the tensors, measured
+# What an allocator takes for the tensors, with what lies between them: of a slice, and of a sweep, whose matrices grow
+# from block to block; and bytes of libraries. Measured on SmolLM2.
+HOLES, HOLES_OF_SWEEP, LOADED = 1.2, 1.33, 10 * 2**20
+# Of what ``autograd_column_bytes`` counts of a vector on its way back through a block: the activations that a closed
+# form holds, and the tangents of one vector in a product, which have no graph. Measured.
+HELD = 1 / 3
+HIDDEN = 3  # activations of an MLP's width that are held at once where its matrix is formed
 NORM_VECTORS = 2 * 7 * 6  # vectors that go through a block for its norm
 
 
@@ -90,8 +98,10 @@ def estimate_slice(
     if window is not None:
         stages["positions"] = _Counts(trace, engine).checks(PASSES_APART) * trace.n_layers
     vectors = min(k + OVERSAMPLING, size)
-    bases = 30.0 * vectors * (d * counts[0] + size_out)  # of the usual number of Krylov steps, three each
-    peak = costs.item * bases + costs.column * (min(vectors, at_once) + len(blocks) / 2 + 2)
+    bases = 3.0 * USUAL_STEPS * vectors * (d * counts[0] + size_out)
+    solving = costs.item * bases + costs.column * min(vectors, at_once)
+    mean = float(costs.item) * len(read) * size_out**2 if dest_mode == "same" else 0.0  # a matrix, made from a copy
+    peak = HOLES * (len(blocks) * costs.held + mean + max(mean, solving))
     return costs.estimate(trace.n_tokens, counts[0], k, stages, peak)
 
 
@@ -149,12 +159,18 @@ def estimate_atlas(
             matmul=formed, thin=NORM_VECTORS * through * len(blocks)
         )
         stages["sweep"] = Work(matmul=d * through * (passed + len(blocks)))
-    kept = 2.0 * d * k * len(chosen) ** 2 + 2.0 * d * d * len(chosen)
-    stacked = 4.0 * d * d * min(len(chosen), max(1, 2**27 // d**2))
-    made = carried if alone else 3.0 * trace.n_tokens * d * d
-    passing = costs.column * (len(blocks) / 2 + vectors_through(trace))
-    peak = costs.item * (group * carried + kept + stacked + made) + passing
-    return costs.estimate(trace.n_tokens, len(moved), k, stages, peak)
+    kept = 2.0 * d * k * len(chosen) ** 2
+    # of what is decomposed together: a copy, and Krylov's three bases, copied as some converge
+    stacked = (d**2 + 6.0 * d * min(d, USUAL_STEPS * (k + OVERSAMPLING))) * min(group, max(1, STACKED // d**2))
+    held = costs.item * (group * carried + kept + stacked)
+    if alone:
+        peak = held + costs.item * 5.0 * d**2  # of the block that is formed
+        peak += HEAP * (torch.get_num_threads() - 1)
+    else:  # a block's matrices are formed beside those of the last one, and what the heap keeps of products with these
+        forming = HIDDEN * costs.d_mlp * d * trace.n_tokens + 3.0 * carried
+        passing = HELD * costs.column * min(d, vectors_through(trace))
+        peak = held + costs.item * forming + passing + len(blocks) * costs.held
+    return costs.estimate(trace.n_tokens, len(moved), k, stages, HOLES_OF_SWEEP * peak)
 
 
 class _Counts:
@@ -174,6 +190,10 @@ class _Counts:
         self._forward = first["block"].forward_flops
         mlp = first.get("mlp")
         self.mlp = mlp.product_flops * trace.n_tokens if mlp is not None and mlp.engine == "analytic" else 0.0
+        self.d_mlp = int(getattr(model.cfg, "d_mlp", 0) or 0) if self.mlp else 0
+        # of a block, by its closed form: copies of the weights that sublayers write with, and activations
+        written = float(self.item) * trace.d_model * (self._heads * self._size + self.d_mlp)
+        self.held = self.column if first["block"].engine == "autograd" else written + HELD * self.column
 
     def product(self, layer: int) -> float:
         """A product of a block's derivative at all positions with one vector."""
@@ -215,7 +235,7 @@ class _Counts:
             n_measured=n_measured,
             ks=(k,),
             stages=tuple(Stage(name, "", work.flops, self.rates.seconds(work)) for name, work in stages.items()),
-            memory_bytes=peak + BUFFERS,
+            memory_bytes=peak + LOADED,
             free_bytes=self.free,
             rates=self.rates,
         )

@@ -18,7 +18,7 @@ from tlcoupling.arguments import (
 from tlcoupling.coupling.groups import Group, groups_of_layers
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.result import WithinLayers, measure
+from tlcoupling.coupling.result import Wanted, WithinLayers, measure
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.split import POSITIONWISE
 from tlcoupling.forward.trace import Trace, require_trace
@@ -106,23 +106,39 @@ def context_coupling(
         >>> coupling = tlc.context_coupling(trace, "dest", -1)  # doctest: +SKIP
     """
     require_trace(trace)
+    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
+    wanted = wanted_of_context(trace, fixed, position, sublayers, tokens, layers, basis_layers)
+    return measure(trace, [wanted], options, progress)[0]
+
+
+def wanted_of_context(
+    trace: Trace,
+    fixed: Fixed,
+    position: int | None = None,
+    sublayers: str | Sequence[str] | None = None,
+    tokens: Indices = "all",
+    layers: Indices | None = None,
+    basis_layers: Indices | None = None,
+) -> Wanted[ContextCoupling]:
+    """Return what ``context_coupling`` measures, for arguments as it takes them.
+
+    Raises:
+        ArgumentError: one is out of range, or fewer than two tokens are within reach.
+    """
     check_name("fixed", fixed, get_args(Fixed))
     reaching = tuple(name for name in trace.sublayers if name not in POSITIONWISE)
     names = resolve_sublayers(sublayers or reaching, trace.sublayers, trace.refusal)
     if apart := [name for name in names if name in POSITIONWISE]:
         raise ArgumentError("sublayers", apart[0], f"{', '.join(reaching)}: it does not reach another position")
-    options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     default = 0 if fixed == "src" else -1
     held = check_index("position", default if position is None else position, trace.n_tokens)
     positions = _reached(trace, fixed, held, tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     others = resolve_basis_layers(basis_layers, chosen, trace.n_layers)
-    return measure(
+    return Wanted(
         ContextCoupling,
-        trace,
         names,
         context_groups(chosen, others, fixed, held, positions),
-        options,
         {
             "fixed": fixed,
             "position": held,
@@ -130,13 +146,14 @@ def context_coupling(
             "layers": list(chosen),
             "basis_layers": list(others),
         },
-        progress,
-        fixed=fixed,
-        position=held,
-        positions=positions,
-        tokens=tuple(trace.str_tokens[pos] for pos in positions),
-        layers=chosen,
-        basis_layers=others,
+        {
+            "fixed": fixed,
+            "position": held,
+            "positions": positions,
+            "tokens": tuple(trace.str_tokens[pos] for pos in positions),
+            "layers": chosen,
+            "basis_layers": others,
+        },
     )
 
 

@@ -10,7 +10,7 @@ from tlcoupling.arguments import Indices, KSpec, resolve_indices, resolve_sublay
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.result import OrderedCoupling, measure
+from tlcoupling.coupling.result import OrderedCoupling, Wanted, measure
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -90,18 +90,18 @@ def depth_coupling(
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
-    return measure(
+    wanted = Wanted(
         DepthCoupling,
-        trace,
         names,
         depth_groups(chosen, positions),
-        options,
         {"tokens": list(positions), "layers": list(chosen)},
-        progress,
-        positions=positions,
-        tokens=tuple(trace.str_tokens[pos] for pos in positions),
-        layers=chosen,
+        {
+            "positions": positions,
+            "tokens": tuple(trace.str_tokens[pos] for pos in positions),
+            "layers": chosen,
+        },
     )
+    return measure(trace, [wanted], options, progress)[0]
 
 
 def depth_groups(layers: Sequence[int], positions: Sequence[int]) -> list[Group]:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tlcoupling.forward.split import POSITIONWISE
+
 
 class Place(NamedTuple):
-    """Which Jacobian; in the order in which they are made."""
+    """Which Jacobian of a sublayer."""
 
     layer: int
     dest: int
@@ -21,6 +23,10 @@ class Place(NamedTuple):
         if self.src != self.dest:
             where += f" to token {self.dest}"
         return where if self.head is None else f"head {self.head} of {where}"
+
+    def of(self, sublayers: Sequence[str]) -> tuple[str, ...]:
+        """Return those of some sublayers that have a Jacobian here: an MLP reaches no other position."""
+        return tuple(name for name in sublayers if self.src == self.dest or name not in POSITIONWISE)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Group:
     def places(self) -> set[Place]:
         """All of them."""
         return {*self.rows, *self.columns}
+
+    def compared(self, sublayers: Sequence[str]) -> tuple[str, ...]:
+        """Return those of some sublayers that have a Jacobian at all places."""
+        return tuple(name for name in sublayers if all(place.of((name,)) for place in self.places))
 
 
 def groups_of_layers(
@@ -72,15 +82,20 @@ class Visit:
 
 
 def visits(groups: Sequence[Group]) -> list[Visit]:
-    """List all Jacobians of the groups by layer, and within a layer by dest."""
-    order = sorted(set().union(*(group.places for group in groups)))
+    """List all Jacobians of the groups by layer, and within a layer by dest.
+
+    The last dest comes first: a group of all that reach it then ends before the others of the layer are begun.
+    """
+    every = set().union(*(group.places for group in groups))
+    order = sorted(every, key=lambda place: place._replace(dest=-place.dest))
     by_place = {place: Visit(place, [], []) for place in order}
+    at = {place: index for index, place in enumerate(order)}
     needed_until: dict[Place, Place] = {}
     for index, group in enumerate(groups):
-        last = max(group.places)
+        last = max(group.places, key=at.__getitem__)
         by_place[last].finished.append(index)
         for place in group.places:
-            needed_until[place] = max(needed_until.get(place, last), last)
+            needed_until[place] = max(needed_until.get(place, last), last, key=at.__getitem__)
     for place, last in needed_until.items():
         by_place[last].dropped.append(place)
     return list(by_place.values())

@@ -14,7 +14,7 @@ from tlcoupling.arguments import Indices, KSpec, check_index, resolve_indices
 from tlcoupling.coupling.groups import Group, Place
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.result import Coupling, measure
+from tlcoupling.coupling.result import Coupling, Wanted, measure
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -103,16 +103,16 @@ def head_coupling(
     chosen = resolve_indices("layers", layers, trace.n_layers)
     heads = range(trace.model.cfg.n_heads)
     groups = trace.block(chosen[0]).n_groups or len(heads)
-    return measure(
+    wanted = Wanted(
         HeadCoupling,
-        trace,
         (trace.attention(chosen),),
         [Group.of([Place(layer, pos, pos, head) for head in heads]) for layer in chosen],
-        options,
         {"token": pos, "layers": list(chosen)},
-        progress,
-        position=pos,
-        token=trace.str_tokens[pos],
-        layers=chosen,
-        key_value_heads=tuple(head * groups // len(heads) for head in heads),
+        {
+            "position": pos,
+            "token": trace.str_tokens[pos],
+            "layers": chosen,
+            "key_value_heads": tuple(head * groups // len(heads) for head in heads),
+        },
     )
+    return measure(trace, [wanted], options, progress)[0]

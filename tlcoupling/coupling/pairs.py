@@ -31,9 +31,11 @@ from tlcoupling.linalg.triplets import Triplets
 from tlcoupling.memory import give_back_memory
 from tlcoupling.progress import ticking
 
+Cell = dict[str, dict[str, Tensor]]  # what is measured of a group, by sublayer and field name
 
-def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool | None) -> dict[str, Tensor]:
-    """Measure each group; return the results by field name, ``[sublayer, group, ...]`` on the CPU.
+
+def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool | None) -> dict[Group, Cell]:
+    """Measure each group, with the sublayers that have a Jacobian at all of its places.
 
     Raises:
         ArgumentError: K above the rank of a Jacobian.
@@ -41,11 +43,10 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
     sublayers, options = schedule.comparison.sublayers, schedule.comparison.options
     orders = [visits(batch) for batch in schedule.batches]
     ticks = ticking(range(sum(map(len, orders))), "coupling", progress)
-    cells: list[dict[str, dict[str, Tensor]]] = []
+    cells: dict[Group, Cell] = {}
     with Workers(schedule.workers) as workers:
         for batch, order in zip(schedule.batches, orders, strict=True):
             held: dict[str, dict[Place, Spectrum]] = {name: {} for name in sublayers}
-            compared: dict[int, dict[str, dict[str, Tensor]]] = {}
             waiting: list[Visit] = []
             for visit, following in zip(order, [*order[1:], None], strict=True):
                 waiting.append(visit)
@@ -58,7 +59,8 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                 )
                 if len(waiting) < schedule.workers * schedule.stack and not (ends or heavy):
                     continue
-                wanted = [(each.place, name) for each in waiting for name in sublayers]  # a place's share matrices
+                # a place's sublayers share matrices
+                wanted = [(each.place, name) for each in waiting for name in each.place.of(sublayers)]
                 made = [_decomposition(jacobians, schedule, name, place) for place, name in wanted]
                 for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
                     held[name][place] = spectrum
@@ -66,21 +68,17 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                 give_back_memory()
                 for each in waiting:
                     next(ticks)
-                    for index in each.finished:
-                        compared[index] = {
-                            name: _compare(jacobians.trace, name, batch[index], known, options, workers)
-                            for name, known in held.items()
+                    for group in (batch[index] for index in each.finished):
+                        cells[group] = {
+                            name: _compare(jacobians.trace, name, group, held[name], options, workers)
+                            for name in group.compared(sublayers)
                         }
-                    for name, place in product(sublayers, each.dropped):
-                        del held[name][place]
+                    for place in each.dropped:
+                        for name in place.of(sublayers):
+                            del held[name][place]
                 waiting = []
-            cells += [compared[index] for index in range(len(batch))]
     next(ticks, None)
-    # a group of each layer lies on that layer's device, so they meet on the CPU
-    return {
-        field: torch.stack([torch.stack([cell[name][field].cpu() for cell in cells]) for name in sublayers])
-        for field in cells[0][sublayers[0]]
-    }
+    return cells
 
 
 def _decomposed(made: Sequence[Decomposition], options: Options, workers: Workers) -> list[Spectrum]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +17,7 @@ from tlcoupling.arguments import check_int
 from tlcoupling.coupling.chance import CouplingTest, Drawn, rotation_test
 from tlcoupling.coupling.groups import Group
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.pairs import compare_groups
+from tlcoupling.coupling.pairs import Cell, compare_groups
 from tlcoupling.coupling.schedule import Comparison, make_schedule
 from tlcoupling.errors import ArgumentError
 from tlcoupling.forward.context import measured
@@ -31,6 +31,7 @@ from tlcoupling.results.labelled import labelled
 Quantity = Literal["values", "null", "excess", "overlap_u", "overlap_v", "overlap_null_u", "overlap_null_v"]
 FEW_TOKENS = 4  # that a warning names
 CouplingT = TypeVar("CouplingT", bound="Coupling")
+KindT_co = TypeVar("KindT_co", bound="Coupling", covariant=True)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -384,28 +385,38 @@ class WithinLayers(OrderedCoupling):
         return f", bases of layer{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
 
 
+@dataclass(frozen=True)
+class Wanted(Generic[KindT_co]):
+    """A result that is to be measured.
+
+    Attributes:
+        kind: the kind of result.
+        sublayers: what is measured of each layer.
+        groups: the Jacobians to compare, in the order of the result's axes behind the sublayer.
+        chosen: what was chosen, for the provenance.
+        labels: the kind's own fields.
+    """
+
+    kind: type[KindT_co]
+    sublayers: tuple[str, ...]
+    groups: Sequence[Group]
+    chosen: Mapping[str, Any]
+    labels: Mapping[str, Any]
+
+
 @measured
 def measure(
-    kind: type[CouplingT],
-    trace: Trace,
-    sublayers: tuple[str, ...],
-    groups: Sequence[Group],
-    options: Options,
-    chosen: Mapping[str, Any],
-    progress: bool | None,
-    **labels: Any,
-) -> CouplingT:
-    """Compare the Jacobians of each group and make a result of it.
+    trace: Trace, several: Sequence[Wanted[CouplingT]], options: Options, progress: bool | None
+) -> list[CouplingT]:
+    """Compare the Jacobians of each group and make results of them.
+
+    Several results share all that they need of a layer: its runs, its checks, its Jacobians.
 
     Args:
-        kind: the kind of result.
         trace: a trace of the model.
-        sublayers: what is measured of each layer.
-        groups: in the order of the result's axes behind the sublayer.
-        options: how they are compared.
-        chosen: what was chosen, for the provenance.
+        several: the results.
+        options: how Jacobians are compared.
         progress: show a progress bar; None decides as ``ticking`` does.
-        labels: the kind's own fields.
 
     Raises:
         ArgumentError: K above the rank of a Jacobian.
@@ -417,16 +428,38 @@ def measure(
             determined; the warning names the layers.
     """
     started = time.perf_counter()
+    sublayers = tuple(dict.fromkeys(name for wanted in several for name in wanted.sublayers))
+    groups = [group for wanted in several for group in wanted.groups]
     schedule = make_schedule(Comparison.of(trace, sublayers, groups, options))
     pairs = {(place.src, place.dest) for group in groups for place in group.places}
     jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
-    fields = compare_groups(jacobians, schedule, progress)
-    _warn_of_undetermined(fields, sublayers, groups)
-    if "sublayer" not in kind._axes["values"]:
+    cells = compare_groups(jacobians, schedule, progress)
+    seconds = time.perf_counter() - started
+    return [_result(wanted, trace, cells, options, jacobians, seconds) for wanted in several]
+
+
+def _result(
+    wanted: Wanted[CouplingT],
+    trace: Trace,
+    cells: Mapping[Group, Cell],
+    options: Options,
+    jacobians: JacobianEngine,
+    seconds: float,
+) -> CouplingT:
+    """Make a result of what was measured of its groups; warn of what is not determined."""
+    sublayers, mine = wanted.sublayers, [cells[group] for group in wanted.groups]
+    # a group of each layer lies on that layer's device, so they meet on the CPU
+    fields = {
+        field: torch.stack([torch.stack([cell[name][field].cpu() for cell in mine]) for name in sublayers])
+        for field in mine[0][sublayers[0]]
+    }
+    _warn_of_undetermined(fields, sublayers, wanted.groups)
+    if "sublayer" not in wanted.kind._axes["values"]:
         fields = {name: tensor[0] for name, tensor in fields.items()}
-    settings = {**chosen, "sublayers": list(sublayers), **options.settings()}
-    return kind(
-        provenance=trace.provenance(settings=settings, seconds=time.perf_counter() - started, engine=jacobians.used),
+    places = {(place.layer, place.src, place.dest) for group in wanted.groups for place in group.places}
+    settings = {**wanted.chosen, "sublayers": list(sublayers), **options.settings()}
+    return wanted.kind(
+        provenance=trace.provenance(settings=settings, seconds=seconds, engine=jacobians.used_at(sublayers, places)),
         **fields,
         overlap_null=torch.tensor(options.k, dtype=torch.float64) / trace.d_model,
         sublayers=sublayers,
@@ -434,7 +467,7 @@ def measure(
         normalizer=options.normalizer,
         bases=options.bases,
         absolute=options.absolute,
-        **labels,
+        **wanted.labels,
     )
 
 
@@ -467,7 +500,7 @@ def _warn_of_undetermined(fields: Mapping[str, Tensor], sublayers: Sequence[str]
         text = f"{vectors_text}; so do {overlaps_text}"
     else:
         text = f"{vectors_text}; subspace overlaps are determined"
-    warnings.warn(text, stacklevel=5)
+    warnings.warn(text, stacklevel=6)
 
 
 def _few(noun: str, numbers: Sequence[int]) -> str:

@@ -34,10 +34,10 @@ HOST = torch.device("cpu")
 KEPT_SHARE = 0.5  # of the free memory, at most, for matrices that are kept
 # What a vector on its way back takes in place of ``backward_bytes``, with freed memory between; and a stream that is
 # moved, without a graph. Measured.
-ON_ITS_WAY, MOVED = 1.75, 0.6
-HOLES = 1.08  # what an allocator takes for kept matrices, with what lies between them; measured
-# Bytes of a linear algebra library's buffers: for each worker, measured; and on a device, assumed.
-BUFFERS, BUFFERS_ON_DEVICE = 20 * 2**20, 64 * 2**20
+ON_ITS_WAY, MOVED = 2.0, 0.6
+HOLES = 1.15  # what an allocator takes for kept matrices, with what lies between them; measured
+# Bytes of a linear algebra library's buffers: for each worker, measured on a single block; and on a device, assumed.
+BUFFERS, BUFFERS_ON_DEVICE = 7 * 2**20, 64 * 2**20
 HEAP = 24 * 2**20  # of each worker beyond the first: a thread's own heap keeps what is freed in it; measured
 
 
@@ -164,7 +164,7 @@ class Schedule:
     """
 
     comparison: Comparison
-    batches: list[Sequence[Group]]
+    batches: Sequence[Sequence[Group]]
     keep: bool
     workers: int
     stack: int
@@ -192,10 +192,11 @@ def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule
     """
     free = min(free_memory(device) for device in comparison.devices) if free is None else free
     costs = _costs(comparison)
-    workers = _most_workers(comparison, costs.values())
-    groups = comparison.groups
+    workers, names = _most_workers(comparison, costs.values()), comparison.sublayers
+    # by layer: where not all fit into memory together, those of a layer are worked on together
+    groups = sorted(dict.fromkeys(comparison.groups), key=lambda group: max(place.layer for place in group.places))
     size = len(groups)
-    while (kept := _kept_bytes(comparison, _held(groups[:size])[0])) > KEPT_SHARE * free and size > 1:
+    while (kept := _kept_bytes(comparison, _held(groups[:size], names)[0])) > KEPT_SHARE * free and size > 1:
         size = (size + 1) // 2
     keep = kept <= KEPT_SHARE * free
     stack = _longest_stack(comparison)
@@ -243,22 +244,23 @@ def _longest_stack(comparison: Comparison) -> int:
     return max(1, min(count, numbers // (len(comparison.sublayers) * comparison.model.cfg.d_model**2)))
 
 
-def _held(groups: Sequence[Group]) -> tuple[int, int]:
+def _held(groups: Sequence[Group], sublayers: Sequence[str]) -> tuple[int, int]:
     """Return the most Jacobians that are held at once, and the most when a layer is begun."""
     held = most = most_before = 0
     layer = None
     for visit in visits(groups):
         if visit.place.layer != layer:
             layer, most_before = visit.place.layer, max(most_before, held)
-        most = max(most, held + 1)
-        held += 1 - len(visit.dropped)
+        held += len(visit.place.of(sublayers))
+        most = max(most, held)
+        held -= sum(len(place.of(sublayers)) for place in visit.dropped)
     return most, most_before
 
 
 def _kept_bytes(comparison: Comparison, held: int) -> float:
     """Return the memory of the matrices that are kept of some Jacobians."""
     d, item = comparison.model.cfg.d_model, comparison.dtype.itemsize
-    return float(held * len(comparison.sublayers) * d**2 * item)
+    return float(held * d**2 * item)
 
 
 def _peak_bytes(
@@ -275,14 +277,15 @@ def _peak_bytes(
     That is when a layer is begun and checked, or when most matrices are kept.
     """
     d, k, item = comparison.model.cfg.d_model, max(comparison.options.k), comparison.dtype.itemsize
-    held, before = _held(groups)
-    bases = 2.0 * held * len(comparison.sublayers) * d * k * item
+    held, before = _held(groups, comparison.sublayers)
+    bases = 2.0 * held * d * k * item
     projected = item * comparison.columns * k * (2.0 * d + 3.0 * k)
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
     results = 7.0 * pairs * len(comparison.options.k) * len(comparison.sublayers)
     n_sublayers, square = len(comparison.sublayers), float(item * d**2)
-    # Krylov's bases of each Jacobian that is decomposed, and a copy of its matrix beside those of the others
-    decomposing = n_sublayers * (square + 3.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
+    # Krylov's three bases of each Jacobian that is decomposed, copied where some of a stack are checked or leave it,
+    # and a copy of its matrix beside those of the others
+    decomposing = n_sublayers * (square + 6.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
     # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
     checked = formed = waits = other = 0.0
     for cost in costs:

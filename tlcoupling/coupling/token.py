@@ -9,7 +9,7 @@ from tlcoupling.arguments import Indices, KSpec, resolve_basis_layers, resolve_i
 from tlcoupling.coupling.groups import Group, groups_of_layers
 from tlcoupling.coupling.metric import Bases, Normalizer
 from tlcoupling.coupling.options import Options
-from tlcoupling.coupling.result import WithinLayers, measure
+from tlcoupling.coupling.result import Wanted, WithinLayers, measure
 from tlcoupling.forward.trace import Trace, require_trace
 from tlcoupling.jacobian.engine import EngineName
 from tlcoupling.linalg.svd import SolverName
@@ -80,23 +80,37 @@ def token_coupling(
         >>> coupling.z[0, 3, 0]  # all pairs of tokens, block of layer 3 # doctest: +SKIP
     """
     require_trace(trace)
-    names = resolve_sublayers(sublayers, trace.sublayers, trace.refusal)
     options = Options.resolve(trace.d_model, k, normalizer, bases, absolute, engine, solver)
+    return measure(trace, [wanted_of_tokens(trace, sublayers, tokens, layers, basis_layers)], options, progress)[0]
+
+
+def wanted_of_tokens(
+    trace: Trace,
+    sublayers: str | Sequence[str] | None = None,
+    tokens: Indices = "all",
+    layers: Indices | None = None,
+    basis_layers: Indices | None = None,
+) -> Wanted[TokenCoupling]:
+    """Return what ``token_coupling`` measures, for arguments as it takes them.
+
+    Raises:
+        ArgumentError: one is out of range.
+    """
+    names = resolve_sublayers(sublayers, trace.sublayers, trace.refusal)
     positions = resolve_indices("tokens", tokens, trace.n_tokens)
     chosen = resolve_indices("layers", layers, trace.n_layers)
     others = resolve_basis_layers(basis_layers, chosen, trace.n_layers)
-    return measure(
+    return Wanted(
         TokenCoupling,
-        trace,
         names,
         token_groups(chosen, others, positions),
-        options,
         {"tokens": list(positions), "layers": list(chosen), "basis_layers": list(others)},
-        progress,
-        positions=positions,
-        tokens=tuple(trace.str_tokens[pos] for pos in positions),
-        layers=chosen,
-        basis_layers=others,
+        {
+            "positions": positions,
+            "tokens": tuple(trace.str_tokens[pos] for pos in positions),
+            "layers": chosen,
+            "basis_layers": others,
+        },
     )
 
 

@@ -140,14 +140,28 @@ class BlockCall:
 
         args = [repeated(value) for value in self.args]
         kwargs = {name: repeated(value) for name, value in self.kwargs.items()}
-        if self.stream is None:
-            return stream_in(block(resid_pre, *args, **kwargs))
-        return stream_in(block(*args, **{self.stream: resid_pre}, **kwargs))
+        try:
+            if self.stream is None:
+                return stream_in(block(resid_pre, *args, **kwargs))
+            return stream_in(block(*args, **{self.stream: resid_pre}, **kwargs))
+        finally:
+            _forget_pattern(block)
 
 
 def stream_in(output: Any) -> Tensor:
     """The residual stream in what a block gives: itself, or the first of several tensors."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _forget_pattern(block: nn.Module) -> None:
+    """Free the pattern of the last run, with its graph.
+
+    Some attention modules of TransformerLens keep it as an attribute (of GPT-2 and Pythia, among others). A pass would
+    hold those of all layers, which grow with the square of the length.
+    """
+    for module in block.children():
+        if isinstance(vars(module).get("_pattern"), Tensor):
+            vars(module)["_pattern"] = None
 
 
 def _is_kv_cache(value: Any) -> bool:
@@ -202,6 +216,7 @@ def record_forward(
     left: dict[int, Tensor] = {}  # what the last block gave
 
     def leave(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        _forget_pattern(module)
         left.clear()
         left[layer] = stream_in(output).detach()
         if layer == last:  # GPT-1's blocks give a list, in which TransformerLens does not find the stream

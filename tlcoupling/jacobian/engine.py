@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Set
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Literal, get_args
@@ -95,7 +95,8 @@ class JacobianEngine:
         self._part: _Layer | None = None
         self._first, self._window = self._narrowed()
         self._refusals: dict[tuple[int, str, int, int], str | None] = {}  # by layer, sublayer, src, dest
-        self._used: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        # by sublayer and engine: layer, src, dest
+        self._used: dict[str, dict[str, set[tuple[int, int, int]]]] = defaultdict(lambda: defaultdict(set))
         self._warned: set[Hashable] = set()
         self._confirmed: set[tuple[int, str, int, int]] = set()  # what was held against differences
         self._lifts: tuple[int, Lifts] = (0, {})  # of one layer
@@ -103,8 +104,14 @@ class JacobianEngine:
     @property
     def used(self) -> dict[str, str]:
         """Which engine made the Jacobians of each sublayer, for the provenance."""
+        return self.used_at(self._used)
+
+    def used_at(self, sublayers: Iterable[str], places: Set[tuple[int, int, int]] | None = None) -> dict[str, str]:
+        """Return the same of some sublayers; of some places (layer, src, dest) alone, where these are given."""
         report = {}
-        for sublayer, engines in self._used.items():
+        for sublayer in sublayers:
+            made = {name: at if places is None else at & places for name, at in self._used.get(sublayer, {}).items()}
+            engines = {name: {layer for layer, *_ in at} for name, at in made.items() if at}
             if len(engines) == 1:
                 report[sublayer] = next(iter(engines))
             else:
@@ -138,7 +145,7 @@ class JacobianEngine:
         if self.engine != "autograd" and self._certified(*key):
             closed = self._layer(layer).closed
             made, whole = closed.sublayer(sublayer, src, dest, head), closed.sublayer(sublayer, src, dest)
-        self._used[sublayer]["autograd" if made is None else "analytic"].add(layer)
+        self._used[sublayer]["autograd" if made is None else "analytic"].add((layer, src, dest))
         if made is None:
             made = AutogradJacobian(self.trace, layer, sublayer, src, dest, head)
         if key not in self._confirmed:
@@ -195,7 +202,7 @@ class JacobianEngine:
         try:
             if key in self._confirmed or part.holds(*there):
                 made = part.closed.sublayer(*there, head)
-                self._used[sublayer]["analytic"].add(layer)
+                self._used[sublayer]["analytic"].add((layer, src, dest))
                 self._confirm(key, part.evidence)
                 return made
         except Exception:  # whatever a block raises that takes no window; on all positions it shows what it is

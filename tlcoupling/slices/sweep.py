@@ -30,7 +30,7 @@ from tlcoupling.slices.slice import require_followed
 
 SHARE = 0.5  # of the free memory, for what is carried from several layers together
 _NORM = 1e-2  # residual of a map's largest singular triplet: its value is right to about the square of it
-_STACKED = 2**27  # numbers of matrices that are decomposed together
+STACKED = 2**27  # numbers of matrices that are decomposed together
 
 
 class Sweep:
@@ -145,7 +145,7 @@ class Sweep:
         self._put((layer - self.blocks[0],), found, "block_values", "block_u", "block_v")
 
     def _decomposed(self, matrices: Sequence[Tensor]) -> list[Triplets]:
-        size = max(1, _STACKED // matrices[0].numel())
+        size = max(1, STACKED // matrices[0].numel())
         operators = [Projection(matrix) for matrix in matrices]
         parts = [operators[start : start + size] for start in range(0, len(operators), size)]
         return [found for part in parts for found in truncated_svds(part, self.k)]
