@@ -106,8 +106,7 @@ def misses(
     operator: JacobianOperator,
     cotangent: Float[Tensor, " m"],
     truth: Float[Tensor, " n"],
-    direction: Float[Tensor, " n"],
-    product: Float[Tensor, " m"],
+    along: tuple[Float[Tensor, " n"], Float[Tensor, " m"]] | None = None,
 ) -> float | None:
     """Return how far a closed form lies from the module's own derivative; None where they agree.
 
@@ -115,9 +114,12 @@ def misses(
         operator: the closed form.
         cotangent: y.
         truth: J^T y by the modules.
-        direction: q, of any length.
-        product: J q by the closed form. It has to be the adjoint of J^T, which shows in the one number y . J q.
+        along: q, of any length, and J q by the closed form. It has to be the adjoint of J^T, which shows in the one
+            number y . J q. None where J is a matrix, which gives both.
     """
-    adjoint = (cotangent @ product - truth @ direction).abs() / direction.norm()
-    gap, size = torch.maximum((operator.rmv(cotangent) - truth).norm(), adjoint), truth.norm()
+    gap, size = (operator.rmv(cotangent) - truth).norm(), truth.norm()
+    if along is not None:
+        direction, product = along
+        adjoint = (cotangent @ product - truth @ direction).abs() / direction.norm()
+        gap = torch.maximum(gap, adjoint)
     return None if gap <= TOLERANCE * size else float(gap / size)

@@ -320,7 +320,9 @@ class BlockDifferences:
             by_src: dict[int, set[int]] = {}
             for one, other in wanted:
                 by_src.setdefault(one, set()).add(other)
-            self._measure(by_src, of)
+            # of a run that is there already, what is asked for; a run of its own tells all that it shows
+            alone = of != "block" or (self.ran and not self._inside(sublayer))
+            self._measure(by_src, of, (sublayer,) if alone else self._trace.sublayers)
         return self._known[key]
 
     def require(
@@ -376,10 +378,10 @@ class BlockDifferences:
             batched = False  # modules may do otherwise on a batch
             return function.verdict(directions)
 
-    def _measure(self, by_src: Mapping[int, Iterable[int]], of: str) -> None:
-        """Take the differences for moves at each src of what a sublayer reads, or of x^l for the block and all."""
+    def _measure(self, by_src: Mapping[int, Iterable[int]], of: str, names: Iterable[str]) -> None:
+        """Take some sublayers' differences for moves at each src of what one reads, or of x^l for the block and all."""
         for src, direction, step, (up, down) in self._moved(by_src, of, STEP, -STEP):
-            for name in self._trace.sublayers if of == "block" else (of,):
+            for name in names:
                 dests = sorted(by_src[src])
                 for dest, change in zip(dests, self._change(up, down, name, dests)[0], strict=True):
                     self._keep(name, src, dest, direction, change / (2 * step), step, of)

@@ -44,12 +44,12 @@ class _Layer:
     def refusal(self, sublayer: str, src: int, dest: int) -> str | None:
         return self.evidence.refusal(self.closed, sublayer, src, dest)
 
-    def holds(self, sublayer: str, src: int, dest: int) -> bool:
-        """Whether the closed form of a pair agrees with modules and differences."""
+    def held(self, sublayer: str, src: int, dest: int) -> JacobianOperator | None:
+        """The closed form of a pair where it agrees with modules and differences."""
         if self.refusal(sublayer, src, dest) is not None:
-            return False
+            return None
         made = self.closed.sublayer(sublayer, src, dest)
-        return self.evidence.contradiction(made, sublayer, src, dest) is None
+        return made if self.evidence.contradiction(made, sublayer, src, dest) is None else None
 
 
 class JacobianEngine:
@@ -200,8 +200,11 @@ class JacobianEngine:
         part, key = self._part, (layer, sublayer, src, dest)
         there = (sublayer, src - self._first, dest - self._first)
         try:
-            if key in self._confirmed or part.holds(*there):
-                made = part.closed.sublayer(*there, head)
+            confirmed = key in self._confirmed
+            made = None if confirmed else part.held(*there)
+            if confirmed or made is not None:
+                if made is None or head is not None:
+                    made = part.closed.sublayer(*there, head)
                 self._used[sublayer]["analytic"].add((layer, src, dest))
                 self._confirm(key, part.evidence)
                 return made

@@ -96,16 +96,13 @@ class Evidence:
             return self._mixing(modules, dest)
         operator = closed.sublayer(sublayer, src, dest)
         self._differences.ran = closed.run.moved
+        truth, along = modules.mlp(dest) if sublayer == "mlp" else modules.attn(src, dest), None
         if self._formed:
             operator.dense()  # which its products use from now on: they read fewer numbers than the weights are
-        truth = modules.mlp(dest) if sublayer == "mlp" else modules.attn(src, dest)
-        gap = misses(
-            operator,
-            closed.run.cotangent(dest),
-            truth,
-            self._differences.quotient(sublayer, src, dest).direction,
-            self._product(operator, sublayer, src, dest),
-        )
+        else:
+            direction = self._differences.quotient(sublayer, src, dest).direction
+            along = direction, self._product(operator, sublayer, src, dest)
+        gap = misses(operator, closed.run.cotangent(dest), truth, along)
         if gap is None:
             return None
         return (

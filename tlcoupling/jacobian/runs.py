@@ -146,7 +146,8 @@ class BlockRun:
             grads, stream = self._pulled(output, leaf, [self._at(output, one) for one in factors]), 0
         else:
             grads, stream = [None for _ in factors], 0
-        return torch.stack([leaf.new_zeros(leaf.shape[1:]) if grad is None else grad[stream] for grad in grads])
+        each = (leaf.new_zeros(leaf.shape[1:]) if grad is None else grad[stream] for grad in grads)
+        return torch.stack([*each]) if len(factors) > 1 else next(each)[None]
 
     @staticmethod
     def _pulled(output: Tensor, leaf: Tensor, cotangents: list[Tensor]) -> Sequence[Tensor | None]:
