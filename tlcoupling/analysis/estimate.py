@@ -29,7 +29,9 @@ from tlcoupling.forward.inputs import read_inputs
 from tlcoupling.forward.offload import brought_bytes, device_of
 from tlcoupling.forward.split import POSITIONWISE, Split, splits_of_model, sublayers_of
 from tlcoupling.jacobian.autograd import n_heads_of
+from tlcoupling.jacobian.cost import lifted_numbers
 from tlcoupling.jacobian.engine import EngineName
+from tlcoupling.jacobian.runs import FEW_ROWS
 from tlcoupling.linalg.svd import SolverName
 from tlcoupling.linalg.work import Rates, Work, measured_rates
 
@@ -37,10 +39,13 @@ if TYPE_CHECKING:
     import pandas
 
 PASS_CALLS = 400.0  # small module calls that take as long as what is not linear algebra in a pass of a block, measured
-JACOBIAN_CALLS = 60.0  # likewise in making a closed form
+JACOBIAN_CALLS = 400.0  # likewise in making, checking and handing on a closed form
 # Passes of a block for each dest whose closed form is certified (backward), for each src (moved to both sides), and for
 # each Jacobian by autograd (forward, backward and its own graph). The checks of a layer are taken together, in 4 calls.
 PASSES_OF_DEST, PASSES_OF_SRC, PASSES_OF_AUTOGRAD, CALLS_OF_CHECKS = 2, 2, 3, 4
+# Softmaxes that take as long as lifting a weight to float32 in fresh memory, and how often a layer is lifted beyond the
+# traced pass; measured.
+LIFT_STEPS, LIFTS = 5.0, 3
 PATTERN_STEPS = 20.0  # softmaxes that take as long as what a traced pass does with each number of a pattern, measured
 # Patterns of one layer that a traced pass holds at once: scores, and what a step makes of them. Counted by PyTorch's
 # profiler: 2 in most bridges, 3 in GPT-J's and MPT's; in a HookedTransformer 3 (transformer-lens 4.3) or 4.4 (2.18).
@@ -261,10 +266,12 @@ def stages_of(model: Any, n_tokens: int, schedules: Mapping[str, Schedule], rate
     """
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     patterns = len(model.blocks) * n_heads_of(model.cfg) * float(n_tokens) ** 2  # numbers in them
+    products, few = 2.0 * weights * n_tokens, n_tokens <= FEW_ROWS
     traced = Work(
-        matmul=2.0 * weights * n_tokens + 4.0 * int(getattr(model.cfg, "d_head", 0) or 0) * patterns,
+        matmul=4.0 * int(getattr(model.cfg, "d_head", 0) or 0) * patterns + (0.0 if few else products),
+        weights=products if few else 0.0,
         calls=PASS_CALLS * len(model.blocks),
-        softmax=PATTERN_STEPS * patterns,
+        softmax=PATTERN_STEPS * patterns + LIFT_STEPS * lifted_numbers(model.blocks),
     )
     checked = sum((_passes_again(schedule) for schedule in schedules.values()), Work())
     stages = [
@@ -340,9 +347,10 @@ def _passes_again(schedule: Schedule) -> Work:
             products = costs[0].forward_flops * rows / comparison.n_tokens * passes
             work += Work(
                 matmul=costs[0].forward_flops * alone + (0.0 if again.few else products),
-                thin=products if again.few else 0.0,
+                weights=products if again.few else 0.0,
                 calls=PASS_CALLS * (CALLS_OF_CHECKS + alone),
-                softmax=PATTERN_STEPS * n_heads_of(model.cfg) * rows * comparison.n_tokens * passes,
+                softmax=PATTERN_STEPS * n_heads_of(model.cfg) * rows * comparison.n_tokens * passes
+                + LIFT_STEPS * LIFTS * lifted_numbers(model.blocks[layer]),
             )
     return work
 

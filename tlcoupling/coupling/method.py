@@ -51,13 +51,14 @@ def methods(
     def formed(name: str, per_column: float) -> Method:
         cost = form + thin * (vectors * on_matrix + columns * k * per_column)
         decomposing = svd_work(size, k, on_matrix, 0.0, solver)
-        return Method(name, Work(matmul=form), decomposing, Work(thin=k * per_column), cost)
+        comparing = Work(weights=k * product) if name == "matrix dropped" else Work(thin=k * on_matrix)
+        return Method(name, Work(matmul=form), decomposing, comparing, cost)
 
     possible = [formed("matrix kept", on_matrix), formed("matrix dropped", product)]
     if solver != "dense":
-        decomposing = svd_work(size, k, product, form, solver) + Work(thin=PROBES * product)
+        decomposing = svd_work(size, k, product, form, solver, of_weights=True) + Work(weights=PROBES * product)
         cost = thin * (vectors + PROBES + columns * k) * product
-        possible.append(Method("products", Work(), decomposing, Work(thin=k * product), cost))
+        possible.append(Method("products", Work(), decomposing, Work(weights=k * product), cost))
     return possible
 
 

@@ -71,7 +71,7 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
     weights = _numel(block.module)
     dtype = dtype_of(block.module)
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
-    lifted_bytes = weights * size if dtype.itemsize < size or quantisation_of(block.module) else 0
+    lifted_bytes = lifted_numbers(block.module) * size
     lifted_bytes += weights * dtype.itemsize if is_offloaded(block.module) else 0
     maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
     heads = n_heads_of(cfg)
@@ -131,6 +131,12 @@ def layer_costs(
             known[key] = block_costs(model, layer, splits[layer], n_tokens, engine)
         costs[layer] = known[key]
     return costs
+
+
+def lifted_numbers(module: nn.Module) -> int:
+    """Return how many weights of a module are held in fewer bits than they are measured in."""
+    lift = dtype_of(module).itemsize < torch.float32.itemsize or quantisation_of(module)
+    return numel_of(module) if lift else 0
 
 
 def _numel(module: nn.Module | None) -> int:

@@ -110,7 +110,14 @@ def _dense_fits(operator: JacobianOperator) -> bool:
     return DENSE_COPIES * rows * columns * operator.dtype.itemsize <= free_memory(operator.device)
 
 
-def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver: SolverName = "auto") -> Work:
+def svd_work(
+    size: int,
+    k: int,
+    product_flops: float,
+    dense_flops: float,
+    solver: SolverName = "auto",
+    of_weights: bool = False,
+) -> Work:
     """Return the work of ``truncated_svd``: of the solver that it would choose, at the usual number of Krylov steps.
 
     Args:
@@ -119,6 +126,7 @@ def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver
         product_flops: floating-point operations of one product with one vector.
         dense_flops: floating-point operations of forming the matrix.
         solver: as in ``truncated_svd``.
+        of_weights: whether products are those of a block's weights, not of a matrix.
     """
     if solver == "dense" or (solver == "auto" and _dense_is_cheaper(size, k, product_flops, dense_flops)):
         return Work(matmul=dense_flops, thin=8.0 * size**2 * k, svd=20.0 * size**3, calls=STEP_CALLS)
@@ -126,8 +134,10 @@ def svd_work(size: int, k: int, product_flops: float, dense_flops: float, solver
     vectors = min(width * USUAL_STEPS, size)
     orthogonal = 12.0 * size * vectors**2 + 8.0 * size * width * vectors  # three projections and a QR on either side
     checks = 2.0  # a last one, and two in smaller spaces that cost about half of it each
+    products = 2 * vectors * product_flops
     return Work(
-        thin=2 * vectors * product_flops + orthogonal + checks * 4.0 * size * vectors**2,
+        thin=orthogonal + checks * 4.0 * size * vectors**2 + (0.0 if of_weights else products),
+        weights=products if of_weights else 0.0,
         svd=checks * 20.0 * vectors**3,
         calls=STEP_CALLS * USUAL_STEPS,
     )

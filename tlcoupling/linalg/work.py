@@ -23,7 +23,8 @@ class Work:
 
     Attributes:
         matmul: floating-point operations of products of two large matrices.
-        thin: floating-point operations of products with few columns.
+        thin: floating-point operations of products of a matrix with few columns.
+        weights: the same of a block's weights, which come from memory each time.
         svd: floating-point operations of decompositions of small matrices.
         calls: small module calls. They stand for the time that Python and PyTorch add to each step.
         softmax: numbers put through a softmax, which stand for all steps that take numbers one by one.
@@ -31,6 +32,7 @@ class Work:
 
     matmul: float = 0.0
     thin: float = 0.0
+    weights: float = 0.0
     svd: float = 0.0
     calls: float = 0.0
     softmax: float = 0.0
@@ -46,7 +48,7 @@ class Work:
     @property
     def flops(self) -> float:
         """All floating-point operations."""
-        return self.matmul + self.thin + self.svd
+        return self.matmul + self.thin + self.weights + self.svd
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Rates:
     Attributes:
         matmul: on all threads.
         thin: on all threads.
+        weights: on all threads.
         svd: on one thread.
         calls: on one thread.
         softmax: on all threads.
@@ -64,6 +67,7 @@ class Rates:
 
     matmul: float
     thin: float
+    weights: float
     svd: float
     calls: float
     softmax: float
@@ -72,13 +76,14 @@ class Rates:
     def seconds(self, work: Work, workers: int = 1) -> float:
         """Return the seconds that some work takes with ``workers`` threads."""
         alone = work.svd / self.svd + work.calls / self.calls
-        together = work.matmul / self.matmul + work.thin / self.thin + work.softmax / self.softmax
+        together = work.matmul / self.matmul + work.thin / self.thin + work.weights / self.weights
+        together += work.softmax / self.softmax
         return together + alone / min(workers, self.threads)
 
     @classmethod
     def typical(cls, matmul: float) -> Rates:
         """Return the rates of a machine of which only one is known, with shares as measured on a CPU."""
-        return cls(matmul, thin=0.8 * matmul, svd=0.2 * matmul, calls=2e5, softmax=0.02 * matmul)
+        return cls(matmul, thin=0.8 * matmul, weights=0.4 * matmul, svd=0.2 * matmul, calls=2e5, softmax=0.02 * matmul)
 
 
 @functools.cache
@@ -104,12 +109,14 @@ def measured_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
     size = 4096 if device.type == "cuda" else 512
     square, columns, stack = random(size, size), random(size, 16), random(2, 128, 128)
+    weight, few = random(8 * size, 4 * size), random(4 * size, 16)  # beyond a CPU's caches
     module, x = nn.Linear(4, 4, device=device, dtype=dtype), random(4, 4)
     module.register_forward_hook(lambda module, args, output: None)
     with torch.no_grad():
         return Rates(
             matmul=2.0 * size**3 / fastest(lambda: square @ square),
             thin=2.0 * size**2 * 16 / fastest(lambda: square @ columns),
+            weights=4.0 * weight.numel() * 16 / fastest(lambda: weight.mT @ (weight @ few)),
             svd=2 * 20.0 * 128**3 / fastest(lambda: torch.linalg.svd(stack)),
             calls=100 / fastest(lambda: [module(x) for _ in range(100)]),
             softmax=square.numel() / fastest(lambda: square.softmax(-1)),
