@@ -435,7 +435,10 @@ def measure(
     jacobians = JacobianEngine(trace, options.engine, pairs, schedule.forms)
     cells = compare_groups(jacobians, schedule, progress)
     seconds = time.perf_counter() - started
-    return [_result(wanted, trace, cells, options, jacobians, seconds) for wanted in several]
+    results: list[CouplingT] = []
+    for wanted in several:  # no comprehension: it is a frame of its own before Python 3.12, and warnings count frames
+        results.append(_result(wanted, trace, cells, options, jacobians, seconds))
+    return results
 
 
 def _result(

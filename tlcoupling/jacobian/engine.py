@@ -200,10 +200,9 @@ class JacobianEngine:
         part, key = self._part, (layer, sublayer, src, dest)
         there = (sublayer, src - self._first, dest - self._first)
         try:
-            confirmed = key in self._confirmed
-            made = None if confirmed else part.held(*there)
-            if confirmed or made is not None:
-                if made is None or head is not None:
+            made = part.closed.sublayer(*there) if key in self._confirmed else part.held(*there)
+            if made is not None:
+                if head is not None:
                     made = part.closed.sublayer(*there, head)
                 self._used[sublayer]["analytic"].add((layer, src, dest))
                 self._confirm(key, part.evidence)

@@ -109,7 +109,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
     size = 4096 if device.type == "cuda" else 512
     square, columns, stack = random(size, size), random(size, 16), random(2, 128, 128)
-    weight, few = random(8 * size, 4 * size), random(4 * size, 16)  # beyond a CPU's caches
+    weight, few = random(8192, 2048), random(2048, 16)  # 64 MiB: beyond the caches
     module, x = nn.Linear(4, 4, device=device, dtype=dtype), random(4, 4)
     module.register_forward_hook(lambda module, args, output: None)
     with torch.no_grad():
