@@ -72,6 +72,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
     count.flops = flops.total
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch have so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_llama
 def test_one_destination_is_measured_without_the_rest_of_the_prompt(monkeypatch: pytest.MonkeyPatch):
     """Beyond the traced pass, a layer is run once, on two positions, whatever the length of the prompt."""
@@ -148,3 +157,37 @@ def test_tokens_and_contexts_of_a_report_share_a_layer(monkeypatch: pytest.Monke
     assert (of_each.blocks, of_each.rows, of_each.backward) == (of_all.blocks, of_all.rows, of_all.backward)
     for name, one in found.items():  # products in place of matrices round otherwise
         torch.testing.assert_close(again[name].values, one.values, rtol=1e-4, atol=1e-4)
+
+
+@needs_llama
+@pytest.mark.parametrize("heavy", [False, True])
+def test_layers_are_made_together_where_their_checks_are_small(heavy: bool, monkeypatch: pytest.MonkeyPatch):
+    """Two threads then form their matrices side by side; nothing is run more often, and no number differs."""
+    trace = tlc.trace(LLAMA.model(torch.float32), torch.arange(8))
+    together, calls = JacobianEngine.formed_together, list[list[int]]()
+
+    def noting(engine: JacobianEngine, wanted: Any, run: Any) -> Any:
+        calls.append([layer for layer, *_ in wanted])
+        return together(engine, wanted, run)
+
+    with threads(1), counted(monkeypatch) as alone:
+        expected = tlc.depth_coupling(trace, 2, sublayers="block", engine="analytic")
+    monkeypatch.setattr(JacobianEngine, "formed_together", noting)
+    if heavy:
+        monkeypatch.setattr("tlcoupling.coupling.schedule.HEAP", 0)
+    with threads(2), counted(monkeypatch) as both:
+        found = tlc.depth_coupling(trace, 2, sublayers="block", engine="analytic")
+    layers = [*range(trace.n_layers)]
+    assert calls == ([[layer] for layer in layers] if heavy else [layers])
+    assert (both.blocks, both.rows, both.backward) == (alone.blocks, alone.rows, alone.backward)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)  # rounding of other products
+
+
+@needs_llama
+@pytest.mark.parametrize("count", [1, 2])
+def test_heads_of_a_layer_share_its_run(count: int, monkeypatch: pytest.MonkeyPatch):
+    trace = tlc.trace(LLAMA.model(torch.float32), torch.arange(8))
+    assert trace.causal  # asked once, by runs of its blocks
+    with threads(count), counted(monkeypatch) as run:
+        tlc.head_coupling(trace, 2, engine="analytic")
+    assert (run.blocks, run.backward) == (trace.n_layers, trace.n_layers)

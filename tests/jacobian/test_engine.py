@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,8 +19,11 @@ from tlcoupling.forward.hooked import attached
 from tlcoupling.forward.split import ATTENTION, SEQUENTIAL
 from tlcoupling.jacobian.attention import AttentionCore
 from tlcoupling.jacobian.engine import JacobianEngine
+from tlcoupling.jacobian.evidence import Evidence
 from tlcoupling.jacobian.norms import Norm
+from tlcoupling.jacobian.runs import BlockRun
 from tlcoupling.linalg.maps import Projection
+from tlcoupling.linalg.operator import JacobianOperator
 
 PLACES = [(0, 6, 6), (2, 0, 0), (1, 2, 5), (2, 0, 6)]  # layer, src, dest
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -248,6 +254,44 @@ def test_auto_falls_back_and_says_so_once_when_the_closed_form_is_wrong(formed: 
     assert relative_error(operators[1].dense(), truth) < case.tolerance
     with pytest.raises(CertificateError, match="misses the module's own derivative"):
         tlc.residual_jacobian(trace, 1, "block", engine="analytic")
+
+
+def test_matrices_that_are_formed_together_are_those_that_are_tested():
+    """Each closed form is made once, and let go with the last Jacobian that is made of it."""
+    trace = tlc.trace(CASES[0].model(), TOKENS)
+    expected = JacobianEngine(trace, "analytic", {(6, 6)})
+    engine = JacobianEngine(trace, "analytic", {(6, 6)}, formed=True)
+    wanted = [(layer, "block", 6, 6) for layer in range(trace.n_layers)]
+    parts = []
+
+    def run(form: Callable[[JacobianOperator], torch.Tensor], given: list[JacobianOperator]) -> None:
+        parts.extend((weakref.ref(part), form(part)) for part in given)
+
+    with engine.formed_together(wanted, run):
+        made = [engine.operator(*each) for each in wanted]
+    assert len(parts) == 2 * trace.n_layers
+    for one, each in zip(made, wanted, strict=True):
+        torch.testing.assert_close(one.dense(), expected.operator(*each).dense())
+        shared = {id(one.attn.dense()), id(one.mlp.dense())}
+        assert shared <= {id(matrix) for _, matrix in parts}
+    del made, one
+    gc.collect()
+    assert [part() is None for part, _ in parts].count(False) == 2  # of the last layer
+
+
+def test_a_graph_that_was_let_go_is_made_again_where_more_is_asked_for():
+    trace = tlc.trace(CASES[0].model(), TOKENS)
+    run, alone = BlockRun(trace, 1, [6], Evidence(trace, 1, False, {(6, 6)}).moves), BlockRun(trace, 1)
+    for name in trace.writes:
+        asked = [{6: 1.0}]
+        torch.testing.assert_close(run.pull(name, asked), alone.pull(name, asked))
+    assert not run._graph.points
+    moved = run.moved
+    for name in trace.writes:
+        asked = [{6: 1.0}, {3: -2.0}]
+        torch.testing.assert_close(run.pull(name, asked), alone.pull(name, asked))
+    assert moved
+    assert run.moved is moved
 
 
 def test_hooks_of_the_user_act_on_the_jacobian():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 
 import torch
 from einops import einsum, rearrange
@@ -61,7 +61,7 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                     continue
                 # a place's sublayers share matrices
                 wanted = [(each.place, name) for each in waiting for name in each.place.of(sublayers)]
-                made = [_decomposition(jacobians, schedule, name, place) for place, name in wanted]
+                made = _decompositions(jacobians, schedule, wanted, workers)
                 for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
                     held[name][place] = spectrum
                 del made
@@ -88,6 +88,28 @@ def _decomposed(made: Sequence[Decomposition], options: Options, workers: Worker
     at_once = not any(isinstance(one.operator, GraphJacobian) for one in made)  # those run the model's modules
     stacks = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
     return [spectrum for stack in stacks for spectrum in stack]
+
+
+def _decompositions(
+    jacobians: JacobianEngine, schedule: Schedule, wanted: Sequence[tuple[Place, str]], workers: Workers
+) -> list[Decomposition]:
+    """Make some Jacobians in order. Workers, where there are some, form the matrices of several side by side."""
+    by_layer = schedule.by_layer or any(jacobians.trace.lifts(place.layer) for place, _ in wanted)
+
+    def together(each: tuple[Place, str]) -> Place | int:
+        place, _ = each
+        return place if workers.count == 1 else place.layer * by_layer
+
+    made: list[Decomposition] = []
+    for _, share in groupby(wanted, together):
+        some = list(share)
+        keys = [(place.layer, name, place.src, place.dest) for place, name in some]
+        several = len({place for place, _ in some}) > 1
+        with jacobians.formed_together(keys, partial(workers.map, at_once=several)):
+            made += [_decomposition(jacobians, schedule, name, place) for place, name in some]
+    if schedule.by_layer:
+        give_back_memory()
+    return made
 
 
 def _decomposition(jacobians: JacobianEngine, schedule: Schedule, sublayer: str, place: Place) -> Decomposition:
@@ -125,7 +147,7 @@ def decompose(
     with Workers(min(schedule.workers, len(wanted))) as workers:
         at_once = workers.count * schedule.stack
         for some in (wanted[start : start + at_once] for start in range(0, len(wanted), at_once)):
-            made = [_decomposition(jacobians, schedule, name, place) for name, place in some]
+            made = _decompositions(jacobians, schedule, [(place, name) for name, place in some], workers)
             found += _decomposed(made, schedule.comparison.options, workers)
     return dict(zip(wanted, found, strict=True))
 

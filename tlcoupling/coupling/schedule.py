@@ -67,7 +67,7 @@ class Again:
     def memory(self, cost: Cost, n_tokens: int, key_bytes: float, free: float) -> tuple[float, float]:
         """Return the memory of the graph, with vectors on their way back or streams that are moved, and what stays.
 
-        What stays is held as long as the layer is measured.
+        What stays is held as long as the layer is measured: the graph, or where all is done in one run its activations.
 
         Args:
             cost: of the block.
@@ -77,8 +77,7 @@ class Again:
         """
         column = cost.backward_bytes * self.rows / n_tokens
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
-            few = self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
-            return few, few
+            return self.streams * (1.5 * column + 8 * n_tokens * key_bytes), 0.5 * self.streams * column
         most = min(CHUNK, max(1, ROWS // self.rows))
         at_once = max(ON_ITS_WAY * min(most, self.n_dest), MOVED * min(most, 2 * self.n_src))
         return column + max(ON_ITS_WAY * column, min(at_once * column, ON_ITS_WAY * CHUNK_SHARE * free)), column
@@ -141,6 +140,10 @@ class Comparison:
         rows = max(every) + 1 - max(0, min(every) - 1) if caches else self.n_tokens
         return Again(rows, len({place.src for place in places}), len({place.dest for place in places}))
 
+    def checks(self, cost: Cost, free: float) -> tuple[float, float]:
+        """Return the memory of the checks of a layer, and what stays of it; see ``Again.memory``."""
+        return self.again.memory(cost, self.n_tokens, float(self.dtype.itemsize * self.model.cfg.d_model), free)
+
     def method(self, jacobian: Cost | JacobianOperator, keep: bool) -> Method:
         """Return the cheapest method for a Jacobian; ``keep`` tells whether matrices may be kept."""
         d, k, thin = self.model.cfg.d_model, max(self.options.k), THIN if self.on_host else THIN_ON_DEVICE
@@ -178,6 +181,11 @@ class Schedule:
         """Whether the matrices of all that is measured are formed; of a head, its attention is tested by products."""
         of_heads = any(place.head is not None for group in self.comparison.groups for place in group.places)
         return not of_heads and all(method.name != "products" for method in self.methods.values())
+
+    @cached_property
+    def by_layer(self) -> bool:
+        """Whether checks take so much that layers are made one by one, and what they leave free is given back."""
+        return any(self.comparison.checks(cost, self.free_bytes)[0] > HEAP for cost in self.costs.values())
 
 
 def make_schedule(comparison: Comparison, free: float | None = None) -> Schedule:
@@ -288,6 +296,7 @@ def _peak_bytes(
     decomposing = n_sublayers * (square + 6.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
     # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
     checked = formed = waits = other = 0.0
+    dense = together = 0.0  # what each other worker takes to form a matrix; what stays of each layer made with others
     for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
@@ -297,9 +306,11 @@ def _peak_bytes(
         forming = cost.dense_bytes + 5.0 * n_sublayers * square  # and the decomposition of a place's
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
-        checks, graph = comparison.again.memory(cost, comparison.n_tokens, float(item * d), free)
+        checks, stays = comparison.checks(cost, free)
+        dense = max(dense, cost.dense_bytes)
+        together = max(together, stays if workers > 1 and checks <= HEAP else 0.0)
         checked = max(checked, cost.run_bytes + needed + checks)
-        formed = max(formed, cost.run_bytes + needed + graph)
+        formed = max(formed, cost.run_bytes + needed + stays)
         # a block's matrix, and those of its sublayers that it is made of, as far as they are not kept anyway
         waiting = {"matrix kept": 3.0 - n_sublayers, "matrix dropped": 3.0, "products": 0.0}[method] * square
         waits = max(waits, waiting)
@@ -310,6 +321,7 @@ def _peak_bytes(
     others = workers * stack - 1
     begun, most = (HOLES * _kept_bytes(comparison, count) if keep else 0.0 for count in (before, held))
     at_work = max(begun + checked + others * waits, most + formed + others * other)
+    at_work += (workers - 1) * dense + others * together
     buffers = BUFFERS if comparison.on_host else BUFFERS_ON_DEVICE
     return bases + item * results + workers * (projected + buffers) + (workers - 1) * HEAP + at_work
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 from einops import rearrange
@@ -57,7 +58,8 @@ class AnalyticLayer:
         self._lifted: dict[str, Mapping[str, Tensor]] = {}  # weights, by sublayer
         self._applied: set[str] = set()  # sublayers whose activations are known to be what the weights make
         self._norms: dict[nn.Module, Norm] = {}
-        self._shared: dict[str, tuple[tuple[int, ...], JacobianOperator]] = {}
+        self._made: WeakValueDictionary[tuple[str, tuple[int, ...]], JacobianOperator] = WeakValueDictionary()
+        self._last: dict[str, JacobianOperator] = {}  # by sublayer
 
     @cached_property
     def _attn_run(self) -> Run:
@@ -80,6 +82,23 @@ class AnalyticLayer:
         """
         with _uncovered_where_it_fails():
             return self._sublayer(name, src, dest, head)
+
+    def parts(self, name: str, src: int, dest: int) -> list[JacobianOperator]:
+        """Return the Jacobians of sublayers that one of ``sublayer`` is made of: of a block, those that src reaches.
+
+        Raises:
+            Uncovered, StaleTraceError, UnsupportedModelError: see ``sublayer``.
+        """
+        if name != "block":
+            return [self.sublayer(name, src, dest)]
+        topology = self.block.topology
+        reached = topology == "sequential" or (topology == "parallel" and src == dest)
+        attn = self.sublayer(self.block.mixer.name, src, dest)
+        return [attn, self.sublayer("mlp", dest, dest)] if reached else [attn]
+
+    def let_go(self) -> None:
+        """Keep the core no longer, with its keys and values of all positions; it is made again for further pairs."""
+        vars(self).pop("_core", None)
 
     def flow(self, name: str) -> JacobianOperator:
         """Return the derivative of what a sublayer writes, at all positions, by the whole stream that it reads.
@@ -129,19 +148,17 @@ class AnalyticLayer:
             raise Uncovered("cross-attention has no closed form")
         if name != "block":
             return self._share("attn", (src, dest), self._attn)
-        attn = self.sublayer(self.block.mixer.name, src, dest)
-        topology = self.block.topology
-        reached = topology == "sequential" or (topology == "parallel" and src == dest)
-        return block_map(topology, attn, self.sublayer("mlp", dest, dest) if reached else None, src == dest)
+        return block_map(self.block.topology, self.parts(name, src, dest), src == dest)
 
     def _share(self, name: str, positions: tuple[int, ...], make: Callable[..., JacobianOperator]) -> JacobianOperator:
-        """Make a sublayer's map, or return the last one if it is of these positions.
+        """Make a sublayer's map, or return it while it is the last one or somebody holds it.
 
         The block shares it, and so do all src of one dest.
         """
-        if name not in self._shared or self._shared[name][0] != positions:
-            self._shared[name] = (positions, Shared(make(*positions)))
-        return self._shared[name][1]
+        if (made := self._made.get((name, positions))) is None:
+            made = self._made[name, positions] = Shared(make(*positions))
+        self._last[name] = made
+        return made
 
     def _attn(self, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """J_attn; a head's share of the write is taken before the norm behind the attention, which mixes the heads."""

@@ -114,7 +114,7 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
     parts = [each for each in maps.values() if each is not None]
     whole = None
     if parts and len(parts) == len(maps):
-        whole = block_map(split.topology, parts[0], *parts[1:] or [None], same=True)
+        whole = block_map(split.topology, parts, same=True)
     return {"block": closed(whole, max(width.values(), default=0)), **costs}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Set
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
-from typing import Literal, get_args
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 from tlcoupling.arguments import check_index, check_name, check_sublayer
 from tlcoupling.errors import ArgumentError, CertificateError
@@ -44,6 +45,11 @@ class _Layer:
     def refusal(self, sublayer: str, src: int, dest: int) -> str | None:
         return self.evidence.refusal(self.closed, sublayer, src, dest)
 
+    def let_go(self) -> None:
+        """Keep what takes much memory no longer, which is made again where more pairs are asked for."""
+        if "closed" in vars(self):
+            self.closed.let_go()
+
     def held(self, sublayer: str, src: int, dest: int) -> JacobianOperator | None:
         """The closed form of a pair where it agrees with modules and differences."""
         if self.refusal(sublayer, src, dest) is not None:
@@ -79,7 +85,7 @@ class JacobianEngine:
             trace: a trace of the model.
             engine: ``"auto"``, ``"analytic"`` or ``"autograd"``.
             pairs: (src, dest) that will be asked for: what they share in a layer is then done at once. One layer is
-                held at a time, so ask for all that is needed of a layer before the next.
+                held at a time, but for those of ``formed_together``: ask for all of them before the next.
             formed: whether the matrices of closed forms will be asked for: they are then tested as matrices.
 
         Raises:
@@ -91,8 +97,8 @@ class JacobianEngine:
         self._pairs, self._formed = frozenset(pairs), formed
         self.hooked = trace.hooked_layers | trace.layers_hooked_now()
         self.difference_gap = 0.0
-        self._whole: _Layer | None = None
-        self._part: _Layer | None = None
+        self._layers: dict[tuple[int, bool], _Layer] = {}  # by index, and whether on the window
+        self._together: Set[int] = frozenset()  # layers that are held beside another
         self._first, self._window = self._narrowed()
         self._refusals: dict[tuple[int, str, int, int], str | None] = {}  # by layer, sublayer, src, dest
         # by sublayer and engine: layer, src, dest
@@ -130,6 +136,47 @@ class JacobianEngine:
         """
         with self.lifted_once(layer):
             return self._operator(layer, sublayer, src, dest, head)
+
+    @contextmanager
+    def formed_together(
+        self, wanted: Iterable[tuple[int, str, int, int]], run: Callable[[Callable[[Any], Any], list[Any]], Any]
+    ) -> Iterator[None]:
+        """Form the matrices of some closed forms, all at once, before ``operator`` tests them one by one.
+
+        What has no closed form is passed over: ``operator`` says why. Nothing is done where no matrix is wanted.
+
+        Args:
+            wanted: layer, sublayer, src and dest of each, layer by layer. Their layers and matrices are held until the
+                end, and the last layer beyond it.
+            run: calls a function with each item of a list, in threads or not.
+        """
+        if not self._formed:
+            yield
+            return
+        wanted = list(wanted)
+        self._together = {layer for layer, *_ in wanted}
+        parts: list[JacobianOperator] = []
+        for _, some in groupby(wanted, lambda each: each[0]):
+            for place in some:
+                with suppress(Exception), self.lifted_once(place[0]):
+                    parts += self._parts(*place)
+            for each in self._layers.values():
+                each.let_go()
+        # the largest first, so that threads end together
+        run(lambda part: part.dense(), sorted(dict.fromkeys(parts), key=lambda part: -part.dense_flops))
+        try:
+            yield
+        finally:
+            self._together, last = frozenset(), {layer for layer, *_ in wanted[-1:]}
+            self._layers = {key: each for key, each in self._layers.items() if key[0] in last}
+
+    def _parts(self, layer: int, sublayer: str, src: int, dest: int) -> list[JacobianOperator]:
+        """The closed forms of sublayers that a Jacobian is made of; none where it is left to autograd."""
+        if self.engine == "autograd" or layer in self.hooked:
+            return []
+        windowed = self._window is not None and (src, dest) in self._pairs
+        first = self._first if windowed else 0
+        return self._layer(layer, windowed).closed.parts(sublayer, src - first, dest - first)
 
     def lifted_once(self, layer: int) -> AbstractContextManager[None]:
         """Hold no weight of a layer in float32 twice, where they are stored in fewer bits."""
@@ -175,11 +222,17 @@ class JacobianEngine:
         reason = f"{sublayer}: {refusal}"
         return self._refuse(reason.partition(" by ")[0], reason)
 
-    def _layer(self, layer: int) -> _Layer:
-        """A layer on all positions; one is held at a time."""
-        if self._whole is None or self._whole.layer != layer:
-            self._whole = _Layer(self.trace, layer, layer in self.hooked, self._pairs, self._formed)
-        return self._whole
+    def _layer(self, layer: int, windowed: bool = False) -> _Layer:
+        """A layer on all positions, or on the window; one is held at a time, or those that are worked on together."""
+        key = (layer, windowed)
+        if key not in self._layers:
+            self._layers = {other: each for other, each in self._layers.items() if other[0] in self._together}
+            pairs, trace = self._pairs, self.trace
+            if windowed and self._window is not None:
+                trace = self._window
+                pairs = frozenset((src - self._first, dest - self._first) for src, dest in self._pairs)
+            self._layers[key] = _Layer(trace, layer, layer in self.hooked, pairs, self._formed)
+        return self._layers[key]
 
     def _narrowed(self) -> tuple[int, Trace | None]:
         """The trace at the positions of the announced pairs, and the first of these; None where all are to be run."""
@@ -194,10 +247,7 @@ class JacobianEngine:
         """The closed form of a pair if it holds on the window; None where all positions have to be run."""
         if self._window is None or (src, dest) not in self._pairs:
             return None
-        if self._part is None or self._part.layer != layer:
-            pairs = [(start - self._first, end - self._first) for start, end in self._pairs]
-            self._part = _Layer(self._window, layer, False, pairs, self._formed)
-        part, key = self._part, (layer, sublayer, src, dest)
+        part, key = self._layer(layer, windowed=True), (layer, sublayer, src, dest)
         there = (sublayer, src - self._first, dest - self._first)
         try:
             made = part.closed.sublayer(*there) if key in self._confirmed else part.held(*there)
@@ -209,7 +259,7 @@ class JacobianEngine:
                 return made
         except Exception:  # whatever a block raises that takes no window; on all positions it shows what it is
             pass
-        self._window = self._part = None
+        self._window, self._layers = None, {}
         return None
 
     def _confirm(self, key: tuple[int, str, int, int], evidence: Evidence) -> None:

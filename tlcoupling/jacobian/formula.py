@@ -104,18 +104,18 @@ def mlp_map(
     return behind @ (given @ before)
 
 
-def block_map(topology: Topology, attn: JacobianOperator, mlp: JacobianOperator | None, same: bool) -> JacobianOperator:
+def block_map(topology: Topology, parts: Sequence[JacobianOperator], same: bool) -> JacobianOperator:
     """Compose the Jacobian of a block.
 
     Args:
         topology: how its sublayers are arranged.
-        attn: J_attn from src to dest.
-        mlp: J_mlp at dest; None where x^l_src does not reach the MLP at dest.
+        parts: J_attn from src to dest, and J_mlp at dest where x^l_src reaches it.
         same: whether src = dest.
     """
-    if mlp is None:
+    attn, *mlp = parts
+    if not mlp:
         return attn
-    return BlockMap(attn, mlp, skip=same) if topology == "sequential" else attn + mlp
+    return BlockMap(attn, *mlp, skip=same) if topology == "sequential" else attn + mlp[0]
 
 
 def _scaled(factor: float, weight: Float[Tensor, "m n"]) -> Projection:

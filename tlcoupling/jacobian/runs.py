@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -48,8 +48,8 @@ class _Graph:
     Attributes:
         copies: number of streams that are x^l; they come first in the batch.
         runs: what the sublayers showed, by name.
-        inputs: the leaf that each sublayer reads, by name, ``[stream, pos, d_model]``.
-        points: recorded activations by short hook name, in all streams.
+        inputs: the leaf that each sublayer reads, by name, ``[stream, pos, d_model]``; empty without the graph.
+        points: recorded activations by short hook name, in all streams; empty without the graph.
         moved: what the sublayers wrote in the moved streams, by name; as ``"rest"`` what the block added beside.
     """
 
@@ -118,11 +118,11 @@ class BlockRun:
         Returns:
             One diagonal for each input, ``[pos, ...]``; None for those that the output does not depend on.
         """
-        graph, points = self._graph, self._graph.points
+        if all(name in self._answers for name in inputs):
+            return [self._answers[name] for name in inputs]
+        points = self._with_graph.points
         if not all(points[name].requires_grad for name in (output, *inputs)):
             return [None for _ in inputs]
-        if all(name in self._answers for name in inputs):
-            return [None if (grad := self._answers[name]) is None else grad[graph.copies - 1] for name in inputs]
         ones = torch.ones_like(points[output])
         grads = _grad([points[output]], [points[name] for name in inputs], [ones])
         return [None if grad is None else grad[0] for grad in grads]
@@ -138,16 +138,16 @@ class BlockRun:
             name: of the sublayer.
             factors: for each product, by what y is multiplied at each row of the write; at others it is zero.
         """
-        graph, write = self._graph, self.block.sublayers[name].write
-        output, leaf = graph.points[write], graph.inputs[name]
+        write = self.block.sublayers[name].write
+        grads: Sequence[Tensor | None] = [None for _ in factors]
         if write in self._answers and list(factors) == [dict.fromkeys(self.dests, 1.0)]:
-            grads, stream = [self._answers[write]], self._stream(name)
-        elif output.requires_grad:
-            grads, stream = self._pulled(output, leaf, [self._at(output, one) for one in factors]), 0
-        else:
-            grads, stream = [None for _ in factors], 0
-        each = (leaf.new_zeros(leaf.shape[1:]) if grad is None else grad[stream] for grad in grads)
-        return torch.stack([*each]) if len(factors) > 1 else next(each)[None]
+            grads = [self._answers[write]]
+        elif (output := self._with_graph.points[write]).requires_grad:
+            leaf = self._with_graph.inputs[name]
+            every = self._pulled(output, leaf, [self._at(output, one) for one in factors])
+            grads = [None if grad is None else grad[0] for grad in every]
+        none = torch.zeros_like(self.trace.block_input(self.layer)[0])
+        return torch.stack([none if grad is None else grad for grad in grads])
 
     @staticmethod
     def _pulled(output: Tensor, leaf: Tensor, cotangents: list[Tensor]) -> Sequence[Tensor | None]:
@@ -165,27 +165,25 @@ class BlockRun:
             cotangent[stream, row] = factor * self.cotangent(row).to(output)
         return cotangent
 
-    def _stream(self, name: str) -> int:
-        """Return in which copy of x^l a sublayer is differentiated in the pass that serves all."""
-        graph = self._graph
-        first = next(iter(graph.inputs))
-        return int(name != first and graph.inputs[name] is graph.inputs[first])
-
     @cached_property
     def _answers(self) -> Mapping[str, Tensor | None]:
         """The gradients of one backward pass that serves all, by the points of writes and of the activation's inputs.
 
-        Empty where more than one dest is measured, or where a sublayer does not let itself be differentiated.
+        The graph is then let go. Empty where more than one dest is measured, or where a sublayer does not let itself be
+        differentiated.
         """
         graph = self._graph
         if graph.copies == 1:
             return {}
         asked: list[tuple[Tensor, Tensor]] = []
         inputs: dict[str, Tensor] = {}
+        streams: dict[str, int] = {}  # in which copy of x^l each is asked for
+        first = next(iter(graph.inputs))
         for name, sublayer in self.block.sublayers.items():
             if name in graph.runs and graph.points[sublayer.write].requires_grad:
                 output = graph.points[sublayer.write]
-                asked.append((output, self._at(output, {self.dests[0]: 1.0}, self._stream(name))))
+                streams[sublayer.write] = int(name != first and graph.inputs[name] is graph.inputs[first])
+                asked.append((output, self._at(output, {self.dests[0]: 1.0}, streams[sublayer.write])))
                 inputs[sublayer.write] = graph.inputs[name]
         if "mlp" in graph.runs:
             *reads, output, _ = self.block.mlp.points(*VALUES["mlp"])
@@ -195,11 +193,22 @@ class BlockRun:
                 cotangent[graph.copies - 1] = 1.0
                 asked.append((graph.points[output], cotangent))
                 inputs |= {name: graph.points[name] for name in known}
+                streams |= dict.fromkeys(known, graph.copies - 1)
         try:
             grads = _grad([output for output, _ in asked], list(inputs.values()), [one for _, one in asked])
         except RuntimeError:  # one of them fails; asked one by one, the others do not
             return {}
-        return dict(zip(inputs, grads, strict=True))
+        self._graph = replace(graph, inputs={}, points={})
+        of_streams = zip(inputs, grads, strict=True)
+        return {name: None if grad is None else grad[streams[name]].clone() for name, grad in of_streams}
+
+    @property
+    def _with_graph(self) -> _Graph:
+        """The run with its graph: of x^l alone, once more, where it was let go."""
+        if not self._graph.points:
+            again = self._run(1, self._no_moves)
+            self._graph = replace(self._graph, copies=1, inputs=again.inputs, points=again.points)
+        return self._graph
 
     @cached_property
     def _graph(self) -> _Graph:
@@ -214,7 +223,11 @@ class BlockRun:
                 if all(close(graph.points[each.write][:copies], graph.runs[each.name].out) for each in sublayers):
                     self._current |= graph.runs.keys()
                     return graph
-        return self._run(1, self.trace.resid.new_zeros(0, *self.trace.resid.shape[1:]))
+        return self._run(1, self._no_moves)
+
+    @property
+    def _no_moves(self) -> Float[Tensor, "0 pos d_model"]:
+        return self.trace.resid.new_zeros(0, *self.trace.resid.shape[1:])
 
     @property
     def _cut(self) -> bool:
