@@ -228,19 +228,21 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, version: int):
 
 
 @pytest.mark.parametrize(
-    ("groups", "most", "when_begun"),
+    ("groups", "size", "most", "when_begun"),
     [
-        # the last layer's Jacobians end their groups one by one
-        (depth_groups(range(3), range(5)), 3 * 5 - 4, 2 * 5),
-        (token_groups(range(3), range(3), range(5)), 5, 0),  # a layer's are compared with each other alone
-        (token_groups([0], [2], range(5)), 2 * 5, 5),
+        # the last layer's Jacobians end their groups one by one, or together
+        (depth_groups(range(3), range(5)), 1, 3 * 5 - 4, 2 * 5),
+        (depth_groups(range(3), range(5)), 3, 4 * 3, 3 * 3),
+        (depth_groups(range(3), range(5)), 8, 3 * 5, 8),
+        (token_groups(range(3), range(3), range(5)), 1, 5, 0),  # a layer's are compared with each other alone
+        (token_groups([0], [2], range(5)), 1, 2 * 5, 5),
         # all five that reach the last token are let go, but for the two that the others need, before these are made
-        (TOKENS_OF_0 + CONTEXTS_OF_0, 2 + 2 * 3 + 1, 0),
+        (TOKENS_OF_0 + CONTEXTS_OF_0, 1, 2 + 2 * 3 + 1, 0),
     ],
 )
-def test_a_layer_is_checked_beside_what_earlier_layers_left(groups: Any, most: int, when_begun: int):
+def test_a_layer_is_checked_beside_what_earlier_layers_left(groups: Any, size: int, most: int, when_begun: int):
     """Its checks need their memory before its own matrices are kept, so that the two are not added."""
-    assert _held(groups, ["block"]) == (most, when_begun)
+    assert _held(groups, ["block"], size) == (most, when_begun)
 
 
 PEAK = """

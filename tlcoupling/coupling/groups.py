@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +79,25 @@ class Visit:
     place: Place
     finished: list[int]
     dropped: list[Place]
+
+
+def stacks(order: Sequence[Visit], size: int, alone: Set[int] = frozenset()) -> Iterator[list[Visit]]:
+    """Yield visits in stacks, in order: those of a stack are worked on together, and what they drop is held until then.
+
+    Groups across depth end in a row, each with a Jacobian of the last layer: a stack goes on over all of them.
+
+    Args:
+        order: the visits.
+        size: the most of a stack.
+        alone: layers whose visits wait for no other.
+    """
+    stack: list[Visit] = []
+    for visit, following in zip(order, [*order[1:], None], strict=True):
+        stack.append(visit)
+        ends = visit.finished and not (following and following.finished)
+        if len(stack) == size or ends or visit.place.layer in alone:
+            yield stack
+            stack = []
 
 
 def visits(groups: Sequence[Group]) -> list[Visit]:

@@ -16,7 +16,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcoupling.coupling.groups import Group, Place, Visit, visits
+from tlcoupling.coupling.groups import Group, Place, stacks, visits
 from tlcoupling.coupling.metric import coupling, subspace_overlap
 from tlcoupling.coupling.null import effective_width, null_coupling, null_std, unreached_of
 from tlcoupling.coupling.options import Options
@@ -43,30 +43,22 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
     sublayers, options = schedule.comparison.sublayers, schedule.comparison.options
     orders = [visits(batch) for batch in schedule.batches]
     ticks = ticking(range(sum(map(len, orders))), "coupling", progress)
+    # by products alone a Jacobian holds its block's weights, where these are no others in memory
+    products = {layer for (layer, _), method in schedule.methods.items() if method.name == "products"}
+    alone = {layer for layer in products if jacobians.trace.lifts(layer)}
     cells: dict[Group, Cell] = {}
     with Workers(schedule.workers) as workers:
         for batch, order in zip(schedule.batches, orders, strict=True):
             held: dict[str, dict[Place, Spectrum]] = {name: {} for name in sublayers}
-            waiting: list[Visit] = []
-            for visit, following in zip(order, [*order[1:], None], strict=True):
-                waiting.append(visit)
-                # groups across depth end in a row, each with a Jacobian of the last layer: decompose these together
-                ends = visit.finished and not (following and following.finished)
-                place = visit.place
-                # by products alone it holds its block's weights, where these are no others in memory
-                heavy = jacobians.trace.lifts(place.layer) and any(
-                    schedule.methods[place.layer, name].name == "products" for name in sublayers
-                )
-                if len(waiting) < schedule.workers * schedule.stack and not (ends or heavy):
-                    continue
+            for stack in stacks(order, schedule.workers * schedule.stack, alone):
                 # a place's sublayers share matrices
-                wanted = [(each.place, name) for each in waiting for name in each.place.of(sublayers)]
+                wanted = [(each.place, name) for each in stack for name in each.place.of(sublayers)]
                 made = _decompositions(jacobians, schedule, wanted, workers)
                 for (place, name), spectrum in zip(wanted, _decomposed(made, options, workers), strict=True):
                     held[name][place] = spectrum
                 del made
                 give_back_memory()
-                for each in waiting:
+                for each in stack:
                     next(ticks)
                     for group in (batch[index] for index in each.finished):
                         cells[group] = {
@@ -76,7 +68,6 @@ def compare_groups(jacobians: JacobianEngine, schedule: Schedule, progress: bool
                     for place in each.dropped:
                         for name in place.of(sublayers):
                             del held[name][place]
-                waiting = []
     next(ticks, None)
     return cells
 
@@ -95,6 +86,7 @@ def _decompositions(
 ) -> list[Decomposition]:
     """Make some Jacobians in order. Workers, where there are some, form the matrices of several side by side."""
     by_layer = schedule.by_layer or any(jacobians.trace.lifts(place.layer) for place, _ in wanted)
+    begun = {place.layer for place, _ in wanted} - jacobians.layers
 
     def together(each: tuple[Place, str]) -> Place | int:
         place, _ = each
@@ -107,8 +99,8 @@ def _decompositions(
         several = len({place for place, _ in some}) > 1
         with jacobians.formed_together(keys, partial(workers.map, at_once=several)):
             made += [_decomposition(jacobians, schedule, name, place) for place, name in some]
-    if schedule.by_layer:
-        give_back_memory()
+    if schedule.by_layer and begun:
+        give_back_memory()  # what the checks leave on this thread's heap is of no use on those of the workers
     return made
 
 

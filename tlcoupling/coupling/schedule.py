@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tlcoupling.coupling.groups import Group, visits
+from tlcoupling.coupling.groups import Group, stacks, visits
 from tlcoupling.coupling.method import PROBES, THIN, THIN_ON_DEVICE, Method, cheapest
 from tlcoupling.coupling.options import Options
 from tlcoupling.coupling.spectra import COLUMNS
@@ -252,16 +252,18 @@ def _longest_stack(comparison: Comparison) -> int:
     return max(1, min(count, numbers // (len(comparison.sublayers) * comparison.model.cfg.d_model**2)))
 
 
-def _held(groups: Sequence[Group], sublayers: Sequence[str]) -> tuple[int, int]:
-    """Return the most Jacobians that are held at once, and the most when a layer is begun."""
+def _held(groups: Sequence[Group], sublayers: Sequence[str], size: int = 1) -> tuple[int, int]:
+    """Return the most Jacobians that are held at once, with stacks of a size, and the most when a layer is begun."""
     held = most = most_before = 0
     layer = None
-    for visit in visits(groups):
-        if visit.place.layer != layer:
-            layer, most_before = visit.place.layer, max(most_before, held)
-        held += len(visit.place.of(sublayers))
+    for stack in stacks(visits(groups), size):
+        before = held
+        for visit in stack:
+            if visit.place.layer != layer:
+                layer, most_before = visit.place.layer, max(most_before, before)
+            held += len(visit.place.of(sublayers))
         most = max(most, held)
-        held -= sum(len(place.of(sublayers)) for place in visit.dropped)
+        held -= sum(len(place.of(sublayers)) for visit in stack for place in visit.dropped)
     return most, most_before
 
 
@@ -285,7 +287,7 @@ def _peak_bytes(
     That is when a layer is begun and checked, or when most matrices are kept.
     """
     d, k, item = comparison.model.cfg.d_model, max(comparison.options.k), comparison.dtype.itemsize
-    held, before = _held(groups, comparison.sublayers)
+    held, before = _held(groups, comparison.sublayers, workers * stack)
     bases = 2.0 * held * d * k * item
     projected = item * comparison.columns * k * (2.0 * d + 3.0 * k)
     pairs = sum(len(group.rows) * len(group.columns) for group in comparison.groups)
@@ -296,18 +298,17 @@ def _peak_bytes(
     decomposing = n_sublayers * (square + 6.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
     # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
     checked = formed = waits = other = 0.0
-    dense = together = 0.0  # what each other worker takes to form a matrix; what stays of each layer made with others
+    together = 0.0  # what stays of each layer that is made with others
     for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
         at_once = min(COLUMNS, max(PROBES, comparison.columns * k))
         at_once = vectors_at_once(cost.column_bytes, comparison.n_tokens, free) if by_autograd else at_once
         products = cost.column_bytes * at_once
-        forming = cost.dense_bytes + 5.0 * n_sublayers * square  # and the decomposition of a place's
+        forming = cost.dense_bytes + 5.0 * square  # and the decomposition of a place's
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
         checks, stays = comparison.checks(cost, free)
-        dense = max(dense, cost.dense_bytes)
         together = max(together, stays if workers > 1 and checks <= HEAP else 0.0)
         checked = max(checked, cost.run_bytes + needed + checks)
         formed = max(formed, cost.run_bytes + needed + stays)
@@ -320,8 +321,7 @@ def _peak_bytes(
         workers = 1
     others = workers * stack - 1
     begun, most = (HOLES * _kept_bytes(comparison, count) if keep else 0.0 for count in (before, held))
-    at_work = max(begun + checked + others * waits, most + formed + others * other)
-    at_work += (workers - 1) * dense + others * together
+    at_work = others * together + max(begun + checked + others * waits, most + formed + others * other)
     buffers = BUFFERS if comparison.on_host else BUFFERS_ON_DEVICE
     return bases + item * results + workers * (projected + buffers) + (workers - 1) * HEAP + at_work
 

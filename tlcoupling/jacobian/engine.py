@@ -125,6 +125,11 @@ class JacobianEngine:
                 report[sublayer] = ", ".join(parts)
         return report
 
+    @property
+    def layers(self) -> set[int]:
+        """The layers that are held: no block of these is run again."""
+        return {layer for layer, _ in self._layers}
+
     def operator(self, layer: int, sublayer: str, src: int, dest: int, head: int | None = None) -> JacobianOperator:
         """Return the Jacobian of one layer and sublayer; indices must be in range and not negative.
 
