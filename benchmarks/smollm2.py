@@ -82,8 +82,7 @@ def checks(model: Any, ids: Tensor, device: torch.device) -> float:
             with_them()
 
     # in many short rounds, for both need a quiet moment
-    rounds = [[measured(call, device).seconds for call in (with_them, without)] for _ in range(12)]
-    seconds, alone = map(min, zip(*rounds, strict=True))
+    (seconds, *_), (alone, *_) = alternating([with_them, without], 10, device, again=1)
     return seconds - alone
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from broken import LLAMA, needs_llama
-from cases import VOCABULARY
+from broken import LLAMA, adapter, forward, needs_llama
+from cases import VOCABULARY, part
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -181,6 +181,20 @@ def test_layers_are_made_together_where_their_checks_are_small(heavy: bool, monk
     assert calls == ([[layer] for layer in layers] if heavy else [layers])
     assert (both.blocks, both.rows, both.backward) == (alone.blocks, alone.rows, alone.backward)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)  # rounding of other products
+
+
+@needs_llama
+@pytest.mark.filterwarnings("ignore:tlcoupling computes by autograd")
+@pytest.mark.parametrize("path", ["attn.q", "attn.v", "mlp.out"])
+def test_an_adapter_in_one_of_the_layers_that_are_made_together_is_seen(path: str):
+    """A matrix that is formed ahead of its test is no more trusted than another."""
+    model = LLAMA.build(torch.float64).eval()
+    with forward(part(model, 1, path), adapter), threads(2):
+        trace = tlc.trace(model, torch.arange(8))
+        found = tlc.depth_coupling(trace, 3)
+        truth = tlc.depth_coupling(trace, 3, engine="autograd")
+    torch.testing.assert_close(found.values, truth.values, rtol=0, atol=1e-5)
+    assert "autograd" in found.provenance.engine["block"]
 
 
 @needs_llama

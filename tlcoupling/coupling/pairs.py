@@ -77,8 +77,8 @@ def _decomposed(made: Sequence[Decomposition], options: Options, workers: Worker
     share = -(-len(made) // workers.count)
     shares = [made[start : start + share] for start in range(0, len(made), share)]
     at_once = not any(isinstance(one.operator, GraphJacobian) for one in made)  # those run the model's modules
-    stacks = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
-    return [spectrum for stack in stacks for spectrum in stack]
+    found = workers.map(partial(spectra_of, k=max(options.k), solver=options.solver), shares, at_once)
+    return [spectrum for spectra in found for spectrum in spectra]
 
 
 def _decompositions(
@@ -88,9 +88,11 @@ def _decompositions(
     by_layer = schedule.by_layer or any(jacobians.trace.lifts(place.layer) for place, _ in wanted)
     begun = {place.layer for place, _ in wanted} - jacobians.layers
 
-    def together(each: tuple[Place, str]) -> Place | int:
+    def together(each: tuple[Place, str]) -> Place | int | None:
         place, _ = each
-        return place if workers.count == 1 else place.layer * by_layer
+        if workers.count == 1:
+            return place
+        return place.layer if by_layer else None
 
     made: list[Decomposition] = []
     for _, share in groupby(wanted, together):

@@ -97,7 +97,7 @@ class AnalyticLayer:
         return [attn, self.sublayer("mlp", dest, dest)] if reached else [attn]
 
     def let_go(self) -> None:
-        """Keep the core no longer, with its keys and values of all positions; it is made again for further pairs."""
+        """Drop the attention core, which has keys and values of all positions; for further pairs it is made again."""
         vars(self).pop("_core", None)
 
     def flow(self, name: str) -> JacobianOperator:

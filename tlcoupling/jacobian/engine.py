@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
-from itertools import groupby
 from typing import Any, Literal, get_args
 
 from tlcoupling.arguments import check_index, check_name, check_sublayer
@@ -46,7 +45,7 @@ class _Layer:
         return self.evidence.refusal(self.closed, sublayer, src, dest)
 
     def let_go(self) -> None:
-        """Keep what takes much memory no longer, which is made again where more pairs are asked for."""
+        """Drop what takes much memory beside another layer; where more pairs are asked for, it is made again."""
         if "closed" in vars(self):
             self.closed.let_go()
 
@@ -144,7 +143,7 @@ class JacobianEngine:
 
     @contextmanager
     def formed_together(
-        self, wanted: Iterable[tuple[int, str, int, int]], run: Callable[[Callable[[Any], Any], list[Any]], Any]
+        self, wanted: Sequence[tuple[int, str, int, int]], run: Callable[[Callable[[Any], Any], list[Any]], Any]
     ) -> Iterator[None]:
         """Form the matrices of some closed forms, all at once, before ``operator`` tests them one by one.
 
@@ -158,15 +157,11 @@ class JacobianEngine:
         if not self._formed:
             yield
             return
-        wanted = list(wanted)
         self._together = {layer for layer, *_ in wanted}
         parts: list[JacobianOperator] = []
-        for _, some in groupby(wanted, lambda each: each[0]):
-            for place in some:
-                with suppress(Exception), self.lifted_once(place[0]):
-                    parts += self._parts(*place)
-            for each in self._layers.values():
-                each.let_go()
+        for each in wanted:
+            with suppress(Exception), self.lifted_once(each[0]):
+                parts += self._parts(*each)
         # the largest first, so that threads end together
         run(lambda part: part.dense(), sorted(dict.fromkeys(parts), key=lambda part: -part.dense_flops))
         try:
@@ -232,6 +227,8 @@ class JacobianEngine:
         key = (layer, windowed)
         if key not in self._layers:
             self._layers = {other: each for other, each in self._layers.items() if other[0] in self._together}
+            for held in self._layers.values():
+                held.let_go()
             pairs, trace = self._pairs, self.trace
             if windowed and self._window is not None:
                 trace = self._window
