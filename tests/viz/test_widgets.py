@@ -549,8 +549,12 @@ def test_undetermined_bases_have_a_dot_a_legend_and_words(browser: Any, tmp_path
         assert words not in page.inner_text("body")
 
 
-def test_a_frame_fits_its_page_and_follows_the_scheme_of_its_host(browser: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_frame_fits_its_page_and_follows_the_scheme_of_its_host(browser: Any, tmp_path: Path, late: bool) -> None:
+    """Also where the script beside the frame runs after the page in it is drawn, as in a notebook that is opened."""
     frame = viz.tokens(make_analysis(HOSTILE_TOKENS))._repr_html_()
+    if late:
+        frame = frame.replace("<script>", '<script type="text/plain">')
     host = tmp_path / "host.html"
     for colour, scheme in (("#111", "dark"), ("#fff", "light")):
         host.write_text(f'<body style="background: {colour}">{frame}</body>', encoding="utf-8")
@@ -558,6 +562,12 @@ def test_a_frame_fits_its_page_and_follows_the_scheme_of_its_host(browser: Any, 
         other = {"dark": "light", "light": "dark"}[scheme]
         with opened(browser, host, strict=False, color_scheme=other) as page:
             inside = page.locator("iframe").element_handle().content_frame()
+            if late:
+                inside.wait_for_selector("html[data-drawn]")
+                page.evaluate(
+                    "const [waiting, script] = [document.querySelector('script'), document.createElement('script')];"
+                    "script.textContent = waiting.textContent; waiting.replaceWith(script)"
+                )
             inside.wait_for_selector(f"html[data-scheme={scheme}]")
             page.wait_for_function("parseFloat(document.querySelector('iframe').style.height) > 0")
             content = inside.evaluate("document.documentElement.offsetHeight")

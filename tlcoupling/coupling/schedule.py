@@ -67,7 +67,8 @@ class Again:
     def memory(self, cost: Cost, n_tokens: int, key_bytes: float, free: float) -> tuple[float, float]:
         """Return the memory of the graph, with vectors on their way back or streams that are moved, and what stays.
 
-        What stays is held as long as the layer is measured: the graph, or where all is done in one run its activations.
+        What stays is the graph, held as long as the layer is measured. Where all is done in one run, the graph is let
+        go, and its memory stays with the heap.
 
         Args:
             cost: of the block.
@@ -77,10 +78,16 @@ class Again:
         """
         column = cost.backward_bytes * self.rows / n_tokens
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
-            return self.streams * (1.5 * column + 8 * n_tokens * key_bytes), 0.5 * self.streams * column
+            few = self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
+            return few, few
         most = min(CHUNK, max(1, ROWS // self.rows))
         at_once = max(ON_ITS_WAY * min(most, self.n_dest), MOVED * min(most, 2 * self.n_src))
         return column + max(ON_ITS_WAY * column, min(at_once * column, ON_ITS_WAY * CHUNK_SHARE * free)), column
+
+    def activations(self, cost: Cost, n_tokens: int) -> float:
+        """Return the memory of a layer that waits for others: its graph, or where that is let go, activations alone."""
+        column = cost.backward_bytes * self.rows / n_tokens
+        return 0.5 * self.streams * column if self.few else column
 
 
 @dataclass(frozen=True)
@@ -298,7 +305,7 @@ def _peak_bytes(
     decomposing = n_sublayers * (square + 6.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
     # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
     checked = formed = waits = other = 0.0
-    together = 0.0  # what stays of each layer that is made with others
+    together = 0.0  # of each other layer that is made with one
     for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
@@ -309,7 +316,11 @@ def _peak_bytes(
         forming += products if by_autograd else 0.0
         needed = {"matrix kept": forming, "matrix dropped": max(forming, products), "products": products}[method]
         checks, stays = comparison.checks(cost, free)
-        together = max(together, stays if workers > 1 and checks <= HEAP else 0.0)
+        waiting_layer = comparison.again.activations(cost, comparison.n_tokens)
+        if workers > 1 and checks > HEAP:
+            stays = waiting_layer  # what checks leave free is given back before workers decompose
+        elif workers > 1:
+            together = max(together, waiting_layer)
         checked = max(checked, cost.run_bytes + needed + checks)
         formed = max(formed, cost.run_bytes + needed + stays)
         # a block's matrix, and those of its sublayers that it is made of, as far as they are not kept anyway

@@ -41,7 +41,8 @@ class Cost:
         product_flops: floating-point operations of one product with one vector.
         dense_flops: of forming the matrix.
         forward_flops: of one forward pass of the block.
-        run_bytes: memory held while the layer is measured: weights that are lifted, and autograd's graph of its own.
+        run_bytes: memory held while the layer is measured: weights that are read or lifted, and autograd's graph of its
+            own.
         backward_bytes: of one vector on its way back through the block at all positions, twice that of a run's graph.
         column_bytes: working memory of a product, for each of its vectors.
         dense_bytes: working memory of forming the matrix; by autograd, in addition to that of its products.
@@ -72,7 +73,8 @@ def block_costs(model: Any, layer: int, split: Split, n_tokens: int, engine: str
     dtype = dtype_of(block.module)
     size = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
     lifted_bytes = lifted_numbers(block.module) * size
-    lifted_bytes += weights * dtype.itemsize if is_offloaded(block.module) else 0
+    # read for each layer: pages of files beside their copies, or holes between the matrices that are kept
+    lifted_bytes += 2 * weights * dtype.itemsize if is_offloaded(block.module) else 0
     maps = {name: _map(block, sublayer) for name, sublayer in block.sublayers.items()}
     heads = n_heads_of(cfg)
     column_bytes = autograd_column_bytes(block.module, heads, n_tokens, size)

@@ -18,13 +18,16 @@ const host = (frame, link) => {
     const height = event.data?.tlcoupling?.height;
     if (event.source !== frame.contentWindow || !(height > 0)) return;
     frame.style.height = `${Math.ceil(height)}px`;
-    tell();
   };
+  // the page answers with its height, also where it said it before this script ran
   addEventListener("message", fit);
+  frame.addEventListener("load", tell);
+  tell();
   const changes = new MutationObserver(tell);
   for (const node of [document.documentElement, document.body]) changes.observe(node, { attributes: true });
   return () => {
     removeEventListener("message", fit);
+    frame.removeEventListener("load", tell);
     changes.disconnect();
   };
 };

@@ -34,7 +34,12 @@
     throw error;
   });
 
-  // a page that frames this one makes the frame as high as its content
-  if (parent !== window)
-    new ResizeObserver(() => parent.postMessage({ tlcoupling: { height: document.documentElement.offsetHeight } }, "*")).observe(document.documentElement);
+  // a page that frames this one makes the frame as high as its content; it tells its scheme once it listens
+  if (parent !== window) {
+    const tell = () => parent.postMessage({ tlcoupling: { height: document.documentElement.offsetHeight } }, "*");
+    new ResizeObserver(tell).observe(document.documentElement);
+    addEventListener("message", (event) => {
+      if (event.source === parent && event.data?.tlcoupling?.scheme) tell();
+    });
+  }
 }
