@@ -230,7 +230,8 @@ def test_an_estimate_knows_the_device_and_what_is_brought_into_memory(case: Case
     ours, truth = (tlc.estimate(trace.model, TOKENS, 3) for trace in (two, one))
     assert (ours.rates, ours.flops) == (truth.rates, truth.flops)  # of the CPU, and not of the device "meta"
     block = sum(weight.nbytes for weight in two.model.blocks[0].parameters())
-    assert block <= ours.memory_bytes - truth.memory_bytes <= 3 * block
+    # what is read, and pages of files or holes beside it
+    assert 2 * block <= ours.memory_bytes - truth.memory_bytes <= 3 * block
 
 
 @FIRST

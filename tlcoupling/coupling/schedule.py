@@ -76,7 +76,7 @@ class Again:
             key_bytes: of the keys of one position, all heads together.
             free: bytes that may be used.
         """
-        column = cost.backward_bytes * self.rows / n_tokens
+        column = self._column(cost, n_tokens)
         if self.few:  # keys and values of earlier positions are joined to its own, repeated, and have gradients
             few = self.streams * (1.5 * column + 8 * n_tokens * key_bytes)
             return few, few
@@ -86,8 +86,12 @@ class Again:
 
     def activations(self, cost: Cost, n_tokens: int) -> float:
         """Return the memory of a layer that waits for others: its graph, or where that is let go, activations alone."""
-        column = cost.backward_bytes * self.rows / n_tokens
+        column = self._column(cost, n_tokens)
         return 0.5 * self.streams * column if self.few else column
+
+    def _column(self, cost: Cost, n_tokens: int) -> float:
+        """The memory of one vector on its way back at the positions of a run."""
+        return cost.backward_bytes * self.rows / n_tokens
 
 
 @dataclass(frozen=True)
@@ -305,7 +309,7 @@ def _peak_bytes(
     decomposing = n_sublayers * (square + 6.0 * item * d * min(d, (k + OVERSAMPLING) * USUAL_STEPS))
     # the place that is being formed, with the checks of its layer or after them; each that waits, or is decomposed
     checked = formed = waits = other = 0.0
-    together = 0.0  # of each other layer that is made with one
+    together = 0.0  # of each layer that is made beside the one that is checked
     for cost in costs:
         method = comparison.method(cost, keep).name
         by_autograd = cost.engine == "autograd"
